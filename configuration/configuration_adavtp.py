@@ -5,7 +5,6 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig
 
-
 VISION_TOWERS_WITH_CLS = {"clip_vision_model": True, "siglip_vision_model": False, "dinov2": True}
 
 

@@ -12,7 +12,6 @@ from fractions import Fraction
 import torch
 from torch import nn
 
-
 TokenBudget = float | int | Sequence[float] | Sequence[int] | torch.Tensor
 
 

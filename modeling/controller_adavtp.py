@@ -5,16 +5,14 @@ depend on the patch, on the budget and, through the budget token, on the questio
 Gumbel top-K and lets the gradient through; evaluation keeps the K best.
 """
 
-from typing import ClassVar
-
 import torch
 from torch import nn
 
+from ..configuration.configuration_adavtp import AdaVTPConfig
 from .reducers_adavtp import TokenReducer, register_reducer
 from .sampling_adavtp import sample_top_k
 from .selection_adavtp import Selection
 from .vision_adavtp import VisionFeatures, patch_width
-from ..configuration.configuration_adavtp import AdaVTPConfig
 
 
 @register_reducer("adaptive")
@@ -34,18 +32,20 @@ class VisionTokenController(TokenReducer):
         config: the model's configuration.
     """
 
-    needs: ClassVar[tuple[str, ...]] = ("budget",)
-
     def __init__(self, config: AdaVTPConfig) -> None:
         super().__init__(config)
         hidden_size, width = config.vision_config.hidden_size, patch_width(config)
-        self.patch_norm = nn.LayerNorm(width)
-        self.budget_norm = nn.LayerNorm(hidden_size)
-        if config.controller_head == "budget_token":
+        head = config.controller_head
+        # A patch alone says nothing of the budget, except where the patches themselves have seen it.
+        patches_see_budget = config.budget_fusion == "encoder" and config.budget_attention == "mutual"
+        self.needs = ("budget",) if head != "patch" or patches_see_budget else ()
+        self.patch_norm = nn.LayerNorm(width) if head != "budget_token" else None
+        self.budget_norm = nn.LayerNorm(hidden_size) if head != "patch" else None
+        if head == "budget_token":
             self.score = nn.Linear(hidden_size, config.num_patches)
-        elif config.controller_head == "patch":
+        elif head == "patch":
             self.score = nn.Linear(width, 1)
-        elif config.controller_head == "patch_budget":
+        elif head == "patch_budget":
             self.hidden = nn.Linear(width + hidden_size, hidden_size)
             self.score = nn.Linear(hidden_size, 1)
         else:
@@ -57,17 +57,18 @@ class VisionTokenController(TokenReducer):
         Unnormalised log-probabilities of keeping each patch.
 
         Args:
-            features: with `budget`.
+            features: with `budget` if it is in `needs`.
 
         Returns:
             `[num_images, num_patches]`.
         """
-        patches, budget = self.patch_norm(features.patches), self.budget_norm(features.budget)
         head = self.config.controller_head
         if head == "budget_token":
-            return self.score(budget)
+            return self.score(self.budget_norm(features.budget))
+        patches = self.patch_norm(features.patches)
         if head == "patch":
             return self.score(patches)[..., 0]
+        budget = self.budget_norm(features.budget)
         if head == "patch_budget":
             both = torch.cat([patches, budget[:, None].expand(-1, patches.shape[1], -1)], dim=-1)
             return self.score(nn.functional.gelu(self.hidden(both)))[..., 0]

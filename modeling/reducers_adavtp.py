@@ -10,19 +10,19 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from ..configuration.configuration_adavtp import AdaVTPConfig
 from .sampling_adavtp import top_k_mask
 from .selection_adavtp import Selection
 from .vision_adavtp import VisionFeatures
-from ..configuration.configuration_adavtp import AdaVTPConfig
 
 
 class TokenReducer(nn.Module):
     """
     Base class of everything that chooses visual tokens. Subclass it, write `forward`, and register it by name.
 
-    Class attributes:
+    Attributes:
         stage: where it acts; `"vision"` is between the tower and the projector.
-        needs: what it has to be given beside the patch features, of `"budget"` (the budget's meeting with the image,
+        needs: of the class or the instance, what it has to be given beside the patch features, of `"budget"` (the budget's meeting with the image,
             in `features.budget`), `"pixel_values"`.
 
     Args:
@@ -30,7 +30,7 @@ class TokenReducer(nn.Module):
     """
 
     stage: ClassVar[str] = "vision"
-    needs: ClassVar[tuple[str, ...]] = ()
+    needs: tuple[str, ...] = ()
 
     def __init__(self, config: AdaVTPConfig) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class RandomReducer(TokenReducer):
         seed: of the draw in evaluation.
     """
 
-    needs: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    needs = ("pixel_values",)
     seed: int = 0
 
     def forward(

@@ -152,7 +152,9 @@ def count_positions(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attended.cumsum(dim=-1) - 1).masked_fill(attended == 0, 0)
 
 
-def images_per_sample(input_ids: torch.Tensor, image_token_id: int, num_image_tokens: int, num_images: int) -> torch.Tensor:
+def images_per_sample(
+    input_ids: torch.Tensor, image_token_id: int, num_image_tokens: int, num_images: int
+) -> torch.Tensor:
     """
     How many images each prompt shows, from its placeholder tokens.
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .budget_adavtp import BudgetEmbedding
 from ..configuration.configuration_adavtp import VISION_TOWERS_WITH_CLS, AdaVTPConfig
+from .budget_adavtp import BudgetEmbedding
 
 
 @dataclass

@@ -1,0 +1,406 @@
+"""`generate` with a token budget.
+
+The prompt is pruned once, before the decoding loop: images are encoded, tokens chosen, and the loop gets the shorter
+prompt as `inputs_embeds` with its mask and positions. `input_ids` stays the full prompt, so that whatever counts or
+matches ids (maximum lengths, penalties, prompt lookup, streamers) works as ever, and every generation mode sees an
+ordinary prompt.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin
+from transformers.image_utils import ImageInput
+from transformers.processing_utils import ProcessorMixin
+
+from .budget_adavtp import TokenBudget, budget_values
+from .selection_adavtp import Prompt
+
+if TYPE_CHECKING:
+    from transformers.generation.utils import GenerateOutput
+
+
+@dataclass
+class BudgetState:
+    """
+    What a budget processor may look at.
+
+    Attributes:
+        step: number of tokens generated so far; 0 before prefill.
+        num_visual_tokens: visual tokens of one image before reduction, N.
+        num_images: `[batch]` int64, images in each prompt.
+        prompt_length: `[batch]` int64, tokens in each prompt, placeholders and no padding counted.
+        pixel_values: `[sum of num_images, channels, height, width]`.
+    """
+
+    step: int
+    num_visual_tokens: int
+    num_images: torch.LongTensor
+    prompt_length: torch.LongTensor
+    pixel_values: torch.Tensor
+
+
+class BudgetProcessor:
+    """
+    Says the budget of each sample before a generation step, as a `LogitsProcessor` says its scores. Subclass it, or
+    pass any callable with the same arguments to `generate(..., budget_processor=[...])`.
+    """
+
+    def __call__(self, input_ids: torch.LongTensor, budget: torch.Tensor, state: BudgetState) -> TokenBudget:
+        """
+        Args:
+            input_ids: `[batch, sequence]`, the prompts.
+            budget: `[batch]`, float64 ratios or int64 counts: what the caller, or the processor before, asked for.
+            state: step, images and sizes.
+
+        Returns:
+            The budget to use: one value, or one per sample.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has to define __call__(input_ids, budget, state).")
+
+
+class BudgetProcessorList(list[Callable[[torch.LongTensor, torch.Tensor, BudgetState], TokenBudget]]):
+    """Budget processors that are asked one after another, each given the budget of the one before."""
+
+    def __call__(self, input_ids: torch.LongTensor, budget: TokenBudget, state: BudgetState) -> torch.Tensor:
+        """
+        Returns:
+            `[batch]`, ratios or int64 counts.
+
+        Raises:
+            ValueError: if a processor returns something that is no budget.
+        """
+        budget = budget_values(budget, len(input_ids))
+        for processor in self:
+            budget = budget_values(processor(input_ids, budget, state), len(input_ids))
+        return budget
+
+
+@dataclass
+class PrunedHistory:
+    """
+    What a cache holds of the turns so far, where it is shorter than the ids that the caller has. It is kept on the
+    cache object, so that a later turn can tell which ids are new.
+
+    Attributes:
+        mask: `[batch, columns in the cache after prefill]`, 0 for padding.
+        num_columns: columns of `input_ids` that prefill stood for.
+        num_dropped: `[batch]`, visual tokens dropped from each row.
+        full_mask: `[batch, num_columns]`, the mask that belongs to `input_ids`.
+    """
+
+    mask: torch.Tensor
+    num_columns: int
+    num_dropped: torch.Tensor
+    full_mask: torch.Tensor
+
+    def expand(self, expand_size: int) -> "PrunedHistory":
+        """Repeats every row, for beams and for several sequences per prompt."""
+        mask, num_dropped, full_mask = (
+            tensor.repeat_interleave(expand_size, dim=0) for tensor in (self.mask, self.num_dropped, self.full_mask)
+        )
+        return PrunedHistory(mask, self.num_columns, num_dropped, full_mask)
+
+
+class AdaVTPGenerationMixin(GenerationMixin):
+    """Teaches `generate` to prune the prompt, and to be called with an image and a question."""
+
+    _processor: ProcessorMixin | None = None
+
+    @property
+    def processor(self) -> ProcessorMixin:
+        """
+        The processor saved beside the checkpoint, loaded when it is first needed. It can be set.
+
+        Raises:
+            ValueError: if the model was not loaded from a checkpoint and no processor was set.
+        """
+        if self._processor is None:
+            if not self.name_or_path:
+                raise ValueError(
+                    "`generate(image, prompt)` needs a processor and this model was not loaded from a checkpoint that "
+                    "has one; set `model.processor = AdaVTPProcessor(...)` or pass `input_ids` and `pixel_values`."
+                )
+            from .processing_adavtp import AdaVTPProcessor
+
+            self._processor = AdaVTPProcessor.from_pretrained(self.name_or_path, trust_remote_code=True)
+        return self._processor
+
+    @processor.setter
+    def processor(self, processor: ProcessorMixin) -> None:
+        self._processor = processor
+
+    def generate(
+        self,
+        inputs: torch.Tensor | ImageInput | Sequence[ImageInput | Sequence[ImageInput]] | None = None,
+        generation_config: GenerationConfig | str | Sequence[str] | None = None,
+        *args: Any,
+        prompt: str | Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> "GenerateOutput | torch.LongTensor | str | list[str]":
+        """
+        Generates, in one of two forms.
+
+        `generate(input_ids=..., pixel_values=..., token_budget=0.4, ...)` is [`GenerationMixin.generate`] with two
+        arguments more. `generate(image, prompt, token_budget=0.4, ...)` takes images and questions and returns
+        answers.
+
+        Args:
+            inputs: input ids as a tensor; or an image (PIL, array or path), a list with an image, or a list of
+                images, for each prompt. One prompt for several images is asked of each.
+            generation_config: a `GenerationConfig`; or the prompt, a string or a list of strings.
+            prompt: the same by name. A prompt without the image placeholder is put into the chat template.
+            token_budget (`float`, `int`, or one per sample): see `forward`.
+            budget_processor (`list` of callables): see [`BudgetProcessor`]; asked once, before prefill.
+
+        Returns:
+            What `GenerationMixin.generate` returns; in the second form a string, or a list of strings if images or
+            prompts came as a list.
+
+        Raises:
+            ValueError: if arguments are not allowed or do not go together; the message says what to do instead.
+        """
+        if isinstance(generation_config, str | list | tuple):
+            prompt, generation_config = generation_config, None
+        if prompt is None:
+            if inputs is not None and not isinstance(inputs, torch.Tensor):
+                raise ValueError(
+                    f"`inputs` is a {type(inputs).__name__} and there is no prompt; call `generate(image, prompt)` or "
+                    "pass tensors."
+                )
+            return super().generate(inputs, generation_config, *args, **kwargs)
+        if kwargs.get("return_dict_in_generate"):
+            raise ValueError(
+                "`return_dict_in_generate` is True, but `generate(image, prompt)` returns text; for scores and caches "
+                "pass `**model.processor(images=..., text=...)`."
+            )
+        model_inputs = self.processor.of_questions(inputs, prompt).to(self.device)
+        generated = super().generate(None, generation_config, *args, **model_inputs, **kwargs)
+        answers = self.processor.batch_decode(
+            generated[:, model_inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+        answers = [answer.strip() for answer in answers]
+        is_single = isinstance(prompt, str) and not isinstance(inputs, list | tuple) and len(answers) == 1
+        return answers[0] if is_single else answers
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, *args: Any, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)
+        # `GenerationConfig` takes any name and keeps its value, so a default budget in generation_config.json is there.
+        if getattr(generation_config, "token_budget", None) is not None:
+            model_kwargs.setdefault("token_budget", generation_config.token_budget)
+        return generation_config, model_kwargs
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.LongTensor, dict[str, Any]]:
+        """
+        Prunes the prompt, then expands it. Of the steps that every supported version of transformers takes before the
+        decoding loop, this is the one that sees ids, mask and positions together while there is one row per prompt.
+        """
+        model_kwargs, history = self._prune_prompt(input_ids, model_kwargs)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if history is not None:
+            model_kwargs["pruned_history"] = history.expand(expand_size)
+        return input_ids, model_kwargs
+
+    def _prune_prompt(
+        self, input_ids: torch.LongTensor, model_kwargs: dict[str, Any]
+    ) -> tuple[dict[str, Any], PrunedHistory | None]:
+        """Replaces images, budget, mask and positions in `model_kwargs` by the embeddings of the pruned prompt."""
+        pixel_values = model_kwargs.pop("pixel_values", None)
+        token_budget = model_kwargs.pop("token_budget", None)
+        processors = BudgetProcessorList(model_kwargs.pop("budget_processor", None) or [])
+        token_budget = self.config.token_budget if token_budget is None else token_budget
+        cache = model_kwargs.get("past_key_values")
+        past_length = 0 if cache is None else cache.get_seq_length()
+        history = getattr(cache, "pruned_history", None) if past_length else None
+        if pixel_values is None and history is None:
+            self.model._num_keep(token_budget, len(input_ids))
+            return model_kwargs, None
+        if model_kwargs.get("inputs_embeds") is not None:
+            raise ValueError(
+                "`inputs_embeds` was given with images, in this turn or an earlier one; images are placed by the "
+                "placeholder tokens in `input_ids`, so pass that."
+            )
+        new = _new_columns(input_ids, model_kwargs, past_length, history)
+        if history is not None and self.config.visual_position_ids == "compact":
+            new.position_ids = new.position_ids - history.num_dropped[:, None]
+        if pixel_values is None:
+            embeds = self.get_input_embeddings()(new.input_ids)
+            prompt = Prompt(embeds, new.attention_mask, new.position_ids)
+        else:
+            state = self._budget_state(new, pixel_values)
+            prompt, _ = self.model.prepare_prompt(
+                new.input_ids,
+                pixel_values.to(self.device),
+                new.attention_mask,
+                new.position_ids,
+                token_budget=processors(new.input_ids, token_budget, state),
+                # The mask form is for training; in a cache its hidden columns would cost what they cost unpruned.
+                selection_output="gather",
+            )
+        return _with_prompt(model_kwargs, prompt, new)
+
+    def _budget_state(self, new: "NewColumns", pixel_values: torch.Tensor) -> BudgetState:
+        return BudgetState(
+            step=0,
+            num_visual_tokens=self.config.num_patches,
+            num_images=(new.input_ids == self.config.image_token_id).sum(dim=-1) // self.config.num_image_tokens,
+            prompt_length=new.attention_mask.sum(dim=-1),
+            pixel_values=pixel_values,
+        )
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        history = model_kwargs.pop("pruned_history", None)
+        if history is not None:
+            if generation_config.prefill_chunk_size is not None:
+                raise ValueError(
+                    f"`prefill_chunk_size` is {generation_config.prefill_chunk_size}; a prompt with images is "
+                    "prefilled whole. Leave it out, and lower `token_budget` to shorten the prompt."
+                )
+            # transformers does the same for any `inputs_embeds`: without a cache it would feed them at every step.
+            generation_config.use_cache = True
+            max_cache_length -= history.num_columns - history.mask.shape[1]
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        if history is not None:
+            model_kwargs["past_key_values"].pruned_history = history
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
+        # Processors match `input_ids`, so the mask that they get has to be that of the full prompt.
+        model_kwargs = kwargs.get("model_kwargs") or {}
+        history = getattr(model_kwargs.get("past_key_values"), "pruned_history", None)
+        if history is not None:
+            kwargs["model_kwargs"] = model_kwargs | {"attention_mask": history.full_mask}
+        return super()._get_logits_processor(*args, **kwargs)
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        # An assistant model reads the ids; the pruned prompt is not its own.
+        of_the_prompt = ("inputs_embeds", "attention_mask", "position_ids")
+        model_kwargs = kwargs["model_kwargs"]
+        if model_kwargs.get("inputs_embeds") is not None:
+            kwargs["model_kwargs"] = {key: model_kwargs[key] for key in model_kwargs if key not in of_the_prompt}
+        return super()._get_candidate_generator(*args, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        attention_mask: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        budget_processor: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """
+        See [`GenerationMixin.prepare_inputs_for_generation`]. At the first step of assisted decoding the candidate
+        tokens are only in `input_ids`; their embeddings join the pruned prompt's.
+        """
+        if inputs_embeds is not None and is_first_iteration:
+            position_ids = kwargs.get("position_ids")
+            num_candidates = 0 if position_ids is None else position_ids.shape[-1] - inputs_embeds.shape[1]
+            if num_candidates > 0:
+                candidates = self.get_input_embeddings()(input_ids[:, -num_candidates:])
+                inputs_embeds = torch.cat([inputs_embeds, candidates], dim=1)
+            past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+            if next_sequence_length is None and past_length:
+                next_sequence_length = inputs_embeds.shape[1] - past_length
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+
+@dataclass
+class NewColumns:
+    """
+    The part of a prompt that a cache does not hold yet; on a first turn, the whole prompt.
+
+    Attributes:
+        input_ids, attention_mask, position_ids: `[batch, new columns]`; positions as in the unpruned conversation.
+        past_mask: `[batch, columns in the cache]`.
+        full_mask: `[batch, columns of the unpruned conversation]`.
+        num_dropped: `[batch]`, visual tokens dropped in earlier turns.
+    """
+
+    input_ids: torch.LongTensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    past_mask: torch.Tensor
+    full_mask: torch.Tensor
+    num_dropped: torch.Tensor
+
+
+def _new_columns(
+    input_ids: torch.LongTensor, model_kwargs: dict[str, Any], past_length: int, history: PrunedHistory | None
+) -> NewColumns:
+    """Tells new columns from those in the cache. `input_ids` may be the whole conversation or only what is new."""
+    batch_size, device = len(input_ids), input_ids.device
+    position_ids = model_kwargs["position_ids"]
+    full_mask = model_kwargs.get("attention_mask")
+    if full_mask is None:
+        # transformers drops a mask of ones; positions still have its length.
+        full_mask = torch.ones(batch_size, position_ids.shape[-1], dtype=torch.long, device=device)
+    num_columns = full_mask.shape[1]
+    columns_after_prefill = 0 if history is None else past_length - history.mask.shape[1]
+    num_old = past_length if history is None else history.num_columns + columns_after_prefill
+    num_new = num_columns - num_old
+    if not 0 < num_new <= input_ids.shape[1]:
+        raise ValueError(
+            f"`past_key_values` stands for {num_old} tokens of the conversation, and `input_ids` has "
+            f"{input_ids.shape[1]} with an `attention_mask` for {num_columns}. Pass the whole conversation as "
+            "`input_ids` (the earlier output and the new text), or the new tokens with a mask for the whole."
+        )
+    if history is None:
+        past_mask, num_dropped = full_mask[:, :num_old], torch.zeros(batch_size, dtype=torch.long, device=device)
+    else:
+        past_mask = torch.cat([history.mask, full_mask[:, history.num_columns : num_old]], dim=1)
+        num_dropped = history.num_dropped
+    position_ids = position_ids.expand(batch_size, -1)
+    return NewColumns(
+        input_ids[:, -num_new:], full_mask[:, -num_new:], position_ids[:, -num_new:], past_mask, full_mask, num_dropped
+    )
+
+
+def _with_prompt(
+    model_kwargs: dict[str, Any], prompt: Prompt, new: NewColumns
+) -> tuple[dict[str, Any], PrunedHistory]:
+    """`model_kwargs` with the pruned prompt, and what the cache will hold once it is prefilled."""
+    batch_size, past_length = new.past_mask.shape
+    # `generate` cuts off as many columns as the cache holds, so they have to be there to be cut off.
+    past_embeds = prompt.inputs_embeds.new_zeros(batch_size, past_length, prompt.inputs_embeds.shape[-1])
+    mask = torch.cat([new.past_mask, prompt.attention_mask], dim=1)
+    position_ids = torch.cat([prompt.position_ids.new_zeros(batch_size, past_length), prompt.position_ids], dim=1)
+    dropped_now = new.attention_mask.sum(dim=-1) - prompt.attention_mask.sum(dim=-1)
+    history = PrunedHistory(mask, new.full_mask.shape[1], new.num_dropped + dropped_now, new.full_mask)
+    pruned = {
+        "inputs_embeds": torch.cat([past_embeds, prompt.inputs_embeds], dim=1),
+        "position_ids": position_ids,
+        # Assisted decoding would stretch a mask to the length of `input_ids`; it takes no mask for a mask of ones.
+        "attention_mask": None if bool(mask.all()) else mask,
+    }
+    return model_kwargs | pruned, history
