@@ -189,7 +189,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
         self, generation_config: GenerationConfig | None, *args: Any, **kwargs: Any
     ) -> tuple[GenerationConfig, dict[str, Any]]:
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)
-        # `GenerationConfig` takes any name and keeps its value, so a default budget in generation_config.json is there.
+        # `GenerationConfig` takes any name and keeps its value, so a default in generation_config.json is there.
         if getattr(generation_config, "token_budget", None) is not None:
             model_kwargs.setdefault("token_budget", generation_config.token_budget)
         return generation_config, model_kwargs

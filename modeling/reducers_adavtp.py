@@ -22,8 +22,8 @@ class TokenReducer(nn.Module):
 
     Attributes:
         stage: where it acts; `"vision"` is between the tower and the projector.
-        needs: of the class or the instance, what it has to be given beside the patch features, of `"budget"` (the budget's meeting with the image,
-            in `features.budget`), `"pixel_values"`.
+        needs: of the class or the instance, what it has to be given beside the patch features, of `"budget"` (the
+            budget's meeting with the image, in `features.budget`) and `"pixel_values"`.
 
     Args:
         config: the model's configuration.

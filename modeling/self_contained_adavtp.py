@@ -1,8 +1,8 @@
 """A saved folder that carries its own code.
 
-`save_pretrained` writes the Python files that a checkpoint needs beside its weights, flat, and an `auto_map` that tells
-`AutoModel.from_pretrained(folder, trust_remote_code=True)` where to look, so that the folder loads where this package
-is not installed. A model loaded from such a folder runs from those files, and saving it writes them again.
+`save_pretrained` writes the Python files that a checkpoint needs beside its weights, flat, and an `auto_map` that
+tells `AutoModel.from_pretrained(folder, trust_remote_code=True)` where to look, so that the folder loads where this
+package is not installed. A model loaded from such a folder runs from those files, and saving it writes them again.
 """
 
 import re
