@@ -22,6 +22,7 @@ from ..configuration.configuration_adavtp import AdaVTPConfig
 from .budget_adavtp import TokenBudget, num_tokens_to_keep
 from .controller_adavtp import VisionTokenController
 from .generation_adavtp import AdaVTPGenerationMixin
+from .loading_adavtp import CompleteLoadingMixin
 from .reducers_adavtp import TokenReducer, build_reducer
 from .selection_adavtp import Prompt, Selection, count_positions, images_per_sample
 from .self_contained_adavtp import SelfContainedMixin
@@ -65,7 +66,7 @@ class AdaVTPCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
     labels: torch.LongTensor | None = None
 
 
-class AdaVTPPreTrainedModel(SelfContainedMixin, PreTrainedModel):
+class AdaVTPPreTrainedModel(CompleteLoadingMixin, SelfContainedMixin, PreTrainedModel):
     """What both model classes share: configuration, loading, and saving with the code beside the weights."""
 
     config: AdaVTPConfig

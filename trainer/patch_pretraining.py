@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedConfig
+from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .digit_scenes import BACKGROUND_COLOUR, BACKGROUND_DIGIT
@@ -21,15 +21,15 @@ class PatchLabeller(nn.Module):
     A vision tower with two linear heads on its patch features, one for the digit and one for the colour.
 
     Args:
-        vision_config: configuration of a CLIP vision tower.
+        vision_tower: a CLIP vision model; it is trained in place.
         background_weight: weight of background patches in the loss; about four patches of five are background.
     """
 
-    def __init__(self, vision_config: PreTrainedConfig, background_weight: float = 0.2) -> None:
+    def __init__(self, vision_tower: PreTrainedModel, background_weight: float = 0.2) -> None:
         super().__init__()
-        self.vision_tower = AutoModel.from_config(vision_config)
-        self.digit_head = nn.Linear(vision_config.hidden_size, BACKGROUND_DIGIT + 1)
-        self.colour_head = nn.Linear(vision_config.hidden_size, BACKGROUND_COLOUR + 1)
+        self.vision_tower = vision_tower
+        self.digit_head = nn.Linear(vision_tower.config.hidden_size, BACKGROUND_DIGIT + 1)
+        self.colour_head = nn.Linear(vision_tower.config.hidden_size, BACKGROUND_COLOUR + 1)
         self.background_weight = background_weight
 
     def forward(

@@ -1,0 +1,33 @@
+# Every target sets up what it needs: a virtual environment in .venv with the versions of constraints.txt.
+# PYTHON names the interpreter that makes it, 3.11 or newer:  make demo PYTHON=python3.12
+PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
+	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$name && break; done)
+
+.PHONY: demo test lint clean
+.DEFAULT_GOAL := demo
+
+demo: .venv/.installed
+	.venv/bin/adavtp demo
+
+test: .venv/.installed-with-tests
+	.venv/bin/python -m pytest
+
+lint: .venv/.installed-with-tests
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+clean:
+	rm -rf .venv build *.egg-info
+
+# The stamps are newer than the two files that say what is installed, or the installation runs again.
+.venv/.installed: setup.cfg constraints.txt pyproject.toml | .venv/bin/python
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/.installed-with-tests: setup.cfg constraints.txt pyproject.toml | .venv/bin/python
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@ .venv/.installed
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "AdaVTP needs Python 3.11 or newer; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv .venv

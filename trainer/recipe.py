@@ -1,0 +1,227 @@
+"""A training run written down: a YAML file that says what is trained, on what, and how it is measured.
+
+A recipe builds or loads a model and takes it through stages, one after another. Each stage leaves a checkpoint, so a
+run that is interrupted goes on where it stopped.
+
+```yaml
+seed: 0
+model: {checkpoint: llava-hf/llava-1.5-7b-hf}
+stages:
+  - name: budgets
+    kind: conversations
+    data: {path: my/conversations, split: train}
+    budgets: {budget_range: [0.2, 1.0], per: sample}
+    training: {max_steps: 2000, train_parts: [controller, projector]}
+evaluation: {num_questions: 2400, budgets: [1.0, 0.4], reducers: [adaptive, random]}
+```
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import Dataset, load_dataset, load_from_disk
+from transformers import AutoConfig, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..configuration.configuration_adavtp import AdaVTPConfig
+from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
+from ..modeling.processing_adavtp import AdaVTPProcessor
+from .budget_stream import BudgetStream
+from .collator import BudgetCollator
+from .digit_processor import build_digit_processor
+from .digit_scenes import load_digit_questions, load_digit_scenes
+from .packed_questions import PackedQuestionCollator
+from .patch_pretraining import PatchLabelCollator, PatchLabeller
+from .trainer import AdaVTPTrainer
+from .training_arguments import AdaVTPTrainingArguments
+
+FINISHED = "finished.json"
+
+
+@dataclass
+class Stage:
+    """
+    One stretch of training.
+
+    Attributes:
+        name: names the stage's folder.
+        kind: a key of `STAGE_KINDS`: `"patch_labels"`, `"packed_questions"` or `"conversations"`.
+        data: arguments of the stage's data set.
+        eval_data: the same for the data set that `Trainer` evaluates on, if `training` asks it to.
+        budgets: arguments of [`BudgetStream`]; empty for the full budget throughout.
+        training: arguments of [`AdaVTPTrainingArguments`].
+    """
+
+    name: str
+    kind: str
+    data: dict[str, Any] = field(default_factory=dict)
+    eval_data: dict[str, Any] = field(default_factory=dict)
+    budgets: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.kind not in STAGE_KINDS:
+            raise ValueError(f"stage {self.name!r}: `kind` is {self.kind!r}; allowed are {', '.join(STAGE_KINDS)}.")
+
+
+@dataclass
+class Recipe:
+    """
+    A whole run.
+
+    Attributes:
+        model: `{"checkpoint": path or repository}`, of AdaVTP or LLaVA, or the fields of an [`AdaVTPConfig`] for a new
+            model for digit scenes.
+        stages: what is done, in order.
+        seed: of initialisation, of the order of data and of the budgets.
+        evaluation: what is measured at the end, see `adavtp.evaluation.accuracy.evaluate_on_digit_scenes`.
+    """
+
+    model: dict[str, Any]
+    stages: list[Stage]
+    seed: int = 0
+    evaluation: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "Recipe":
+        """
+        Reads a recipe.
+
+        Raises:
+            ValueError: if a field is unknown or missing, or a stage's kind is not known.
+        """
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        _check_fields(content, cls, str(path))
+        stages = content.get("stages") or []
+        for stage in stages:
+            _check_fields(stage, Stage, f"{path}, stage {stage.get('name')!r}")
+        return cls(**content | {"stages": [Stage(**stage) for stage in stages]})
+
+
+def _check_fields(content: dict[str, Any], of: type, where: str) -> None:
+    known = [f.name for f in fields(of)]
+    unknown = sorted(set(content) - set(known))
+    if unknown:
+        raise ValueError(f"{where}: unknown field(s) {', '.join(unknown)}; allowed are {', '.join(known)}.")
+
+
+def run_recipe(recipe: Recipe, output_dir: str | Path) -> Path:
+    """
+    Carries a recipe out, from wherever an earlier run of it in the same folder stopped.
+
+    Args:
+        recipe: what to do.
+        output_dir: folder for the stages' checkpoints.
+
+    Returns:
+        The folder of the last stage's checkpoint, with model and processor.
+    """
+    output_dir = Path(output_dir)
+    done = [stage for stage in recipe.stages if (output_dir / stage.name / FINISHED).is_file()]
+    if recipe.stages[: len(done)] != done:
+        raise ValueError(f"`output_dir` {output_dir} has stages finished that are not the recipe's first; empty it.")
+    set_seed(recipe.seed)
+    model, processor = _build(recipe.model if not done else {"checkpoint": str(output_dir / done[-1].name)})
+    for number, stage in enumerate(recipe.stages[len(done) :], start=len(done)):
+        folder = output_dir / stage.name
+        trainer = STAGE_KINDS[stage.kind](model, processor, stage, folder, recipe.seed + number)
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        log = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+        (folder / "training_log.json").write_text(json.dumps({"stage": stage.__dict__, "log": log}, indent=1))
+        # Written last: a folder without it is not a finished stage.
+        (folder / FINISHED).write_text(json.dumps({"steps": trainer.state.global_step}))
+    return output_dir / recipe.stages[-1].name
+
+
+def _build(model: dict[str, Any]) -> tuple[AdaVTPForConditionalGeneration, AdaVTPProcessor]:
+    if "checkpoint" in model:
+        checkpoint = model["checkpoint"]
+        return AdaVTPForConditionalGeneration.from_pretrained(checkpoint), AdaVTPProcessor.from_pretrained(checkpoint)
+    vision = model["vision_config"]
+    processor = build_digit_processor(vision["image_size"], vision["patch_size"])
+    tokenizer = processor.tokenizer
+    special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    text = AutoConfig.for_model(**model["text_config"] | special | {"vocab_size": len(tokenizer)})
+    config = AdaVTPConfig(
+        **model | {"vision_config": AutoConfig.for_model(**vision), "text_config": text},
+        image_token_index=processor.image_token_id,
+        image_seq_length=(vision["image_size"] // vision["patch_size"]) ** 2,
+    )
+    return AdaVTPForConditionalGeneration(config), processor
+
+
+def _patch_labels(
+    model: AdaVTPForConditionalGeneration, processor: AdaVTPProcessor, stage: Stage, folder: Path, seed: int
+) -> Trainer:
+    fixed = {"label_names": ["patch_digits", "patch_colours"], "remove_unused_columns": False}
+    return Trainer(
+        model=PatchLabeller(model.model.vision_tower),
+        args=TrainingArguments(str(folder), **fixed | {"report_to": [], "seed": seed} | stage.training),
+        data_collator=PatchLabelCollator(processor.image_processor),
+        **_data_sets(stage, load_digit_scenes),
+    )
+
+
+def _packed_questions(
+    model: AdaVTPForConditionalGeneration, processor: AdaVTPProcessor, stage: Stage, folder: Path, seed: int
+) -> Trainer:
+    collator = PackedQuestionCollator(processor, BudgetStream(**_budgets(stage, seed)))
+    return _budgeted_trainer(model, processor, stage, folder, seed, collator, load_digit_scenes)
+
+
+def _conversations(
+    model: AdaVTPForConditionalGeneration, processor: AdaVTPProcessor, stage: Stage, folder: Path, seed: int
+) -> Trainer:
+    collator = BudgetCollator(processor, **_budgets(stage, seed))
+    return _budgeted_trainer(model, processor, stage, folder, seed, collator, _conversation_data)
+
+
+def _budgets(stage: Stage, seed: int) -> dict[str, Any]:
+    return {"budget_range": (1.0, 1.0), "seed": seed} | stage.budgets
+
+
+def _budgeted_trainer(
+    model: AdaVTPForConditionalGeneration,
+    processor: AdaVTPProcessor,
+    stage: Stage,
+    folder: Path,
+    seed: int,
+    collator: PackedQuestionCollator | BudgetCollator,
+    load: Callable[..., Dataset],
+) -> AdaVTPTrainer:
+    return AdaVTPTrainer(
+        model=model,
+        args=AdaVTPTrainingArguments(str(folder), **{"report_to": [], "seed": seed} | stage.training),
+        data_collator=collator,
+        processing_class=processor,
+        **_data_sets(stage, load),
+    )
+
+
+def _data_sets(stage: Stage, load: Callable[..., Dataset]) -> dict[str, Dataset | None]:
+    return {
+        "train_dataset": load(**stage.data),
+        "eval_dataset": load(**stage.eval_data) if stage.eval_data else None,
+    }
+
+
+def _conversation_data(path: str, **arguments: Any) -> Dataset:
+    """`"digit-scenes"`, a folder written by `Dataset.save_to_disk`, or whatever `datasets.load_dataset` takes."""
+    if path == "digit-scenes":
+        return load_digit_questions(**arguments)
+    if (Path(path) / "dataset_info.json").is_file():
+        return load_from_disk(path, **arguments)
+    return load_dataset(path, **arguments)
+
+
+STAGE_KINDS: dict[str, Callable[..., Trainer]] = {
+    "patch_labels": _patch_labels,
+    "packed_questions": _packed_questions,
+    "conversations": _conversations,
+}
