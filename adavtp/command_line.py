@@ -1,9 +1,9 @@
-"""The command line: `adavtp demo | ask | train | measure | export`."""
+"""The command line: `adavtp demo | ask | train | evaluate | export`."""
 
 import json
 import shlex
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -46,7 +46,7 @@ def _load(checkpoint: str | None) -> tuple:
     return model, model.processor
 
 
-def _progress(description: str):
+def _progress(description: str) -> Callable[[Iterable[int]], Iterator[int]]:
     def wrap(batches: Iterable[int]) -> Iterator[int]:
         yield from track(batches, description=description, console=console)
 
@@ -132,51 +132,39 @@ def ask(
     console.print(answer, highlight=False)
     console.print(f"{int(selection.num_keep[0])} of {model.config.num_patches} visual tokens", style="dim")
     if show is not None:
-        from .evaluation.pictures import draw_kept_patches
+        from .evaluation.pictures import draw_kept_patches, image_as_seen
 
-        draw_kept_patches(_as_seen(processor, inputs["pixel_values"][0]), selection.keep[0]).save(show)
-
-
-def _as_seen(processor, pixel_values):
-    """The picture that the model was shown, with resizing and cropping done and normalisation undone."""
-    import torch
-    from PIL import Image
-
-    image_processor = processor.image_processor
-    mean, std = (
-        torch.tensor(values)[:, None, None] for values in (image_processor.image_mean, image_processor.image_std)
-    )
-    pixels = (pixel_values.cpu().float() * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        draw_kept_patches(image_as_seen(processor, inputs["pixel_values"][0]), selection.keep[0]).save(show)
 
 
 @app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).", exists=True, dir_okay=False)],
-    output: Annotated[
-        Path | None, typer.Option(help="Folder for checkpoints. Default: runs/NAME OF THE RECIPE.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for checkpoints. Default: runs/<recipe>.")] = None,
 ) -> None:
     """Carry out a training recipe, or go on with one that was interrupted."""
     from .trainer.recipe import Recipe, run_recipe
 
-    output = output or Path("runs") / recipe.stem
     plan = Recipe.from_file(recipe)
-    checkpoint = run_recipe(plan, output)
+    checkpoint = run_recipe(plan, output or Path("runs") / recipe.stem)
     console.print(f"Checkpoint: {checkpoint}")
     if plan.evaluation:
-        measure(str(checkpoint), checkpoint / "evaluation.json", **plan.evaluation)
+        _evaluate(str(checkpoint), checkpoint / "evaluation.json", **plan.evaluation)
 
 
 @app.command()
-def measure(
+def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder or Hub repository.")],
     output: Annotated[Path, typer.Option(help="File for the results (JSON).")] = Path("evaluation.json"),
     questions: Annotated[int, typer.Option(help="Number of test questions.", min=6)] = 2400,
-    budgets: Annotated[list[float], typer.Option(help="Budgets.")] = list(DEMO_BUDGETS),  # noqa: B006
-    reducers: Annotated[list[str], typer.Option(help="Reducers.")] = ["adaptive", "random"],  # noqa: B006
+    budget: Annotated[list[float], typer.Option(help="Budget; may be repeated.")] = list(DEMO_BUDGETS),  # noqa: B006
+    reducer: Annotated[list[str], typer.Option(help="Reducer; may be repeated.")] = ["adaptive", "random"],  # noqa: B006
 ) -> None:
     """Measure accuracy on the digit-scenes test split at several budgets, and write it to a file."""
+    _evaluate(checkpoint, output, questions, budget, reducer)
+
+
+def _evaluate(checkpoint: str, output: Path, questions: int, budgets: list[float], reducers: list[str]) -> None:
     from .evaluation.accuracy import answer_questions, as_report
     from .trainer.digit_scenes import load_digit_questions
 

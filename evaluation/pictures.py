@@ -41,6 +41,19 @@ def draw_kept_patches(image: Image.Image, keep: torch.Tensor, scale: int = 3) ->
     return Image.fromarray((pixels * np.asarray(mask)[..., None]).astype(np.uint8))
 
 
+def image_as_seen(processor: AdaVTPProcessor, pixel_values: torch.Tensor) -> Image.Image:
+    """
+    The picture that a model was shown: resized and cropped, with normalisation undone.
+
+    Args:
+        processor: that made `pixel_values`.
+        pixel_values: `[3, height, width]`.
+    """
+    mean, std = processor.image_processor.image_mean, processor.image_processor.image_std
+    pixels = pixel_values.cpu().float() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+    return Image.fromarray(pixels.clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy())
+
+
 def save_kept_patches(
     model: AdaVTPForConditionalGeneration,
     processor: AdaVTPProcessor,
