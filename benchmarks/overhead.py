@@ -115,11 +115,8 @@ def build_models(shape: Shape, device: torch.device, dtype: torch.dtype) -> Mode
     with device:
         ours = AdaVTPForConditionalGeneration._from_config(config, dtype=dtype).eval()
     stock_cut_config = _stock_configuration(config)
-    num_layers = config.vision_config.num_hidden_layers
-    if config.vision_feature_layer < 0:
-        num_layers += 1 + config.vision_feature_layer
-    stock_cut_config.vision_config.num_hidden_layers = num_layers
-    # What is left of the tower ends with the feature layer.
+    # The feature layer is -2, the output of the last layer but one; with one layer less it is -1.
+    stock_cut_config.vision_config.num_hidden_layers -= 1
     stock_cut_config.vision_feature_layer = -1
     return Models(ours, _with_weights_of(ours, _stock_configuration(config)), _with_weights_of(ours, stock_cut_config))
 
@@ -342,7 +339,8 @@ def main(command_line: Sequence[str] | None = None) -> dict[str, Any]:
         name: getattr(arguments, name) for name in ("dtype", "batch_size", "repeats", "budgets", "clock")
     }
     result |= measure(arguments, shape, device)
-    show(result, Console())
+    # Redirected output has no width of its own, and 80 columns break the tables.
+    show(result, Console(width=None if sys.stdout.isatty() else 140))
     write_json(arguments.json, result)
     return result
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from transformers import PreTrainedConfig
+from transformers.utils import find_adapter_config_file
 
 READABLE_MODEL_TYPES = ("adavtp", "llava")
 
@@ -97,6 +98,8 @@ def _check_configuration(
     # Where there is no file, transformers would build LLaVA-1.5-7B, its default, with random weights.
     hub_kwargs = {key: value for key, value in kwargs.items() if key not in ("trust_remote_code", "model_type")}
     fields = {} if source is None else config_class.get_config_dict(source, **hub_kwargs)[0]
+    if not fields and find_adapter_config_file(source, subfolder=kwargs.get("subfolder", "")):
+        return  # A PEFT adapter says itself which checkpoint it belongs to, and that one is loaded.
     if not fields:
         raise OSError(f"There is no config.json in {str(source)!r}; a checkpoint needs one beside its weights.")
     if fields.get("model_type") not in READABLE_MODEL_TYPES:
@@ -107,8 +110,7 @@ def _check_configuration(
 
 
 def _check_shapes(mismatched: Iterable[tuple[str, Any, Any]], source: str | PathLike[str] | None) -> None:
-    wrong = [f"`{name}` has {tuple(found)}, expected {tuple(expected)}" for name, found, expected in sorted(mismatched)]
-    if wrong:
+    if wrong := [f"`{name}` has {tuple(is_)}, expected {tuple(should)}" for name, is_, should in sorted(mismatched)]:
         raise ValueError(
             f"The weights in {str(source)!r} do not have the shapes that the configuration asks for: "
             f"{_first(wrong, '; ')}. Correct the configuration, or pass `ignore_mismatched_sizes=True` to give these "
@@ -130,8 +132,8 @@ def _check_nothing_is_lost(missing: set[str], parameters: set[str], source: str 
         if there:
             raise ValueError(
                 f"{len(absent)} of the {len(there) + len(absent)} weight(s) of {module} are missing in "
-                f"{str(source)!r}: {_first(sorted(absent))}. Expected are all of them (an AdaVTP checkpoint) or none (a "
-                "LLaVA checkpoint); load with the configuration that the checkpoint was trained with."
+                f"{str(source)!r}: {_first(sorted(absent))}. Expected are all of them (an AdaVTP checkpoint) or none of "
+                "them (a LLaVA checkpoint); load with the configuration that the checkpoint was trained with."
             )
 
 

@@ -236,6 +236,19 @@ class AdaVTPModel(AdaVTPPreTrainedModel, LlavaModel):
         is_real = keep if attention_mask.dim() == 4 else keep & attention_mask.bool()
         return prompt.without(is_real), selection
 
+    def _nothing_from_a_blank_image(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """
+        Zero, computed by looking at a blank image. A batch without images then runs the modules that a batch with
+        images runs: where parameters are sharded, ranks whose modules differ wait for each other forever.
+        """
+        vision_config = self.config.vision_config
+        size = (1, vision_config.num_channels, vision_config.image_size, vision_config.image_size)
+        num_keep = torch.full((1,), (self.config.num_patches + 1) // 2)
+        question = inputs_embeds[:1].mean(dim=1) if self.config.question_aware else None
+        features, selection = self.select(torch.zeros(size, device=inputs_embeds.device), num_keep, question)
+        visual, _ = self._project(features, selection, "mask")
+        return 0.0 * visual.sum().to(inputs_embeds.dtype)
+
     def _num_keep(self, token_budget: TokenBudget | None, batch_size: int) -> torch.Tensor:
         token_budget = self.config.token_budget if token_budget is None else token_budget
         return num_tokens_to_keep(token_budget, self.config.num_patches, batch_size)
@@ -301,6 +314,9 @@ class AdaVTPModel(AdaVTPPreTrainedModel, LlavaModel):
             if past_key_values is None or past_key_values.get_seq_length() == 0:
                 images_per_sample(input_ids, self.config.image_token_id, self.config.num_image_tokens, 0)
             inputs_embeds = self.get_input_embeddings()(input_ids)
+            output_form = self.config.selection_output if selection_output is None else selection_output
+            if self.training and _checked_output(output_form) == "mask":
+                inputs_embeds = inputs_embeds + self._nothing_from_a_blank_image(inputs_embeds)
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
