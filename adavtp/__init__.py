@@ -1,5 +1,8 @@
 """AdaVTP: how much a vision-language model looks is a dial you turn at run time."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from .configuration.configuration_adavtp import AdaVTPConfig
@@ -16,11 +19,33 @@ AutoModel.register(AdaVTPConfig, AdaVTPForConditionalGeneration, exist_ok=True)
 AutoModelForImageTextToText.register(AdaVTPConfig, AdaVTPForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(AdaVTPConfig, AdaVTPProcessor, exist_ok=True)
 
+if TYPE_CHECKING:
+    from .trainer.collator import BudgetCollator
+    from .trainer.trainer import AdaVTPTrainer
+    from .trainer.training_arguments import AdaVTPTrainingArguments
+
+# What only training needs is imported when it is asked for.
+_OF_TRAINING = {
+    "AdaVTPTrainer": "trainer.trainer",
+    "AdaVTPTrainingArguments": "trainer.training_arguments",
+    "BudgetCollator": "trainer.collator",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _OF_TRAINING:
+        return getattr(import_module(f".{_OF_TRAINING[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "AdaVTPConfig",
     "AdaVTPForConditionalGeneration",
     "AdaVTPModel",
     "AdaVTPProcessor",
+    "AdaVTPTrainer",
+    "AdaVTPTrainingArguments",
+    "BudgetCollator",
     "BudgetEmbedding",
     "BudgetProcessor",
     "BudgetProcessorList",

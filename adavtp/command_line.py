@@ -175,3 +175,20 @@ def _evaluate(checkpoint: str, output: Path, questions: int, budgets: list[float
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     output.write_text(json.dumps(as_report(results, command, "test", len(data)), indent=1))
     console.print(f"Results: {output}")
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder, such as a recipe's last stage.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    name: Annotated[str | None, typer.Option(help="Repository id for the card. Default: the folder's name.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="The run's recipe.", exists=True)] = None,
+    log: Annotated[list[Path] | None, typer.Option(help="A stage's training_log.json; in order.")] = None,
+    evaluation: Annotated[list[Path] | None, typer.Option(help="Results of `adavtp evaluate`.")] = None,
+) -> None:
+    """Write a folder for the Hub: weights, code, processor, and a card with the measured numbers."""
+    from .hub_cards.export import export_checkpoint
+
+    folder = export_checkpoint(checkpoint, output, name, recipe, log, evaluation)
+    size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+    console.print(f"{folder}: {len(list(folder.iterdir()))} files, {size:.1f} MB")

@@ -1,14 +1,16 @@
-"""What a measurement has to say about itself to be repeated: versions, command, machine, seed."""
+"""What a measurement has to say about itself to be repeated: versions, command, machine and seed."""
 
 import json
 import platform
 import shlex
+import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 
 def circumstances(script: str, arguments: Sequence[str], seed: int, device: torch.device) -> dict[str, Any]:
@@ -52,3 +54,8 @@ def write_json(file: Path | None, result: dict[str, Any]) -> None:
     """Writes a result, if a file was named."""
     if file is not None:
         file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def console() -> Console:
+    """The terminal; where output is redirected and has no width, one that is wide enough for the tables."""
+    return Console(width=None if sys.stdout.isatty() else 140)

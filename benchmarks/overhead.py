@@ -32,8 +32,8 @@ from torch import nn
 from transformers import Cache, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from adavtp import AdaVTPConfig, AdaVTPForConditionalGeneration
-from circumstances import circumstances, write_json
-from interleaved import Spread, interleaved_medians, paired_ratio
+from circumstances import circumstances, console, write_json
+from interleaved import CLOCKS, Spread, interleaved_medians, paired_ratio
 
 TARGET_PRUNED, TARGET_FULL = 1.05, 1.02
 
@@ -217,20 +217,19 @@ def predicted_num_keep(budget: float, num_patches: int) -> int:
 
 
 @torch.no_grad()
-def measure(arguments: argparse.Namespace, shape: Shape, device: torch.device) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace, shape: Shape) -> dict[str, Any]:
     """
     Runs the benchmark.
 
     Args:
         arguments: of the command line.
         shape: the model's.
-        device: where it runs.
 
     Returns:
         Every timing, ratio, difference and size, ready for JSON.
     """
     torch.manual_seed(arguments.seed)
-    dtype = getattr(torch, arguments.dtype)
+    device, dtype = arguments.device, getattr(torch, arguments.dtype)
     models = build_models(shape, device, dtype)
     inputs = make_inputs(shape, models.ours.config, arguments.batch_size, device)
 
@@ -282,7 +281,7 @@ def _compared(timings: dict[str, Spread], other: str, target: float) -> dict[str
     }
 
 
-def show(result: dict[str, Any], console: Console) -> None:
+def show(result: dict[str, Any], output: Console) -> None:
     """Prints the result as tables."""
     pruned = Table("budget", "K", "ours, ms", "stock parts told K tokens, ms", "ratio", "target", "K-V cache")
     for row in result["pruned_prefill"]:
@@ -298,9 +297,9 @@ def show(result: dict[str, Any], console: Console) -> None:
     for name, row in result["full_prefill"].items():
         full.add_row(names[name], *_cells(row, name))
     machine = result["machine"]
-    console.print(f"Prefill on {machine['gpu'] or machine['processor']}: medians and quartiles ({result['command']})")
-    console.print(pruned)
-    console.print(full)
+    output.print(f"Prefill on {machine['gpu'] or machine['processor']}: medians and quartiles ({result['command']})")
+    output.print(pruned)
+    output.print(full)
 
 
 def _cells(row: dict[str, Any], other: str) -> list[str]:
@@ -314,12 +313,12 @@ def parse(command_line: Sequence[str]) -> tuple[argparse.Namespace, Shape]:
     parser.add_argument("--preset", choices=PRESETS, default="small", help="the model's sizes")
     for field in fields(Shape):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, help="in place of the preset's")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7, help="rounds that are measured")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.1, 0.25, 0.5], help="fractions, 0 to 1")
-    parser.add_argument("--clock", choices=["wall", "process"], default="wall", help="process: seconds of processor")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="process: seconds of processor")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file for the result")
     arguments = parser.parse_args(command_line)
@@ -333,14 +332,12 @@ def main(command_line: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs the benchmark as the command line says; prints it, writes it, and returns it."""
     command_line = sys.argv[1:] if command_line is None else command_line
     arguments, shape = parse(command_line)
-    device = torch.device(arguments.device)
-    result = circumstances("overhead.py", command_line, arguments.seed, device)
+    result = circumstances("overhead.py", command_line, arguments.seed, arguments.device)
     result["settings"] = {"shape": asdict(shape)} | {
         name: getattr(arguments, name) for name in ("dtype", "batch_size", "repeats", "budgets", "clock")
     }
-    result |= measure(arguments, shape, device)
-    # Redirected output has no width of its own, and 80 columns break the tables.
-    show(result, Console(width=None if sys.stdout.isatty() else 140))
+    result |= measure(arguments, shape)
+    show(result, console())
     write_json(arguments.json, result)
     return result
 

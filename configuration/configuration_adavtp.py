@@ -1,13 +1,33 @@
 """What an AdaVTP checkpoint says about itself: LLaVA's configuration plus the choices that a token budget needs."""
 
-from typing import Any, Literal
+import math
+from typing import Any, Literal, TypeVar
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import LlavaConfig
 
 VISION_TOWERS_WITH_CLS = {"clip_vision_model": True, "siglip_vision_model": False, "dinov2": True}
 
 
+ConfigClass = TypeVar("ConfigClass", bound=type)
+
+
+def _with_value_errors(config_class: ConfigClass) -> ConfigClass:
+    """Makes a value that a strict field refuses a `ValueError`, as it is everywhere else, here and on assignment."""
+    set_checked = config_class.__setattr__
+
+    def __setattr__(self: Any, name: str, value: Any) -> None:
+        try:
+            set_checked(self, name, value)
+        except StrictDataclassFieldValidationError as error:
+            raise ValueError(f"`{name}` is {value!r}. {error.__cause__}.") from error
+
+    config_class.__setattr__ = __setattr__
+    return config_class
+
+
+@_with_value_errors
 @strict
 class AdaVTPConfig(LlavaConfig):
     r"""
@@ -61,7 +81,7 @@ class AdaVTPConfig(LlavaConfig):
     budget_position: Literal["learned", "last_patch"] = "learned"
     question_aware: bool = True
     controller_head: Literal["budget_token", "patch", "patch_budget", "dot"] = "patch_budget"
-    controller_temperature: float = 1.0
+    controller_temperature: float | int = 1.0
     keep_cls: bool | None = None
     selection_output: Literal["gather", "mask"] = "gather"
     visual_position_ids: Literal["original", "compact"] = "original"
@@ -90,8 +110,16 @@ class AdaVTPConfig(LlavaConfig):
                 f"{self.vision_feature_select_strategy!r} and the tower has {'a' if has_cls else 'no'} CLS token; "
                 "keep_cls=True needs a CLS token and 'full', keep_cls=False needs 'default' or a tower without CLS."
             )
-        if self.controller_temperature <= 0:
-            raise ValueError(f"`controller_temperature` is {self.controller_temperature}; it must be above 0.")
+        if not 0 < self.controller_temperature < math.inf:
+            raise ValueError(
+                f"`controller_temperature` is {self.controller_temperature}; it must be above 0 and finite."
+            )
+        budget = self.token_budget
+        if not (0.0 <= budget <= 1.0 if isinstance(budget, float) else budget >= 2):
+            raise ValueError(
+                f"`token_budget` is {budget!r}; allowed are a float in [0, 1], the fraction of visual tokens that are "
+                "kept, and an int >= 2, their number."
+            )
 
     @property
     def num_patches(self) -> int:

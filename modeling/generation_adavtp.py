@@ -15,7 +15,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessorMixin
 
-from .budget_adavtp import TokenBudget, budget_values
+from .budget_adavtp import TokenBudget, budget_values, num_tokens_to_keep
 from .selection_adavtp import Prompt
 
 if TYPE_CHECKING:
@@ -70,12 +70,34 @@ class BudgetProcessorList(list[Callable[[torch.LongTensor, torch.Tensor, BudgetS
             `[batch]`, ratios or int64 counts.
 
         Raises:
-            ValueError: if a processor returns something that is no budget.
+            ValueError: if a processor returns something that is no budget; the message names the processor.
         """
         budget = budget_values(budget, len(input_ids))
         for processor in self:
-            budget = budget_values(processor(input_ids, budget, state), len(input_ids))
+            returned = processor(input_ids, budget, state)
+            try:
+                num_tokens_to_keep(returned, state.num_visual_tokens, len(input_ids))
+            except ValueError as error:
+                name = getattr(processor, "__name__", type(processor).__name__)
+                raise ValueError(f"Budget processor {name} returned {returned!r}: {error}") from error
+            budget = budget_values(returned, len(input_ids))
         return budget
+
+    @classmethod
+    def of_argument(cls, budget_processor: Sequence[Callable] | None) -> "BudgetProcessorList":
+        """
+        The list behind the `budget_processor` argument of `generate`.
+
+        Raises:
+            ValueError: if it is not a list or tuple of callables.
+        """
+        processors = [] if budget_processor is None else budget_processor
+        if not isinstance(processors, list | tuple) or not all(map(callable, processors)):
+            raise ValueError(
+                f"`budget_processor` is {budget_processor!r}; it has to be a list of callables, "
+                "`budget_processor=[processor]`."
+            )
+        return cls(processors)
 
 
 @dataclass
@@ -102,6 +124,10 @@ class PrunedHistory:
             tensor.repeat_interleave(expand_size, dim=0) for tensor in (self.mask, self.num_dropped, self.full_mask)
         )
         return PrunedHistory(mask, self.num_columns, num_dropped, full_mask)
+
+    def mask_of(self, num_columns: int) -> torch.Tensor:
+        """The mask `[batch, num_columns]` of what the cache holds and of generated tokens behind it."""
+        return torch.nn.functional.pad(self.mask, (0, num_columns - self.mask.shape[1]), value=1)
 
 
 class AdaVTPGenerationMixin(GenerationMixin):
@@ -219,13 +245,15 @@ class AdaVTPGenerationMixin(GenerationMixin):
         """Replaces images, budget, mask and positions in `model_kwargs` by the embeddings of the pruned prompt."""
         pixel_values = model_kwargs.pop("pixel_values", None)
         token_budget = model_kwargs.pop("token_budget", None)
-        processors = BudgetProcessorList(model_kwargs.pop("budget_processor", None) or [])
         token_budget = self.config.token_budget if token_budget is None else token_budget
+        num_tokens_to_keep(token_budget, self.config.num_patches, len(input_ids))
+        processors = BudgetProcessorList.of_argument(model_kwargs.pop("budget_processor", None))
+        _require_gather(model_kwargs.pop("selection_output", None))
         cache = model_kwargs.get("past_key_values")
-        past_length = 0 if cache is None else cache.get_seq_length()
+        # A static cache counts in a tensor that it changes in place.
+        past_length = 0 if cache is None else int(cache.get_seq_length())
         history = getattr(cache, "pruned_history", None) if past_length else None
         if pixel_values is None and history is None:
-            self.model._num_keep(token_budget, len(input_ids))
             return model_kwargs, None
         if model_kwargs.get("inputs_embeds") is not None:
             raise ValueError(
@@ -281,8 +309,10 @@ class AdaVTPGenerationMixin(GenerationMixin):
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
-        if history is not None:
-            model_kwargs["past_key_values"].pruned_history = history
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None:
+            # Also where there is none: a cache may be reset and used again, and must not keep an old history.
+            cache.pruned_history = history
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
         # Processors match `input_ids`, so the mask that they get has to be that of the full prompt.
@@ -297,6 +327,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
         of_the_prompt = ("inputs_embeds", "attention_mask", "position_ids")
         model_kwargs = kwargs["model_kwargs"]
         if model_kwargs.get("inputs_embeds") is not None:
+            _require_text_assistant(kwargs["generation_config"], kwargs.get("assistant_model"))
             kwargs["model_kwargs"] = {key: model_kwargs[key] for key in model_kwargs if key not in of_the_prompt}
         return super()._get_candidate_generator(*args, **kwargs)
 
@@ -315,6 +346,10 @@ class AdaVTPGenerationMixin(GenerationMixin):
         See [`GenerationMixin.prepare_inputs_for_generation`]. At the first step of assisted decoding the candidate
         tokens are only in `input_ids`; their embeddings join the pruned prompt's.
         """
+        history = getattr(past_key_values, "pruned_history", None)
+        if history is not None and attention_mask is not None:
+            # Assisted decoding stretches or cuts the mask to the length of `input_ids`, which is not the cache's.
+            attention_mask = history.mask_of(kwargs["position_ids"].shape[-1])
         if inputs_embeds is not None and is_first_iteration:
             position_ids = kwargs.get("position_ids")
             num_candidates = 0 if position_ids is None else position_ids.shape[-1] - inputs_embeds.shape[1]
@@ -366,8 +401,7 @@ def _new_columns(
         # transformers drops a mask of ones; positions still have its length.
         full_mask = torch.ones(batch_size, position_ids.shape[-1], dtype=torch.long, device=device)
     num_columns = full_mask.shape[1]
-    columns_after_prefill = 0 if history is None else past_length - history.mask.shape[1]
-    num_old = past_length if history is None else history.num_columns + columns_after_prefill
+    num_old = past_length if history is None else _columns_behind_cache(history, past_length, batch_size)
     num_new = num_columns - num_old
     if not 0 < num_new <= input_ids.shape[1]:
         raise ValueError(
@@ -386,6 +420,45 @@ def _new_columns(
     )
 
 
+def _columns_behind_cache(history: PrunedHistory, past_length: int, batch_size: int) -> int:
+    """Columns of the unpruned conversation that the `past_length` columns of a cache stand for."""
+    num_rows, num_prefilled = history.mask.shape
+    if batch_size != num_rows:
+        raise ValueError(
+            f"`past_key_values` holds {num_rows} conversations and `input_ids` has {batch_size}. Continue all of them "
+            "in their order, one row for each beam or returned sequence, or start anew without `past_key_values`."
+        )
+    if past_length < num_prefilled:
+        raise ValueError(
+            f"`past_key_values` was cut to {past_length} columns, and {num_prefilled} were its pruned prompt; which "
+            "`input_ids` the rest stands for is not known. Cut off no more than generated tokens, or start anew "
+            "without `past_key_values`."
+        )
+    return history.num_columns + past_length - num_prefilled
+
+
+def _require_gather(selection_output: str | None) -> None:
+    if selection_output not in (None, "gather"):
+        raise ValueError(
+            f"`selection_output` is {selection_output!r}; `generate` always drops tokens from the sequence, which is "
+            "'gather'. Leave it out, and use 'mask' in `forward`, for training."
+        )
+
+
+def _require_text_assistant(generation_config: GenerationConfig, assistant_model: Any) -> None:
+    """An assistant gets ids and no images, so one that has to see them cannot help."""
+    if generation_config.assistant_early_exit is not None:
+        raise ValueError(
+            f"`assistant_early_exit` is {generation_config.assistant_early_exit}, which makes the model its own "
+            "assistant, without the prompt's images. Use `prompt_lookup_num_tokens`, or a text-only `assistant_model`."
+        )
+    if "image" in getattr(assistant_model, "input_modalities", ()):
+        raise ValueError(
+            f"`assistant_model` is a {type(assistant_model).__name__}, and an assistant does not get the prompt's "
+            "images. Use a text-only one, or `prompt_lookup_num_tokens`."
+        )
+
+
 def _with_prompt(
     model_kwargs: dict[str, Any], prompt: Prompt, new: NewColumns
 ) -> tuple[dict[str, Any], PrunedHistory]:
@@ -400,7 +473,10 @@ def _with_prompt(
     pruned = {
         "inputs_embeds": torch.cat([past_embeds, prompt.inputs_embeds], dim=1),
         "position_ids": position_ids,
-        # Assisted decoding would stretch a mask to the length of `input_ids`; it takes no mask for a mask of ones.
-        "attention_mask": None if bool(mask.all()) else mask,
     }
-    return model_kwargs | pruned, history
+    # As in transformers, attention is faster without a mask than with one of ones. The older of the supported versions
+    # read whatever is there as a tensor, so it has to be left out and not be None.
+    if not mask.all():
+        pruned["attention_mask"] = mask
+    without_mask = {key: value for key, value in model_kwargs.items() if key != "attention_mask"}
+    return without_mask | pruned, history

@@ -132,8 +132,8 @@ def _check_nothing_is_lost(missing: set[str], parameters: set[str], source: str 
         if there:
             raise ValueError(
                 f"{len(absent)} of the {len(there) + len(absent)} weight(s) of {module} are missing in "
-                f"{str(source)!r}: {_first(sorted(absent))}. Expected are all of them (an AdaVTP checkpoint) or none of "
-                "them (a LLaVA checkpoint); load with the configuration that the checkpoint was trained with."
+                f"{str(source)!r}: {_first(sorted(absent))}. Expected are all (an AdaVTP checkpoint) or none of them "
+                "(a LLaVA checkpoint); load with the configuration that the checkpoint was trained with."
             )
 
 

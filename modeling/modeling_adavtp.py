@@ -24,7 +24,7 @@ from .controller_adavtp import VisionTokenController
 from .generation_adavtp import AdaVTPGenerationMixin
 from .loading_adavtp import CompleteLoadingMixin
 from .reducers_adavtp import TokenReducer, build_reducer
-from .selection_adavtp import Prompt, Selection, count_positions, images_per_sample
+from .selection_adavtp import Prompt, Selection, count_positions, images_per_sample, without_first_labels
 from .self_contained_adavtp import SelfContainedMixin
 from .vision_adavtp import BudgetToken, VisionFeatures, encode_image
 
@@ -110,7 +110,8 @@ class AdaVTPModel(AdaVTPPreTrainedModel, LlavaModel):
             ValueError: if no reducer has the name.
         """
         if name != "adaptive" and name not in self.reducers:
-            self.reducers[name] = build_reducer(name, self.config).train(self.training)
+            reducer = build_reducer(name, self.config).to(device=self.device, dtype=self.dtype)
+            self.reducers[name] = reducer.train(self.training)
         self.config.reducer = name
 
     @property
@@ -131,8 +132,16 @@ class AdaVTPModel(AdaVTPPreTrainedModel, LlavaModel):
 
         Returns:
             Features of all patches, and the selection.
+
+        Raises:
+            ValueError: if the images do not have the size that the model was made for.
         """
-        num_patches = self.config.num_patches
+        num_patches, image_size = self.config.num_patches, self.config.vision_config.image_size
+        if tuple(pixel_values.shape[-2:]) != (image_size, image_size):
+            raise ValueError(
+                f"`pixel_values` has images of {tuple(pixel_values.shape[-2:])} pixels; this model's images have "
+                f"{image_size} pixels a side and make {num_patches} patches."
+            )
         # In training the same modules run whatever the budget, so that every rank of a sharded model runs the same.
         keeps_everything = not self.training and bool((num_keep == num_patches).all())
         patches_see_budget = self.config.budget_fusion == "encoder" and self.config.budget_attention == "mutual"
@@ -145,12 +154,6 @@ class AdaVTPModel(AdaVTPPreTrainedModel, LlavaModel):
             budget=(num_keep.double() / num_patches).float().to(self.device),
             question=question,
         )
-        if features.patches.shape[1] != num_patches:
-            raise ValueError(
-                f"`pixel_values` has images of {tuple(pixel_values.shape[-2:])} pixels, which make "
-                f"{features.patches.shape[1]} patches; this model's images have "
-                f"{self.config.vision_config.image_size} pixels a side and make {num_patches}."
-            )
         if keeps_everything:
             return features, Selection.everything(len(features.patches), num_patches, features.patches.device)
         needed = {"pixel_values": pixel_values} if "pixel_values" in self.reducer.needs else {}
@@ -160,14 +163,14 @@ class AdaVTPModel(AdaVTPPreTrainedModel, LlavaModel):
         self,
         input_ids: torch.Tensor,
         text_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        attention_mask: torch.Tensor,
         labels: torch.Tensor | None,
     ) -> torch.Tensor | None:
         """Mean embedding `[batch, text_hidden_size]` of each prompt's text, up to the first token that is a target."""
         if not self.config.question_aware:
             return None
         is_text = input_ids != self.config.image_token_id
-        if attention_mask is not None and attention_mask.dim() == 2:
+        if attention_mask.dim() == 2:
             is_text = is_text & attention_mask.bool()
         if labels is not None:
             is_text = is_text & ((labels != -100).cumsum(dim=-1) == 0)
@@ -203,9 +206,12 @@ class AdaVTPModel(AdaVTPPreTrainedModel, LlavaModel):
             ValueError: if the budget is not allowed, or placeholders and images do not agree.
         """
         config = self.config
-        selection_output = _checked_output(config.selection_output if selection_output is None else selection_output)
+        selection_output = _checked_output(selection_output, config)
         num_images = images_per_sample(input_ids, config.image_token_id, config.num_image_tokens, len(pixel_values))
         num_keep = self._num_keep(token_budget, len(input_ids)).to(num_images.device)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        _check_mask(attention_mask, input_ids.shape)
         inputs_embeds = self.get_input_embeddings()(input_ids)
         question = self._questions(input_ids, inputs_embeds, attention_mask, labels)
         features, selection = self.select(
@@ -219,8 +225,6 @@ class AdaVTPModel(AdaVTPPreTrainedModel, LlavaModel):
         filled = placeholder & keep if selection_output == "gather" else placeholder
         inputs_embeds = inputs_embeds.masked_scatter(filled[..., None], visual.to(inputs_embeds.dtype))
 
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
         if position_ids is None:
             if attention_mask.dim() != 2:
                 raise ValueError("`position_ids` is None, which is allowed only with a 2-D `attention_mask`.")
@@ -228,6 +232,8 @@ class AdaVTPModel(AdaVTPPreTrainedModel, LlavaModel):
         if config.visual_position_ids == "compact":
             position_ids = position_ids - (~keep).long().cumsum(dim=-1)
             position_ids = position_ids.clamp(min=0)
+        if labels is not None:
+            labels = without_first_labels(labels, attention_mask)
         prompt = Prompt(inputs_embeds, attention_mask, position_ids.expand(len(input_ids), -1), labels)
         if bool(keep.all()):
             return prompt, selection
@@ -306,7 +312,7 @@ class AdaVTPModel(AdaVTPPreTrainedModel, LlavaModel):
                 input_ids, pixel_values, attention_mask, position_ids, labels, token_budget, selection_output
             )
             # Without a mask, transformers would take gaps between positions for the ends of packed sequences.
-            inputs_embeds, attention_mask = prompt.inputs_embeds, _decoder_mask(prompt)
+            inputs_embeds, attention_mask = prompt.inputs_embeds, prompt.attention_mask
             position_ids, labels = prompt.position_ids, prompt.labels
         elif inputs_embeds is None:
             if token_budget is not None:
@@ -314,13 +320,15 @@ class AdaVTPModel(AdaVTPPreTrainedModel, LlavaModel):
             if past_key_values is None or past_key_values.get_seq_length() == 0:
                 images_per_sample(input_ids, self.config.image_token_id, self.config.num_image_tokens, 0)
             inputs_embeds = self.get_input_embeddings()(input_ids)
-            output_form = self.config.selection_output if selection_output is None else selection_output
-            if self.training and _checked_output(output_form) == "mask":
+            if _checked_output(selection_output, self.config) == "mask" and self.training:
                 inputs_embeds = inputs_embeds + self._nothing_from_a_blank_image(inputs_embeds)
+
+        if selection is None and labels is not None and attention_mask is not None:
+            labels = without_first_labels(labels, attention_mask)
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
+            attention_mask=_decoder_mask(attention_mask, inputs_embeds.dtype),
             position_ids=position_ids,
             past_key_values=past_key_values,
             **kwargs,
@@ -335,19 +343,29 @@ class AdaVTPModel(AdaVTPPreTrainedModel, LlavaModel):
         )
 
 
-def _checked_output(selection_output: str) -> str:
+def _checked_output(selection_output: str | None, config: AdaVTPConfig) -> str:
+    selection_output = config.selection_output if selection_output is None else selection_output
     if selection_output not in ("gather", "mask"):
         raise ValueError(f"`selection_output` is {selection_output!r}; allowed are 'gather' and 'mask'.")
     return selection_output
 
 
-def _decoder_mask(prompt: Prompt) -> torch.Tensor:
-    """The prompt's mask as text models take it: 2-D as it is, 4-D additive."""
-    mask = prompt.attention_mask
-    if mask.dim() == 2:
-        return mask
-    additive = torch.zeros(mask.shape, dtype=prompt.inputs_embeds.dtype, device=mask.device)
-    return additive.masked_fill(~mask, torch.finfo(additive.dtype).min)
+def _check_mask(attention_mask: torch.Tensor, shape: torch.Size) -> None:
+    batch, sequence = shape
+    is_square = attention_mask.shape == (batch, 1, sequence, sequence) and attention_mask.dtype == torch.bool
+    if attention_mask.shape != shape and not is_square:
+        raise ValueError(
+            f"`attention_mask` is {attention_mask.dtype} of shape {tuple(attention_mask.shape)}; allowed are "
+            f"{tuple(shape)}, the shape of `input_ids`, and torch.bool of shape {(batch, 1, sequence, sequence)}."
+        )
+
+
+def _decoder_mask(attention_mask: Any, dtype: torch.dtype) -> Any:
+    """A mask as text models take it: 4-D bool becomes additive, all else stays as it is."""
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 4 or attention_mask.dtype != torch.bool:
+        return attention_mask
+    additive = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
+    return additive.masked_fill(~attention_mask, torch.finfo(dtype).min)
 
 
 class AdaVTPForConditionalGeneration(AdaVTPPreTrainedModel, AdaVTPGenerationMixin, LlavaForConditionalGeneration):

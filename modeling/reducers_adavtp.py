@@ -67,7 +67,7 @@ def register_reducer(name: str) -> Callable[[type[TokenReducer]], type[TokenRedu
     """
 
     def register(reducer_class: type[TokenReducer]) -> type[TokenReducer]:
-        if not issubclass(reducer_class, TokenReducer):
+        if not (isinstance(reducer_class, type) and issubclass(reducer_class, TokenReducer)):
             raise TypeError(f"`register_reducer` takes subclasses of TokenReducer, got {reducer_class!r}.")
         holder = REDUCERS.get(name, reducer_class)
         if holder.__qualname__ != reducer_class.__qualname__:

@@ -7,6 +7,7 @@ user's class) to whatever uses the choice (projector, prompt, decoder, FLOPs cou
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 
 @dataclass
@@ -103,9 +104,7 @@ class Prompt:
             keep: `[batch, sequence]` bool, the columns that stay.
 
         Returns:
-            `Prompt` as long as the longest row. A padding column has attention 0, position 0 and label -100, and so
-            has the first real column its label removed: what precedes it, and would have to predict it, is padding in
-            one batch and absent in another.
+            `Prompt` as long as the longest row. A padding column has attention 0, position 0 and label -100.
         """
         length = int(keep.sum(dim=-1).max())
         index = torch.argsort(keep.to(torch.int8), dim=-1, stable=True)[:, -length:]
@@ -113,8 +112,7 @@ class Prompt:
         embeds = self.inputs_embeds.gather(1, index[..., None].expand(-1, -1, self.inputs_embeds.shape[-1]))
         labels = None
         if self.labels is not None:
-            is_first = is_real & (is_real.cumsum(dim=-1) == 1)
-            labels = self.labels.gather(1, index).masked_fill(~is_real | is_first, -100)
+            labels = self.labels.gather(1, index).masked_fill(~is_real, -100)
         if self.attention_mask.dim() == 4:
             attention_mask = _gather_rows_and_columns(self.attention_mask, index) & is_real[:, None, None, :]
         else:
@@ -130,13 +128,15 @@ class Prompt:
             dropped: `[batch, sequence]` bool.
 
         Returns:
-            `Prompt` of the same length.
+            `Prompt` of the same length. A label behind hidden columns stands at the first of them, so that the column
+            before, which is not hidden, is the one that predicts it.
         """
         if self.attention_mask.dim() == 4:
             attention_mask = self.attention_mask & ~dropped[:, None, None, :]
         else:
             attention_mask = self.attention_mask.masked_fill(dropped, 0)
-        return Prompt(self.inputs_embeds, attention_mask, self.position_ids, self.labels)
+        labels = None if self.labels is None else _labels_before_gaps(self.labels, dropped)
+        return Prompt(self.inputs_embeds, attention_mask, self.position_ids, labels)
 
 
 def _gather_rows_and_columns(attention_mask: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -144,6 +144,37 @@ def _gather_rows_and_columns(attention_mask: torch.Tensor, index: torch.Tensor) 
     sequence = attention_mask.shape[-1]
     rows = attention_mask.gather(2, index[:, None, :, None].expand(-1, 1, -1, sequence))
     return rows.gather(3, index[:, None, None, :].expand(-1, 1, index.shape[1], -1))
+
+
+def _labels_before_gaps(labels: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
+    """Moves the label behind every run of dropped columns to the run's first column. `[batch, sequence]`."""
+    length = labels.shape[-1]
+    column = torch.arange(length, device=labels.device).expand_as(labels)
+    next_kept = column.masked_fill(dropped, length).flip(-1).cummin(dim=-1).values.flip(-1)
+    behind = nn.functional.pad(labels, (0, 1), value=-100).gather(1, next_kept)
+    dropped_before = nn.functional.pad(dropped, (1, 0))[:, :-1]
+    labels = labels.masked_fill(dropped | dropped_before, -100)
+    return torch.where(dropped & ~dropped_before, behind, labels)
+
+
+def without_first_labels(labels: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """
+    Labels without those of each prompt's first token: what stands before it, and would have to predict it, is padding
+    in one batch and absent in another.
+
+    Args:
+        labels: `[batch, sequence]`.
+        attention_mask: `[batch, sequence]`; with any other shape the first token is that of the first column.
+
+    Returns:
+        `[batch, sequence]`.
+    """
+    if attention_mask.shape == labels.shape:
+        attended = attention_mask.long()
+        is_first = (attended == 1) & (attended.cumsum(dim=-1) == 1)
+    else:
+        is_first = torch.arange(labels.shape[-1], device=labels.device).expand_as(labels) == 0
+    return labels.masked_fill(is_first, -100)
 
 
 def count_positions(attention_mask: torch.Tensor) -> torch.Tensor:

@@ -51,9 +51,19 @@ def code_files(entry: Path) -> dict[str, str]:
     return {name: flat for name, (_, flat) in sorted(sources.items())}
 
 
+def own_class(cls: type) -> type:
+    """
+    The class whose code a folder carries: `cls`, or its nearest base class among the files that `AUTO_MAP` names.
+
+    A subclass made on the spot, as sharding (FSDP) and notebooks do, has no file that could go into a folder.
+    """
+    modules = {reference.partition(".")[0] for reference in AUTO_MAP.values()}
+    return next(base for base in cls.__mro__ if base.__module__.rpartition(".")[2] in modules)
+
+
 def save_code(cls: type, folder: Path) -> None:
-    """Writes the file that defines `cls`, and the files it needs, into `folder`."""
-    for name, text in code_files(Path(sys.modules[cls.__module__].__file__)).items():
+    """Writes the file that defines `cls` (see `own_class`), and the files it needs, into `folder`."""
+    for name, text in code_files(Path(sys.modules[own_class(cls).__module__].__file__)).items():
         (folder / name).write_text(text, encoding="utf-8")
 
 
@@ -79,8 +89,16 @@ class SelfContainedMixin:
         that transformers writes for LLaVA by default, `Trainer` could not resume from them.
         """
         kwargs.setdefault("save_original_format", False)
-        self.config.auto_map = AUTO_MAP | {"AutoModel": f"modeling_adavtp.{type(self).__name__}"}
+        self.config.auto_map = AUTO_MAP | {"AutoModel": f"modeling_adavtp.{own_class(type(self)).__name__}"}
+        if getattr(getattr(self, "generation_config", None), "token_budget", None) is not None:
+            # Marked as derived from the model's configuration, it would be read without fields that are only ours.
+            self.generation_config._from_model_config = False
         with without_auto_class(type(self)), without_auto_class(type(self.config)):
             super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             save_code(type(self), Path(save_directory))
+
+    def _upload_modified_files(self, working_dir: str | Path, *args: Any, **kwargs: Any) -> Any:
+        # With `push_to_hub=True` transformers uploads the folder before the code would be written.
+        save_code(type(self), Path(working_dir))
+        return super()._upload_modified_files(working_dir, *args, **kwargs)

@@ -23,6 +23,9 @@ PUBLIC_NAMES = [
     "register_reducer",
     "BudgetProcessor",
     "BudgetProcessorList",
+    "BudgetCollator",
+    "AdaVTPTrainer",
+    "AdaVTPTrainingArguments",
 ]
 
 # Room -> the rooms below it that it may import.
@@ -36,6 +39,8 @@ ROOMS = {
 }
 
 # What travels with a checkpoint to machines where AdaVTP is not installed may need only what is there for any LLaVA.
+# Of huggingface_hub only what transformers' own configurations are made of.
+STRICT_DATACLASSES = {"huggingface_hub.dataclasses", "huggingface_hub.errors"}
 THIRD_PARTY = {"modeling": {"torch", "transformers"}, "configuration": {"transformers", "huggingface_hub"}}
 
 
@@ -95,8 +100,7 @@ def test_travelling_code_needs_only_what_llava_needs(room: str) -> None:
             for module in absolute_modules(node):
                 top = module.split(".")[0]
                 assert top in sys.stdlib_module_names | THIRD_PARTY[room], f"{file.name} imports {module}"
-                if top == "huggingface_hub":
-                    assert ast.unparse(node) == "from huggingface_hub.dataclasses import strict"
+                assert top != "huggingface_hub" or module in STRICT_DATACLASSES, f"{file.name} imports {module}"
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -41,7 +41,7 @@ def with_budget(
         model.config,
         budget_token=model.model.budget_token,
         budget=torch.tensor(budgets),
-        question=question_of(model.config, question_seed),
+        question=question_of(model.config, question_seed).to(model.dtype),
     )
 
 
@@ -102,13 +102,14 @@ def test_layers_above_the_feature_layer_never_run(
 @pytest.mark.parametrize("position", ["learned", "last_patch"])
 @pytest.mark.parametrize("vision", TOWERS)
 def test_a_read_only_budget_leaves_the_patches_alone(vision: str, position: str, place: str, attention: str) -> None:
-    model = tiny_model(vision, budget_token_place=place, budget_position=position, vision_feature_layer=[-2, -1])
+    fields = {"budget_token_place": place, "budget_position": position, "vision_feature_layer": [-2, -1]}
+    model = tiny_model(vision, **fields).double()
     model.model.vision_tower.set_attn_implementation(attention)
     alone = encode_image(model.model.vision_tower, images(), model.config)
     features = with_budget(model)
-    torch.testing.assert_close(features.patches, alone.patches, atol=1e-6, rtol=0)
+    torch.testing.assert_close(features.patches, alone.patches, atol=1e-12, rtol=0)
     if alone.cls is not None:
-        torch.testing.assert_close(features.cls, alone.cls, atol=1e-6, rtol=0)
+        torch.testing.assert_close(features.cls, alone.cls, atol=1e-12, rtol=0)
     assert features.budget.shape == (2, 32)
 
 

@@ -7,6 +7,7 @@ sees the budgets that it would have seen, however many batches a data loader had
 from typing import Literal
 
 import torch
+from torch.utils.data import get_worker_info
 
 
 class BudgetStream:
@@ -28,11 +29,11 @@ class BudgetStream:
         per: Literal["batch", "sample"] = "batch",
         seed: int = 0,
     ) -> None:
-        low, high = budget_range
-        if not 0.0 <= low <= high <= 1.0:
+        if len(budget_range) != 2 or not 0.0 <= budget_range[0] <= budget_range[1] <= 1.0:
             raise ValueError(f"`budget_range` is {budget_range!r}; allowed are two fractions 0 <= low <= high <= 1.")
         if per not in ("batch", "sample"):
             raise ValueError(f"`per` is {per!r}; allowed are 'batch' and 'sample'.")
+        low, high = budget_range
         self.budget_range, self.per, self.seed = (float(low), float(high)), per, seed
         self._num_drawn = 0
 
@@ -53,9 +54,16 @@ class BudgetStream:
         return (low + (high - low) * draw).expand(batch_size).clone()
 
     def next(self, batch_size: int) -> torch.Tensor:
-        """The budgets of the next batch, `[batch]` float32, where nobody counts positions."""
+        """
+        The budgets of the next batch, `[batch]` float32, where nobody counts positions.
+
+        Every worker of a data loader has a copy of its own that begins anew in each epoch. What tells these copies
+        apart is the seed that torch gives each worker in each epoch, which follows from torch's own.
+        """
         self._num_drawn += 1
-        return self.at((self._num_drawn,), batch_size)
+        worker = get_worker_info()
+        position = (self._num_drawn,) if worker is None else (self._num_drawn, worker.seed)
+        return self.at(position, batch_size)
 
 
 def _mixed(*numbers: int) -> int:

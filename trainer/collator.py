@@ -43,6 +43,9 @@ class BudgetCollator:
             `input_ids`, `attention_mask` and `labels` `[batch, sequence]`, padded on the right, with labels -100
             except on the assistant's turns; `token_budget` `[batch]`; and `pixel_values`
             `[num_images, channels, height, width]` if the batch has images.
+
+        Raises:
+            ValueError: if a row's messages show another number of images than it has, or see [`encode_conversation`].
         """
         images = [image for row in rows for image in row.get("images") or []]
         batch, num_image_tokens = {}, 0
@@ -51,6 +54,8 @@ class BudgetCollator:
             batch["pixel_values"] = pixel_values
             num_image_tokens = placeholders_per_image(self.processor, pixel_values)
         conversations = [encode_conversation(self.processor, row["messages"], num_image_tokens) for row in rows]
+        for row, conversation in zip(rows, conversations, strict=True):
+            self._check_images(row, conversation.input_ids, num_image_tokens)
         length = max(len(conversation.input_ids) for conversation in conversations)
         pad_id = self.processor.tokenizer.pad_token_id
 
@@ -63,3 +68,13 @@ class BudgetCollator:
             "labels": padded([conversation.labels for conversation in conversations], IGNORED),
             "token_budget": self.budgets.next(len(rows)),
         }
+
+    def _check_images(self, row: dict[str, Any], input_ids: list[int], num_image_tokens: int) -> None:
+        """A row with an image too many beside a row with one too few would pass for right: the sums agree."""
+        num_given = len(row.get("images") or [])
+        num_shown = input_ids.count(self.processor.image_token_id) // max(num_image_tokens, 1)
+        if num_shown != num_given:
+            raise ValueError(
+                f"`messages` shows {num_shown} image(s) and `images` has {num_given}; every image needs one entry of "
+                f"type 'image' in its row's messages, which are {row['messages']!r}."
+            )

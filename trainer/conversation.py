@@ -29,25 +29,30 @@ def encode_conversation(
     Puts a conversation into the processor's chat template and finds the assistant's turns in it.
 
     A turn is what the template adds when the assistant's message follows the prompt that asks for it. A template that
-    writes no end of sequence behind the last turn gets one here: without it a model does not learn to stop.
+    writes no end of sequence behind the last turn gets one here: without it a model does not learn to stop. Where the
+    template writes no beginning of sequence either, the tokenizer adds its own, as it does for a prompt.
 
     Args:
         processor: with a chat template and a fast tokenizer.
-        messages: `[{"role": "user" | "assistant" | "system", "content": [...]}, ...]`.
-        num_image_tokens: placeholder tokens of one image.
+        messages: `[{"role": "user" | "assistant" | "system", "content": [...]}, ...]`; a string is one text.
+        num_image_tokens: placeholder tokens of one image, 0 where there are no images.
 
     Returns:
         `EncodedConversation`.
 
     Raises:
-        ValueError: if the template rewrites earlier turns when later ones are added, so that turns cannot be told
+        ValueError: if the conversation is empty or begins with the assistant, shows images without placeholder tokens,
+            or has a template that rewrites earlier turns when later ones are added, so that turns cannot be told
             apart.
     """
-    messages = [_without_empty_fields(message) for message in messages]
+    if not messages or messages[0]["role"] == "assistant":
+        raise ValueError(
+            f"`messages` is {messages!r}; a conversation begins with a message of the user's or of the system's."
+        )
+    messages = [_in_parts(message) for message in messages]
     text = processor.apply_chat_template(messages)
-    end_of_sequence = processor.tokenizer.eos_token
-    if messages[-1]["role"] == "assistant" and not text.rstrip().endswith(end_of_sequence):
-        text += end_of_sequence
+    if processor.image_token in text and num_image_tokens < 1:
+        raise ValueError(f"`messages` shows an image and none was given with it: {text!r}.")
     turns = []
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -62,11 +67,19 @@ def encode_conversation(
             )
         turns.append((before, through))
 
+    tokenizer = processor.tokenizer
+    if messages[-1]["role"] == "assistant" and not text.rstrip().endswith(tokenizer.eos_token or ""):
+        before, _ = turns[-1]
+        # The space that a template writes behind a turn belongs to the next one, and here there is none.
+        text = before + text[len(before) :].rstrip() + tokenizer.eos_token
+        turns[-1] = (before, text)
+
     def with_placeholders(part: str) -> str:
         return part.replace(processor.image_token, processor.image_token * num_image_tokens)
 
     spans = [(len(with_placeholders(before)), len(with_placeholders(through))) for before, through in turns]
-    tokens = processor.tokenizer(with_placeholders(text), add_special_tokens=False, return_offsets_mapping=True)
+    begins = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    tokens = tokenizer(with_placeholders(text), add_special_tokens=not begins, return_offsets_mapping=True)
     labels = [
         token if any(begin <= start and stop <= end for begin, end in spans) and start < stop else IGNORED
         for token, (start, stop) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
@@ -85,9 +98,13 @@ def placeholders_per_image(processor: AdaVTPProcessor, pixel_values: torch.Tenso
     return patches + processor.num_additional_image_tokens - int(without_cls)
 
 
-def _without_empty_fields(message: dict[str, Any]) -> dict[str, Any]:
-    """`datasets` gives every entry the fields of all; a template would print an image's empty text."""
+def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
+    """
+    The message with a list of parts as content, and no empty fields in them: LLaVA's template prints nothing of a
+    string, and `datasets` gives every part the fields of all, of which a template would print an image's empty text.
+    """
     content = message["content"]
-    if not isinstance(content, str):
-        content = [{key: value for key, value in part.items() if value is not None} for part in content]
-    return {"role": message["role"], "content": content}
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    parts = [{key: value for key, value in part.items() if value is not None} for part in content]
+    return {"role": message["role"], "content": parts}

@@ -560,9 +560,14 @@ _QUESTION_FEATURES = datasets.Features(
 
 
 def load_digit_scenes(
-    split: str, num_scenes: int, seed: int = 0, image_size: int = 96, cache_dir: str | Path | None = None
+    split: str,
+    num_scenes: int,
+    seed: int = 0,
+    image_size: int = 96,
+    cache_dir: str | Path | None = None,
+    kinds: Sequence[str] | None = None,
 ) -> datasets.Dataset:
-    """Build, or read back from the cache, a data set with one row per scene and eight questions about each.
+    """Build, or read back from the cache, a data set with one row per scene and several questions about each.
 
     Args:
         split: ``"train"``, ``"validation"`` or ``"test"``.
@@ -570,16 +575,24 @@ def load_digit_scenes(
         seed: Which of the endless sequences of scenes, 0 or more.
         image_size: Side of the square pictures in pixels: 96 to 168, a multiple of 8.
         cache_dir: Where ``datasets`` keeps what it builds; its own default if ``None``.
+        kinds: The kinds of question asked about every scene, of ``QUESTION_KINDS``, repetitions allowed. If ``None``,
+            eight: one of every kind, then two more of different kinds.
 
     Returns:
         Rows of ``image``, ``caption``, ``objects`` (a list of ``digit``, ``colour`` and ``box``), ``questions``,
-        ``answers`` and ``kinds`` (eight of each: one of every kind, then two more of different kinds), and
-        ``patch_digits`` and ``patch_colours`` (see ``patch_labels``, for patches of 8 pixels).
+        ``answers`` and ``kinds`` (as many of each as ``kinds``), and ``patch_digits`` and ``patch_colours`` (see
+        ``patch_labels``, for patches of 8 pixels).
 
     Raises:
         ValueError: If an argument is outside what is allowed.
     """
-    return _build(_generate_scenes, _SCENE_FEATURES, "num_scenes", num_scenes, split, seed, image_size, cache_dir)
+    for kind in kinds or ():
+        if kind not in QUESTION_KINDS:
+            raise ValueError(f"kinds contains {kind!r}; allowed are {', '.join(QUESTION_KINDS)}")
+    more = {"kinds": tuple(kinds)} if kinds else {}
+    return _build(
+        _generate_scenes, _SCENE_FEATURES, "num_scenes", num_scenes, split, seed, image_size, cache_dir, **more
+    )
 
 
 def load_digit_questions(
@@ -618,6 +631,7 @@ def _build(
     seed: int,
     image_size: int,
     cache_dir: str | Path | None,
+    **more: Any,
 ) -> datasets.Dataset:
     _split_number(split)
     _check_at_least(count_name, count, 1)
@@ -627,19 +641,21 @@ def _build(
         generate,
         features=features,
         cache_dir=None if cache_dir is None else str(cache_dir),
-        gen_kwargs={"count": count, "split": split, "seed": seed, "image_size": image_size, "recipe": _RECIPE},
+        gen_kwargs={"count": count, "split": split, "seed": seed, "image_size": image_size, "recipe": _RECIPE} | more,
         split=datasets.NamedSplit(split),
     )
 
 
-def _generate_scenes(count: int, split: str, seed: int, image_size: int, recipe: int) -> Iterator[dict[str, Any]]:
+def _generate_scenes(
+    count: int, split: str, seed: int, image_size: int, recipe: int, kinds: tuple[str, ...] | None = None
+) -> Iterator[dict[str, Any]]:
     for index in range(count):
         scene = draw_scene(split, index, seed, image_size)
         rng = _generator(split, index, seed, for_questions=True)
         # There is only one way to ask for the count, so that the two additional questions are of other kinds.
         others = [kind for kind in QUESTION_KINDS if kind != "count"]
         more = [others[number] for number in rng.permutation(len(others))[:2]]
-        asked = ask_questions(scene, rng, (*QUESTION_KINDS, *more))
+        asked = ask_questions(scene, rng, kinds or (*QUESTION_KINDS, *more))
         digits, colours = patch_labels(scene, DATASET_PATCH_SIZE)
         yield {
             "image": _encode(scene.image),

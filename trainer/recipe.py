@@ -12,20 +12,21 @@ stages:
     data: {path: my/conversations, split: train}
     budgets: {budget_range: [0.2, 1.0], per: sample}
     training: {max_steps: 2000, train_parts: [controller, projector]}
-evaluation: {num_questions: 2400, budgets: [1.0, 0.4], reducers: [adaptive, random]}
+evaluation: {questions: 2400, budgets: [1.0, 0.4], reducers: [adaptive, random]}
 ```
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 from datasets import Dataset, load_dataset, load_from_disk
 from transformers import AutoConfig, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
@@ -40,6 +41,7 @@ from .trainer import AdaVTPTrainer
 from .training_arguments import AdaVTPTrainingArguments
 
 FINISHED = "finished.json"
+EVALUATION_FIELDS = ("questions", "budgets", "reducers")
 
 
 @dataclass
@@ -53,7 +55,10 @@ class Stage:
         data: arguments of the stage's data set.
         eval_data: the same for the data set that `Trainer` evaluates on, if `training` asks it to.
         budgets: arguments of [`BudgetStream`]; empty for the full budget throughout.
-        training: arguments of [`AdaVTPTrainingArguments`].
+        training: arguments of [`AdaVTPTrainingArguments`], or of `TrainingArguments` for `"patch_labels"`.
+
+    Raises:
+        ValueError: if the kind is not known, or an argument of `budgets` or `training`; or a budget is not allowed.
     """
 
     name: str
@@ -66,6 +71,13 @@ class Stage:
     def __post_init__(self) -> None:
         if self.kind not in STAGE_KINDS:
             raise ValueError(f"stage {self.name!r}: `kind` is {self.kind!r}; allowed are {', '.join(STAGE_KINDS)}.")
+        of_training = TrainingArguments if self.kind == "patch_labels" else AdaVTPTrainingArguments
+        arguments = [f.name for f in fields(of_training) if f.name != "output_dir"]
+        known = {"training": arguments, "budgets": ["budget_range", "per", "seed"]}
+        for group, names in known.items():
+            _check_names(getattr(self, group), names, f"stage {self.name!r}, {group}")
+        # Now, and not when the stages before this one have run for hours.
+        BudgetStream(**self.budgets)
 
 
 @dataclass
@@ -74,17 +86,33 @@ class Recipe:
     A whole run.
 
     Attributes:
-        model: `{"checkpoint": path or repository}`, of AdaVTP or LLaVA, or the fields of an [`AdaVTPConfig`] for a new
-            model for digit scenes.
+        model: `{"checkpoint": path or repository}`, of AdaVTP or LLaVA, and beside it what `from_pretrained` takes,
+            configuration fields among it; or the fields of an [`AdaVTPConfig`] for a new model for digit scenes.
         stages: what is done, in order.
         seed: of initialisation, of the order of data and of the budgets.
-        evaluation: what is measured at the end, see `adavtp.evaluation.accuracy.evaluate_on_digit_scenes`.
+        evaluation: what `adavtp train` measures at the end on digit scenes: `questions`, the number of them, `budgets`
+            and `reducers`; empty for nothing.
+
+    Raises:
+        ValueError: if there are no stages or two have the same name, or the model or the evaluation is not complete.
     """
 
     model: dict[str, Any]
     stages: list[Stage]
     seed: int = 0
     evaluation: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [stage.name for stage in self.stages]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"`stages` are named {names}; a recipe has at least one, and no name twice.")
+        if "checkpoint" not in self.model and not {"vision_config", "text_config"} <= set(self.model):
+            raise ValueError(
+                f"`model` has {', '.join(self.model) or 'no fields'}; it needs `checkpoint`, or `vision_config` and "
+                "`text_config`."
+            )
+        if self.evaluation:
+            _check_names(self.evaluation, EVALUATION_FIELDS, "evaluation", EVALUATION_FIELDS)
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Recipe":
@@ -94,19 +122,35 @@ class Recipe:
         Raises:
             ValueError: if a field is unknown or missing, or a stage's kind is not known.
         """
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_RecipeLoader)
         _check_fields(content, cls, str(path))
-        stages = content.get("stages") or []
-        for stage in stages:
-            _check_fields(stage, Stage, f"{path}, stage {stage.get('name')!r}")
+        stages = content["stages"] or []
+        for number, stage in enumerate(stages):
+            _check_fields(stage, Stage, f"{path}, stage {number}")
         return cls(**content | {"stages": [Stage(**stage) for stage in stages]})
 
 
-def _check_fields(content: dict[str, Any], of: type, where: str) -> None:
-    known = [f.name for f in fields(of)]
-    unknown = sorted(set(content) - set(known))
-    if unknown:
+class _RecipeLoader(yaml.SafeLoader):
+    """Reads `1e-3` as the number that everybody means; YAML 1.1, which PyYAML follows, takes it for a word."""
+
+
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _check_fields(content: Any, of: type, where: str) -> None:
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: found {content!r}; expected are fields, `name: value`.")
+    needed = [f.name for f in fields(of) if f.default is MISSING and f.default_factory is MISSING]
+    _check_names(content, [f.name for f in fields(of)], where, needed)
+
+
+def _check_names(content: dict[str, Any], known: Sequence[str], where: str, needed: Sequence[str] = ()) -> None:
+    if unknown := sorted(set(content) - set(known)):
         raise ValueError(f"{where}: unknown field(s) {', '.join(unknown)}; allowed are {', '.join(known)}.")
+    if missing := [name for name in needed if name not in content]:
+        raise ValueError(f"{where}: missing field(s) {', '.join(missing)}.")
 
 
 def run_recipe(recipe: Recipe, output_dir: str | Path) -> Path:
@@ -119,17 +163,24 @@ def run_recipe(recipe: Recipe, output_dir: str | Path) -> Path:
 
     Returns:
         The folder of the last stage's checkpoint, with model and processor.
+
+    Raises:
+        ValueError: if stages are finished in the folder that are not the recipe's first.
     """
     output_dir = Path(output_dir)
     done = [stage for stage in recipe.stages if (output_dir / stage.name / FINISHED).is_file()]
     if recipe.stages[: len(done)] != done:
         raise ValueError(f"`output_dir` {output_dir} has stages finished that are not the recipe's first; empty it.")
+    if len(done) == len(recipe.stages):
+        return output_dir / done[-1].name
     set_seed(recipe.seed)
     model, processor = _build(recipe.model if not done else {"checkpoint": str(output_dir / done[-1].name)})
     for number, stage in enumerate(recipe.stages[len(done) :], start=len(done)):
         folder = output_dir / stage.name
+        # What a stage draws does not depend on whether the ones before it ran in this process.
+        set_seed(recipe.seed + number)
         trainer = STAGE_KINDS[stage.kind](model, processor, stage, folder, recipe.seed + number)
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+        trainer.train(resume_from_checkpoint=_last_whole_checkpoint(folder))
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         log = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
@@ -139,10 +190,17 @@ def run_recipe(recipe: Recipe, output_dir: str | Path) -> Path:
     return output_dir / recipe.stages[-1].name
 
 
+def _last_whole_checkpoint(folder: Path) -> str | None:
+    """A checkpoint that was being written when its process ended lacks the file that `Trainer` writes last."""
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
+    return str(max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")))) if whole else None
+
+
 def _build(model: dict[str, Any]) -> tuple[AdaVTPForConditionalGeneration, AdaVTPProcessor]:
     if "checkpoint" in model:
-        checkpoint = model["checkpoint"]
-        return AdaVTPForConditionalGeneration.from_pretrained(checkpoint), AdaVTPProcessor.from_pretrained(checkpoint)
+        checkpoint, fields_of_model = model["checkpoint"], {k: v for k, v in model.items() if k != "checkpoint"}
+        processor = AdaVTPProcessor.from_pretrained(checkpoint)
+        return AdaVTPForConditionalGeneration.from_pretrained(checkpoint, **fields_of_model), processor
     vision = model["vision_config"]
     processor = build_digit_processor(vision["image_size"], vision["patch_size"])
     tokenizer = processor.tokenizer
@@ -160,6 +218,8 @@ def _patch_labels(
     model: AdaVTPForConditionalGeneration, processor: AdaVTPProcessor, stage: Stage, folder: Path, seed: int
 ) -> Trainer:
     fixed = {"label_names": ["patch_digits", "patch_colours"], "remove_unused_columns": False}
+    # An earlier stage may have frozen it.
+    model.model.vision_tower.requires_grad_(True)
     return Trainer(
         model=PatchLabeller(model.model.vision_tower),
         args=TrainingArguments(str(folder), **fixed | {"report_to": [], "seed": seed} | stage.training),

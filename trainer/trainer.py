@@ -1,12 +1,14 @@
 """`transformers.Trainer` with a token budget in every batch."""
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer
+from transformers.trainer_utils import speed_metrics
 
 from .training_arguments import TRAIN_PARTS, AdaVTPTrainingArguments
 
@@ -14,6 +16,7 @@ from .training_arguments import TRAIN_PARTS, AdaVTPTrainingArguments
 class AdaVTPTrainer(Trainer):
     """
     Trains the parts of an AdaVTP model that `args.train_parts` names, and evaluates it at `args.eval_budgets`.
+    `predict` runs at the configuration's budget.
 
     A training batch's budgets are drawn for its position in the run: step, micro-batch and process. A run that is
     interrupted and resumed therefore continues with the budgets, and ends with the weights, of one that never stopped.
@@ -53,11 +56,6 @@ class AdaVTPTrainer(Trainer):
                 batch["token_budget"] = budgets.at(position, len(batch["input_ids"]))
         return batches, num_items
 
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        if self._eval_budget is not None:
-            inputs = inputs | {"token_budget": self._eval_budget}
-        return super()._prepare_inputs(inputs)
-
     def evaluate(
         self,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
@@ -67,33 +65,53 @@ class AdaVTPTrainer(Trainer):
         """
         Evaluates at every budget of `args.eval_budgets`.
 
+        Callbacks see one evaluation with all its metrics, not one per budget: early stopping counts them.
+
         Returns:
-            The metrics of `Trainer.evaluate`, each under its name and the budget (`eval_loss_b0.2`), and their mean
-            over budgets under the name alone (`eval_loss`).
+            The metrics of `Trainer.evaluate`, each under its name and the budget (`eval_loss_b0.2`), and those that
+            are numbers also under the name alone (`eval_loss`), as their mean over budgets.
         """
-        eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(eval_dataset, dict):
+        datasets = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(datasets, dict):
             metrics = {}
-            for name, dataset in eval_dataset.items():
+            for name, dataset in datasets.items():
+                # Of the trainer's own data sets Trainer wants the name, by which it keeps their data loaders.
+                dataset = name if eval_dataset is None else dataset
                 metrics |= self.evaluate(dataset, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
-        by_budget = {}
-        for budget in self.args.eval_budgets:
-            self._eval_budget = budget
-            try:
-                by_budget[budget] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-            finally:
-                self._eval_budget = None
-        metrics = {_at_budget(key, budget): value for budget, of in by_budget.items() for key, value in of.items()}
-        for key in next(iter(by_budget.values())):
-            metrics[key] = sum(of[key] for of in by_budget.values()) / len(by_budget)
+        self._memory_tracker.start()
+        dataloader = self.get_eval_dataloader(eval_dataset)
+        budgets = self.args.eval_budgets
+        by_budget = [self._metrics_at(budget, dataloader, ignore_keys, metric_key_prefix) for budget in budgets]
+        metrics = {
+            f"{name}_b{budget}": value
+            for budget, of_budget in zip(budgets, by_budget, strict=True)
+            for name, value in of_budget.items()
+        }
+        for name, value in by_budget[0].items():
+            if isinstance(value, int | float):
+                metrics[name] = sum(of_budget[name] for of_budget in by_budget) / len(by_budget)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._memory_tracker.stop_and_update_metrics(metrics)
         return metrics
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """See `Trainer`. What is logged while a budget is evaluated carries the budget in its name."""
-        if self._eval_budget is not None:
-            logs = {_at_budget(key, self._eval_budget): value for key, value in logs.items()}
-        super().log(logs, *args, **kwargs)
+    def _metrics_at(
+        self, budget: float, dataloader: DataLoader, ignore_keys: list[str] | None, metric_key_prefix: str
+    ) -> dict[str, Any]:
+        start_time = time.time()
+        self._eval_budget = budget
+        try:
+            output = self.evaluation_loop(
+                dataloader,
+                description=f"Evaluation at budget {budget}",
+                prediction_loss_only=True if self.compute_metrics is None else None,
+                ignore_keys=ignore_keys,
+                metric_key_prefix=metric_key_prefix,
+            )
+        finally:
+            self._eval_budget = None
+        return output.metrics | speed_metrics(metric_key_prefix, start_time, num_samples=output.num_samples)
 
     def prediction_step(
         self,
@@ -103,7 +121,8 @@ class AdaVTPTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """See `Trainer`. The labels it returns are the model's, which line up with the logits."""
-        inputs = self._prepare_inputs(inputs)
+        # The collator's budget is drawn for training. `None`, in `predict`, stands for the configuration's.
+        inputs = self._prepare_inputs(inputs | {"token_budget": self._eval_budget})
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**inputs)
         loss = None if outputs.loss is None else outputs.loss.detach().mean()
@@ -113,16 +132,13 @@ class AdaVTPTrainer(Trainer):
         return loss, outputs.logits.detach(), labels
 
 
-def _at_budget(metric: str, budget: float) -> str:
-    return f"{metric}_b{budget}"
-
-
 def choose_trained_parts(model: nn.Module, train_parts: list[str]) -> None:
     """
     Lets the named parts of a model train and freezes the rest.
 
-    Of the vision tower only what runs can train: layers above the feature layer and the final norm never get a
-    gradient, and distributed training would wait for one.
+    Only what runs can train: the tower's layers above the feature layer and its final norm, reducers that are not the
+    chosen one and a budget token that it does not ask for never get a gradient, and distributed training would wait
+    for one.
 
     Args:
         model: an [`AdaVTPForConditionalGeneration`].
@@ -135,12 +151,19 @@ def choose_trained_parts(model: nn.Module, train_parts: list[str]) -> None:
 
 
 def _never_run(model: nn.Module) -> tuple[str, ...]:
-    """Prefixes of the vision tower's parameters that no forward uses."""
+    """Prefixes of the parameters that no forward uses."""
     feature_layers = model.config.vision_feature_layer
     feature_layers = [feature_layers] if isinstance(feature_layers, int) else feature_layers
     num_layers = model.config.vision_config.num_hidden_layers
     num_run = max(layer if layer >= 0 else num_layers + 1 + layer for layer in feature_layers)
     tower = "model.vision_tower."
-    after_the_layers = (f"{tower}post_layernorm.", f"{tower}layernorm.", f"{tower}head.")
+    # DINOv2's mask token stands for patches that its own pretraining hides.
+    beside = [f"{tower}{name}" for name in ("post_layernorm.", "layernorm.", "head.", "embeddings.mask_token")]
     above = [f"{tower}encoder.{name}.{index}." for name in ("layers", "layer") for index in range(num_run, num_layers)]
-    return (*after_the_layers, *above)
+    chosen = model.config.reducer
+    idle = [f"model.reducers.{name}." for name in model.model.reducers if name != chosen]
+    if chosen != "adaptive":
+        idle.append("model.controller.")
+    if "budget" not in model.model.reducer.needs:
+        idle.append("model.budget_token.")
+    return (*beside, *above, *idle)

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from ..modeling.budget_adavtp import num_tokens_to_keep
+
 TRAIN_PARTS: dict[str, tuple[str, ...]] = {
     "controller": ("model.budget_token.", "model.controller.", "model.reducers."),
     "projector": ("model.multi_modal_projector.",),
@@ -24,7 +26,8 @@ class AdaVTPTrainingArguments(TrainingArguments):
             as `eval_loss_b0.2`, and `eval_loss` is their mean.
 
     Raises:
-        ValueError: if a part is not one of these, or none is named.
+        ValueError: if a part is not one of these, or none is named; or if there is no budget to evaluate at, or one
+            that is not allowed.
     """
 
     train_parts: list[str] = field(
@@ -42,3 +45,8 @@ class AdaVTPTrainingArguments(TrainingArguments):
         unknown = set(self.train_parts) - set(TRAIN_PARTS)
         if unknown or not self.train_parts:
             raise ValueError(f"`train_parts` is {self.train_parts}; allowed are one or more of {list(TRAIN_PARTS)}.")
+        if not self.eval_budgets:
+            raise ValueError("`eval_budgets` is empty; name at least one budget, such as 1.0.")
+        for budget in self.eval_budgets:
+            # Raises for a budget that is none, now and not after hours of training; the number of tokens is any.
+            num_tokens_to_keep(budget, num_tokens=576, batch_size=1)
