@@ -56,6 +56,12 @@ class AdaVTPConfig(LlavaConfig):
             How the controller scores a patch, one of `"budget_token"`, `"patch"`, `"patch_budget"`, `"dot"`.
         controller_temperature (`float`, *optional*, defaults to 1.0):
             Temperature of the straight-through gradient of the choice. Larger is smoother.
+        gradient_gates (`"attention"` or `"features"`, *optional*, defaults to `"attention"`):
+            Where the gates of the choice act in training, and so what its gradient asks. `"attention"`: a gate
+            multiplies the attention that its token gets in every decoder layer, as in DynamicViT (arXiv 2106.02034);
+            the gradient says what a kept token is worth and what a dropped one would have been. All tokens stay in
+            the sequence for it. `"features"`: a gate moves its token's feature towards the image's mean feature, in
+            whichever form `selection_output` says; the gradient knows nothing of dropped tokens.
         keep_cls (`bool`, *optional*):
             Whether the tower's CLS token stands in front of the kept patches. It needs a tower with a CLS token and
             `vision_feature_select_strategy="full"`, which is also what makes the processor leave room for it; by
@@ -82,6 +88,7 @@ class AdaVTPConfig(LlavaConfig):
     question_aware: bool = True
     controller_head: Literal["budget_token", "patch", "patch_budget", "dot"] = "patch_budget"
     controller_temperature: float | int = 1.0
+    gradient_gates: Literal["attention", "features"] = "attention"
     keep_cls: bool | None = None
     selection_output: Literal["gather", "mask"] = "gather"
     visual_position_ids: Literal["original", "compact"] = "original"

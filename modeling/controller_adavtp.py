@@ -45,12 +45,11 @@ class VisionTokenController(TokenReducer):
             self.score = nn.Linear(hidden_size, config.num_patches)
         elif head == "patch":
             self.score = nn.Linear(width, 1)
-        elif head == "patch_budget":
-            self.hidden = nn.Linear(width + hidden_size, hidden_size)
-            self.score = nn.Linear(hidden_size, 1)
         else:
             self.patch_proj = nn.Linear(width, hidden_size)
             self.budget_proj = nn.Linear(hidden_size, hidden_size)
+            if head == "patch_budget":
+                self.score = nn.Linear(hidden_size, 1)
 
     def scores(self, features: VisionFeatures) -> torch.Tensor:
         """
@@ -68,11 +67,11 @@ class VisionTokenController(TokenReducer):
         patches = self.patch_norm(features.patches)
         if head == "patch":
             return self.score(patches)[..., 0]
-        budget = self.budget_norm(features.budget)
+        key, query = self.patch_proj(patches), self.budget_proj(self.budget_norm(features.budget))
         if head == "patch_budget":
-            both = torch.cat([patches, budget[:, None].expand(-1, patches.shape[1], -1)], dim=-1)
-            return self.score(nn.functional.gelu(self.hidden(both)))[..., 0]
-        query, key = self.budget_proj(budget), self.patch_proj(patches)
+            # A linear layer of patch and budget side by side is the sum of one of each; the budget's is the same for
+            # all patches.
+            return self.score(nn.functional.gelu(key + query[:, None]))[..., 0]
         return (key @ query[..., None])[..., 0] / query.shape[-1] ** 0.5
 
     def forward(

@@ -214,10 +214,14 @@ class AdaVTPGenerationMixin(GenerationMixin):
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, *args: Any, **kwargs: Any
     ) -> tuple[GenerationConfig, dict[str, Any]]:
+        # `None` asks for the default; left there, it would take the place of the one in the generation config.
+        kwargs = {key: value for key, value in kwargs.items() if key != "token_budget" or value is not None}
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)
-        # `GenerationConfig` takes any name and keeps its value, so a default in generation_config.json is there.
-        if getattr(generation_config, "token_budget", None) is not None:
-            model_kwargs.setdefault("token_budget", generation_config.token_budget)
+        # `GenerationConfig` takes any name and keeps its value, so a default in generation_config.json is there. Only
+        # for images: pipelines call this as well, without inputs, and would hand a budget to the processor.
+        default = getattr(generation_config, "token_budget", None)
+        if default is not None and model_kwargs.get("pixel_values") is not None:
+            model_kwargs.setdefault("token_budget", default)
         return generation_config, model_kwargs
 
     def _expand_inputs_for_generation(

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import find_adapter_config_file
 
 READABLE_MODEL_TYPES = ("adavtp", "llava")
+TRAINED_TOGETHER = "budget_token and controller"
 
 _SHOWN = 5
 
@@ -47,7 +48,8 @@ class CompleteLoadingMixin:
 
         Raises:
             ValueError: if the checkpoint is of another kind of model, lacks weights that a LLaVA has, has only a part
-                of the weights of a new module, or has weights of another shape; the message names them.
+                of the weights of a new module or more than the configuration asks for, or has weights of another
+                shape; the message names them.
             OSError: if there is no configuration, there are no weights, or a weight file is cut off.
         """
         if not isinstance(config, PreTrainedConfig):
@@ -70,8 +72,9 @@ class CompleteLoadingMixin:
             raise
         if not ignore_mismatched_sizes:
             _check_shapes(info["mismatched_keys"], pretrained_model_name_or_path)
-        parameters = dict(model.named_parameters())
-        _check_nothing_is_lost(set(info["missing_keys"]), set(parameters), pretrained_model_name_or_path)
+        parameters = {name for name, _ in model.named_parameters()}
+        _check_nothing_is_lost(set(info["missing_keys"]), parameters, pretrained_model_name_or_path)
+        _check_nothing_is_left(info["unexpected_keys"], pretrained_model_name_or_path)
         return (model, info) if output_loading_info else model
 
 
@@ -83,12 +86,12 @@ def new_module_of(name: str) -> str | None:
         name: a parameter's name in an AdaVTP model, with or without a head.
 
     Returns:
-        `"budget_token and controller"`, which are trained together, `"reducers.<name>"`, or `None` for a parameter
+        `TRAINED_TOGETHER` for budget token and controller, `"reducers.<name>"`, or `None` for a parameter
         that LLaVA has.
     """
     parts = name.removeprefix("model.").split(".")
     if parts[0] in ("budget_token", "controller"):
-        return "budget_token and controller"
+        return TRAINED_TOGETHER
     return ".".join(parts[:2]) if parts[0] == "reducers" else None
 
 
@@ -135,6 +138,17 @@ def _check_nothing_is_lost(missing: set[str], parameters: set[str], source: str 
                 f"{str(source)!r}: {_first(sorted(absent))}. Expected are all (an AdaVTP checkpoint) or none of them "
                 "(a LLaVA checkpoint); load with the configuration that the checkpoint was trained with."
             )
+
+
+def _check_nothing_is_left(unexpected: Iterable[str], source: str | PathLike[str] | None) -> None:
+    """Weights of a reducer may stay behind, since another can be chosen; a controller without some is another one."""
+    left = sorted(name for name in unexpected if new_module_of(name) == TRAINED_TOGETHER)
+    if left:
+        raise ValueError(
+            f"{str(source)!r} has {len(left)} weight(s) of {TRAINED_TOGETHER} for which the configuration has no place: "
+            f"{_first(left)}. Expected are exactly those that it asks for; load with the configuration that the "
+            "checkpoint was trained with."
+        )
 
 
 def _first(items: list[str], separator: str = ", ") -> str:

@@ -219,10 +219,12 @@ class AdaVTPModel(AdaVTPPreTrainedModel, LlavaModel):
             num_keep.repeat_interleave(num_images),
             None if question is None else question.repeat_interleave(num_images, dim=0),
         )
-        visual, column_is_kept = self._project(features, selection, selection_output)
+        gates_attention = selection.gates is not None and config.gradient_gates == "attention"
+        output = "all" if gates_attention else selection_output
+        visual, column_is_kept = self._project(features, selection, output)
         placeholder = input_ids == config.image_token_id
         keep = torch.ones_like(placeholder).masked_scatter(placeholder, column_is_kept)
-        filled = placeholder & keep if selection_output == "gather" else placeholder
+        filled = placeholder & keep if output == "gather" else placeholder
         inputs_embeds = inputs_embeds.masked_scatter(filled[..., None], visual.to(inputs_embeds.dtype))
 
         if position_ids is None:
@@ -235,9 +237,11 @@ class AdaVTPModel(AdaVTPPreTrainedModel, LlavaModel):
         if labels is not None:
             labels = without_first_labels(labels, attention_mask)
         prompt = Prompt(inputs_embeds, attention_mask, position_ids.expand(len(input_ids), -1), labels)
+        if output == "all":
+            return prompt.gating(self._column_gates(selection, placeholder)), selection
         if bool(keep.all()):
             return prompt, selection
-        if selection_output == "mask":
+        if output == "mask":
             return prompt.hiding(~keep), selection
         is_real = keep if attention_mask.dim() == 4 else keep & attention_mask.bool()
         return prompt.without(is_real), selection
@@ -259,19 +263,27 @@ class AdaVTPModel(AdaVTPPreTrainedModel, LlavaModel):
         token_budget = self.config.token_budget if token_budget is None else token_budget
         return num_tokens_to_keep(token_budget, self.config.num_patches, batch_size)
 
+    def _column_gates(self, selection: Selection, placeholder: torch.Tensor) -> torch.Tensor:
+        """The gates of the visual tokens in their columns, 1 for CLS and for text, `[batch, sequence]`."""
+        gates = selection.gates
+        if self.config.keep_cls:
+            gates = torch.cat([torch.ones_like(gates[:, :1]), gates], dim=1)
+        return torch.ones_like(placeholder, dtype=gates.dtype).masked_scatter(placeholder, gates)
+
     def _project(
-        self, features: VisionFeatures, selection: Selection, selection_output: str
+        self, features: VisionFeatures, selection: Selection, output: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Maps the selected features into the decoder's space.
+        Maps features into the decoder's space: the selected ones (`"gather"`), all places with the others zero
+        (`"mask"`), or all of them (`"all"`).
 
         Returns:
             The visual embeddings `[filled_placeholders, text_hidden_size]` in the order of their placeholders, and for
             every placeholder whether its column stays, `[num_images * num_image_tokens]`.
         """
-        gather = selection_output == "gather"
-        kept = selection.gather(features.patches) if gather else selection.mask(features.patches)
-        is_filled = selection.positions >= 0 if gather else torch.ones_like(selection.keep)
+        take = {"gather": selection.gather, "mask": selection.mask, "all": lambda patches: patches}[output]
+        kept = take(features.patches)
+        is_filled = selection.positions >= 0 if output == "gather" else torch.ones_like(selection.keep)
         keep = selection.keep
         if self.config.keep_cls:
             kept = torch.cat([features.cls, kept], dim=1)

@@ -132,6 +132,7 @@ class AdaVTPProcessor(LlavaProcessor):
             [] if image is None else list(image) if isinstance(image, list | tuple) else [image] for image in shown
         ]
         text = [self._in_chat_form(prompt, len(group)) for prompt, group in zip(prompts, shown, strict=True)]
+        self._check_places(shown, text)
         images = shown if any(shown) else None
         return self(images=images, text=text, padding=True, padding_side="left", return_tensors="pt")
 

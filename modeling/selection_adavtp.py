@@ -10,6 +10,9 @@ import torch
 from torch import nn
 
 
+_LEAST_GATE = 1e-6
+
+
 @dataclass
 class Selection:
     """
@@ -74,8 +77,22 @@ class Selection:
         return self.gated(features).masked_fill(~self.keep[..., None], 0.0)
 
     def gated(self, features: torch.Tensor) -> torch.Tensor:
-        """`features` times the gates where there are any: the path on which the choice gets its gradient."""
-        return features if self.gates is None else features * self.gates[..., None].to(features.dtype)
+        """
+        The features as they are, on a path that carries the gradient of the choice.
+
+        Gate g moves a feature x between the image's mean feature m and itself, m + g (x - m), so that the gradient of
+        the gate is the first-order effect of replacing the token by one that tells nothing apart. Scaling, g x, would
+        ask another question: decoders normalise what they read, and a token scaled down says the same.
+
+        Args:
+            features: `[num_images, num_patches, hidden_size]`.
+        """
+        if self.gates is None:
+            return features
+        mean = features.mean(dim=1, keepdim=True).detach()
+        gates = self.gates[..., None].to(features.dtype)
+        # Kept features stay exactly what they are: (x - m) + m is x only up to rounding.
+        return features + (gates - gates.detach()) * (features - mean).detach()
 
 
 @dataclass
@@ -86,7 +103,8 @@ class Prompt:
     Attributes:
         inputs_embeds: `[batch, sequence, hidden_size]`.
         attention_mask: `[batch, sequence]` int64, 0 for padding and for dropped tokens that stay in place, or
-            `[batch, 1, sequence, sequence]` bool, true where a row may attend to a column.
+            `[batch, 1, sequence, sequence]`: bool, true where a row may attend to a column, or float, added to the
+            attention logits.
         position_ids: `[batch, sequence]` int64.
         labels: `[batch, sequence]` int64 or `None`.
     """
@@ -136,6 +154,30 @@ class Prompt:
         else:
             attention_mask = self.attention_mask.masked_fill(dropped, 0)
         labels = None if self.labels is None else _labels_before_gaps(self.labels, dropped)
+        return Prompt(self.inputs_embeds, attention_mask, self.position_ids, labels)
+
+    def gating(self, gates: torch.Tensor) -> "Prompt":
+        """
+        Multiplies the attention that each column gets by a gate, and leaves all columns in place.
+
+        A row's weights become exp(l_ij) g_j / sum_k exp(l_ik) g_k, with g_i = 1 for the row's own column (DynamicViT,
+        arXiv 2106.02034, eq. 10 and 11), as the bias log(g_j) on the logits. A gate of 0 keeps a millionth of its
+        column's weight: with none at all, its gradient would be 0 and not what the column would have been worth.
+
+        Args:
+            gates: `[batch, sequence]` float, 0 or 1 going forward.
+
+        Returns:
+            `Prompt` of the same length, with an additive mask `[batch, 1, sequence, sequence]`.
+        """
+        length, device = gates.shape[-1], gates.device
+        own = torch.eye(length, dtype=torch.bool, device=device)
+        visible = self.attention_mask
+        if visible.dim() == 2:
+            visible = visible.bool()[:, None, None, :] & torch.ones_like(own).tril()
+        bias = torch.where(own, 0.0, torch.log(gates + _LEAST_GATE)[:, None, None, :]).to(self.inputs_embeds.dtype)
+        attention_mask = bias.masked_fill(~visible, torch.finfo(bias.dtype).min)
+        labels = None if self.labels is None else _labels_before_gaps(self.labels, gates.detach() == 0)
         return Prompt(self.inputs_embeds, attention_mask, self.position_ids, labels)
 
 

@@ -51,7 +51,7 @@ def score_by_hand(head: str, weights: dict[str, torch.Tensor], patch: torch.Tens
         return linear(normalised(patch, weights, "patch_norm"), weights, "score").item()
     patch, budget = normalised(patch, weights, "patch_norm"), normalised(budget, weights, "budget_norm")
     if head == "patch_budget":
-        hidden = linear(torch.cat([patch, budget]), weights, "hidden")
+        hidden = linear(patch, weights, "patch_proj") + linear(budget, weights, "budget_proj")
         hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
         return linear(hidden, weights, "score").item()
     return (linear(patch, weights, "patch_proj").dot(linear(budget, weights, "budget_proj")) / 32**0.5).item()

@@ -202,8 +202,8 @@ def test_a_default_budget_in_the_generation_config_survives(elsewhere: dict[str,
     inputs = AutoProcessor.from_pretrained(folder, trust_remote_code=True).of_questions(
         _image(folder), "what colour is the 7 ?"
     )
-    at_default, whole = (model.generate(**inputs, token_budget=budget).tolist() for budget in (DEFAULT_BUDGET, 1.0))
-    assert elsewhere["auto_model"]["default"] == at_default != whole
+    said = {budget: model.generate(**inputs, token_budget=budget).tolist() for budget in (None, DEFAULT_BUDGET, 1.0)}
+    assert elsewhere["auto_model"]["default"] == said[DEFAULT_BUDGET] == said[None] != said[1.0]
 
 
 def test_fields_of_the_configuration_survive(elsewhere: dict[str, Any]) -> None:
@@ -382,9 +382,19 @@ def test_a_missing_shard_is_refused_by_name(tmp_path: Path) -> None:
         AdaVTPForConditionalGeneration.from_pretrained(tmp_path)
 
 
-def test_a_configuration_for_another_controller_is_refused(folder: Path) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [{"controller_head": "dot"}, {"controller_head": "patch"}, {"question_aware": False}, {"budget_fusion": "post"}],
+    ids=str,
+)
+def test_a_configuration_for_another_controller_is_refused(change: dict[str, Any], folder: Path) -> None:
     with pytest.raises(ValueError, match="budget_token and controller.*configuration that the checkpoint was trained"):
-        AdaVTPForConditionalGeneration.from_pretrained(folder, controller_head="dot")
+        AdaVTPForConditionalGeneration.from_pretrained(folder, **change)
+
+
+def test_another_reducer_can_be_chosen_while_loading(folder: Path, random_folder: Path) -> None:
+    for saved, chosen in ((folder, "random"), (random_folder, "adaptive")):
+        assert AdaVTPForConditionalGeneration.from_pretrained(saved, reducer=chosen).config.reducer == chosen
 
 
 def test_new_modules_may_all_be_missing(folder: Path, tmp_path: Path) -> None:

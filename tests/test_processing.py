@@ -276,7 +276,7 @@ def test_no_image_is_a_question_of_words(prompts: Any, processor: AdaVTPProcesso
         ([], [], r"0 image\(s\) and `prompt` has 0"),
         ([[_picture()] * 2, []], ["<image> a", "<image> a"], r"`images\[0\]` has 2 image\(s\) and `text\[0\]` has 1"),
         ([_picture()], ["<image> <image>"], r"`images\[0\]` has 1 image\(s\) and `text\[0\]` has 2"),
-        (None, "<image> a", "no images"),
+        (None, "<image> a", r"`images\[0\]` has 0 image\(s\) and `text\[0\]` has 1"),
     ],
 )
 def test_counts_that_do_not_match_are_refused(
