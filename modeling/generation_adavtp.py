@@ -254,7 +254,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
         processors = BudgetProcessorList.of_argument(model_kwargs.pop("budget_processor", None))
         _require_gather(model_kwargs.pop("selection_output", None))
         cache = model_kwargs.get("past_key_values")
-        # A static cache counts in a tensor that it changes in place.
+        # A static cache counts in a tensor, which would be unreadable in error messages.
         past_length = 0 if cache is None else int(cache.get_seq_length())
         history = getattr(cache, "pruned_history", None) if past_length else None
         if pixel_values is None and history is None:

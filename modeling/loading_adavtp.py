@@ -145,8 +145,8 @@ def _check_nothing_is_left(unexpected: Iterable[str], source: str | PathLike[str
     left = sorted(name for name in unexpected if new_module_of(name) == TRAINED_TOGETHER)
     if left:
         raise ValueError(
-            f"{str(source)!r} has {len(left)} weight(s) of {TRAINED_TOGETHER} for which the configuration has no place: "
-            f"{_first(left)}. Expected are exactly those that it asks for; load with the configuration that the "
+            f"{str(source)!r} has {len(left)} weight(s) of {TRAINED_TOGETHER} that the configuration has no place for"
+            f": {_first(left)}. Expected are exactly those that it asks for; load with the configuration that the "
             "checkpoint was trained with."
         )
 

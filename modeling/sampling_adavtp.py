@@ -37,9 +37,12 @@ def straight_through_gates(
     """
     Gates that are exactly 0 or 1 going forward and soft going backward.
 
-    The soft gate of token i is sigmoid((s_i - t) / temperature), where the threshold t lies halfway between the last
-    score that is kept and the first that is dropped: how nearly the choice would have fallen the other way. A row that
-    keeps everything has no such boundary, and its gates carry no gradient.
+    The soft gate of token i is p_i = sigmoid((s_i - t) / temperature), where the threshold t lies halfway between the
+    last score that is kept and the first that is dropped: how nearly the choice would have fallen the other way. The
+    threshold moves with the scores such that the p_i keep their sum, dt/ds_i = p'_i / sum_j p'_j, because the number of
+    tokens is the budget's to say. A token's score therefore gets the gradient of its own gate less the mean of all:
+    that one more token would help says nothing about which. A row that keeps everything has no boundary, and its gates
+    carry no gradient.
 
     Args:
         perturbed_scores: `[batch, num_patches]`, the scores that were ranked, noise included.
@@ -50,15 +53,20 @@ def straight_through_gates(
     Returns:
         `[batch, num_patches]` float32.
     """
-    ranked = perturbed_scores.detach().sort(dim=-1, descending=True).values
+    scores = perturbed_scores.detach()
+    ranked = scores.sort(dim=-1, descending=True).values
     num_keep = num_keep.to(ranked.device)
     last_kept = ranked.gather(-1, (num_keep - 1)[:, None])
     first_dropped = ranked.gather(-1, num_keep.clamp(max=ranked.shape[-1] - 1)[:, None])
-    soft = torch.sigmoid((perturbed_scores - (last_kept + first_dropped) / 2) / temperature)
+    threshold = (last_kept + first_dropped) / 2
+    slope = torch.sigmoid((scores - threshold) / temperature)
+    slope = slope * (1 - slope)
+    share = slope / slope.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(slope.dtype).tiny)
+    threshold = threshold + (share * (perturbed_scores - scores)).sum(dim=-1, keepdim=True)
+    soft = torch.sigmoid((perturbed_scores - threshold) / temperature)
     keeps_everything = (num_keep == ranked.shape[-1])[:, None]
     soft = torch.where(keeps_everything, soft.detach(), soft)
-    hard = keep.to(soft.dtype)
-    return hard + (soft - soft.detach())
+    return keep.to(soft.dtype) + (soft - soft.detach())
 
 
 def sample_top_k(

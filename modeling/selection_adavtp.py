@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 
-_LEAST_GATE = 1e-6
+_LEAST_GATE = 1e-3
 
 
 @dataclass
