@@ -39,10 +39,10 @@ def straight_through_gates(
 
     The soft gate of token i is p_i = sigmoid((s_i - t) / temperature), where the threshold t lies halfway between the
     last score that is kept and the first that is dropped: how nearly the choice would have fallen the other way. The
-    threshold moves with the scores such that the p_i keep their sum, dt/ds_i = p'_i / sum_j p'_j, because the number of
-    tokens is the budget's to say. A token's score therefore gets the gradient of its own gate less the mean of all:
-    that one more token would help says nothing about which. A row that keeps everything has no boundary, and its gates
-    carry no gradient.
+    threshold moves with the scores such that the p_i keep their sum, dt/ds_i = p'_i / sum_j p'_j, because how many
+    tokens stay is the budget's to say. A token's score therefore gets the gradient of its own gate less the mean of
+    all: that one more token would help says nothing about which. A row that keeps everything has no boundary, and its
+    gates carry no gradient.
 
     Args:
         perturbed_scores: `[batch, num_patches]`, the scores that were ranked, noise included.

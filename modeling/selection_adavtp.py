@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-
 _LEAST_GATE = 1e-3
 
 
@@ -160,9 +159,9 @@ class Prompt:
         """
         Multiplies the attention that each column gets by a gate, and leaves all columns in place.
 
-        A row's weights become exp(l_ij) g_j / sum_k exp(l_ik) g_k, with g_i = 1 for the row's own column (DynamicViT,
-        arXiv 2106.02034, eq. 10 and 11), as the bias log(g_j) on the logits. A gate of 0 keeps a millionth of its
-        column's weight: with none at all, its gradient would be 0 and not what the column would have been worth.
+        A row's weights become exp(l_ij) g_j / sum_k exp(l_ik) g_k, with g_i = 1 for the row's own column, as in
+        DynamicViT (arXiv 2106.02034), by a bias log(g_j) on the logits. A gate of 0 keeps a thousandth of its column's
+        weight: with none at all, its gradient would be 0 and not what the column would have been worth.
 
         Args:
             gates: `[batch, sequence]` float, 0 or 1 going forward.

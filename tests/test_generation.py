@@ -32,12 +32,20 @@ Model = AdaVTPForConditionalGeneration
 Batch = dict[str, torch.Tensor]
 
 
-@cache
-def model_of(vision: str = "clip", text: str = "llama", **fields: Any) -> Model:
-    """A model that no test changes. Without an end-of-sequence token, so that every answer has its full length."""
+def own_model(vision: str = "clip", text: str = "llama", **fields: Any) -> Model:
+    """A model for one test. Without an end-of-sequence token, so that every answer has its full length."""
     model = tiny_model(vision, text, **fields)
     model.generation_config.eos_token_id = None
+    with torch.no_grad():
+        # A trained model does not write image placeholders; among 64 random words, a score of 0 is never the best.
+        model.lm_head.weight[IMAGE_TOKEN_ID] = 0.0
     return model
+
+
+@cache
+def model_of(vision: str = "clip", text: str = "llama", **fields: Any) -> Model:
+    """A model that no test changes."""
+    return own_model(vision, text, **fields)
 
 
 def generate(model: Model, batch: Batch, **kwargs: Any) -> Any:
@@ -385,9 +393,9 @@ def test_hidden_states_and_attentions_are_those_of_the_pruned_prompt() -> None:
 
 
 def test_a_row_that_ends_early_is_padded_and_leaves_the_others_alone() -> None:
-    model = tiny_model()
+    model = model_of()
     batch = tiny_batch(model.config, (1, 1, 1), (5, 7, 9))
-    answers = greedy_answers(model_of(), batch, 0.4)
+    answers = greedy_answers(model, batch, 0.4)
     end = answers[0][1]
     sequences = generate(model, batch, token_budget=0.4, eos_token_id=end)
     expected = []
@@ -401,10 +409,10 @@ def test_a_row_that_ends_early_is_padded_and_leaves_the_others_alone() -> None:
 # ------------------------------------------------------------------------------------------------ assisted decoding
 
 
-def repetitive_batch(model: Model, pad: int = 0) -> Batch:
+def repetitive_batch(model: Model, pad: int = 0, seed: int = 0) -> Batch:
     """A prompt whose end is there before its image too, so that prompt lookup has candidates from the first step."""
     ids = [PAD_TOKEN_ID] * pad + [1, 5, 6, 7, 8, 9] + [IMAGE_TOKEN_ID] * model.config.num_image_tokens + [20, 5, 6]
-    batch = tiny_batch(model.config, (1,), (6,), seed=5)
+    batch = tiny_batch(model.config, (1,), (6,), seed=seed)
     input_ids = torch.tensor([ids])
     return {
         "input_ids": input_ids,
@@ -451,16 +459,17 @@ def test_assisted_decoding_gives_the_greedy_answer_in_fewer_steps(
     positions: str, pad: int, token_budget: float, assistance: str
 ) -> None:
     model = model_of(visual_position_ids=positions)
-    batch = repetitive_batch(model, pad)
-    expected = readers(model, batch, token_budget)[0].greedy(20)
-    with decoder_runs(model) as runs:
-        sequences = generate(
-            model, batch, token_budget=token_budget, max_new_tokens=20, **lookup_or_assistant(model, assistance)
-        )
-    assert new_tokens(sequences, batch)[0].tolist() == expected
-    num_kept = max(1, int(token_budget * NUM_PATCHES)) + 9
-    assert runs[0] > num_kept, "no candidates at the first step"
-    assert len(runs) < 20, "no candidate was ever right"
+    num_kept = max(1, int(token_budget * NUM_PATCHES))
+    num_runs = 0
+    for seed in range(3):
+        batch = repetitive_batch(model, pad, seed)
+        with decoder_runs(model) as runs:
+            options = lookup_or_assistant(model, assistance)
+            sequences = generate(model, batch, token_budget=token_budget, max_new_tokens=15, **options)
+        assert new_tokens(sequences, batch)[0].tolist() == readers(model, batch, token_budget)[0].greedy(15)
+        assert runs[0] > num_kept + 9, "no candidates at the first step"
+        num_runs += len(runs)
+    assert num_runs < 3 * 15, "no candidate was ever right"
 
 
 def test_assisted_decoding_returns_the_logits_of_every_token() -> None:
@@ -604,10 +613,11 @@ def test_several_sequences_per_prompt_can_each_be_continued() -> None:
 
 def test_a_row_that_ended_early_is_continued_without_its_padding() -> None:
     model = model_of()
-    batch = tiny_batch(model.config, (1, 1), (5, 8), seed=3)
-    first = greedy_answers(model, batch, 0.4)
+    # The first of a few batches in which the third token of one answer is not in the other.
+    batches = (tiny_batch(model.config, (1, 1), (5, 8), seed=seed) for seed in range(20))
+    candidates = ((batch, greedy_answers(model, batch, 0.4)) for batch in batches)
+    batch, first = next((batch, first) for batch, first in candidates if first[0][2] not in first[0][:2] + first[1])
     end = first[0][2]
-    assert end not in first[0][:2] + first[1], "choose another seed"
     outputs = generate(model, batch, token_budget=0.4, eos_token_id=end, return_dict_in_generate=True)
     answers = new_tokens(outputs.sequences, batch)
     answer_mask = torch.ones_like(answers)
@@ -617,11 +627,13 @@ def test_a_row_that_ended_early_is_continued_without_its_padding() -> None:
         "attention_mask": torch.cat([batch["attention_mask"], answer_mask, torch.ones(2, 2).long()], dim=1),
         "past_key_values": outputs.past_key_values,
     }
-    continued = new_tokens(generate(model, second), second).tolist()
+    continued = generate(model, second, return_dict_in_generate=True, output_logits=True)
     expected = readers(model, batch, 0.4)
     expected[0].read(first[0][:3] + [9, 8])
     expected[1].read(first[1] + [7, 6])
-    assert continued == [reader.greedy() for reader in expected]
+    for row, answer in enumerate(new_tokens(continued.sequences, second).tolist()):
+        logits = torch.stack([step[row] for step in continued.logits])
+        torch.testing.assert_close(logits, expected[row].logits_along(answer), atol=1e-4, rtol=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------- lengths and penalties
@@ -638,8 +650,7 @@ def test_the_cache_holds_the_kept_columns_and_no_more(token_budget: Any) -> None
 
 def test_a_static_cache_is_as_long_as_the_pruned_prompt_needs() -> None:
     # transformers never makes a model's static caches shorter than an earlier one, so this takes a model of its own.
-    model = tiny_model()
-    model.generation_config.eos_token_id = None
+    model = own_model()
     batch = tiny_batch(model.config, (1,), (6,))
     outputs = generate(model, batch, token_budget=0.5, cache_implementation="static", return_dict_in_generate=True)
     assert outputs.past_key_values.layers[0].keys.shape[2] == 6 + NUM_PATCHES // 2 + NUM_NEW_TOKENS - 1
@@ -725,8 +736,7 @@ def test_the_configurations_budget_is_the_default() -> None:
 
 @pytest.mark.parametrize("where", ["argument", "of the model"])
 def test_a_generation_configs_budget_is_used_and_the_argument_overrides_it(where: str) -> None:
-    model = tiny_model()
-    model.generation_config.eos_token_id = None
+    model = own_model()
     batch = tiny_batch(model.config, (1,) * 4, (6,) * 4)
     if where == "argument":
         options = {"generation_config": GenerationConfig(token_budget=0.4, max_new_tokens=NUM_NEW_TOKENS)}

@@ -12,7 +12,6 @@ from adavtp.modeling import modeling_adavtp
 from adavtp.modeling.self_contained_adavtp import code_files
 from adavtp.trainer.digit_scenes import load_digit_questions
 
-
 FOLDER = reference_checkpoint()
 
 

@@ -115,7 +115,7 @@ def test_the_gradient_s_temperature_does_not_change_what_is_drawn() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
-def test_gates_are_the_choice_forward_and_a_sigmoid_backward(temperature: float) -> None:
+def test_gates_are_the_choice_forward_and_a_sigmoid_with_a_fixed_sum_backward(temperature: float) -> None:
     torch.manual_seed(0)
     scores = torch.randn(40, 11, requires_grad=True)
     num_keep = torch.randint(1, 11, (40,))
@@ -129,7 +129,8 @@ def test_gates_are_the_choice_forward_and_a_sigmoid_backward(temperature: float)
         ranked = sorted(scores[row].tolist(), reverse=True)
         threshold = (ranked[num_keep[row] - 1] + ranked[num_keep[row]]) / 2
         soft = 1 / (1 + torch.exp(-(scores[row].detach() - threshold) / temperature))
-        expected = weights[row] * soft * (1 - soft) / temperature
+        slope = soft * (1 - soft)
+        expected = slope * (weights[row] - (slope * weights[row]).sum() / slope.sum()) / temperature
         torch.testing.assert_close(scores.grad[row], expected, atol=1e-6, rtol=1e-4)
     assert (scores.grad != 0).all()
 
@@ -140,9 +141,17 @@ def test_sampled_gates_are_exactly_zero_or_one_and_their_gradient_is_finite(dtyp
     scores = (10 * torch.randn(64, 23)).to(dtype).requires_grad_()
     keep, gates = sample_top_k(scores, torch.randint(1, 24, (64,)), 1.0, training=True)
     assert torch.equal(gates, keep.float())
-    gates.sum().backward()
+    (gates * torch.randn(64, 23)).sum().backward()
     assert scores.grad.isfinite().all()
     assert scores.grad.abs().sum() > 0
+
+
+def test_that_every_token_helps_says_nothing_about_which_to_keep() -> None:
+    torch.manual_seed(0)
+    scores = (3 * torch.randn(64, 23)).requires_grad_()
+    _, gates = sample_top_k(scores, torch.randint(1, 23, (64,)), 1.0, training=True)
+    gates.sum().backward()
+    torch.testing.assert_close(scores.grad, torch.zeros_like(scores), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 8])
@@ -150,7 +159,16 @@ def test_a_row_that_keeps_everything_has_no_gradient_and_does_not_disturb_the_ot
     torch.manual_seed(0)
     scores = torch.randn(3, num_tokens, requires_grad=True)
     _, gates = sample_top_k(scores, torch.tensor([num_tokens, max(1, num_tokens // 2), num_tokens]), 1.0, True)
-    gates.sum().backward()
+    (gates * torch.randn(3, num_tokens)).sum().backward()
     assert (scores.grad[[0, 2]] == 0).all()
     assert scores.grad.isfinite().all()
     assert (scores.grad[1] != 0).any() == (num_tokens > 1)
+
+
+def test_scores_far_from_the_threshold_have_a_finite_gradient() -> None:
+    scores = torch.tensor([[1e4, -1e4, 1e4, -1e4]], requires_grad=True)
+    keep = top_k_mask(scores.detach(), torch.tensor([2]))
+    gates = straight_through_gates(scores, torch.tensor([2]), keep, 1.0)
+    assert gates.tolist() == [[1.0, 0.0, 1.0, 0.0]]
+    (gates * torch.arange(4.0)).sum().backward()
+    assert scores.grad.isfinite().all()

@@ -6,6 +6,8 @@ import pytest
 import torch
 from tiny_models import (
     BOS_TOKEN_ID,
+    GATE_IDS,
+    GATES,
     IMAGE_TOKEN_ID,
     NUM_PATCHES,
     alone,
@@ -117,7 +119,8 @@ def labelled(batch: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tenso
 def test_dropping_and_hiding_train_alike(variant: str, positions: str, kind: str) -> None:
     gradients, losses = [], []
     for selection_output in ("gather", "mask"):
-        model = tiny_model(**VARIANTS[variant], visual_position_ids=positions).train()
+        fields = VARIANTS[variant] | {"visual_position_ids": positions, "gradient_gates": "features"}
+        model = tiny_model(**fields).train()
         batch = labelled(tiny_batch(model.config, IMAGES), kind)
         torch.manual_seed(0)
         loss = model(**batch, token_budget=BUDGETS, selection_output=selection_output).loss
@@ -135,11 +138,11 @@ def test_dropping_and_hiding_train_alike(variant: str, positions: str, kind: str
 @pytest.mark.parametrize("kind", LABELS)
 @pytest.mark.parametrize("images", [IMAGES, [0] * 4], ids=["images", "text"])
 @pytest.mark.parametrize("budget", [1.0, BUDGETS], ids=["all", "ragged"])
-@pytest.mark.parametrize("selection_output", ["gather", "mask"])
+@pytest.mark.parametrize("gates", GATES, ids=GATE_IDS)
 def test_the_side_of_padding_does_not_change_the_loss(
-    selection_output: str, budget: Any, images: list[int], kind: str
+    gates: dict[str, str], budget: Any, images: list[int], kind: str
 ) -> None:
-    model = tiny_model(selection_output=selection_output).train()
+    model = tiny_model(**gates).train()
     batch = labelled(tiny_batch(model.config, images), kind)
     losses = []
     for padded in (batch, padded_on_the_right(batch)):
@@ -172,15 +175,15 @@ def test_no_text_loses_its_label_and_each_is_predicted_from_the_kept_token_befor
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("selection_output", ["gather", "mask"])
-def test_an_image_may_begin_the_prompt(selection_output: str, attention: str) -> None:
+@pytest.mark.parametrize("gates", GATES, ids=GATE_IDS)
+def test_an_image_may_begin_the_prompt(gates: dict[str, str], attention: str) -> None:
     """In the hiding form the rows before the first kept patch then see nothing at all."""
     torch.manual_seed(0)
-    model = tiny_model(attn_implementation=attention).train()
+    model = tiny_model(attn_implementation=attention, **gates).train()
     batch = {name: value[:, 2:] for name, value in tiny_batch(model.config, [1, 1], lengths=[6, 6]).items()}
     batch["pixel_values"] = tiny_batch(model.config, [1, 1])["pixel_values"]
     assert (batch["input_ids"][:, 0] == IMAGE_TOKEN_ID).all()
-    output = model(**batch, labels=targets(batch), token_budget=[0.0, 0.3], selection_output=selection_output)
+    output = model(**batch, labels=targets(batch), token_budget=[0.0, 0.3])
     output.loss.backward()
     assert output.loss.isfinite()
     for name, parameter in model.named_parameters():
@@ -298,6 +301,91 @@ def test_a_selection_gathers_in_ascending_order_and_marks_ragged_rows() -> None:
     features = torch.arange(1.0, 9.0).view(2, 4, 1)
     assert selection.gather(features)[..., 0].tolist() == [[2.0, 4.0], [5.0, 0.0]]
     assert selection.mask(features)[..., 0].tolist() == [[0.0, 2.0, 0.0, 4.0], [5.0, 0.0, 0.0, 0.0]]
+
+
+def test_feature_gates_leave_features_as_they_are_and_ask_what_the_mean_feature_would_do() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2, 4, 3, generator=generator)
+    keep = torch.tensor([[False, True, False, True], [True, False, False, False]])
+    for output in ("gather", "mask"):
+        gates = keep.float().requires_grad_()
+        selection, plain = Selection.from_keep(keep, gates), Selection.from_keep(keep)
+        result = getattr(selection, output)(features)
+        assert torch.equal(result, getattr(plain, output)(features))
+        upstream = torch.randn(result.shape, generator=generator)
+        (result * upstream).sum().backward()
+        for image in range(2):
+            mean = sum(features[image]) / 4
+            kept = keep[image].nonzero().flatten().tolist()
+            for patch in range(4):
+                if patch not in kept:
+                    assert gates.grad[image, patch] == 0
+                    continue
+                place = patch if output == "mask" else kept.index(patch)
+                expected = (features[image, patch] - mean).dot(upstream[image, place])
+                torch.testing.assert_close(gates.grad[image, patch], expected, atol=1e-5, rtol=0)
+
+
+def test_attention_gates_weigh_columns_and_spare_each_row_its_own() -> None:
+    logits = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
+    gates = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0])
+    prompt = Prompt(
+        inputs_embeds=torch.zeros(1, 5, 1),
+        attention_mask=torch.tensor([[0, 1, 1, 1, 1]]),
+        position_ids=torch.arange(5)[None],
+        labels=torch.tensor([[-100, -100, -100, -100, 14]]),
+    )
+    gated = prompt.gating(gates[None])
+    assert gated.labels.tolist() == [[-100, -100, -100, 14, -100]]
+    weights = (logits + gated.attention_mask[0, 0]).softmax(dim=-1)
+    for row in range(1, 5):
+        shares = {
+            column: float(logits[row, column].exp() * (1.0 if column == row else gates[column] + 1e-3))
+            for column in range(1, row + 1)
+        }
+        expected = [shares.get(column, 0.0) / sum(shares.values()) for column in range(5)]
+        assert weights[row].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("variant", ["clip", "clip with CLS", "post"])
+def test_attention_gates_train_on_nearly_the_numbers_of_dropping(variant: str, positions: str) -> None:
+    losses = []
+    for gates in ("attention", "features"):
+        model = tiny_model(**VARIANTS[variant], visual_position_ids=positions, gradient_gates=gates).train()
+        batch = labelled(tiny_batch(model.config, IMAGES), "all text")
+        torch.manual_seed(0)
+        losses.append(model(**batch, token_budget=BUDGETS).loss.item())
+    # A dropped column keeps a thousandth of its weight.
+    assert losses[0] == pytest.approx(losses[1], abs=0.02)
+
+
+def test_attention_gates_say_what_a_dropped_token_would_have_been_worth() -> None:
+    """The gate's derivative is the slope of the loss as the token is let in, for kept and dropped tokens alike."""
+    model = tiny_model().double()
+    batch = tiny_batch(model.config, [1])
+    labels = targets(batch)
+    placeholder = batch["input_ids"] == IMAGE_TOKEN_ID
+    with torch.no_grad():
+        prompt = model.model.prepare_prompt(**batch, labels=labels)[0]
+    keep = (torch.arange(NUM_PATCHES) % 3 == 0).double()
+
+    def loss_of(gates: torch.Tensor) -> torch.Tensor:
+        gated = prompt.gating(torch.ones(placeholder.shape, dtype=torch.float64).masked_scatter(placeholder, gates))
+        hidden = model.model.language_model(
+            inputs_embeds=gated.inputs_embeds, attention_mask=gated.attention_mask, position_ids=gated.position_ids
+        ).last_hidden_state
+        return torch.nn.functional.cross_entropy(model.lm_head(hidden)[0, :-1], labels[0, 1:])
+
+    gates = keep.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss_of(gates), gates)
+    assert (gradient != 0).all()
+    with torch.no_grad():
+        for patch in range(NUM_PATCHES):
+            step = torch.zeros(NUM_PATCHES, dtype=torch.float64)
+            step[patch] = 1e-7
+            slope = (loss_of(keep + step) - loss_of(keep - step)) / 2e-7
+            torch.testing.assert_close(gradient[patch], slope, atol=1e-5, rtol=1e-4)
 
 
 def test_everything_is_a_selection_too() -> None:

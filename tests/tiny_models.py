@@ -24,6 +24,15 @@ IMAGE_SIZE, PATCH_SIZE, NUM_PATCHES = 32, 8, 16
 # Weights of the default 0.02 make every prompt sound the same at this width; these make answers depend on images.
 INITIALIZER_RANGE = 0.2
 
+# The ways in which the choice gets its gradient: gates inside attention, which need all tokens in place, and gates on
+# the features in either form.
+GATES = [
+    {"gradient_gates": "attention"},
+    {"gradient_gates": "features", "selection_output": "gather"},
+    {"gradient_gates": "features", "selection_output": "mask"},
+]
+GATE_IDS = ["attention gates", "feature gates, gather", "feature gates, mask"]
+
 VISION_CONFIGS = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig, "dinov2": Dinov2Config}
 TEXT_CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 
