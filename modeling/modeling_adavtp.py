@@ -238,6 +238,7 @@ class AdaVTPModel(AdaVTPPreTrainedModel, LlavaModel):
             labels = without_first_labels(labels, attention_mask)
         prompt = Prompt(inputs_embeds, attention_mask, position_ids.expand(len(input_ids), -1), labels)
         if output == "all":
+            _check_attention_takes_gates(self.language_model, input_ids.shape[1])
             return prompt.gating(self._column_gates(selection, placeholder)), selection
         if bool(keep.all()):
             return prompt, selection
@@ -352,6 +353,19 @@ class AdaVTPModel(AdaVTPPreTrainedModel, LlavaModel):
             attentions=outputs.attentions,
             selection=selection,
             labels=labels,
+        )
+
+
+def _check_attention_takes_gates(language_model: PreTrainedModel, length: int) -> None:
+    """Gates are a bias on the logits: not every attention takes one, and with one transformers forgets its window."""
+    config = language_model.config
+    window = getattr(config, "sliding_window", None)
+    implementation = config._attn_implementation
+    if implementation not in ("eager", "sdpa") or (window is not None and window < length):
+        raise ValueError(
+            f"`gradient_gates` is 'attention', which needs a text model with 'eager' or 'sdpa' attention and no "
+            f"window shorter than the prompt; here attention is {implementation!r}, its window {window} and the prompt "
+            f"{length} tokens. Use gradient_gates='features', or another attention."
         )
 
 

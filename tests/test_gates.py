@@ -106,3 +106,13 @@ def test_gates_on_features_change_nothing_forward() -> None:
     towards_mean = features - features.mean(dim=1, keepdim=True)
     torch.testing.assert_close(gates.grad, (weights * towards_mean).sum(dim=-1).detach())
     torch.testing.assert_close(features.grad, weights)
+
+
+def test_gates_in_attention_refuse_a_text_model_whose_window_they_would_switch_off() -> None:
+    model = tiny_model(text="mistral").train()
+    model.model.language_model.config.sliding_window = 5
+    batch = tiny_batch(model.config)
+    with pytest.raises(ValueError, match="gradient_gates.*attention.*window 5"):
+        model(**batch, token_budget=0.5)
+    model.config.gradient_gates = "features"
+    assert model(**batch, token_budget=0.5).logits.isfinite().all()

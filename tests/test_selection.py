@@ -383,9 +383,10 @@ def test_attention_gates_say_what_a_dropped_token_would_have_been_worth() -> Non
     with torch.no_grad():
         for patch in range(NUM_PATCHES):
             step = torch.zeros(NUM_PATCHES, dtype=torch.float64)
-            step[patch] = 1e-7
-            slope = (loss_of(keep + step) - loss_of(keep - step)) / 2e-7
-            torch.testing.assert_close(gradient[patch], slope, atol=1e-5, rtol=1e-4)
+            step[patch] = 1e-4
+            slope = (loss_of(keep + step) - loss_of(keep - step)) / 2e-4
+            # Norms and softmax compute in float32 whatever the dtype of the model.
+            torch.testing.assert_close(gradient[patch], slope, atol=5e-3, rtol=1e-2)
 
 
 def test_everything_is_a_selection_too() -> None:

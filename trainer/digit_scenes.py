@@ -81,6 +81,10 @@ QUESTION_KINDS: tuple[str, ...] = (
 _NUMERALS: tuple[str, ...] = tuple(str(digit) for digit in range(10))
 _QUESTION_WORDS = "what colour is the which digit how many digits are there a left of above largest ?"
 
+# Asked in training alone: how far from the left or from above a digit is, in tenths of the picture. Relations between
+# two places are hard to learn before either place is.
+TRAINING_KINDS: tuple[str, ...] = ("position",)
+
 VOCABULARY: tuple[str, ...] = tuple(sorted({*COLOURS, *_NUMERALS, *_QUESTION_WORDS.split(), "yes", "no", ","}))
 """Every word that a question, an answer or a caption can contain, sorted."""
 
@@ -407,7 +411,7 @@ def ask_questions(scene: Scene, rng: np.random.Generator, kinds: Sequence[str] =
     Args:
         scene: The scene to ask about.
         rng: Decides which of the possible questions are asked.
-        kinds: The kinds to ask, of ``QUESTION_KINDS``.
+        kinds: The kinds to ask, of ``QUESTION_KINDS`` and ``TRAINING_KINDS``.
 
     Returns:
         The questions, in the order of ``kinds``.
@@ -418,7 +422,7 @@ def ask_questions(scene: Scene, rng: np.random.Generator, kinds: Sequence[str] =
     asked: list[Question] = []
     for kind in kinds:
         if kind not in _ASKERS:
-            raise ValueError(f"kinds contains {kind!r}; allowed are {', '.join(QUESTION_KINDS)}")
+            raise ValueError(f"kinds contains {kind!r}; allowed are {', '.join(_ASKERS)}")
         for _ in range(30):
             question, answer = _ASKERS[kind](scene, rng)
             if all(question != earlier.question for earlier in asked):
@@ -472,6 +476,12 @@ def _ask_relation(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     return f"is the {names[0]} {relation} the {names[1]} ?", "yes" if holds else "no"
 
 
+def _ask_position(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+    item, axis = _any_object(scene, rng), int(rng.integers(2))
+    tenth = int(10 * item.centre[axis] / scene.image.width)
+    return f"how {('left', 'above')[axis]} is the {item.digit} ?", str(tenth)
+
+
 def _ask_largest(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     item = max(scene.objects, key=lambda item: item.side)
     if rng.random() < 0.5:
@@ -486,6 +496,7 @@ _ASKERS: dict[str, Callable[[Scene, np.random.Generator], tuple[str, str]]] = {
     "existence": _ask_existence,
     "relation": _ask_relation,
     "largest": _ask_largest,
+    "position": _ask_position,
 }
 
 
@@ -575,8 +586,8 @@ def load_digit_scenes(
         seed: Which of the endless sequences of scenes, 0 or more.
         image_size: Side of the square pictures in pixels: 96 to 168, a multiple of 8.
         cache_dir: Where ``datasets`` keeps what it builds; its own default if ``None``.
-        kinds: The kinds of question asked about every scene, of ``QUESTION_KINDS``, repetitions allowed. If ``None``,
-            eight: one of every kind, then two more of different kinds.
+        kinds: The kinds of question asked about every scene, of ``QUESTION_KINDS`` and ``TRAINING_KINDS``,
+            repetitions allowed. If ``None``, eight: one of every kind, then two more of different kinds.
 
     Returns:
         Rows of ``image``, ``caption``, ``objects`` (a list of ``digit``, ``colour`` and ``box``), ``questions``,
@@ -587,8 +598,8 @@ def load_digit_scenes(
         ValueError: If an argument is outside what is allowed.
     """
     for kind in kinds or ():
-        if kind not in QUESTION_KINDS:
-            raise ValueError(f"kinds contains {kind!r}; allowed are {', '.join(QUESTION_KINDS)}")
+        if kind not in _ASKERS:
+            raise ValueError(f"kinds contains {kind!r}; allowed are {', '.join(_ASKERS)}")
     more = {"kinds": tuple(kinds)} if kinds else {}
     return _build(
         _generate_scenes, _SCENE_FEATURES, "num_scenes", num_scenes, split, seed, image_size, cache_dir, **more

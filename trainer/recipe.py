@@ -213,7 +213,10 @@ def _build(model: dict[str, Any]) -> tuple[AdaVTPForConditionalGeneration, AdaVT
         image_token_index=processor.image_token_id,
         image_seq_length=(vision["image_size"] // vision["patch_size"]) ** 2,
     )
-    return AdaVTPForConditionalGeneration(config), processor
+    new_model = AdaVTPForConditionalGeneration(config)
+    # Answers are a word, captions a line; without a limit of its own `generate` counts the prompt towards twenty.
+    new_model.generation_config.max_new_tokens = 16
+    return new_model, processor
 
 
 def _patch_labels(
