@@ -363,8 +363,8 @@ def _check_attention_takes_gates(language_model: PreTrainedModel, length: int) -
     implementation = config._attn_implementation
     if implementation not in ("eager", "sdpa") or (window is not None and window < length):
         raise ValueError(
-            f"`gradient_gates` is 'attention', which needs a text model with 'eager' or 'sdpa' attention and no "
-            f"window shorter than the prompt; here attention is {implementation!r}, its window {window} and the prompt "
+            "`gradient_gates` is 'attention', which needs a text model with 'eager' or 'sdpa' attention and no window "
+            f"shorter than the prompt; here attention is {implementation!r}, its window {window} and the prompt "
             f"{length} tokens. Use gradient_gates='features', or another attention."
         )
 
