@@ -63,16 +63,15 @@ def _budget(value: str) -> float | int:
 
 def _results_table(results: list, num_questions: int) -> Table:
     table = Table(title=f"{num_questions} held-out questions")
-    for column in ("reducer", "budget", "K", "accuracy", "95% interval", "tokens in the decoder", "ms per answer"):
-        table.add_column(column, justify="left" if column == "reducer" else "right")
+    for column in ("reducer", "budget", "K", "accuracy", "95% interval", "decoder tokens", "ms/answer"):
+        table.add_column(column, justify="left" if column == "reducer" else "right", no_wrap=True)
     for result in results:
-        interval = f"{100 * result.accuracy_low:.1f} to {100 * result.accuracy_high:.1f}"
         table.add_row(
             result.reducer,
             f"{result.budget:g}",
             str(result.num_keep),
             f"{100 * result.accuracy:.1f}%",
-            interval,
+            f"{100 * result.accuracy_low:.1f}-{100 * result.accuracy_high:.1f}",
             f"{result.decoder_tokens:.0f}",
             f"{result.milliseconds:.1f}",
         )

@@ -1,0 +1,84 @@
+"""The learned reducer: which patches are worth the budget.
+
+How many tokens stay is said by the budget, exactly. Which ones is said here, by a score for every patch that may
+depend on the patch, on the budget and, through the budget token, on the question. Training samples K patches by
+Gumbel top-K and lets the gradient through; evaluation keeps the K best.
+"""
+
+import torch
+from torch import nn
+
+from .configuration_adavtp import AdaVTPConfig
+from .reducers_adavtp import TokenReducer, register_reducer
+from .sampling_adavtp import sample_top_k
+from .selection_adavtp import Selection
+from .vision_adavtp import VisionFeatures, patch_width
+
+
+@register_reducer("adaptive")
+class VisionTokenController(TokenReducer):
+    """
+    Scores every patch and keeps the best K.
+
+    The head is one of
+
+    - `"budget_token"`: one linear map from the budget token's output to all N scores;
+    - `"patch"`: a linear score of each patch alone;
+    - `"patch_budget"`: a two-layer score of each patch beside the budget token's output. One linear layer would add
+      the same number to every patch's score, and the budget and question could not change the choice;
+    - `"dot"`: the scaled dot product of projected patch and projected budget token.
+
+    Args:
+        config: the model's configuration.
+    """
+
+    def __init__(self, config: AdaVTPConfig) -> None:
+        super().__init__(config)
+        hidden_size, width = config.vision_config.hidden_size, patch_width(config)
+        head = config.controller_head
+        # A patch alone says nothing of the budget, except where the patches themselves have seen it.
+        patches_see_budget = config.budget_fusion == "encoder" and config.budget_attention == "mutual"
+        self.needs = ("budget",) if head != "patch" or patches_see_budget else ()
+        self.patch_norm = nn.LayerNorm(width) if head != "budget_token" else None
+        self.budget_norm = nn.LayerNorm(hidden_size) if head != "patch" else None
+        if head == "budget_token":
+            self.score = nn.Linear(hidden_size, config.num_patches)
+        elif head == "patch":
+            self.score = nn.Linear(width, 1)
+        else:
+            self.patch_proj = nn.Linear(width, hidden_size)
+            self.budget_proj = nn.Linear(hidden_size, hidden_size)
+            if head == "patch_budget":
+                self.score = nn.Linear(hidden_size, 1)
+
+    def scores(self, features: VisionFeatures) -> torch.Tensor:
+        """
+        Unnormalised log-probabilities of keeping each patch.
+
+        Args:
+            features: with `budget` if it is in `needs`.
+
+        Returns:
+            `[num_images, num_patches]`.
+        """
+        head = self.config.controller_head
+        if head == "budget_token":
+            return self.score(self.budget_norm(features.budget))
+        patches = self.patch_norm(features.patches)
+        if head == "patch":
+            return self.score(patches)[..., 0]
+        key, query = self.patch_proj(patches), self.budget_proj(self.budget_norm(features.budget))
+        if head == "patch_budget":
+            # A linear layer of patch and budget side by side is the sum of one of each; the budget's is the same for
+            # all patches.
+            return self.score(nn.functional.gelu(key + query[:, None]))[..., 0]
+        return (key @ query[..., None])[..., 0] / query.shape[-1] ** 0.5
+
+    def forward(
+        self, features: VisionFeatures, num_keep: torch.Tensor, pixel_values: torch.Tensor | None = None
+    ) -> Selection:
+        """See [`TokenReducer.forward`]. In training the choice is sampled and the selection has gates."""
+        keep, gates = sample_top_k(
+            self.scores(features), num_keep, self.config.controller_temperature, training=self.training
+        )
+        return Selection.from_keep(keep, gates)
