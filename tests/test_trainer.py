@@ -261,7 +261,8 @@ def test_four_batches_of_one_are_one_batch_of_four(tmp_path: Path) -> None:
         trainer.train()
         weights.append(weights_of(trainer.model))
         losses.append(training_losses(trainer))
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    # Float32 sums in another order: a few millionths of a loss of five.
+    assert losses[0] == pytest.approx(losses[1], rel=2e-5)
     for name, value in weights[0].items():
         assert torch.allclose(value, weights[1][name], atol=1e-5), name
 
