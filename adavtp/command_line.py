@@ -62,8 +62,8 @@ def _budget(value: str) -> float | int:
 
 
 def _results_table(results: list, num_questions: int) -> Table:
-    table = Table(title=f"{num_questions} held-out questions")
-    for column in ("reducer", "budget", "K", "accuracy", "95% interval", "decoder tokens", "ms/answer"):
+    table = Table(title=f"{num_questions} held-out questions (ms: per answer)")
+    for column in ("reducer", "budget", "K", "accuracy", "95% CI", "decoder tokens", "ms"):
         table.add_column(column, justify="left" if column == "reducer" else "right", no_wrap=True)
     for result in results:
         table.add_row(
@@ -94,7 +94,12 @@ def demo(
     console.print("Drawing scenes from held-out handwriting ...")
     data = load_digit_questions("test", questions)
     results, _ = answer_questions(
-        model, processor, data, DEMO_BUDGETS, progress=_progress("Answering at five budgets ...")
+        model,
+        processor,
+        data,
+        DEMO_BUDGETS,
+        reducers=("adaptive", "random"),
+        progress=_progress("Answering at five budgets ..."),
     )
     console.print(_results_table(results, len(data)))
     shown = data.select(range(6))

@@ -423,3 +423,20 @@ def test_the_example_in_the_module_docstring_holds() -> None:
     results = doctest.testmod(digit_scenes)
     assert results.attempted > 0
     assert results.failed == 0
+
+
+def test_a_question_of_training_asks_for_a_digit_s_place_in_tenths() -> None:
+    for index in range(20):
+        scene = draw_scene("train", index)
+        middles = {str(item.digit): [sum(item.box[axis::2]) / 2 for axis in (0, 1)] for item in scene.objects}
+        for question in ask_questions(scene, np.random.default_rng(index), ["position"] * 4):
+            _, direction, _, _, digit, _ = question.question.split()
+            middle = middles[digit][("left", "above").index(direction)]
+            assert question.answer == str(int(middle / scene.image.width * 10))
+
+
+def test_scenes_are_asked_the_kinds_that_are_named() -> None:
+    kinds = ["relation", "position", "relation"]
+    assert all(row["kinds"] == kinds for row in load_digit_scenes("validation", 3, kinds=kinds))
+    with pytest.raises(ValueError, match="kinds contains 'weather'"):
+        load_digit_scenes("validation", 3, kinds=["weather"])
