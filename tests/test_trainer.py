@@ -168,10 +168,11 @@ def test_a_step_changes_the_named_parts_and_no_others(tmp_path: Path, train_part
     prefixes = tuple(prefix for part in train_parts for prefix in TRAIN_PARTS[part])
     named = {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
     # Three layers, of which the last is above the feature layer, -2; and what stands behind all layers, or is never
-    # called. A key's bias adds the same to all scores of a query and does nothing at all.
+    # called. A key's bias adds the same to all scores of a query, the controller's to those of all patches: neither
+    # does anything, and their gradients are zero up to rounding.
     unused = ("post_layernorm", "layernorm", "head", "encoder.layers.2", "encoder.layer.2", "embeddings.mask_token")
     unused = tuple(f"model.vision_tower.{name}" for name in unused)
-    without_effect = {name for name in named if name.endswith(("k_proj.bias", "key.bias"))}
+    without_effect = {name for name in named if name.endswith(("k_proj.bias", "key.bias", "score.bias"))}
     assert changed <= named
     assert not any(name.startswith(unused) for name in changed)
     assert {name for name in named - without_effect if not name.startswith(unused)} == changed - without_effect
@@ -526,7 +527,8 @@ def gradients_after(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]]
 
 
 def model_for_several_processes() -> AdaVTPForConditionalGeneration:
-    model = digit_model(digit_processor(), selection_output="mask").train()
+    # Gates inside attention make a dropped token's gradient a thousand times that of its weight, and so its rounding.
+    model = digit_model(digit_processor(), selection_output="mask", gradient_gates="features").train()
     choose_trained_parts(model, EVERY_PART)
     return model
 
@@ -573,4 +575,5 @@ def test_two_processes_do_together_what_one_does_alone(tmp_path: Path) -> None:
     }
     for kind, expected in alone.items():
         for name, value in expected.items():
-            assert torch.allclose(both[0][kind][name], value, atol=1e-4), (kind, name)
+            difference = (both[0][kind][name] - value).abs().max().item()
+            assert difference <= 1e-4, (kind, name, difference)
