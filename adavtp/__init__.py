@@ -11,8 +11,9 @@ from .modeling.controller_adavtp import VisionTokenController
 from .modeling.generation_adavtp import BudgetProcessor, BudgetProcessorList, BudgetState
 from .modeling.modeling_adavtp import AdaVTPForConditionalGeneration, AdaVTPModel
 from .modeling.processing_adavtp import AdaVTPProcessor
-from .modeling.reducers_adavtp import TokenReducer, register_reducer
+from .modeling.reducers_adavtp import ScoringReducer, TokenReducer, register_reducer
 from .modeling.selection_adavtp import Selection
+from .modeling.vision_features_adavtp import VisionFeatures
 
 AutoConfig.register("adavtp", AdaVTPConfig, exist_ok=True)
 AutoModel.register(AdaVTPConfig, AdaVTPForConditionalGeneration, exist_ok=True)
@@ -50,8 +51,10 @@ __all__ = [
     "BudgetProcessor",
     "BudgetProcessorList",
     "BudgetState",
+    "ScoringReducer",
     "Selection",
     "TokenReducer",
+    "VisionFeatures",
     "VisionTokenController",
     "register_reducer",
 ]

@@ -27,6 +27,33 @@ def _with_value_errors(config_class: ConfigClass) -> ConfigClass:
     return config_class
 
 
+def reducer_entries(reducers: Any) -> list[str | dict[str, Any]]:
+    """
+    Reducers as they are written down: names, and dictionaries of a name and parameters.
+
+    Args:
+        reducers: one such entry, or a list of them.
+
+    Raises:
+        ValueError: if it is something else, or a name comes twice.
+    """
+    entries = [reducers] if isinstance(reducers, str | dict) else reducers
+    if not isinstance(entries, list | tuple) or not all(
+        isinstance(entry, str) or (isinstance(entry, dict) and isinstance(entry.get("name"), str)) for entry in entries
+    ):
+        raise ValueError(
+            f"`reducers` is {reducers!r}; allowed are a name, a dictionary with 'name' and parameters, or a list of "
+            "these."
+        )
+    names = [entry if isinstance(entry, str) else entry["name"] for entry in entries]
+    if len(set(names)) < len(names):
+        raise ValueError(f"`reducers` is {reducers!r}; a reducer can act once.")
+    # A dictionary without parameters says no more than its name.
+    return [
+        entry if isinstance(entry, str) or len(entry) > 1 else name for entry, name in zip(entries, names, strict=True)
+    ]
+
+
 @_with_value_errors
 @strict
 class AdaVTPConfig(LlavaConfig):
@@ -38,8 +65,16 @@ class AdaVTPConfig(LlavaConfig):
         token_budget (`float` or `int`, *optional*, defaults to 1.0):
             The budget where a call names none: a float in [0, 1] is the fraction of an image's visual tokens that the
             decoder sees, an int >= 2 is a number of tokens.
-        reducer (`str`, *optional*, defaults to `"adaptive"`):
-            Name of the registered reducer that chooses the tokens. `"adaptive"` is the learned controller.
+        reducers (`list`, *optional*, defaults to `["adaptive"]`):
+            The registered reducers that choose the tokens, one after another: names, or dictionaries of a name and
+            parameters, `{"name": "fastv", "layer": 2}`. `"adaptive"` is the learned controller. `reducer="fastv"` says
+            the same as `reducers=["fastv"]`.
+        trained_reducers (`list`, *optional*, defaults to `[]`):
+            Further reducers whose weights are in this checkpoint and can be chosen without being `reducers`, in the
+            same form.
+        min_token_entropy (`float`, *optional*, defaults to 0.0):
+            For reducers that score tokens: while the entropy of the kept tokens' scores is below this share of its
+            maximum, further tokens are kept, beyond the budget. From 0 (off) to 1.
         budget_fusion (`"encoder"` or `"post"`, *optional*, defaults to `"encoder"`):
             Where budget and image meet. `"encoder"`: a budget token goes through the vision tower's layers beside the
             patches. `"post"`: the tower is untouched and one cross-attention with the budget as query follows it.
@@ -80,7 +115,9 @@ class AdaVTPConfig(LlavaConfig):
     model_type = "adavtp"
 
     token_budget: float | int = 1.0
-    reducer: str = "adaptive"
+    reducers: list[Any] | None = None
+    trained_reducers: list[Any] | None = None
+    min_token_entropy: float | int = 0.0
     budget_fusion: Literal["encoder", "post"] = "encoder"
     budget_attention: Literal["read_only", "mutual"] = "read_only"
     budget_token_place: Literal["last", "first"] = "last"
@@ -96,7 +133,16 @@ class AdaVTPConfig(LlavaConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         # A LLaVA folder's own model_type would become an instance attribute that hides the class's.
         kwargs.pop("model_type", None)
+        reducer = kwargs.pop("reducer", None)
         super().__post_init__(**kwargs)
+        if reducer is not None:
+            if self.reducers not in (None, reducer_entries(reducer)):
+                raise ValueError(f"`reducer` is {reducer!r} and `reducers` is {self.reducers!r}; give one of them.")
+            self.reducers = reducer_entries(reducer)
+        self.reducers = reducer_entries(["adaptive"] if self.reducers is None else self.reducers)
+        self.trained_reducers = reducer_entries(self.trained_reducers or [])
+        if not 0.0 <= self.min_token_entropy <= 1.0:
+            raise ValueError(f"`min_token_entropy` is {self.min_token_entropy}; allowed are 0 to 1.")
         has_cls = VISION_TOWERS_WITH_CLS.get(self.vision_config.model_type)
         if has_cls is None:
             raise ValueError(
@@ -127,6 +173,20 @@ class AdaVTPConfig(LlavaConfig):
                 f"`token_budget` is {budget!r}; allowed are a float in [0, 1], the fraction of visual tokens that are "
                 "kept, and an int >= 2, their number."
             )
+
+    @property
+    def reducer(self) -> str:
+        """The reducers' names, joined by ", "."""
+        return ", ".join(entry["name"] if isinstance(entry, dict) else entry for entry in self.reducers)
+
+    @reducer.setter
+    def reducer(self, reducer: str | dict[str, Any] | list[Any]) -> None:
+        self.reducers = reducer_entries(reducer)
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether the vision tower has a CLS token."""
+        return VISION_TOWERS_WITH_CLS[self.vision_config.model_type]
 
     @property
     def num_patches(self) -> int:

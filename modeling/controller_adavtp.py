@@ -9,14 +9,15 @@ import torch
 from torch import nn
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
-from .reducers_adavtp import TokenReducer, register_reducer
+from .reducers_adavtp import ScoringReducer, register_reducer
 from .sampling_adavtp import sample_top_k
 from .selection_adavtp import Selection
-from .vision_adavtp import VisionFeatures, patch_width
+from .vision_adavtp import patch_width
+from .vision_features_adavtp import VisionFeatures
 
 
 @register_reducer("adaptive")
-class VisionTokenController(TokenReducer):
+class VisionTokenController(ScoringReducer):
     """
     Scores every patch and keeps the best K.
 
@@ -31,6 +32,8 @@ class VisionTokenController(TokenReducer):
     Args:
         config: the model's configuration.
     """
+
+    trained = True
 
     def __init__(self, config: AdaVTPConfig) -> None:
         super().__init__(config)
@@ -63,7 +66,7 @@ class VisionTokenController(TokenReducer):
         """
         head = self.config.controller_head
         if head == "budget_token":
-            return self.score(self.budget_norm(features.budget))
+            return self.score(self.budget_norm(features.budget)).gather(1, features.positions)
         patches = self.patch_norm(features.patches)
         if head == "patch":
             return self.score(patches)[..., 0]
@@ -74,11 +77,10 @@ class VisionTokenController(TokenReducer):
             return self.score(nn.functional.gelu(key + query[:, None]))[..., 0]
         return (key @ query[..., None])[..., 0] / query.shape[-1] ** 0.5
 
-    def forward(
-        self, features: VisionFeatures, num_keep: torch.Tensor, pixel_values: torch.Tensor | None = None
-    ) -> Selection:
+    def forward(self, features: VisionFeatures, num_keep: torch.Tensor) -> Selection:
         """See [`TokenReducer.forward`]. In training the choice is sampled and the selection has gates."""
-        keep, gates = sample_top_k(
-            self.scores(features), num_keep, self.config.controller_temperature, training=self.training
+        if not self.training:
+            return super().forward(features, num_keep)
+        return Selection.from_keep(
+            *sample_top_k(self.scores(features), num_keep, self.config.controller_temperature, training=True)
         )
-        return Selection.from_keep(keep, gates)

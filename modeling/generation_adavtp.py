@@ -6,18 +6,21 @@ matches ids (maximum lengths, penalties, prompt lookup, streamers) works as ever
 ordinary prompt.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin
+from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.image_utils import ImageInput
+from transformers.masking_utils import create_masks_for_generate
 from transformers.processing_utils import ProcessorMixin
 
 from .budget_adavtp import TokenBudget, budget_values, num_tokens_to_keep
+from .decoder_adavtp import DecoderPlan, has_layer_columns
 from .history_adavtp import NewColumns, PrunedHistory, new_columns, with_prompt
 from .selection_adavtp import Prompt
+from .stack_adavtp import StackBudget
 
 if TYPE_CHECKING:
     from transformers.generation.utils import GenerateOutput
@@ -149,7 +152,8 @@ class AdaVTPGenerationMixin(GenerationMixin):
                 images, for each prompt. One prompt for several images is asked of each.
             generation_config: a `GenerationConfig`; or the prompt, a string or a list of strings.
             prompt: the same by name. A prompt without the image placeholder is put into the chat template.
-            token_budget (`float`, `int`, or one per sample): see `forward`.
+            token_budget (`float`, `int`, one per sample, or a dictionary for a stack): see `forward`.
+            reducer (`str`, `dict` or `list`): what selects in this call; see `forward`.
             budget_processor (`list` of callables): see [`BudgetProcessor`]; asked once, before prefill.
 
         Returns:
@@ -206,22 +210,23 @@ class AdaVTPGenerationMixin(GenerationMixin):
         Prunes the prompt, then expands it. Of the steps that every supported version of transformers takes before the
         decoding loop, this is the one that sees ids, mask and positions together while there is one row per prompt.
         """
-        model_kwargs, history = self._prune_prompt(input_ids, model_kwargs)
+        model_kwargs, history, plan = self._prune_prompt(input_ids, model_kwargs)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         if history is not None:
             model_kwargs["pruned_history"] = history.expand(expand_size)
+            model_kwargs["decoder_plan"] = None if plan is None else plan.expand(expand_size)
         return input_ids, model_kwargs
 
     def _prune_prompt(
         self, input_ids: torch.LongTensor, model_kwargs: dict[str, Any]
-    ) -> tuple[dict[str, Any], PrunedHistory | None]:
+    ) -> tuple[dict[str, Any], PrunedHistory | None, DecoderPlan | None]:
         """Replaces images, budget, mask and positions in `model_kwargs` by the embeddings of the pruned prompt."""
         pixel_values = model_kwargs.pop("pixel_values", None)
         token_budget = model_kwargs.pop("token_budget", None)
-        token_budget = self.config.token_budget if token_budget is None else token_budget
-        num_tokens_to_keep(token_budget, self.config.num_patches, len(input_ids))
+        reducer = model_kwargs.pop("reducer", None)
+        self.model.budget_of(token_budget, self.model.steps(reducer), len(input_ids))
         processors = BudgetProcessorList.of_argument(model_kwargs.pop("budget_processor", None))
         _require_gather(model_kwargs.pop("selection_output", None))
         cache = model_kwargs.get("past_key_values")
@@ -229,7 +234,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
         past_length = 0 if cache is None else int(cache.get_seq_length())
         history = getattr(cache, "pruned_history", None) if past_length else None
         if pixel_values is None and history is None:
-            return model_kwargs, None
+            return model_kwargs, None, None
         if model_kwargs.get("inputs_embeds") is not None:
             raise ValueError(
                 "`inputs_embeds` was given with images, in this turn or an earlier one; images are placed by the "
@@ -238,21 +243,35 @@ class AdaVTPGenerationMixin(GenerationMixin):
         new = new_columns(input_ids, model_kwargs, past_length, history)
         if history is not None and self.config.visual_position_ids == "compact":
             new.position_ids = new.position_ids - history.num_dropped[:, None]
+        plan = None
         if pixel_values is None:
             embeds = self.get_input_embeddings()(new.input_ids)
             prompt = Prompt(embeds, new.attention_mask, new.position_ids)
         else:
-            state = self._budget_state(new, pixel_values)
-            prompt, _ = self.model.prepare_prompt(
+            if processors:
+                token_budget = processors(
+                    new.input_ids, self._one_budget(token_budget), self._budget_state(new, pixel_values)
+                )
+            prompt, _, plan = self.model.prepare_prompt(
                 new.input_ids,
                 pixel_values.to(self.device),
                 new.attention_mask,
                 new.position_ids,
-                token_budget=processors(new.input_ids, token_budget, state),
+                token_budget=token_budget,
+                reducer=reducer,
                 # The mask form is for training; in a cache its hidden columns would cost what they cost unpruned.
                 selection_output="gather",
             )
-        return with_prompt(model_kwargs, prompt, new)
+        return *with_prompt(model_kwargs, prompt, new), plan
+
+    def _one_budget(self, token_budget: StackBudget | None) -> TokenBudget:
+        """What budget processors start from."""
+        if isinstance(token_budget, Mapping):
+            raise ValueError(
+                f"`token_budget` is {token_budget!r} and `budget_processor` was given; a processor is asked about one "
+                "budget, so pass one for the whole stack."
+            )
+        return self.config.token_budget if token_budget is None else token_budget
 
     def _budget_state(self, new: NewColumns, pixel_values: torch.Tensor) -> BudgetState:
         return BudgetState(
@@ -272,6 +291,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
         max_cache_length: int,
     ) -> None:
         history = model_kwargs.pop("pruned_history", None)
+        plan = model_kwargs.pop("decoder_plan", None)
         if history is not None:
             if generation_config.prefill_chunk_size is not None:
                 raise ValueError(
@@ -288,6 +308,30 @@ class AdaVTPGenerationMixin(GenerationMixin):
         if cache is not None:
             # Also where there is none: a cache may be reset and used again, and must not keep an old history.
             cache.pruned_history = history
+            cache.decoder_plan = plan
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: PreTrainedConfig,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        See [`transformers.masking_utils.create_masks_for_generate`], which makes the decoder's mask ahead of a forward
+        that may be compiled. Where layers hold different columns there is no one mask, and the loop makes each.
+        """
+        is_planned = getattr(past_key_values, "decoder_plan", None) is not None
+        if is_planned or has_layer_columns(past_key_values):
+            return attention_mask
+        return create_masks_for_generate(
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
         # Processors match `input_ids`, so the mask that they get has to be that of the full prompt.

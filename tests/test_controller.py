@@ -16,8 +16,7 @@ from tiny_models import (
     tiny_model,
 )
 
-from adavtp import AdaVTPForConditionalGeneration
-from adavtp.modeling.vision_adavtp import VisionFeatures
+from adavtp import AdaVTPForConditionalGeneration, VisionFeatures
 
 HEADS = ["budget_token", "patch", "patch_budget", "dot"]
 FUSIONS = [
@@ -87,7 +86,7 @@ def test_scores_are_the_head_s_formula(head: str, feature_layer: int | list[int]
     width = 32 if feature_layer == -2 else 64
     features = VisionFeatures(
         patches=torch.randn(3, NUM_PATCHES, width, generator=generator),
-        cls=None,
+        positions=torch.arange(NUM_PATCHES).expand(3, -1),
         budget=torch.randn(3, 32, generator=generator),
     )
     scores = controller.scores(features)

@@ -62,17 +62,11 @@ def gradient_of_gates(
     """The last token's squared logits, summed, at given gates `[1, num_patches]`, and the gradient of the gates."""
     gates = gates.clone().requires_grad_()
     selection = Selection.from_keep(gates.detach() > 0.5, gates)
-    model.model.select = lambda *_: (features_of(model, batch), selection)
+    model.model.controller.forward = lambda *_: selection
     # The library computes its loss in float32, which is too coarse for a difference quotient.
     loss = model(**batch, token_budget=0.5).logits[:, -1].square().sum()
     loss.backward()
     return loss.detach(), gates.grad
-
-
-def features_of(model: AdaVTPForConditionalGeneration, batch: dict[str, torch.Tensor]) -> object:
-    num_keep = torch.tensor([NUM_PATCHES // 2])
-    question = torch.zeros(1, model.config.text_config.hidden_size, dtype=model.dtype)
-    return type(model.model).select(model.model, batch["pixel_values"], num_keep, question)[0]
 
 
 def test_the_gradient_of_gates_is_the_slope_of_the_output_for_kept_and_for_dropped_tokens() -> None:

@@ -7,9 +7,8 @@ import torch
 from tiny_models import NUM_PATCHES, alone, padded_on_the_right, targets, tiny_batch, tiny_model
 from torch import nn
 
-from adavtp import AdaVTPConfig, Selection, TokenReducer, register_reducer
+from adavtp import AdaVTPConfig, Selection, TokenReducer, VisionFeatures, register_reducer
 from adavtp.modeling.reducers_adavtp import REDUCERS
-from adavtp.modeling.vision_adavtp import VisionFeatures
 
 
 @pytest.fixture
@@ -24,9 +23,7 @@ def registry() -> Iterator[None]:
 class FirstPatches(TokenReducer):
     """Keeps the first K patches."""
 
-    def forward(
-        self, features: VisionFeatures, num_keep: torch.Tensor, pixel_values: torch.Tensor | None = None
-    ) -> Selection:
+    def forward(self, features: VisionFeatures, num_keep: torch.Tensor) -> Selection:
         column = torch.arange(features.patches.shape[1], device=num_keep.device)
         return Selection.from_keep(column < num_keep[:, None])
 
@@ -40,9 +37,7 @@ class LearnedPatches(TokenReducer):
         super().__init__(config)
         self.score = nn.Linear(config.vision_config.hidden_size, 1)
 
-    def forward(
-        self, features: VisionFeatures, num_keep: torch.Tensor, pixel_values: torch.Tensor | None = None
-    ) -> Selection:
+    def forward(self, features: VisionFeatures, num_keep: torch.Tensor) -> Selection:
         scores = self.score(features.patches * features.budget[:, None])[..., 0]
         ranks = scores.argsort(dim=-1, descending=True).argsort(dim=-1)
         keep = ranks < num_keep[:, None]
@@ -71,7 +66,7 @@ def test_random_repeats_itself_and_differs_between_images_and_seeds() -> None:
     assert torch.equal(model.select_tokens(**batch, token_budget=0.5).keep, keep)
     assert torch.equal(model(**batch, token_budget=0.5).selection.keep, keep)
     assert len({tuple(row.tolist()) for row in keep}) == 8
-    model.model.reducer.seed = 1
+    model.set_reducer("random", seed=1)
     assert (model.select_tokens(**batch, token_budget=0.5).keep != keep).any(dim=-1).all()
 
 
@@ -100,11 +95,12 @@ def test_a_larger_random_budget_adds_to_a_smaller_one() -> None:
 def test_random_draws_every_patch_equally_often() -> None:
     model = tiny_model(reducer="random")
     pixels = torch.randn(4000, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    features = VisionFeatures(patches=torch.zeros(4000, NUM_PATCHES, 1), cls=None)
+    positions = torch.arange(NUM_PATCHES).expand(4000, -1)
+    features = VisionFeatures(torch.zeros(4000, NUM_PATCHES, 1), positions, pixel_values=pixels)
     for training in (True, False):
         torch.manual_seed(0)
         model.train(training)
-        share = model.model.reducer(features, torch.full((4000,), 4), pixel_values=pixels).keep.float().mean(dim=0)
+        share = model.model.reducers["random"](features, torch.full((4000,), 4)).keep.float().mean(dim=0)
         # A share of 4000 draws with probability 1/4 has a standard deviation of 0.0068.
         assert (share - 0.25).abs().max() < 0.03
 
@@ -159,12 +155,12 @@ def test_a_reducer_that_is_set_later_has_the_model_s_dtype_and_learns(dtype: tor
     register_reducer("learned")(LearnedPatches)
     model = tiny_model().to(dtype).train()
     model.set_reducer("learned")
-    assert model.model.reducer.training
+    assert model.model.reducers["learned"].training
     batch = tiny_batch(model.config, [1, 1])
     output = model(**batch, labels=targets(batch), token_budget=[0.4, 0.7])
     assert output.selection.num_keep.tolist() == [6, 11]
     output.loss.backward()
-    gradient = model.model.reducer.score.weight.grad
+    gradient = model.model.reducers["learned"].score.weight.grad
     assert gradient.isfinite().all()
     assert gradient.abs().sum() > 0
 

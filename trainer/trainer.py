@@ -160,10 +160,11 @@ def _never_run(model: nn.Module) -> tuple[str, ...]:
     # DINOv2's mask token stands for patches that its own pretraining hides.
     beside = [f"{tower}{name}" for name in ("post_layernorm.", "layernorm.", "head.", "embeddings.mask_token")]
     above = [f"{tower}encoder.{name}.{index}." for name in ("layers", "layer") for index in range(num_run, num_layers)]
-    chosen = model.config.reducer
-    idle = [f"model.reducers.{name}." for name in model.model.reducers if name != chosen]
-    if chosen != "adaptive":
+    steps = model.model.steps()
+    chosen = {step.name for step in steps}
+    idle = [f"model.reducers.{name}." for name in model.model.reducers if name not in chosen]
+    if "adaptive" not in chosen:
         idle.append("model.controller.")
-    if "budget" not in model.model.reducer.needs:
+    if not any("budget" in step.reducer.needs for step in steps):
         idle.append("model.budget_token.")
     return (*beside, *above, *idle)

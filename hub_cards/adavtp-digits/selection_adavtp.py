@@ -23,11 +23,19 @@ class Selection:
             images keep different numbers, the shorter rows end in -1.
         gates: `[num_images, num_patches]` or `None`; exactly 0 or 1, equal to `keep`, and carrying the gradient of the
             choice.
+        features: `[num_images, max_keep, hidden_size]` of reducers that merge, or `None`: what stands at `positions`
+            in place of the patches' own features. Rows at position -1 are ignored.
+        loss: a term that the reducer adds to the training loss, or `None`.
+        depth: `[num_images, num_patches]` int64 or `None`; in how many decoder layers each patch is seen, where a
+            reducer acts inside the decoder.
     """
 
     keep: torch.Tensor
     positions: torch.Tensor
     gates: torch.Tensor | None = None
+    features: torch.Tensor | None = None
+    loss: torch.Tensor | None = None
+    depth: torch.Tensor | None = None
 
     @classmethod
     def from_keep(cls, keep: torch.Tensor, gates: torch.Tensor | None = None) -> "Selection":
@@ -37,6 +45,33 @@ class Selection:
         kept_first = torch.argsort((~keep).to(torch.int8), dim=-1, stable=True)[:, :max_keep]
         is_kept = torch.arange(max_keep, device=keep.device) < num_keep[:, None]
         return cls(keep, kept_first.masked_fill(~is_kept, -1), gates)
+
+    @classmethod
+    def from_tokens(
+        cls,
+        features: torch.Tensor,
+        positions: torch.Tensor,
+        num_patches: int,
+        spatial_order: bool = True,
+        loss: torch.Tensor | None = None,
+    ) -> "Selection":
+        """
+        Builds a selection of tokens that are no patches any more.
+
+        Args:
+            features: `[num_images, num_tokens, hidden_size]`.
+            positions: `[num_images, num_tokens]` int64, for each token the patch in whose place it stands. No two
+                tokens of an image share one.
+            num_patches: N.
+            spatial_order: whether a token stands at its own position; otherwise the tokens stand in the order given
+                and fill the places of all of them from the first to the last.
+            loss: a term that is added to the training loss.
+        """
+        ranked, order = positions.sort(dim=-1)
+        if spatial_order:
+            features = features.gather(1, order[..., None].expand_as(features))
+        keep = torch.zeros(len(positions), num_patches, dtype=torch.bool, device=positions.device)
+        return cls(keep.scatter(1, ranked, True), ranked, features=features, loss=loss)
 
     @classmethod
     def everything(cls, num_images: int, num_patches: int, device: torch.device) -> "Selection":
@@ -51,16 +86,19 @@ class Selection:
 
     def gather(self, features: torch.Tensor) -> torch.Tensor:
         """
-        The kept features, a shorter sequence.
+        The kept features, or what they were merged into, a shorter sequence.
 
         Args:
-            features: `[num_images, num_patches, hidden_size]`.
+            features: `[num_images, num_patches, hidden_size]`, of the patches; unused where tokens were merged.
 
         Returns:
             `[num_images, max_keep, hidden_size]`; rows beyond an image's own number are zero.
         """
-        index = self.positions.clamp(min=0)[..., None].expand(-1, -1, features.shape[-1])
-        kept = self.gated(features).gather(1, index)
+        if self.features is None:
+            index = self.positions.clamp(min=0)[..., None].expand(-1, -1, features.shape[-1])
+            kept = self.gated(features).gather(1, index)
+        else:
+            kept = self.features
         return kept.masked_fill((self.positions < 0)[..., None], 0.0)
 
     def mask(self, features: torch.Tensor) -> torch.Tensor:
@@ -73,6 +111,10 @@ class Selection:
         Returns:
             `[num_images, num_patches, hidden_size]`.
         """
+        if self.features is not None:
+            num_images, num_patches = self.keep.shape
+            placed = self.features.new_zeros(num_images, num_patches, self.features.shape[-1])
+            return placed.masked_scatter(self.keep[..., None], self.features[self.positions >= 0])
         return self.gated(features).masked_fill(~self.keep[..., None], 0.0)
 
     def gated(self, features: torch.Tensor) -> torch.Tensor:
@@ -106,12 +148,15 @@ class Prompt:
             attention logits.
         position_ids: `[batch, sequence]` int64.
         labels: `[batch, sequence]` int64 or `None`.
+        patches: `[batch, sequence]` int64 or `None`; the patch that a column shows, counted through all images of the
+            batch (image * N + patch), -1 for every other column.
     """
 
     inputs_embeds: torch.Tensor
     attention_mask: torch.Tensor
     position_ids: torch.Tensor
     labels: torch.Tensor | None = None
+    patches: torch.Tensor | None = None
 
     def without(self, keep: torch.Tensor) -> "Prompt":
         """
@@ -123,8 +168,7 @@ class Prompt:
         Returns:
             `Prompt` as long as the longest row. A padding column has attention 0, position 0 and label -100.
         """
-        length = int(keep.sum(dim=-1).max())
-        index = torch.argsort(keep.to(torch.int8), dim=-1, stable=True)[:, -length:]
+        index = left_padded(keep)
         is_real = keep.gather(1, index)
         embeds = self.inputs_embeds.gather(1, index[..., None].expand(-1, -1, self.inputs_embeds.shape[-1]))
         labels = None
@@ -135,7 +179,8 @@ class Prompt:
         else:
             attention_mask = self.attention_mask.gather(1, index) * is_real
         position_ids = self.position_ids.gather(1, index).masked_fill(~is_real, 0)
-        return Prompt(embeds, attention_mask, position_ids, labels)
+        patches = None if self.patches is None else self.patches.gather(1, index).masked_fill(~is_real, -1)
+        return Prompt(embeds, attention_mask, position_ids, labels, patches)
 
     def hiding(self, dropped: torch.Tensor) -> "Prompt":
         """
@@ -153,7 +198,8 @@ class Prompt:
         else:
             attention_mask = self.attention_mask.masked_fill(dropped, 0)
         labels = None if self.labels is None else _labels_before_gaps(self.labels, dropped)
-        return Prompt(self.inputs_embeds, attention_mask, self.position_ids, labels)
+        patches = None if self.patches is None else self.patches.masked_fill(dropped, -1)
+        return Prompt(self.inputs_embeds, attention_mask, self.position_ids, labels, patches)
 
     def gating(self, gates: torch.Tensor) -> "Prompt":
         """
@@ -177,7 +223,20 @@ class Prompt:
         bias = torch.where(own, 0.0, torch.log(gates + _LEAST_GATE)[:, None, None, :]).to(self.inputs_embeds.dtype)
         attention_mask = bias.masked_fill(~visible, torch.finfo(bias.dtype).min)
         labels = None if self.labels is None else _labels_before_gaps(self.labels, gates.detach() == 0)
-        return Prompt(self.inputs_embeds, attention_mask, self.position_ids, labels)
+        return Prompt(self.inputs_embeds, attention_mask, self.position_ids, labels, self.patches)
+
+
+def left_padded(keep: torch.Tensor) -> torch.Tensor:
+    """
+    The columns that stay, in their order, at the right end of rows as long as the longest.
+
+    Args:
+        keep: `[batch, sequence]` bool.
+
+    Returns:
+        Indices `[batch, longest]` int64; where a row keeps fewer, it begins with columns that do not stay.
+    """
+    return torch.argsort(keep.to(torch.int8), dim=-1, stable=True)[:, -int(keep.sum(dim=-1).max()) :]
 
 
 def _gather_rows_and_columns(attention_mask: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
