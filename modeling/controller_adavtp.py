@@ -78,8 +78,11 @@ class VisionTokenController(ScoringReducer):
         return (key @ query[..., None])[..., 0] / query.shape[-1] ** 0.5
 
     def forward(self, features: VisionFeatures, num_keep: torch.Tensor) -> Selection:
-        """See [`TokenReducer.forward`]. In training the choice is sampled and the selection has gates."""
-        if not self.training:
+        """
+        See [`TokenReducer.forward`]. While the controller trains, the choice is sampled and the selection has gates. A
+        frozen one chooses in training as it does in evaluation, so that what trains meets the choice it will get.
+        """
+        if not (self.training and any(parameter.requires_grad for parameter in self.parameters())):
             return super().forward(features, num_keep)
         return Selection.from_keep(
             *sample_top_k(self.scores(features), num_keep, self.config.controller_temperature, training=True)

@@ -141,6 +141,16 @@ def test_training_draws_anew_with_every_call() -> None:
     assert len(drawn) > 1
 
 
+def test_a_frozen_controller_chooses_in_training_as_in_evaluation() -> None:
+    model = tiny_model()
+    batch = tiny_batch(model.config)
+    expected = model.select_tokens(**batch, token_budget=0.4)
+    model.train().model.controller.requires_grad_(False)
+    for _ in range(3):
+        selection = model.select_tokens(**batch, token_budget=0.4)
+        assert torch.equal(selection.keep, expected.keep) and selection.gates is None
+
+
 @pytest.mark.parametrize("fusion", FUSIONS, ids=FUSION_IDS)
 @pytest.mark.parametrize("head", HEADS)
 def test_budget_and_question_change_the_order_of_patches_where_the_head_hears_them(
@@ -158,6 +168,17 @@ def test_budget_and_question_change_the_order_of_patches_where_the_head_hears_th
         # The same number added to every score would change nothing.
         change = (changed - changed.mean()) - (scores - scores.mean())
         assert (change.abs().max() > 1e-4) == hears_the_budget(head, fusion)
+
+
+def test_a_normalised_question_sounds_the_same_at_any_volume() -> None:
+    token = tiny_model(question_norm=True).model.budget_token
+    budget, question = torch.tensor([0.3, 0.3]), torch.randn(2, 32)
+    heard = token(budget, question) - token.budget_embedding(budget)
+    # Zero mean, variance one, and then the same linear map as without it.
+    centred = question - question.mean(dim=-1, keepdim=True)
+    normal = centred / centred.square().mean(dim=-1, keepdim=True).sqrt()
+    torch.testing.assert_close(heard, token.question_proj(normal), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(token(budget, 5 * question + 3), token(budget, question), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("head", HEADS)

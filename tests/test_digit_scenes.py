@@ -2,6 +2,7 @@
 
 import doctest
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from adavtp.trainer.digit_scenes import (
     SPLITS,
     VOCABULARY,
     Scene,
+    SceneObject,
     ask_questions,
     caption,
     digit_instances,
@@ -425,13 +427,23 @@ def test_the_example_in_the_module_docstring_holds() -> None:
     assert results.failed == 0
 
 
-def test_a_question_of_training_asks_for_a_digit_s_place_in_tenths() -> None:
+@pytest.mark.parametrize(
+    ("kind", "form", "name_of"),
+    [
+        ("position", "how {} is the {} ?", lambda item: str(item.digit)),
+        ("position_of_colour", "how {} is the {} digit ?", lambda item: item.colour),
+    ],
+)
+def test_a_question_of_training_asks_for_a_digit_s_place_in_tenths(
+    kind: str, form: str, name_of: Callable[[SceneObject], str]
+) -> None:
     for index in range(20):
         scene = draw_scene("train", index)
-        middles = {str(item.digit): [sum(item.box[axis::2]) / 2 for axis in (0, 1)] for item in scene.objects}
-        for question in ask_questions(scene, np.random.default_rng(index), ["position"] * 4):
-            _, direction, _, _, digit, _ = question.question.split()
-            middle = middles[digit][("left", "above").index(direction)]
+        middles = {name_of(item): [sum(item.box[axis::2]) / 2 for axis in (0, 1)] for item in scene.objects}
+        for question in ask_questions(scene, np.random.default_rng(index), [kind] * 4):
+            _, direction, _, _, name, *_ = question.question.split()
+            assert question.question == form.format(direction, name)
+            middle = middles[name][("left", "above").index(direction)]
             assert question.answer == str(int(middle / scene.image.width * 10))
 
 
@@ -440,3 +452,10 @@ def test_scenes_are_asked_the_kinds_that_are_named() -> None:
     assert all(row["kinds"] == kinds for row in load_digit_scenes("validation", 3, kinds=kinds))
     with pytest.raises(ValueError, match="kinds contains 'weather'"):
         load_digit_scenes("validation", 3, kinds=["weather"])
+
+
+def test_question_rows_cycle_through_the_kinds_that_are_named() -> None:
+    rows = load_digit_questions("validation", 5, kinds=["relation", "position_of_colour"])
+    assert rows["kind"] == ["relation", "position_of_colour", "relation", "position_of_colour", "relation"]
+    with pytest.raises(ValueError, match="kinds contains 'weather'"):
+        load_digit_questions("validation", 3, kinds=["weather"])

@@ -187,6 +187,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mutual": {"budget_attention": "mutual"},
     "last patch": {"budget_position": "last_patch"},
     "not question-aware": {"question_aware": False},
+    "question norm": {"question_norm": True},
     "head budget_token": {"controller_head": "budget_token"},
     "head patch": {"controller_head": "patch"},
     "head dot": {"controller_head": "dot"},

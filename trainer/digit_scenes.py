@@ -82,8 +82,8 @@ _NUMERALS: tuple[str, ...] = tuple(str(digit) for digit in range(10))
 _QUESTION_WORDS = "what colour is the which digit how many digits are there a left of above largest ?"
 
 # Asked in training alone: how far from the left or from above a digit is, in tenths of the picture. Relations between
-# two places are hard to learn before either place is.
-TRAINING_KINDS: tuple[str, ...] = ("position",)
+# two places are hard to learn before either place is, and relations name digits by value or by colour.
+TRAINING_KINDS: tuple[str, ...] = ("position", "position_of_colour")
 
 VOCABULARY: tuple[str, ...] = tuple(sorted({*COLOURS, *_NUMERALS, *_QUESTION_WORDS.split(), "yes", "no", ","}))
 """Every word that a question, an answer or a caption can contain, sorted."""
@@ -482,6 +482,12 @@ def _ask_position(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     return f"how {('left', 'above')[axis]} is the {item.digit} ?", str(tenth)
 
 
+def _ask_position_of_colour(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+    item, axis = _any_object(scene, rng), int(rng.integers(2))
+    tenth = int(10 * item.centre[axis] / scene.image.width)
+    return f"how {('left', 'above')[axis]} is the {item.colour} digit ?", str(tenth)
+
+
 def _ask_largest(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     item = max(scene.objects, key=lambda item: item.side)
     if rng.random() < 0.5:
@@ -497,6 +503,7 @@ _ASKERS: dict[str, Callable[[Scene, np.random.Generator], tuple[str, str]]] = {
     "relation": _ask_relation,
     "largest": _ask_largest,
     "position": _ask_position,
+    "position_of_colour": _ask_position_of_colour,
 }
 
 
@@ -597,21 +604,23 @@ def load_digit_scenes(
     Raises:
         ValueError: If an argument is outside what is allowed.
     """
-    for kind in kinds or ():
-        if kind not in _ASKERS:
-            raise ValueError(f"kinds contains {kind!r}; allowed are {', '.join(_ASKERS)}")
-    more = {"kinds": tuple(kinds)} if kinds else {}
+    more = _checked_kinds(kinds)
     return _build(
         _generate_scenes, _SCENE_FEATURES, "num_scenes", num_scenes, split, seed, image_size, cache_dir, **more
     )
 
 
 def load_digit_questions(
-    split: str, num_questions: int, seed: int = 0, image_size: int = 96, cache_dir: str | Path | None = None
+    split: str,
+    num_questions: int,
+    seed: int = 0,
+    image_size: int = 96,
+    cache_dir: str | Path | None = None,
+    kinds: Sequence[str] | None = None,
 ) -> datasets.Dataset:
     """Build, or read back from the cache, a data set of conversations: one question and its answer per row.
 
-    Row i shows scene i, and its kind is the (i mod 6)th of ``QUESTION_KINDS``.
+    Row i shows scene i, and its kind is the (i mod n)th of the n ``kinds``.
 
     Args:
         split: ``"train"``, ``"validation"`` or ``"test"``.
@@ -619,6 +628,8 @@ def load_digit_questions(
         seed: Which of the endless sequences of scenes, 0 or more.
         image_size: Side of the square pictures in pixels: 96 to 168, a multiple of 8.
         cache_dir: Where ``datasets`` keeps what it builds; its own default if ``None``.
+        kinds: The kinds of question, of ``QUESTION_KINDS`` and ``TRAINING_KINDS``, repetitions allowed. If ``None``,
+            ``QUESTION_KINDS``.
 
     Returns:
         Rows of ``images`` (a list of one), ``messages`` (the user's picture and question, then the assistant's
@@ -628,9 +639,26 @@ def load_digit_questions(
     Raises:
         ValueError: If an argument is outside what is allowed.
     """
+    more = _checked_kinds(kinds)
     return _build(
-        _generate_questions, _QUESTION_FEATURES, "num_questions", num_questions, split, seed, image_size, cache_dir
+        _generate_questions,
+        _QUESTION_FEATURES,
+        "num_questions",
+        num_questions,
+        split,
+        seed,
+        image_size,
+        cache_dir,
+        **more,
     )
+
+
+def _checked_kinds(kinds: Sequence[str] | None) -> dict[str, tuple[str, ...]]:
+    """The argument for the generators, absent where it is ``None``: it is part of what the cache is keyed by."""
+    for kind in kinds or ():
+        if kind not in _ASKERS:
+            raise ValueError(f"kinds contains {kind!r}; allowed are {', '.join(_ASKERS)}")
+    return {"kinds": tuple(kinds)} if kinds else {}
 
 
 def _build(
@@ -680,11 +708,13 @@ def _generate_scenes(
         }
 
 
-def _generate_questions(count: int, split: str, seed: int, image_size: int, recipe: int) -> Iterator[dict[str, Any]]:
+def _generate_questions(
+    count: int, split: str, seed: int, image_size: int, recipe: int, kinds: tuple[str, ...] = QUESTION_KINDS
+) -> Iterator[dict[str, Any]]:
     for index in range(count):
         scene = draw_scene(split, index, seed, image_size)
         rng = _generator(split, index, seed, for_questions=True)
-        (item,) = ask_questions(scene, rng, [QUESTION_KINDS[index % len(QUESTION_KINDS)]])
+        (item,) = ask_questions(scene, rng, [kinds[index % len(kinds)]])
         prompt = [{"type": "image", "text": None}, {"type": "text", "text": item.question}]
         reply = [{"type": "text", "text": item.answer}]
         yield {

@@ -55,7 +55,7 @@ class Stage:
         data: arguments of the stage's data set.
         eval_data: the same for the data set that `Trainer` evaluates on, if `training` asks it to.
         budgets: arguments of [`BudgetStream`]; empty for the full budget throughout.
-        reducer: what chooses the visual tokens; `"random"` makes a model ready for any choice.
+        reducer: what chooses the visual tokens, as in `set_reducer`; `"random"` makes a model ready for any choice.
         training: arguments of [`AdaVTPTrainingArguments`], or of `TrainingArguments` for `"patch_labels"`.
 
     Raises:
@@ -67,7 +67,7 @@ class Stage:
     data: dict[str, Any] = field(default_factory=dict)
     eval_data: dict[str, Any] = field(default_factory=dict)
     budgets: dict[str, Any] = field(default_factory=dict)
-    reducer: str = "adaptive"
+    reducer: Any = "adaptive"
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -10,6 +10,16 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer
 from transformers.trainer_utils import speed_metrics
 
+from .controller_targets import (
+    adavtp_model_of,
+    distillation_loss,
+    full_budget_logits,
+    recorded_scores,
+    relevance_loss,
+    target_logits,
+    targets_per_image,
+    visual_relevance,
+)
 from .training_arguments import TRAIN_PARTS, AdaVTPTrainingArguments
 
 
@@ -29,7 +39,7 @@ class AdaVTPTrainer(Trainer):
 
     Raises:
         ValueError: if `label_smoothing_factor` is set, for which `Trainer` would use labels that still have the
-            columns of dropped tokens.
+            columns of dropped tokens; or if `loss_weights` has `"relevance"` for a model whose reducer has no scores.
     """
 
     args: AdaVTPTrainingArguments
@@ -39,6 +49,12 @@ class AdaVTPTrainer(Trainer):
             raise ValueError(
                 f"`label_smoothing_factor` is {args.label_smoothing_factor}; only 0.0 is allowed, because Trainer "
                 "smooths against labels from before tokens were dropped."
+            )
+        reducer = adavtp_model_of(model).config.reducer
+        if "relevance" in args.loss_weights and reducer != "adaptive":
+            raise ValueError(
+                f"`loss_weights` is {args.loss_weights} and the model's reducer is {reducer!r}; 'relevance' is what "
+                "the controller's scores learn, so it needs the reducer 'adaptive'."
             )
         super().__init__(model=model, args=args, **kwargs)
         choose_trained_parts(model, args.train_parts)
@@ -55,6 +71,45 @@ class AdaVTPTrainer(Trainer):
                 position = (self.state.global_step, micro_batch, self.args.process_index)
                 batch["token_budget"] = budgets.at(position, len(batch["input_ids"]))
         return batches, num_items
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """See `Trainer`. The loss is the sum that `args.loss_weights` says."""
+        if self.args.loss_weights == {"lm": 1.0}:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+        def model_with_weighted_loss(**inputs: Any) -> Any:
+            return self._with_weighted_loss(model, inputs)
+
+        # In the model's place, so that Trainer scales the sum as it scales the model's own loss: for the number of
+        # processes and of micro-batches, in whichever way its version does.
+        return super().compute_loss(model_with_weighted_loss, inputs, return_outputs, num_items_in_batch)
+
+    def _with_weighted_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        """The model's outputs, with the weighted sum of losses as their loss."""
+        weights = self.args.loss_weights
+        inner = self.accelerator.unwrap_model(model)
+        with recorded_scores(adavtp_model_of(inner).controller) as scores:
+            outputs = model(**inputs)
+        # A prompt without an image has nothing to choose. The zero keeps the loss a function of what trains.
+        losses = {"lm": outputs.loss} | dict.fromkeys(("distillation", "relevance"), 0.0 * outputs.loss)
+        if "pixel_values" in inputs:
+            num_items = inputs.get("num_items_in_batch")
+            if "distillation" in weights:
+                teacher = full_budget_logits(inner, inputs)
+                losses["distillation"] = distillation_loss(target_logits(outputs), teacher, num_items)
+            if "relevance" in weights:
+                num_targets = targets_per_image(inner, inputs)
+                losses["relevance"] = relevance_loss(
+                    scores[0], visual_relevance(inner, inputs), num_targets, num_items
+                )
+        outputs["loss"] = sum(weight * losses[name] for name, weight in weights.items())
+        return outputs
 
     def evaluate(
         self,

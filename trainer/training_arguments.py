@@ -1,5 +1,6 @@
 """What a training run can be told beside the arguments of `transformers.TrainingArguments`."""
 
+import math
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -12,21 +13,28 @@ TRAIN_PARTS: dict[str, tuple[str, ...]] = {
     "vision": ("model.vision_tower.",),
     "decoder": ("model.language_model.", "lm_head."),
 }
+LOSSES: tuple[str, ...] = ("lm", "distillation", "relevance")
 
 
 @dataclass
 class AdaVTPTrainingArguments(TrainingArguments):
     """
-    [`TrainingArguments`] with two more.
+    [`TrainingArguments`] with three more.
 
     Args:
         train_parts (`list[str]`): which parts of the model train, of `"controller"` (with the budget token),
             `"projector"`, `"vision"` and `"decoder"`; the others are frozen.
         eval_budgets (`list[float]`): token budgets at which `evaluate` measures; each gives metrics of its own, such
             as `eval_loss_b0.2`, and `eval_loss` is their mean.
+        loss_weights (`dict[str, float]`): what the training loss is a weighted sum of. `"lm"` is the language model's
+            on the assistant's turns; `"distillation"` the divergence from what the same model predicts at full
+            budget; `"relevance"` how badly the controller's scores tell which patches the full-budget model's answer
+            depends on, which trains the controller alone. See `controller_targets.py`. Each of the latter two costs a
+            pass at full budget, and both are for data with one question in a prompt.
 
     Raises:
-        ValueError: if a part is not one of these, or none is named; or if there is no budget to evaluate at, or one
+        ValueError: if a part or a loss is not one of these, or none is named; if a weight is not above 0; if
+            `"relevance"` alone is to train more than the controller; or if there is no budget to evaluate at, or one
             that is not allowed.
     """
 
@@ -37,6 +45,10 @@ class AdaVTPTrainingArguments(TrainingArguments):
     eval_budgets: list[float] = field(
         default_factory=lambda: [1.0, 0.6, 0.4, 0.2], metadata={"help": "Token budgets that evaluation runs at."}
     )
+    loss_weights: dict[str, float] | str = field(
+        default_factory=lambda: {"lm": 1.0},
+        metadata={"help": f"Weights of the losses that are added up, of {', '.join(LOSSES)}."},
+    )
     # The collator needs columns that forward does not know, `messages` above all.
     remove_unused_columns: bool = field(default=False)
 
@@ -45,6 +57,15 @@ class AdaVTPTrainingArguments(TrainingArguments):
         unknown = set(self.train_parts) - set(TRAIN_PARTS)
         if unknown or not self.train_parts:
             raise ValueError(f"`train_parts` is {self.train_parts}; allowed are one or more of {list(TRAIN_PARTS)}.")
+        if set(self.loss_weights) - set(LOSSES) or not self.loss_weights:
+            raise ValueError(f"`loss_weights` is {self.loss_weights}; allowed are one or more of {list(LOSSES)}.")
+        if not all(0 < weight < math.inf for weight in self.loss_weights.values()):
+            raise ValueError(f"`loss_weights` is {self.loss_weights}; weights are above 0 and finite.")
+        if set(self.loss_weights) == {"relevance"} and set(self.train_parts) != {"controller"}:
+            raise ValueError(
+                f"`loss_weights` is {self.loss_weights}, which trains the controller alone, and `train_parts` is "
+                f"{self.train_parts}; use train_parts=['controller'], or add 'lm' or 'distillation'."
+            )
         if not self.eval_budgets:
             raise ValueError("`eval_budgets` is empty; name at least one budget, such as 1.0.")
         for budget in self.eval_budgets:
