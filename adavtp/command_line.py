@@ -1,14 +1,17 @@
-"""The command line: `adavtp demo | ask | train | evaluate | export`."""
+"""The command line: `adavtp demo | ask | reducers | train | evaluate | compare | gallery | export`."""
 
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
@@ -20,9 +23,32 @@ app = typer.Typer(
 console = Console()
 
 DEMO_BUDGETS = (1.0, 0.8, 0.6, 0.4, 0.2)
+COMPARED_BUDGETS = [0.1, 0.2, 0.4, 0.6, 0.8]
+# In the reference's four decoder layers, reducers inside the decoder cannot go below 0.25, and there all look alike.
+GALLERY_BUDGET = 0.4
+
+NEEDS_IN_WORDS = {
+    "attention": "attention row",
+    "budget": "budget",
+    "cls": "CLS",
+    "pixel_values": "pixel values",
+    "question": "question",
+    "question_ids": "question ids",
+    "tower_patches": "tower patches",
+}
 
 CheckpointOption = Annotated[
     str | None, typer.Option(help="Checkpoint folder or Hub repository. Default: the digit-scenes reference.")
+]
+CheckpointArgument = Annotated[
+    str | None, typer.Argument(help="Checkpoint folder or Hub repository. Default: the digit-scenes reference.")
+]
+ComparedReducers = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Reducer as in fastv:layer=2, or a stack as in tome,adaptive; may be repeated. Default: all registered "
+        "but those that are parts of another."
+    ),
 ]
 
 
@@ -61,11 +87,56 @@ def _budget(value: str) -> float | int:
         raise typer.BadParameter(f"{value!r} is neither a fraction such as 0.4 nor a number of tokens.") from error
 
 
+def _stack(value: str) -> str | list[str | dict[str, Any]]:
+    """
+    A reducer as it is written on the command line: a name, a name with parameters as in `fastv:layer=2:rows=last`, or
+    several with commas between them, a stack.
+    """
+    entries = [_entry(part.strip()) for part in re.split(r",(?![^\[]*\])", value)]
+    return entries if len(entries) > 1 or isinstance(entries[0], dict) else entries[0]
+
+
+def _entry(value: str) -> str | dict[str, Any]:
+    name, *parameters = value.split(":")
+    pairs = [parameter.partition("=") for parameter in parameters]
+    if not name or any(not key or not equals for key, equals, _ in pairs):
+        raise typer.BadParameter(
+            f"{value!r} is no reducer; write a name, or NAME:PARAMETER=VALUE as in fastv:layer=2."
+        )
+    return {"name": name, **{key: _value(text) for key, _, text in pairs}} if pairs else name
+
+
+def _value(text: str) -> Any:
+    """JSON where it is some, else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+@contextmanager
+def _refusals_shown() -> Iterator[None]:
+    """A value that is refused ends the command with the reason and exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        console.print(f"[red]{escape(str(error))}[/red]")
+        raise typer.Exit(2) from error
+
+
+def _command() -> str:
+    """The command that is running, as it was typed."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
 def _results_table(results: list, num_questions: int) -> Table:
     table = Table(title=f"{num_questions} held-out questions (ms: per answer)")
     for column in ("reducer", "budget", "K", "accuracy", "95% CI", "decoder tokens", "ms"):
         table.add_column(column, justify="left" if column == "reducer" else "right", no_wrap=True)
     for result in results:
+        if result.unreachable is not None:
+            table.add_row(result.reducer, f"{result.budget:g}", str(result.num_keep), "unreachable", *["-"] * 3)
+            continue
         table.add_row(
             result.reducer,
             f"{result.budget:g}",
@@ -76,6 +147,12 @@ def _results_table(results: list, num_questions: int) -> Table:
             f"{result.milliseconds:.1f}",
         )
     return table
+
+
+def _print_unreachable(results: list) -> None:
+    for result in results:
+        if result.unreachable is not None:
+            console.print(f"{result.reducer} at {result.budget:g}: {escape(result.unreachable)}", style="dim")
 
 
 @app.command()
@@ -117,28 +194,69 @@ def ask(
     image: Annotated[Path, typer.Argument(help="Image file.", exists=True, dir_okay=False)],
     prompt: Annotated[str, typer.Argument(help="Question.")],
     budget: Annotated[str, typer.Option(help="Fraction of visual tokens such as 0.4, or their number.")] = "1.0",
-    show: Annotated[Path | None, typer.Option(help="Write the image with its kept patches here.")] = None,
+    reducer: Annotated[
+        list[str] | None,
+        typer.Option(help="What chooses, with parameters as in fastv:layer=2. Several make a stack, in their order."),
+    ] = None,
+    show: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the image with its kept patches here: the brighter, the more decoder layers see a patch. Of "
+            "reducers that merge, the patches in whose place tokens stand."
+        ),
+    ] = None,
     checkpoint: CheckpointOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length limit of the answer.", min=1)] = 32,
 ) -> None:
     """Ask a question about an image at a token budget."""
-    model, processor = _load(checkpoint)
-    token_budget = _budget(budget)
-    try:
-        inputs = processor.of_questions(str(image), prompt).to(model.device)
-        selection = model.select_tokens(
-            inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"], token_budget=token_budget
-        )
-        answer = model.generate(str(image), prompt, token_budget=token_budget, max_new_tokens=max_new_tokens)
-    except ValueError as error:
-        console.print(f"[red]{error}[/red]")
-        raise typer.Exit(2) from error
-    console.print(answer, highlight=False)
-    console.print(f"{int(selection.num_keep[0])} of {model.config.num_patches} visual tokens", style="dim")
-    if show is not None:
-        from .evaluation.pictures import draw_kept_patches, image_as_seen
+    from .evaluation.accuracy import visual_tokens_seen
+    from .evaluation.comparison import as_trained
+    from .evaluation.pictures import draw_kept_patches, image_as_seen, patch_shares
 
-        draw_kept_patches(image_as_seen(processor, inputs["pixel_values"][0]), selection.keep[0]).save(show)
+    model, processor = _load(checkpoint)
+    choice: dict[str, Any] = {"token_budget": _budget(budget)}
+    with _refusals_shown():
+        if reducer:
+            choice["reducer"] = as_trained(model.config, _stack(",".join(reducer)))
+        inputs = processor.of_questions(str(image), prompt).to(model.device)
+        selection = model.select_tokens(**inputs, **choice)
+        answer = model.generate(str(image), prompt, **choice, max_new_tokens=max_new_tokens)
+    console.print(answer, highlight=False)
+    num_layers = model.config.text_config.num_hidden_layers
+    over_layers = ", mean over decoder layers" if selection.depth is not None else ""
+    tokens = float(visual_tokens_seen(selection, num_layers)[0])
+    console.print(f"{tokens:g} of {model.config.num_patches} visual tokens{over_layers}", style="dim")
+    if show is not None:
+        shares = patch_shares(selection, num_layers)[0]
+        draw_kept_patches(image_as_seen(processor, inputs["pixel_values"][0]), shares).save(show)
+
+
+@app.command()
+def reducers(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """List every registered reducer: where it acts, what it needs, its parameters and its paper."""
+    from .evaluation.comparison import reducer_table
+
+    rows = reducer_table()
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table(title=f"{len(rows)} reducers")
+    for column in ("reducer", "stage", "trained", "own rule", "needs", "parameters", "paper"):
+        table.add_column(column, no_wrap=column in ("reducer", "trained"))
+    for row in rows:
+        table.add_row(
+            row["name"],
+            row["stage"] + (f", part of {row['part_of']}" if row["part_of"] else ""),
+            "yes" if row["trained"] else "",
+            "yes" if row["own_rule"] else "",
+            ", ".join(NEEDS_IN_WORDS.get(need, need) for need in row["needs"]),
+            escape(", ".join(f"{key}={value}" for key, value in row["parameters"].items())),
+            row["paper"],
+        )
+    console.print(table)
+    console.print("own rule: keeps as many as it sees fit where no budget is given.", style="dim")
 
 
 @app.command()
@@ -162,23 +280,125 @@ def evaluate(
     output: Annotated[Path, typer.Option(help="File for the results (JSON).")] = Path("evaluation.json"),
     questions: Annotated[int, typer.Option(help="Number of test questions.", min=6)] = 2400,
     budget: Annotated[list[float], typer.Option(help="Budget; may be repeated.")] = list(DEMO_BUDGETS),  # noqa: B006
-    reducer: Annotated[list[str], typer.Option(help="Reducer; may be repeated.")] = ["adaptive", "random"],  # noqa: B006
+    reducer: Annotated[
+        list[str],
+        typer.Option(help="Reducer as in fastv:layer=2, or a stack as in tome,adaptive; may be repeated."),
+    ] = ["adaptive", "random"],  # noqa: B006
 ) -> None:
     """Measure accuracy on the digit-scenes test split at several budgets, and write it to a file."""
-    _evaluate(checkpoint, output, questions, budget, reducer)
+    with _refusals_shown():
+        _evaluate(checkpoint, output, questions, budget, [_stack(value) for value in reducer])
 
 
-def _evaluate(checkpoint: str, output: Path, questions: int, budgets: list[float], reducers: list[str]) -> None:
+def _evaluate(checkpoint: str, output: Path, questions: int, budgets: list[float], reducers: list[Any]) -> None:
     from .evaluation.accuracy import answer_questions, as_report
+    from .evaluation.comparison import as_trained
     from .trainer.digit_scenes import load_digit_questions
 
     model, processor = _load(checkpoint)
+    reducers = [as_trained(model.config, reducer) for reducer in reducers]
     data = load_digit_questions("test", questions)
     results, _ = answer_questions(model, processor, data, budgets, reducers, progress=_progress("Answering ..."))
     console.print(_results_table(results, len(data)))
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    output.write_text(json.dumps(as_report(results, command, "test", len(data)), indent=1))
+    _print_unreachable(results)
+    output.write_text(json.dumps(as_report(results, _command(), "test", len(data)), indent=1))
     console.print(f"Results: {output}")
+
+
+@app.command()
+def compare(
+    checkpoint: CheckpointArgument = None,
+    output: Annotated[Path, typer.Option(help="Folder for the page, its pictures and the measurements.")] = Path(
+        "docs"
+    ),
+    questions: Annotated[int, typer.Option(help="Number of test questions.", min=6)] = 2400,
+    budgets: Annotated[
+        list[float], typer.Option("--budgets", "--budget", help="Budget; may be repeated.")
+    ] = COMPARED_BUDGETS,
+    reducer: ComparedReducers = None,
+    batch_size: Annotated[int, typer.Option(help="Questions answered together.", min=1)] = 100,
+) -> None:
+    """
+    Compare reducers on the digit-scenes test split; write reducers.md, its two pictures, and reducers.json.
+
+    The JSON file grows while answers come in. Interrupted, the same command goes on where it stopped; with more
+    budgets or reducers it measures only those. It begins anew for other questions or a checkpoint with other files;
+    after a change to a reducer's code, delete it.
+    """
+    from .evaluation.comparison import checkpoint_hash, compare_reducers
+    from .evaluation.comparison_page import comparison_page
+    from .evaluation.pictures import save_comparison_curves
+    from .trainer.digit_scenes import load_digit_questions
+
+    model, processor = _load(checkpoint)
+    folder = checkpoint or str(reference_checkpoint())
+    data, file = load_digit_questions("test", questions), output / "reducers.json"
+    about = {
+        "command": _command(),
+        "checkpoint": Path(folder).name if Path(folder).is_dir() else folder,
+        "split": "test",
+        "file": file.name,
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    with _refusals_shown():
+        _require_budgets(budgets)
+        stacks = _stacks_to_compare(model, reducer)
+        record = compare_reducers(
+            *(model, processor, data, sorted(set(budgets)), stacks, file, checkpoint_hash(folder), about),
+            batch_size=batch_size,
+            progress=_progress("Answering ..."),
+        )
+        _save_gallery(model, processor, stacks, GALLERY_BUDGET, output / "reducers_gallery.png")
+    save_comparison_curves(record, output / "reducers_accuracy.png")
+    page = comparison_page(record, record["command"], "reducers_gallery.png", "reducers_accuracy.png")
+    (output / "reducers.md").write_text(page)
+    console.print(f"Page: {output / 'reducers.md'}, measurements: {file}")
+
+
+def _require_budgets(budgets: list[float]) -> None:
+    if wrong := [budget for budget in budgets if not 0.0 <= budget < 1.0]:
+        raise ValueError(
+            f"`budgets` has {wrong[0]}; allowed are fractions from 0.0 to below 1.0; the full budget always runs."
+        )
+
+
+def _stacks_to_compare(model: Any, values: list[str] | None) -> list[Any]:
+    from .evaluation.comparison import as_trained, reducers_to_compare
+
+    if not values:
+        return reducers_to_compare(model.config)
+    return [as_trained(model.config, _stack(value)) for value in values]
+
+
+@app.command()
+def gallery(
+    checkpoint: CheckpointArgument = None,
+    output: Annotated[Path, typer.Option(help="Picture to write.")] = Path("docs/reducers_gallery.png"),
+    budget: Annotated[float, typer.Option(help="Fraction of visual tokens.")] = GALLERY_BUDGET,
+    reducer: ComparedReducers = None,
+) -> None:
+    """
+    Draw what every reducer keeps of one scene, with its stage and the answer.
+
+    The brighter a patch, the more decoder layers see it. Of reducers that merge, the patches in whose place tokens
+    stand are bright.
+    """
+    model, processor = _load(checkpoint)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with _refusals_shown():
+        _save_gallery(model, processor, _stacks_to_compare(model, reducer), budget, output)
+    console.print(f"Picture: {output}")
+
+
+def _save_gallery(model: Any, processor: Any, stacks: list[Any], budget: float, path: Path) -> None:
+    from .evaluation.comparison import stages
+    from .evaluation.pictures import save_gallery
+    from .trainer.digit_scenes import load_digit_questions
+
+    row = load_digit_questions("test", 6)[0]
+    save_gallery(
+        *(model, processor, row["images"][0], row["question"], row["answer"], stages(stacks), stacks, budget, path)
+    )
 
 
 @app.command()

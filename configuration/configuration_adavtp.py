@@ -94,6 +94,9 @@ class AdaVTPConfig(LlavaConfig):
             were trained with.
         controller_head (`str`, *optional*, defaults to `"patch_budget"`):
             How the controller scores a patch, one of `"budget_token"`, `"patch"`, `"patch_budget"`, `"dot"`.
+        controller_choice (`"best"` or `"spread"`, *optional*, defaults to `"best"`):
+            What a controller that is not in training keeps. `"best"`: the K best scores. `"spread"`: of a larger
+            number of good scores those that are most unlike each other.
         controller_temperature (`float`, *optional*, defaults to 1.0):
             Temperature of the straight-through gradient of the choice. Larger is smoother.
         gradient_gates (`"attention"` or `"features"`, *optional*, defaults to `"attention"`):
@@ -130,6 +133,7 @@ class AdaVTPConfig(LlavaConfig):
     question_aware: bool = True
     question_norm: bool = False
     controller_head: Literal["budget_token", "patch", "patch_budget", "dot"] = "patch_budget"
+    controller_choice: Literal["best", "spread"] = "best"
     controller_temperature: float | int = 1.0
     gradient_gates: Literal["attention", "features"] = "attention"
     keep_cls: bool | None = None

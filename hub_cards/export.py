@@ -28,7 +28,7 @@ def export_checkpoint(
     everything could be written.
 
     Args:
-        checkpoint: folder or Hub repository with model and processor.
+        checkpoint: folder or Hub repository with model and processor. The code of reducers that it brings is run.
         output_dir: where to write: a new or empty folder, or one with an earlier export.
         name: what the card's snippet loads, such as the repository id; by default the name of `output_dir`.
         recipe: YAML file of the run; becomes `recipe.yaml`.
@@ -51,7 +51,7 @@ def export_checkpoint(
         recipe = found / RECIPE
     training_logs = sorted(found.glob("training_log*.json")) if training_logs is None else training_logs
     evaluations = sorted(found.glob("evaluation*.json")) if evaluations is None else evaluations
-    model = AdaVTPForConditionalGeneration.from_pretrained(checkpoint)
+    model = AdaVTPForConditionalGeneration.from_pretrained(checkpoint, trust_remote_code=True)
     processor = AdaVTPProcessor.from_pretrained(checkpoint, trust_remote_code=True)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     # Beside it, so that the files move into place by renaming.

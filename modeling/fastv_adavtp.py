@@ -100,6 +100,6 @@ def attention_from_others(view: DecoderView) -> torch.Tensor:
     """
     batch, length = view.is_real.shape
     rows = torch.arange(length, device=view.is_real.device).expand(batch, -1)
-    num_others = (view.is_real.sum(dim=-1, keepdim=True) - 1).clamp(min=1)
-    weights = (view.is_real / num_others)[:, None]
+    num_others = (view.is_prompt.sum(dim=-1, keepdim=True) - 1).clamp(min=1)
+    weights = (view.is_prompt / num_others)[:, None]
     return view.attention(rows, "previous").received(weights, from_others=True).mean(dim=1)

@@ -25,6 +25,7 @@ from .decoder_adavtp import DecoderOutput, DecoderPlan, has_layer_columns, pendi
 from .decoder_reducers_adavtp import DecoderReducer
 from .generation_adavtp import AdaVTPGenerationMixin
 from .loading_adavtp import CompleteLoadingMixin
+from .own_code_adavtp import OwnReducersMixin
 from .published_reducers_adavtp import PUBLISHED_REDUCERS
 from .reducers_adavtp import TokenReducer, build_reducer
 from .selection_adavtp import (
@@ -102,7 +103,7 @@ class AdaVTPCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
     labels: torch.LongTensor | None = None
 
 
-class AdaVTPPreTrainedModel(CompleteLoadingMixin, SelfContainedMixin, PreTrainedModel):
+class AdaVTPPreTrainedModel(CompleteLoadingMixin, OwnReducersMixin, SelfContainedMixin, PreTrainedModel):
     """What both model classes share: configuration, loading, and saving with the code beside the weights."""
 
     config: AdaVTPConfig
@@ -137,7 +138,8 @@ class AdaVTPModel(AdaVTPPreTrainedModel, LlavaModel):
         self.budget_token = BudgetToken(config)
         self.controller = VisionTokenController(config)
         self.reducers = nn.ModuleDict()
-        self.stack(config.reducers + [entry for entry in config.trained_reducers if entry not in config.reducers])
+        in_use = {_name_of(entry) for entry in config.reducers}
+        self.stack([*config.reducers, *(entry for entry in config.trained_reducers if _name_of(entry) not in in_use)])
         self.post_init()
 
     def set_reducer(self, reducer: ReducerSpec, **parameters: Any) -> None:
@@ -157,8 +159,10 @@ class AdaVTPModel(AdaVTPPreTrainedModel, LlavaModel):
                 f"Parameters {sorted(parameters)} were given with `reducer` {reducer!r}, which is no name."
             )
         entries = reducer_entries({"name": reducer, **parameters} if parameters else reducer)
-        stack_steps(self.stack(entries))
-        self.config.reducers = entries
+        stack = self.stack(entries)
+        stack_steps(stack)
+        given = {name: getattr(module, "parameters_given", {}) for name, module in stack.items()}
+        self.config.reducers = [{"name": name, **given[name]} if given[name] else name for name in stack]
 
     def stack(self, entries: list[str | dict[str, Any]]) -> dict[str, TokenReducer]:
         """The modules of the reducers that are written down in `entries`, by name; those that are missing are made."""
@@ -176,19 +180,28 @@ class AdaVTPModel(AdaVTPPreTrainedModel, LlavaModel):
     def _built(self, name: str, parameters: dict[str, Any]) -> TokenReducer:
         is_known = name in self.reducers
         known = self.reducers[name] if is_known else None
-        if is_known and known.parameters_given == parameters:
+        # A name alone is what is there already, where that has learned something.
+        if is_known and (known.parameters_given == parameters or (not parameters and known.state_dict())):
             return known
         reducer = build_reducer(name, self.config, **parameters).to(device=self.device, dtype=self.dtype)
         reducer.parameters_given = parameters
         if is_known and known.state_dict():
             try:
-                reducer.load_state_dict(known.state_dict())
+                # The parameters themselves and not copies, so that an optimizer which has them goes on training them.
+                frozen = {key for key, parameter in known.named_parameters() if not parameter.requires_grad}
+                for key, parameter in reducer.named_parameters():
+                    parameter.requires_grad_(key not in frozen)
+                reducer.load_state_dict(known.state_dict(keep_vars=True), assign=True)
             except RuntimeError as error:
                 raise ValueError(
                     f"Reducer {name!r} has weights that were made for the parameters {known.parameters_given}, and "
                     f"they do not fit {parameters}."
                 ) from error
         self.reducers[name] = reducer.train(self.training)
+        if reducer.state_dict():
+            # What has weights is saved, so the configuration has to say that it is there.
+            others = [entry for entry in self.config.trained_reducers if _name_of(entry) != name]
+            self.config.trained_reducers = [*others, {"name": name, **parameters} if parameters else name]
         return self.reducers[name]
 
     def steps(self, reducer: ReducerSpec | None = None) -> list[Step]:
@@ -388,7 +401,8 @@ class AdaVTPModel(AdaVTPPreTrainedModel, LlavaModel):
         seen = self.look(pixel_values, steps, budget, sample, question, question_ids)
         selection = seen.selection
         gates_attention = selection.gates is not None and config.gradient_gates == "attention"
-        output = "all" if gates_attention else selection_output
+        # Hidden columns would leave in the decoder, and with them the labels that stand at them.
+        output = "all" if gates_attention else "gather" if seen.decoder is not None else selection_output
         visual, column_is_kept, patches = self._visual_embeds(seen, output)
         placeholder = input_ids == config.image_token_id
         keep = torch.ones_like(placeholder).masked_scatter(placeholder, column_is_kept)
@@ -420,6 +434,8 @@ class AdaVTPModel(AdaVTPPreTrainedModel, LlavaModel):
         elif not bool(keep.all()):
             is_real = keep if attention_mask.dim() == 4 else keep & attention_mask.bool()
             prompt = prompt.without(is_real)
+        if seen.decoder is not None:
+            selection.depth = selection.keep * config.text_config.num_hidden_layers
         return prompt, selection, self._plan(seen, prompt, sample)
 
     def _questions(
@@ -619,6 +635,9 @@ class AdaVTPModel(AdaVTPPreTrainedModel, LlavaModel):
     ) -> BaseModelOutputWithPast:
         """The language model: its own forward, or, where its layers see different columns, our loop over them."""
         if plan is None and not has_layer_columns(past_key_values):
+            if hasattr(past_key_values, "layer_columns"):
+                # They are of what it held before it was reset.
+                del past_key_values.layer_columns
             return self.language_model(
                 inputs_embeds=inputs_embeds,
                 attention_mask=_decoder_mask(attention_mask, inputs_embeds.dtype),
@@ -656,6 +675,10 @@ def _check_attention_takes_gates(language_model: PreTrainedModel, length: int) -
             f"shorter than the prompt; here attention is {implementation!r}, its window {window} and the prompt "
             f"{length} tokens. Use gradient_gates='features', or another attention."
         )
+
+
+def _name_of(entry: str | dict[str, Any]) -> str:
+    return entry if isinstance(entry, str) else entry["name"]
 
 
 def _sum_of_losses(*losses: torch.Tensor | None) -> torch.Tensor | None:

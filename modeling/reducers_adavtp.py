@@ -6,6 +6,7 @@ to see, so that the model computes that and nothing else. One published method i
 
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -174,7 +175,11 @@ def build_reducer(name: str, config: AdaVTPConfig, **parameters: Any) -> TokenRe
         ValueError: if there is none, it does not know a parameter, or it needs a CLS token that the tower lacks.
     """
     if name not in REDUCERS:
-        raise ValueError(f"`reducer` is {name!r}; registered reducers: {', '.join(sorted(REDUCERS))}.")
+        # A model that was loaded before the package runs its folder's copy of this file, with a registry of its own.
+        copies = [module for key, module in list(sys.modules.items()) if key.endswith(".reducers_adavtp")]
+        is_elsewhere = any(name in getattr(copy, "REDUCERS", {}) for copy in copies)
+        hint = " Another copy of this code knows it: import adavtp before the model is loaded." if is_elsewhere else ""
+        raise ValueError(f"`reducer` is {name!r}; registered reducers: {', '.join(sorted(REDUCERS))}.{hint}")
     known = reducer_parameters(name)
     unknown = sorted(set(parameters) - set(known))
     if unknown:

@@ -144,7 +144,9 @@ class BudgetOfStack:
             self._settled[step.name] = self._of_entry(step.name, entering, sample)
         wanted = self._settled[step.name]
         if step.divides is None:
-            return None if wanted is None else torch.minimum(wanted, entering)
+            # Inside the decoder what counts is the prompt's sum, whichever of its images the tokens are of.
+            is_sum = wanted is None or step.reducer.stage == "decoder"
+            return wanted if is_sum else torch.minimum(wanted, entering)
         wanted = [None] * len(entering) if wanted is None else wanted.tolist()
         pairs = zip(entering.tolist(), wanted, strict=True)
         return torch.tensor([step.divides.split(tokens, number, self.num_layers) for tokens, number in pairs]).long()
@@ -309,8 +311,8 @@ def _joined(
     if len(groups) == 1:
         return results[0]
     parts, selections = [left for left, _ in results], [selection for _, selection in results]
-    device = parts[0].patches.device
-    order = torch.cat(groups).argsort().to(device)
+    # On the CPU, like `sample`: it may index tensors of any device.
+    order = torch.cat(groups).argsort()
     longest = max(part.positions.shape[1] for part in parts)
 
     def joined(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:

@@ -1,5 +1,6 @@
 """What the controller promises: exactly K patches, chosen for image, budget and question, by scores that learn."""
 
+import math
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from tiny_models import (
 )
 
 from adavtp import AdaVTPForConditionalGeneration, VisionFeatures
+from adavtp.modeling.controller_adavtp import spread_choice
 
 HEADS = ["budget_token", "patch", "patch_budget", "dot"]
 FUSIONS = [
@@ -139,6 +141,41 @@ def test_training_draws_anew_with_every_call() -> None:
     with torch.no_grad():
         drawn = {tuple(model(**batch, token_budget=0.4).selection.keep.flatten().tolist()) for _ in range(6)}
     assert len(drawn) > 1
+
+
+def spread_by_hand(scores: list[float], patches: torch.Tensor, count: int) -> set[int]:
+    """The best of the sqrt(K N) best scores, then always the one of them that is farthest from all that are kept."""
+    pool_size = math.ceil(math.sqrt(count * len(scores)))
+    pool = sorted(range(len(scores)), key=lambda token: (-scores[token], token))[:pool_size]
+    unit = [patch / patch.norm() for patch in patches]
+    kept = [pool[0]]
+    while len(kept) < count:
+        rest = sorted(set(pool) - set(kept))
+        nearest = [min(1 - float(unit[token] @ unit[other]) for other in kept) for token in rest]
+        kept.append(rest[nearest.index(max(nearest))])
+    return set(kept)
+
+
+def test_a_spread_choice_keeps_good_tokens_that_differ() -> None:
+    torch.manual_seed(0)
+    scores, patches = torch.randn(17, NUM_PATCHES), torch.randn(17, NUM_PATCHES, 8)
+    num_keep = torch.arange(17).clamp(1, NUM_PATCHES)
+    keep = spread_choice(scores, patches, num_keep)
+    assert keep.sum(dim=-1).tolist() == num_keep.tolist()
+    for image, count in enumerate(num_keep.tolist()):
+        expected = spread_by_hand(scores[image].tolist(), patches[image], count)
+        assert set(keep[image].nonzero()[:, 0].tolist()) == expected
+
+
+@torch.no_grad()
+def test_the_configuration_says_whether_the_choice_is_spread() -> None:
+    model = tiny_model(controller_choice="spread")
+    batch = tiny_batch(model.config)
+    spread = model.select_tokens(**batch, token_budget=[0.2, 0.7]).keep
+    model.config.controller_choice = "best"
+    best = model.select_tokens(**batch, token_budget=[0.2, 0.7]).keep
+    assert spread.sum(dim=-1).tolist() == best.sum(dim=-1).tolist() == [3, 11]
+    assert not torch.equal(spread, best)
 
 
 def test_a_frozen_controller_chooses_in_training_as_in_evaluation() -> None:

@@ -92,6 +92,8 @@ class Recipe:
             configuration fields among it; or the fields of an [`AdaVTPConfig`] for a new model for digit scenes.
         stages: what is done, in order.
         seed: of initialisation, of the order of data and of the budgets.
+        reducer: what the last stage's checkpoint chooses tokens with, as in `set_reducer`, if not with what that stage
+            trained. The weights of all reducers that were trained are in it.
         evaluation: what `adavtp train` measures at the end on digit scenes: `questions`, the number of them, `budgets`
             and `reducers`; empty for nothing.
 
@@ -102,6 +104,7 @@ class Recipe:
     model: dict[str, Any]
     stages: list[Stage]
     seed: int = 0
+    reducer: Any = None
     evaluation: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -183,6 +186,8 @@ def run_recipe(recipe: Recipe, output_dir: str | Path) -> Path:
         set_seed(recipe.seed + number)
         trainer = STAGE_KINDS[stage.kind](model, processor, stage, folder, recipe.seed + number)
         trainer.train(resume_from_checkpoint=_last_whole_checkpoint(folder))
+        if stage is recipe.stages[-1] and recipe.reducer is not None:
+            model.set_reducer(recipe.reducer)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         log = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]

@@ -157,7 +157,7 @@ class AimPrune(DecoderReducer):
     def shares(self, num_layers: int, slope: float | None = None) -> list[float]:
         """The share of tokens that each layer sees with this slope, or the own rule's."""
         if slope is None:
-            slope = min(1.0, 0.125 * 32 / num_layers) if self.slope is None else self.slope
+            slope = 0.125 * 32 / num_layers if self.slope is None else self.slope
         first = self.first_cut(num_layers)
         return [1.0 if layer < first else max(0.0, 1.0 - slope * (layer - first + 1)) for layer in range(num_layers)]
 
@@ -182,7 +182,7 @@ class AimPrune(DecoderReducer):
 def page_rank(view: DecoderView) -> torch.Tensor:
     """
     PageRank on the previous layer's attention: in each head h, M = softmax(q k^T / (0.1 sqrt(d))), five steps
-    v <- v M from 1 / n without damping, and over heads the root of the mean of v_h^2.
+    v <- v M from 1 / n in the n columns of the prompt, without damping, and over heads the root of the mean of v_h^2.
 
     M is never in memory as a whole; every step makes it again, block of rows by block of rows.
 
@@ -192,7 +192,7 @@ def page_rank(view: DecoderView) -> torch.Tensor:
     batch, length = view.is_real.shape
     rows = torch.arange(length, device=view.is_real.device).expand(batch, -1)
     attention = view.attention(rows, "previous")
-    rank = (view.is_real / view.is_real.sum(dim=-1, keepdim=True).clamp(min=1))[:, None]
+    rank = (view.is_prompt / view.is_prompt.sum(dim=-1, keepdim=True).clamp(min=1))[:, None]
     for _ in range(_ITERATIONS):
         rank = attention.received(rank, _TEMPERATURE)
     return rank.square().mean(dim=1).sqrt()

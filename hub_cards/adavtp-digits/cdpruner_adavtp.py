@@ -120,7 +120,8 @@ def greedy_map(similarity: torch.Tensor, log_weights: torch.Tensor, num_picks: i
         the earlier is first; tokens with nothing left come last.
     """
     num_images, num_tokens, _ = similarity.shape
-    left = similarity.diagonal(dim1=1, dim2=2).clone()
+    # A token's cosine with itself is 1, or 0 where it has no length, but for rounding that would break ties.
+    left = similarity.diagonal(dim1=1, dim2=2).round()
     factor = similarity.new_zeros(num_images, num_picks, num_tokens)
     log_weights = 2 * log_weights
     nothing = torch.finfo(left.dtype).tiny

@@ -87,8 +87,16 @@ class AdaVTPConfig(LlavaConfig):
             The budget token's position vector: one of its own, or the last patch's reused.
         question_aware (`bool`, *optional*, defaults to `True`):
             Whether the mean embedding of the prompt's text joins the budget embedding.
+        question_norm (`bool`, *optional*, defaults to `False`):
+            Whether that mean is normalised (LayerNorm without weights) before it joins. The mean embeddings of two
+            questions differ by about a hundredth of what a tower's hidden states measure, so that without it the
+            choice learns to depend on the question only slowly. `False` is what checkpoints from before the field
+            were trained with.
         controller_head (`str`, *optional*, defaults to `"patch_budget"`):
             How the controller scores a patch, one of `"budget_token"`, `"patch"`, `"patch_budget"`, `"dot"`.
+        controller_choice (`"best"` or `"spread"`, *optional*, defaults to `"best"`):
+            What a controller that is not in training keeps. `"best"`: the K best scores. `"spread"`: of a larger
+            number of good scores those that are most unlike each other.
         controller_temperature (`float`, *optional*, defaults to 1.0):
             Temperature of the straight-through gradient of the choice. Larger is smoother.
         gradient_gates (`"attention"` or `"features"`, *optional*, defaults to `"attention"`):
@@ -123,7 +131,9 @@ class AdaVTPConfig(LlavaConfig):
     budget_token_place: Literal["last", "first"] = "last"
     budget_position: Literal["learned", "last_patch"] = "learned"
     question_aware: bool = True
+    question_norm: bool = False
     controller_head: Literal["budget_token", "patch", "patch_budget", "dot"] = "patch_budget"
+    controller_choice: Literal["best", "spread"] = "best"
     controller_temperature: float | int = 1.0
     gradient_gates: Literal["attention", "features"] = "attention"
     keep_cls: bool | None = None

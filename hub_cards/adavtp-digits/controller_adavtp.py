@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from .configuration_adavtp import AdaVTPConfig
+from .divprune_adavtp import cosine_distances, farthest_first, first_picks
 from .reducers_adavtp import ScoringReducer, register_reducer
-from .sampling_adavtp import sample_top_k
+from .sampling_adavtp import sample_top_k, top_k_mask
 from .selection_adavtp import Selection
 from .vision_adavtp import patch_width
 from .vision_features_adavtp import VisionFeatures
@@ -78,9 +79,40 @@ class VisionTokenController(ScoringReducer):
         return (key @ query[..., None])[..., 0] / query.shape[-1] ** 0.5
 
     def forward(self, features: VisionFeatures, num_keep: torch.Tensor) -> Selection:
-        """See [`TokenReducer.forward`]. In training the choice is sampled and the selection has gates."""
-        if not self.training:
-            return super().forward(features, num_keep)
+        """
+        See [`TokenReducer.forward`]. While the controller trains, the choice is sampled and the selection has gates. A
+        frozen one chooses in training as it does in evaluation, so that what trains meets the choice it will get.
+        """
+        if not (self.training and any(parameter.requires_grad for parameter in self.parameters())):
+            if self.config.controller_choice == "best":
+                return super().forward(features, num_keep)
+            return Selection.from_keep(spread_choice(self.scores(features).float(), features.patches, num_keep))
         return Selection.from_keep(
             *sample_top_k(self.scores(features), num_keep, self.config.controller_temperature, training=True)
         )
+
+
+def spread_choice(scores: torch.Tensor, patches: torch.Tensor, num_keep: torch.Tensor) -> torch.Tensor:
+    """
+    Tokens that are worth keeping and do not repeat each other.
+
+    The K best scores often belong to neighbours that show the same thing. Here the sqrt(K N) best tokens (as many
+    times more than K as N is more than they) are a pool; the best of them is kept, and then, one after another, the
+    one that is farthest from those kept, by the cosine distance of their features: DivPrune's greedy choice
+    (arXiv 2503.02175) among what the question is about.
+
+    Args:
+        scores: `[num_images, num_tokens]` float32.
+        patches: `[num_images, num_tokens, hidden_size]`.
+        num_keep: `[num_images]` int64.
+
+    Returns:
+        `torch.BoolTensor` `[num_images, num_tokens]` with exactly `num_keep` true entries per row.
+    """
+    num_tokens = scores.shape[-1]
+    num_keep = num_keep.to(scores.device)
+    pool_size = (num_keep.double() * num_tokens).sqrt().ceil().long().clamp(max=num_tokens)
+    order = farthest_first(
+        cosine_distances(patches.detach()), int(num_keep.max()), top_k_mask(scores, pool_size), scores.argmax(dim=-1)
+    )
+    return first_picks(order, num_keep, num_tokens)

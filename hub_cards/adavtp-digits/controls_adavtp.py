@@ -3,7 +3,6 @@
 A method is worth something where it beats them. They are strong, because a tower's tokens have seen each other.
 """
 
-
 import torch
 
 from .configuration_adavtp import AdaVTPConfig

@@ -121,7 +121,6 @@ class DARTLayerReducer(DecoderReducer):
         self, view: DecoderView, scores: torch.Tensor, num_keep: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See [`DecoderReducer.reduce`]. Columns are compared as the decoder's last norm makes them."""
-        num_keep = torch.minimum(num_keep.to(scores.device), view.is_visual.sum(dim=-1))
         pivots, is_pivot = pivot_tokens(
             scores, view.is_visual, view.is_question, num_keep, self.image_pivots, self.text_pivots
         )

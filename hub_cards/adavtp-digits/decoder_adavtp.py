@@ -60,6 +60,18 @@ class LayerColumns:
     masks: list[torch.Tensor]
     dropped: list[torch.Tensor]
 
+    def of_cache(self, lengths: list[int], batch_size: int) -> "LayerColumns":
+        """The same for a cache that was since cut to `lengths`, one for each layer, or repeated for beams."""
+        repeats, made = batch_size // len(self.masks[0]), {}
+
+        def rows(tensor: torch.Tensor, length: int) -> torch.Tensor:
+            if (id(tensor), length) not in made:
+                made[id(tensor), length] = tensor[..., :length].repeat_interleave(repeats, dim=0)
+            return made[id(tensor), length]
+
+        masks = [rows(mask, length) for mask, length in zip(self.masks, lengths, strict=True)]
+        return LayerColumns(masks, [rows(dropped, batch_size) for dropped in self.dropped])
+
 
 def has_layer_columns(past_key_values: Cache | None) -> bool:
     """Whether a cache holds different columns in different layers."""
@@ -173,7 +185,7 @@ def run_decoder(
         attention_mask: `[batch, columns of layer 0's cache + columns]`, or `None` for ones.
         position_ids: `[batch, columns]` or `None`, as in the whole prompt.
         past_key_values: whose layers may hold different columns.
-        use_cache: whether to make a cache where there is none.
+        use_cache: whether to make a cache where there is none; by default what the model's configuration says.
         plan: how many visual tokens each layer sees; without it nothing leaves.
         reducer: what chooses, with `plan`.
         compact: whether the positions of what is left are counted anew behind every cut.
@@ -187,6 +199,9 @@ def run_decoder(
             "to be [batch, sequence]. Use a reducer that acts before the decoder."
         )
     config, batch_size = language_model.config, len(inputs_embeds)
+    if use_cache is None:
+        checkpoints = language_model.training and getattr(language_model, "gradient_checkpointing", False)
+        use_cache = config.use_cache and not checkpoints
     if use_cache and past_key_values is None:
         past_key_values = DynamicCache(config=config)
     columns = _all_columns(inputs_embeds, attention_mask, position_ids, past_key_values, plan)
@@ -261,9 +276,7 @@ def _past_columns(
     known = getattr(past_key_values, "layer_columns", None) if lengths[0] else None
     none_dropped = torch.zeros(batch_size, dtype=torch.long, device=device)
     if known is not None:
-        cut = {}
-        masks = [cut.setdefault((id(mask), n), mask[:, :n]) for mask, n in zip(known.masks, lengths, strict=True)]
-        return LayerColumns(masks, known.dropped)
+        return known.of_cache(lengths, batch_size)
     if attention_mask is None:
         whole = torch.ones(batch_size, lengths[0], dtype=torch.long, device=device)
     else:
@@ -286,12 +299,16 @@ def _reduced(
         around: the layer below and what entered it, the layer itself, the final norm, and the position embeddings.
     """
     counts, num_visual = plan.counts.to(columns.index.device), columns.num_visual
-    if not (counts[:, number:] < num_visual[:, None]).any():
+    # Scores are for what leaves before the next cut, which makes its own.
+    next_cut = next((cut for cut in cuts if cut > number), counts.shape[1])
+    if not (counts[:, number:next_cut] < num_visual[:, None]).any():
         return columns
     num_keep = torch.minimum(counts[:, number], num_visual)
     if number in cuts:
         previous_layer, previous_hidden_states, layer, norm, position_embeddings = around
-        is_asking = columns.index == plan.last.to(columns.index.device)[:, None]
+        # Where a prompt ends with an image, the column that asks may have left; the last before it asks then.
+        may_ask = (columns.mask > 0) & (columns.index <= plan.last.to(columns.index.device)[:, None])
+        column = torch.arange(may_ask.shape[1], device=may_ask.device)
         seen = DecoderView(
             previous_layer=previous_layer,
             next_layer=layer,
@@ -301,11 +318,12 @@ def _reduced(
             position_embeddings=position_embeddings,
             is_real=columns.mask > 0,
             is_visual=columns.patches >= 0,
-            last=is_asking.int().argmax(dim=-1),
+            last=torch.where(may_ask, column, -1).amax(dim=-1).clamp(min=0),
             inputs_embeds=columns.inputs_embeds,
             carried=columns.carried,
         )
-        scores = reducer.scores(seen, cuts.index(number))
+        with torch.no_grad():
+            scores = reducer.scores(seen, cuts.index(number))
         keep, hidden_states = reducer.reduce(seen, scores, num_keep)
         columns = replace(columns, scores=scores, hidden_states=hidden_states, carried=seen.carried)
     elif torch.equal(num_keep, num_visual):

@@ -54,11 +54,17 @@ class DecoderView:
     carried: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
+    def is_prompt(self) -> torch.Tensor:
+        """`[batch, n]` bool, what stands before the answer. In training the answer is there too, and has no say."""
+        column = torch.arange(self.is_visual.shape[1], device=self.is_visual.device)
+        return self.is_real & (column <= self.last[:, None])
+
+    @property
     def is_question(self) -> torch.Tensor:
         """`[batch, n]` bool, the text behind the last visual token, up to the column that asks."""
         column = torch.arange(self.is_visual.shape[1], device=self.is_visual.device)
         last_visual = torch.where(self.is_visual, column, -1).amax(dim=-1, keepdim=True)
-        return self.is_real & (column > last_visual) & (column <= self.last[:, None])
+        return self.is_prompt & (column > last_visual)
 
     def keys(self, of: Literal["previous", "next"]) -> torch.Tensor:
         """Keys `[batch, key_value_heads, n, head_dim]` with their positions turned in, in one of the two layers."""

@@ -16,6 +16,8 @@ from .vision_features_adavtp import VisionFeatures
 
 # Float32 cannot tell 1 - cos below this from the rounding of the sum over thousands of channels.
 _RESOLUTION = 1e-6
+# Of tokens that are not in the pool: below all that are, above those that have joined and must not join again.
+_OUTSIDE = -0.5
 
 
 @register_reducer("divprune")
@@ -52,7 +54,9 @@ def cosine_distances(tokens: torch.Tensor) -> torch.Tensor:
     return distances.masked_fill_(distances < _RESOLUTION, 0.0)
 
 
-def farthest_first(distances: torch.Tensor, num_picks: int) -> torch.Tensor:
+def farthest_first(
+    distances: torch.Tensor, num_picks: int, pool: torch.Tensor | None = None, first: torch.Tensor | None = None
+) -> torch.Tensor:
     """
     Greedy max-min diversity: the order in which tokens join the set S.
 
@@ -63,17 +67,22 @@ def farthest_first(distances: torch.Tensor, num_picks: int) -> torch.Tensor:
     Args:
         distances: `[num_images, num_tokens, num_tokens]`, 0 or more.
         num_picks: how many join, at most `num_tokens`.
+        pool: `[num_images, num_tokens]` bool, which tokens join before any other; by default all alike.
+        first: `[num_images]` int64, the token that joins first in place of that one.
 
     Returns:
         `[num_images, num_picks]` int64.
     """
     num_tokens = distances.shape[-1]
     itself = torch.eye(num_tokens, dtype=torch.bool, device=distances.device)
-    distance_to_set = distances.masked_fill(itself, math.inf).amin(dim=1)
-    picks = [distance_to_set.argmax(dim=-1, keepdim=True)]
+    if first is None:
+        first = distances.masked_fill(itself, math.inf).amin(dim=1).argmax(dim=-1)
+    picks = [first[:, None]]
     # Below every distance, so that what is in the set is never the farthest from it.
     distances = distances.masked_fill(itself, -1.0)
-    distance_to_set = torch.full_like(distance_to_set, math.inf)
+    distance_to_set = torch.full_like(distances[:, 0], math.inf)
+    if pool is not None:
+        distance_to_set = distance_to_set.masked_fill(~pool, _OUTSIDE)
     for _ in range(num_picks - 1):
         to_latest = distances.gather(1, picks[-1][..., None].expand(-1, -1, num_tokens))[:, 0]
         distance_to_set = torch.minimum(distance_to_set, to_latest)

@@ -96,9 +96,13 @@ class SelfContainedMixin:
         with without_auto_class(type(self)), without_auto_class(type(self.config)):
             super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
-            save_code(type(self), Path(save_directory))
+            self.save_code(Path(save_directory))
+
+    def save_code(self, folder: Path) -> None:
+        """Writes the model's code into `folder`."""
+        save_code(type(self), folder)
 
     def _upload_modified_files(self, working_dir: str | Path, *args: Any, **kwargs: Any) -> Any:
         # With `push_to_hub=True` transformers uploads the folder before the code would be written.
-        save_code(type(self), Path(working_dir))
+        self.save_code(Path(working_dir))
         return super()._upload_modified_files(working_dir, *args, **kwargs)

@@ -256,7 +256,7 @@ def recycled(
         of the first, second, ... cluster, 0 for all other columns.
     """
     removed = view.is_visual & ~stays
-    best = best_visual(removed, scores, num_candidates(removed.sum(dim=-1)) * (count > 0)) & removed
+    best = best_visual(removed, scores, num_candidates(removed.sum(dim=-1))) & removed
     index, is_there = marked_columns(best)
     if index.shape[1] == 0:
         return view.hidden_states, torch.zeros_like(stays.long())
@@ -316,8 +316,9 @@ def _peaks_first(distance: torch.Tensor, is_there: torch.Tensor, count: torch.Te
     is_denser = distance.isfinite() & ((other > own) | ((other == own) & (number < number[:, None])))
     largest = distance.masked_fill(distance.isinf(), 0.0).amax(dim=(1, 2), keepdim=True)
     isolation = torch.where(is_denser, distance, largest).amin(dim=-1)
-    product = (isolation.log() + log_density).clamp(min=torch.finfo(torch.float32).min)
-    return product.masked_fill(~is_there, -math.inf).argsort(dim=-1, descending=True, stable=True)
+    # Points at no distance from a denser one have a product of 0 too, but they come before those that are not there.
+    log_product = (isolation.log() + log_density).masked_fill(~is_there, -math.inf)
+    return log_product.argsort(dim=-1, descending=True, stable=True)
 
 
 def recycled_last(hidden_states: torch.Tensor, stays: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from torch import nn
 from .configuration_adavtp import AdaVTPConfig
 from .encoder_reducers_adavtp import EncodedTokens, EncoderReducer, require_choice, take_tokens
 from .reducers_adavtp import register_reducer
-from .tower_adavtp import TowerAttention, layer_keys
+from .tower_adavtp import TowerAttention, _attention, _first_norm, layer_keys
 from .vision_adavtp import TowerPass
 
 
@@ -45,9 +45,13 @@ class Matching:
             `[num_images, num_tokens, width]`, 0 for a token that no source points to.
         """
         num_tokens = self.source.shape[1] + self.stay.shape[1]
-        goes_to = self.target[:, None] == torch.arange(num_tokens, device=given.device)[:, None]
+        return self.added(given.new_zeros(len(given), num_tokens, given.shape[-1]), given)
+
+    def added(self, tokens: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        """`tokens` `[num_images, num_tokens, width]` and what each of them receives; exactly itself if nothing."""
+        goes_to = self.target[:, None] == torch.arange(tokens.shape[1], device=given.device)[:, None]
         # A product, because scatter_add adds in no fixed order on a GPU, and the next layer's matching sees the bits.
-        return goes_to.to(given.dtype) @ given
+        return torch.baddbmm(tokens, goes_to.to(given.dtype), given)
 
 
 @torch.no_grad()
@@ -87,6 +91,42 @@ def bipartite_matching(keys: torch.Tensor, num_merged: int, has_cls: bool) -> Ma
     )
 
 
+def mean_keys(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """
+    The mean over heads of the keys that a layer makes of the tokens that enter it.
+
+    The layer's attention makes all keys too, but shows them to nobody. Their mean is a linear map, by the mean of the
+    heads' weights, and costs no more than one head. Where the weights are not there as one plain matrix (an adapter,
+    quantised or sharded weights, weights on another device) all keys are made, and averaged.
+
+    Args:
+        layer: of a CLIP, SigLIP or DINOv2 tower.
+        hidden_states: `[num_images, num_tokens, hidden_size]`.
+
+    Returns:
+        `[num_images, num_tokens, head_dim]`.
+    """
+    attention = _attention(layer)
+    projection = getattr(attention, "k_proj", None)
+    if not _is_plain(projection, hidden_states):
+        return layer_keys(layer, hidden_states).mean(dim=1)
+    heads = getattr(attention, "num_heads", None) or attention.num_attention_heads
+    weight = projection.weight.unflatten(0, (heads, -1)).mean(dim=0, dtype=torch.float32)
+    bias = None
+    if projection.bias is not None:
+        bias = projection.bias.unflatten(0, (heads, -1)).mean(dim=0, dtype=torch.float32)
+    return nn.functional.linear(_first_norm(layer)(hidden_states).float(), weight, bias)
+
+
+def _is_plain(projection: nn.Module | None, like: torch.Tensor) -> bool:
+    """Whether a module is a linear map whose weight is here as a whole, in the dtype and on the device of `like`."""
+    if type(projection) is not nn.Linear:
+        return False
+    weight = projection.weight
+    is_whole = type(weight) is nn.Parameter and weight.shape == (projection.out_features, projection.in_features)
+    return is_whole and weight.dtype == like.dtype and weight.device == like.device
+
+
 def absorbed(features: torch.Tensor, weights: torch.Tensor, given: torch.Tensor, matching: Matching) -> torch.Tensor:
     """
     Every token's mean with the tokens that it takes in: x_b <- (w_b x_b + sum_a v_a x_a) / (w_b + sum_a v_a).
@@ -106,7 +146,7 @@ def absorbed(features: torch.Tensor, weights: torch.Tensor, given: torch.Tensor,
     share = given / total.gather(1, matching.target)
     exact = features.float()
     moves = share[..., None] * (take_tokens(exact, matching.source) - take_tokens(exact, matching.target))
-    return (exact + matching.received(moves)).to(features.dtype)
+    return matching.added(exact, moves).to(features.dtype)
 
 
 def tokens_after_layers(num_patches: int, num_keep: int, num_layers: int) -> list[int]:
@@ -202,14 +242,16 @@ class MatchingReducer(EncoderReducer):
             sequence = tower.attend(layer, entering, key_bias)
             # Training runs what is trained in every layer, so that processes with other budgets run the same.
             if num_merged > 0 or (self.training and self.trained):
-                keys = layer_keys(tower.layers[layer], tower.patches(entering)).mean(dim=1)
+                keys = mean_keys(tower.layers[layer], tower.patches(entering))
                 matching = bipartite_matching(keys, num_merged, self.config.has_cls)
                 patches, sizes = self.take_in(tower, layer, entering, tower.patches(sequence), sizes, matching)
                 positions = positions.scatter_reduce(
                     1, matching.target, positions.gather(1, matching.source), "amin"
                 ).gather(1, matching.stay)
                 sizes = sizes.gather(1, matching.stay)
-                sequence = tower.with_patches(sequence, take_tokens(patches, matching.stay))
+                # Indexing copies whole rows; a gather of as many numbers takes three times as long on a CPU.
+                image = torch.arange(num_images, device=sequence.device)[:, None]
+                sequence = tower.with_patches(sequence, patches[image, matching.stay])
             sequence = tower.finish(layer, sequence)
         return EncodedTokens(sequence, positions)
 

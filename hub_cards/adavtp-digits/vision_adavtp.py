@@ -31,6 +31,7 @@ class BudgetToken(nn.Module):
         hidden_size = config.vision_config.hidden_size
         self.budget_embedding = BudgetEmbedding(hidden_size)
         self.question_proj = nn.Linear(config.text_config.hidden_size, hidden_size) if config.question_aware else None
+        self.question_norm = config.question_norm
         in_encoder = config.budget_fusion == "encoder" and config.budget_position == "learned"
         self.position_embedding = nn.Embedding(1, hidden_size) if in_encoder else None
         self.cross_attention = BudgetCrossAttention(config) if config.budget_fusion == "post" else None
@@ -45,7 +46,11 @@ class BudgetToken(nn.Module):
             `[num_images, hidden_size]`, without a position.
         """
         token = self.budget_embedding(budget)
-        return token if self.question_proj is None else token + self.question_proj(question)
+        if self.question_proj is None:
+            return token
+        if self.question_norm:
+            question = nn.functional.layer_norm(question, question.shape[-1:])
+        return token + self.question_proj(question)
 
 
 class BudgetCrossAttention(nn.Module):
