@@ -29,7 +29,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import AutoModel, CLIPVisionConfig, LlamaConfig, PreTrainedModel
+from transformers import AutoModel, CLIPVisionConfig, DynamicCache, LlamaConfig, PreTrainedModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from adavtp import AdaVTPConfig, TokenReducer, VisionFeatures
@@ -187,17 +187,21 @@ def make_view(decoder: PreTrainedModel, shape: Shape, visual: torch.Tensor) -> D
     embeds = torch.cat([before, visual, after], dim=1)
     column = torch.arange(embeds.shape[1], device=embeds.device).expand(batch_size, -1)
     positions = decoder.rotary_emb(embeds, column)
+    # As in the prefill of `generate`, where a cache holds the keys that the layer below made.
+    cache = DynamicCache(config=decoder.config)
+    behind = decoder.layers[0](embeds, position_embeddings=positions, past_key_values=cache, use_cache=True)
     return DecoderView(
         previous_layer=decoder.layers[0],
         next_layer=decoder.layers[1],
         norm=decoder.norm,
         previous_hidden_states=embeds,
-        hidden_states=decoder.layers[0](embeds, position_embeddings=positions),
+        hidden_states=behind,
         position_embeddings=positions,
         is_real=torch.ones_like(column, dtype=torch.bool),
         is_visual=(column >= shape.text_before) & (column < shape.text_before + num_patches),
         last=column[:, -1],
         inputs_embeds=embeds,
+        previous_keys=cache.layers[0].keys,
     )
 
 

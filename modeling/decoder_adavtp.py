@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.output_capturing import capture_outputs
@@ -211,7 +212,8 @@ def run_decoder(
     masks, dropped, context, previous = [], [], None, None
     for number, layer in enumerate(language_model.layers[: config.num_hidden_layers]):
         if plan is not None and number > 0:
-            around = (*previous, layer, language_model.norm, context.position_embeddings)
+            keys = _cached_keys(past_key_values, number - 1, len(columns.index[0]), columns.index.device)
+            around = (*previous, keys, layer, language_model.norm, context.position_embeddings)
             columns = _reduced(columns, plan, reducer, cuts, number, around)
         if context is None or not context.still_holds(columns, past, number):
             context = LayerContext.of_layer(language_model, columns, past, number, past_key_values, compact, entering)
@@ -284,6 +286,18 @@ def _past_columns(
     return LayerColumns([whole] * num_layers, [none_dropped] * num_layers)
 
 
+def _cached_keys(cache: Cache | None, number: int, length: int, device: torch.device) -> torch.Tensor | None:
+    """
+    The keys `[batch, key_value_heads, length, head_dim]` that layer `number` made of the columns of this call, which
+    are the last in its cache; `None` where the cache does not hold them as they were made.
+    """
+    layer = None if cache is None else cache.layers[number]
+    # Other kinds cut them to a window, quantise them, keep them elsewhere, or hold room for more behind them.
+    if type(layer) is not DynamicLayer or layer.keys.device != device:
+        return None
+    return layer.keys[..., -length:, :]
+
+
 def _reduced(
     columns: Columns,
     plan: DecoderPlan,
@@ -296,7 +310,8 @@ def _reduced(
     The columns that enter layer `number`, 1 or above.
 
     Args:
-        around: the layer below and what entered it, the layer itself, the final norm, and the position embeddings.
+        around: the layer below, what entered it and its keys if they are known; the layer itself, the final norm, and
+            the position embeddings.
     """
     counts, num_visual = plan.counts.to(columns.index.device), columns.num_visual
     # Scores are for what leaves before the next cut, which makes its own.
@@ -305,7 +320,7 @@ def _reduced(
         return columns
     num_keep = torch.minimum(counts[:, number], num_visual)
     if number in cuts:
-        previous_layer, previous_hidden_states, layer, norm, position_embeddings = around
+        previous_layer, previous_hidden_states, previous_keys, layer, norm, position_embeddings = around
         # Where a prompt ends with an image, the column that asks may have left; the last before it asks then.
         may_ask = (columns.mask > 0) & (columns.index <= plan.last.to(columns.index.device)[:, None])
         column = torch.arange(may_ask.shape[1], device=may_ask.device)
@@ -320,6 +335,7 @@ def _reduced(
             is_visual=columns.patches >= 0,
             last=torch.where(may_ask, column, -1).amax(dim=-1).clamp(min=0),
             inputs_embeds=columns.inputs_embeds,
+            previous_keys=previous_keys,
             carried=columns.carried,
         )
         with torch.no_grad():

@@ -37,6 +37,7 @@ class DecoderView:
         is_visual: `[batch, n]` bool, visual tokens that may be dropped.
         last: `[batch]` int64, the column that asks: the last one before the answer.
         inputs_embeds: `[batch, n, hidden_size]`, what entered layer 0 in these columns.
+        previous_keys: `[batch, key_value_heads, n, head_dim]`, the keys of layer k - 1 if a cache holds them already.
         carried: what the reducer wrote here at an earlier cut, by name, each `[batch, n, ...]`: the decoder's loop
             hands the same dictionary to every cut of a pass and takes its tensors along when columns leave.
     """
@@ -51,6 +52,7 @@ class DecoderView:
     is_visual: torch.Tensor
     last: torch.Tensor
     inputs_embeds: torch.Tensor | None = None
+    previous_keys: torch.Tensor | None = None
     carried: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -68,6 +70,8 @@ class DecoderView:
 
     def keys(self, of: Literal["previous", "next"]) -> torch.Tensor:
         """Keys `[batch, key_value_heads, n, head_dim]` with their positions turned in, in one of the two layers."""
+        if of == "previous" and self.previous_keys is not None:
+            return self.previous_keys
         layer, hidden_states = self._side(of)
         keys = _heads(layer.self_attn, "k", layer.input_layernorm(hidden_states))
         return apply_rotary_pos_emb(keys, keys, *self.position_embeddings)[1]
