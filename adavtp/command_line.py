@@ -1,27 +1,29 @@
 """The command line: `adavtp demo | ask | reducers | train | evaluate | compare | gallery | export`."""
 
 import json
-import re
-import shlex
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import track
 from rich.table import Table
+
+from .console import (
+    command_as_typed,
+    console,
+    load_checkpoint,
+    parse_budget,
+    parse_reducer,
+    progress,
+    reference_checkpoint,
+    refusals_shown,
+)
 
 app = typer.Typer(
     help="How much a vision-language model looks is a dial you turn at run time.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-console = Console()
-
 DEMO_BUDGETS = (1.0, 0.8, 0.6, 0.4, 0.2)
 COMPARED_BUDGETS = [0.1, 0.2, 0.4, 0.6, 0.8]
 # In the reference's four decoder layers, reducers inside the decoder cannot go below 0.25, and there all look alike.
@@ -50,83 +52,6 @@ ComparedReducers = Annotated[
         "but those that are parts of another."
     ),
 ]
-
-
-def reference_checkpoint() -> Path:
-    """Folder of the reference checkpoint that comes with the package."""
-    from . import hub_cards
-
-    return Path(hub_cards.__file__).parent / "adavtp-digits"
-
-
-def _load(checkpoint: str | None) -> tuple:
-    """Model in evaluation mode and processor, through the Auto classes as any user loads them."""
-    from transformers import AutoModel, AutoProcessor
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    checkpoint = str(checkpoint or reference_checkpoint())
-    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True).eval()
-    model.processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
-    return model, model.processor
-
-
-def _progress(description: str) -> Callable[[Iterable[int]], Iterator[int]]:
-    def wrap(batches: Iterable[int]) -> Iterator[int]:
-        yield from track(batches, description=description, console=console)
-
-    return wrap
-
-
-def _budget(value: str) -> float | int:
-    """`0.4` is a fraction, `57` a number of tokens, as in Python."""
-    try:
-        return int(value) if value.lstrip("+-").isdigit() else float(value)
-    except ValueError as error:
-        raise typer.BadParameter(f"{value!r} is neither a fraction such as 0.4 nor a number of tokens.") from error
-
-
-def _stack(value: str) -> str | list[str | dict[str, Any]]:
-    """
-    A reducer as it is written on the command line: a name, a name with parameters as in `fastv:layer=2:rows=last`, or
-    several with commas between them, a stack.
-    """
-    entries = [_entry(part.strip()) for part in re.split(r",(?![^\[]*\])", value)]
-    return entries if len(entries) > 1 or isinstance(entries[0], dict) else entries[0]
-
-
-def _entry(value: str) -> str | dict[str, Any]:
-    name, *parameters = value.split(":")
-    pairs = [parameter.partition("=") for parameter in parameters]
-    if not name or any(not key or not equals for key, equals, _ in pairs):
-        raise typer.BadParameter(
-            f"{value!r} is no reducer; write a name, or NAME:PARAMETER=VALUE as in fastv:layer=2."
-        )
-    return {"name": name, **{key: _value(text) for key, _, text in pairs}} if pairs else name
-
-
-def _value(text: str) -> Any:
-    """JSON where it is some, else the text itself."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
-@contextmanager
-def _refusals_shown() -> Iterator[None]:
-    """A value that is refused ends the command with the reason and exit code 2."""
-    try:
-        yield
-    except ValueError as error:
-        console.print(f"[red]{escape(str(error))}[/red]")
-        raise typer.Exit(2) from error
-
-
-def _command() -> str:
-    """The command that is running, as it was typed."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def _results_table(results: list, num_questions: int) -> Table:
@@ -167,7 +92,7 @@ def demo(
     from .trainer.digit_scenes import load_digit_questions
 
     output.mkdir(parents=True, exist_ok=True)
-    model, processor = _load(checkpoint)
+    model, processor = load_checkpoint(checkpoint)
     console.print("Drawing scenes from held-out handwriting ...")
     data = load_digit_questions("test", questions)
     results, _ = answer_questions(
@@ -176,7 +101,7 @@ def demo(
         data,
         DEMO_BUDGETS,
         reducers=("adaptive", "random"),
-        progress=_progress("Answering at five budgets ..."),
+        progress=progress("Answering at five budgets ..."),
     )
     console.print(_results_table(results, len(data)))
     shown = data.select(range(6))
@@ -213,11 +138,11 @@ def ask(
     from .evaluation.comparison import as_trained
     from .evaluation.pictures import draw_kept_patches, image_as_seen, patch_shares
 
-    model, processor = _load(checkpoint)
-    choice: dict[str, Any] = {"token_budget": _budget(budget)}
-    with _refusals_shown():
+    model, processor = load_checkpoint(checkpoint)
+    choice: dict[str, Any] = {"token_budget": parse_budget(budget)}
+    with refusals_shown():
         if reducer:
-            choice["reducer"] = as_trained(model.config, _stack(",".join(reducer)))
+            choice["reducer"] = as_trained(model.config, parse_reducer(",".join(reducer)))
         inputs = processor.of_questions(str(image), prompt).to(model.device)
         selection = model.select_tokens(**inputs, **choice)
         answer = model.generate(str(image), prompt, **choice, max_new_tokens=max_new_tokens)
@@ -286,8 +211,8 @@ def evaluate(
     ] = ["adaptive", "random"],  # noqa: B006
 ) -> None:
     """Measure accuracy on the digit-scenes test split at several budgets, and write it to a file."""
-    with _refusals_shown():
-        _evaluate(checkpoint, output, questions, budget, [_stack(value) for value in reducer])
+    with refusals_shown():
+        _evaluate(checkpoint, output, questions, budget, [parse_reducer(value) for value in reducer])
 
 
 def _evaluate(checkpoint: str, output: Path, questions: int, budgets: list[float], reducers: list[Any]) -> None:
@@ -295,13 +220,13 @@ def _evaluate(checkpoint: str, output: Path, questions: int, budgets: list[float
     from .evaluation.comparison import as_trained
     from .trainer.digit_scenes import load_digit_questions
 
-    model, processor = _load(checkpoint)
+    model, processor = load_checkpoint(checkpoint)
     reducers = [as_trained(model.config, reducer) for reducer in reducers]
     data = load_digit_questions("test", questions)
-    results, _ = answer_questions(model, processor, data, budgets, reducers, progress=_progress("Answering ..."))
+    results, _ = answer_questions(model, processor, data, budgets, reducers, progress=progress("Answering ..."))
     console.print(_results_table(results, len(data)))
     _print_unreachable(results)
-    output.write_text(json.dumps(as_report(results, _command(), "test", len(data)), indent=1))
+    output.write_text(json.dumps(as_report(results, command_as_typed(), "test", len(data)), indent=1))
     console.print(f"Results: {output}")
 
 
@@ -330,23 +255,23 @@ def compare(
     from .evaluation.pictures import save_comparison_curves
     from .trainer.digit_scenes import load_digit_questions
 
-    model, processor = _load(checkpoint)
+    model, processor = load_checkpoint(checkpoint)
     folder = checkpoint or str(reference_checkpoint())
     data, file = load_digit_questions("test", questions), output / "reducers.json"
     about = {
-        "command": _command(),
+        "command": command_as_typed(),
         "checkpoint": Path(folder).name if Path(folder).is_dir() else folder,
         "split": "test",
         "file": file.name,
     }
     output.mkdir(parents=True, exist_ok=True)
-    with _refusals_shown():
+    with refusals_shown():
         _require_budgets(budgets)
         stacks = _stacks_to_compare(model, reducer)
         record = compare_reducers(
             *(model, processor, data, sorted(set(budgets)), stacks, file, checkpoint_hash(folder), about),
             batch_size=batch_size,
-            progress=_progress("Answering ..."),
+            progress=progress("Answering ..."),
         )
         _save_gallery(model, processor, stacks, GALLERY_BUDGET, output / "reducers_gallery.png")
     save_comparison_curves(record, output / "reducers_accuracy.png")
@@ -367,7 +292,7 @@ def _stacks_to_compare(model: Any, values: list[str] | None) -> list[Any]:
 
     if not values:
         return reducers_to_compare(model.config)
-    return [as_trained(model.config, _stack(value)) for value in values]
+    return [as_trained(model.config, parse_reducer(value)) for value in values]
 
 
 @app.command()
@@ -383,9 +308,9 @@ def gallery(
     The brighter a patch, the more decoder layers see it. Of reducers that merge, the patches in whose place tokens
     stand are bright.
     """
-    model, processor = _load(checkpoint)
+    model, processor = load_checkpoint(checkpoint)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with _refusals_shown():
+    with refusals_shown():
         _save_gallery(model, processor, _stacks_to_compare(model, reducer), budget, output)
     console.print(f"Picture: {output}")
 

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from adavtp.command_line import _stack, app
+from adavtp.command_line import app
+from adavtp.console import parse_reducer
 from adavtp.evaluation.accuracy import reducer_label
 from adavtp.modeling.reducers_adavtp import REDUCERS
 from adavtp.trainer.digit_scenes import draw_scene
@@ -70,7 +71,7 @@ def test_ask_refuses_a_budget_that_is_none(scene: Path, budget: str) -> None:
     ],
 )
 def test_a_reducer_is_written_as_it_is_labelled(written: str, meant: Any) -> None:
-    stack = _stack(written)
+    stack = parse_reducer(written)
     assert stack in (meant, [meant])
     assert reducer_label(stack) == written
 
@@ -118,7 +119,7 @@ def test_ask_refuses_a_file_that_is_no_image(tmp_path: Path) -> None:
 
 
 def test_evaluate_writes_its_command_and_a_row_for_each_reducer_and_budget(tmp_path: Path) -> None:
-    from adavtp.command_line import reference_checkpoint
+    from adavtp.console import reference_checkpoint
 
     output = tmp_path / "evaluation.json"
     result = run(
@@ -132,7 +133,7 @@ def test_evaluate_writes_its_command_and_a_row_for_each_reducer_and_budget(tmp_p
 
 
 def test_evaluate_keeps_what_could_not_be_reached(tmp_path: Path) -> None:
-    from adavtp.command_line import reference_checkpoint
+    from adavtp.console import reference_checkpoint
 
     output = tmp_path / "evaluation.json"
     options = ("--questions", 12, "--budget", 0.1, "--reducer", "random", "--reducer", "fastv:layer=2")

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 
 from adavtp import AdaVTPForConditionalGeneration, AdaVTPProcessor
-from adavtp.command_line import reference_checkpoint
+from adavtp.console import reference_checkpoint
 from adavtp.evaluation import comparison
 from adavtp.evaluation.accuracy import (
     answer_batch,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from adavtp import AdaVTPForConditionalGeneration, AdaVTPProcessor
-from adavtp.command_line import reference_checkpoint
+from adavtp.console import reference_checkpoint
 from adavtp.evaluation.accuracy import answer_questions
 from adavtp.modeling import modeling_adavtp
 from adavtp.modeling.self_contained_adavtp import code_files

@@ -1,0 +1,94 @@
+"""What all commands share: the console, how budgets and reducers are written, how a checkpoint is loaded."""
+
+import json
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+
+console = Console()
+
+
+def reference_checkpoint() -> Path:
+    """Folder of the reference checkpoint that comes with the package."""
+    from . import hub_cards
+
+    return Path(hub_cards.__file__).parent / "adavtp-digits"
+
+
+def load_checkpoint(checkpoint: str | None) -> tuple:
+    """Model in evaluation mode and processor, through the Auto classes as any user loads them."""
+    from transformers import AutoModel, AutoProcessor
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    checkpoint = str(checkpoint or reference_checkpoint())
+    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True).eval()
+    model.processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+    return model, model.processor
+
+
+def progress(description: str) -> Callable[[Iterable[int]], Iterator[int]]:
+    def wrap(batches: Iterable[int]) -> Iterator[int]:
+        yield from track(batches, description=description, console=console)
+
+    return wrap
+
+
+def parse_budget(value: str) -> float | int:
+    """`0.4` is a fraction, `57` a number of tokens, as in Python."""
+    try:
+        return int(value) if value.lstrip("+-").isdigit() else float(value)
+    except ValueError as error:
+        raise typer.BadParameter(f"{value!r} is neither a fraction such as 0.4 nor a number of tokens.") from error
+
+
+def parse_reducer(value: str) -> str | list[str | dict[str, Any]]:
+    """
+    A reducer as it is written on the command line: a name, a name with parameters as in `fastv:layer=2:rows=last`, or
+    several with commas between them, a stack.
+    """
+    entries = [_entry(part.strip()) for part in re.split(r",(?![^\[]*\])", value)]
+    return entries if len(entries) > 1 or isinstance(entries[0], dict) else entries[0]
+
+
+def _entry(value: str) -> str | dict[str, Any]:
+    name, *parameters = value.split(":")
+    pairs = [parameter.partition("=") for parameter in parameters]
+    if not name or any(not key or not equals for key, equals, _ in pairs):
+        raise typer.BadParameter(
+            f"{value!r} is no reducer; write a name, or NAME:PARAMETER=VALUE as in fastv:layer=2."
+        )
+    return {"name": name, **{key: _value(text) for key, _, text in pairs}} if pairs else name
+
+
+def _value(text: str) -> Any:
+    """JSON where it is some, else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+@contextmanager
+def refusals_shown() -> Iterator[None]:
+    """A value that is refused ends the command with the reason and exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        console.print(f"[red]{escape(str(error))}[/red]")
+        raise typer.Exit(2) from error
+
+
+def command_as_typed() -> str:
+    """The command that is running, as it was typed."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
