@@ -15,6 +15,7 @@ from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedCon
 from transformers.image_utils import ImageInput
 from transformers.masking_utils import create_masks_for_generate
 from transformers.processing_utils import ProcessorMixin
+from transformers.utils import ModelOutput
 
 from .budget_adavtp import TokenBudget, budget_values, num_tokens_to_keep
 from .decoder_adavtp import DecoderPlan, has_layer_columns
@@ -157,7 +158,8 @@ class AdaVTPGenerationMixin(GenerationMixin):
             budget_processor (`list` of callables): see [`BudgetProcessor`]; asked once, before prefill.
 
         Returns:
-            What `GenerationMixin.generate` returns; in the second form a string, or a list of strings if images or
+            What `GenerationMixin.generate` returns, and with `return_dict_in_generate=True` also `selection`, the
+            [`Selection`] of the prompts' images; in the second form a string, or a list of strings if images or
             prompts came as a list.
 
         Raises:
@@ -171,7 +173,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
                     f"`inputs` is a {type(inputs).__name__} and there is no prompt; call `generate(image, prompt)` or "
                     "pass tensors."
                 )
-            return super().generate(inputs, generation_config, *args, **kwargs)
+            return self._with_selection(super().generate(inputs, generation_config, *args, **kwargs))
         if kwargs.get("return_dict_in_generate"):
             raise ValueError(
                 "`return_dict_in_generate` is True, but `generate(image, prompt)` returns text; for scores and caches "
@@ -185,6 +187,13 @@ class AdaVTPGenerationMixin(GenerationMixin):
         answers = [answer.strip() for answer in answers]
         is_single = isinstance(prompt, str) and not isinstance(inputs, list | tuple) and len(answers) == 1
         return answers[0] if is_single else answers
+
+    @staticmethod
+    def _with_selection(outputs: "GenerateOutput | torch.LongTensor") -> "GenerateOutput | torch.LongTensor":
+        if isinstance(outputs, ModelOutput):
+            history = getattr(outputs.past_key_values, "pruned_history", None)
+            outputs["selection"] = None if history is None else history.selection
+        return outputs
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, *args: Any, **kwargs: Any
@@ -243,7 +252,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
         new = new_columns(input_ids, model_kwargs, past_length, history)
         if history is not None and self.config.visual_position_ids == "compact":
             new.position_ids = new.position_ids - history.num_dropped[:, None]
-        plan = None
+        plan, selection = None, None
         if pixel_values is None:
             embeds = self.get_input_embeddings()(new.input_ids)
             prompt = Prompt(embeds, new.attention_mask, new.position_ids)
@@ -252,7 +261,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
                 token_budget = processors(
                     new.input_ids, self._one_budget(token_budget), self._budget_state(new, pixel_values)
                 )
-            prompt, _, plan = self.model.prepare_prompt(
+            prompt, selection, plan = self.model.prepare_prompt(
                 new.input_ids,
                 pixel_values.to(self.device),
                 new.attention_mask,
@@ -262,7 +271,9 @@ class AdaVTPGenerationMixin(GenerationMixin):
                 # The mask form is for training; in a cache its hidden columns would cost what they cost unpruned.
                 selection_output="gather",
             )
-        return *with_prompt(model_kwargs, prompt, new), plan
+        model_kwargs, history = with_prompt(model_kwargs, prompt, new)
+        history.selection = selection
+        return model_kwargs, history, plan
 
     def _one_budget(self, token_budget: StackBudget | None) -> TokenBudget:
         """What budget processors start from."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .selection_adavtp import Prompt
+from .selection_adavtp import Prompt, Selection
 
 
 @dataclass
@@ -23,19 +23,21 @@ class PrunedHistory:
         num_columns: columns of `input_ids` that prefill stood for.
         num_dropped: `[batch]`, visual tokens dropped from each row.
         full_mask: `[batch, num_columns]`, the mask that belongs to `input_ids`.
+        selection: the visual tokens kept of the images that came last, or `None` if this turn had none.
     """
 
     mask: torch.Tensor
     num_columns: int
     num_dropped: torch.Tensor
     full_mask: torch.Tensor
+    selection: Selection | None = None
 
     def expand(self, expand_size: int) -> "PrunedHistory":
         """Repeats every row, for beams and for several sequences per prompt."""
         mask, num_dropped, full_mask = (
             tensor.repeat_interleave(expand_size, dim=0) for tensor in (self.mask, self.num_dropped, self.full_mask)
         )
-        return PrunedHistory(mask, self.num_columns, num_dropped, full_mask)
+        return PrunedHistory(mask, self.num_columns, num_dropped, full_mask, self.selection)
 
     def mask_of(self, num_columns: int) -> torch.Tensor:
         """The mask `[batch, num_columns]` of what the cache holds and of generated tokens behind it."""

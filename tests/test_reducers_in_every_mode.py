@@ -1,5 +1,7 @@
 """Every reducer in every way of generating: modes that only change how the greedy answer is found do not change it."""
 
+from typing import Any
+
 import pytest
 import torch
 from tiny_models import alone, tiny_batch, tiny_model, tiny_text_config
@@ -33,6 +35,27 @@ def test_modes_that_search_for_the_greedy_answer_find_it(model: AdaVTPForConditi
     first = alone(batch, 0, [1, 2])
     looked_up = model.generate(**first, **settings, prompt_lookup_num_tokens=2)
     assert torch.equal(looked_up, model.generate(**first, **settings))
+
+
+@pytest.mark.parametrize("reducer", sorted(REDUCERS))
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}])
+def test_a_dictionary_output_says_what_was_kept(
+    model: AdaVTPForConditionalGeneration, reducer: str, mode: dict[str, Any]
+) -> None:
+    batch = tiny_batch(model.config, [1, 2])
+    settings = SETTINGS | {"reducer": reducer}
+    output = model.generate(**batch, **settings | mode, return_dict_in_generate=True)
+    chosen = model.select_tokens(**batch, token_budget=settings["token_budget"], reducer=reducer)
+    assert torch.equal(output.selection.keep, chosen.keep)
+    assert (output.selection.depth is None) == (chosen.depth is None)
+    if chosen.depth is not None:
+        assert torch.equal(output.selection.depth, chosen.depth)
+
+
+def test_without_images_a_dictionary_output_has_no_selection(model: AdaVTPForConditionalGeneration) -> None:
+    batch = tiny_batch(model.config, [0, 0])
+    output = model.generate(**batch, max_new_tokens=2, return_dict_in_generate=True)
+    assert output.selection is None
 
 
 @pytest.mark.parametrize("reducer", sorted(REDUCERS))

@@ -613,8 +613,10 @@ class AdaVTPModel(AdaVTPPreTrainedModel, LlavaModel):
             if labels is not None:
                 is_column = outputs.column_index >= 0
                 labels = labels.gather(1, outputs.column_index.clamp(min=0)).masked_fill(~is_column, -100)
-            if selection is not None and plan is not None:
-                selection.depth = self._depth(selection, plan, outputs.depth)
+            if plan is not None:
+                # In `generate` the prompt was pruned before this call, and its selection waits on the cache.
+                chosen = past_key_values.pruned_history.selection if selection is None else selection
+                chosen.depth = self._depth(chosen, plan, outputs.depth)
         return AdaVTPModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
