@@ -26,6 +26,7 @@ clean:
 
 .venv/.installed-with-tests: setup.cfg constraints.txt pyproject.toml | .venv/bin/python
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --no-deps lmms-eval
 	touch $@ .venv/.installed
 
 .venv/bin/python:

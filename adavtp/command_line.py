@@ -1,6 +1,7 @@
-"""The command line: `adavtp demo | ask | reducers | train | evaluate | compare | gallery | export`."""
+"""The command line. Commands with much to say have files of their own; all are registered here."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,12 +19,20 @@ from .console import (
     reference_checkpoint,
     refusals_shown,
 )
+from .evaluate_command import DIGIT_SCENES, ManyValues, evaluate, evaluate_checkpoint
+from .experiment_command import experiment
+from .flops_command import flops
+from .measure_command import measure
+from .report_command import report
 
 app = typer.Typer(
     help="How much a vision-language model looks is a dial you turn at run time.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+for command in (evaluate, experiment, flops, measure, report):
+    app.command(cls=ManyValues)(command)
+
 DEMO_BUDGETS = (1.0, 0.8, 0.6, 0.4, 0.2)
 COMPARED_BUDGETS = [0.1, 0.2, 0.4, 0.6, 0.8]
 # In the reference's four decoder layers, reducers inside the decoder cannot go below 0.25, and there all look alike.
@@ -196,41 +205,19 @@ def train(
     checkpoint = run_recipe(plan, output or Path("runs") / recipe.stem)
     console.print(f"Checkpoint: {checkpoint}")
     if plan.evaluation:
-        _evaluate(str(checkpoint), checkpoint / "evaluation.json", **plan.evaluation)
+        measured = evaluate_checkpoint(
+            str(checkpoint),
+            DIGIT_SCENES,
+            plan.evaluation["budgets"],
+            plan.evaluation["reducers"],
+            output=checkpoint / "evaluation",
+            questions=plan.evaluation["questions"],
+        )
+        # Beside the weights, where the model card looks for it.
+        shutil.copy(measured.folder / "evaluation.json", checkpoint)
 
 
-@app.command()
-def evaluate(
-    checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder or Hub repository.")],
-    output: Annotated[Path, typer.Option(help="File for the results (JSON).")] = Path("evaluation.json"),
-    questions: Annotated[int, typer.Option(help="Number of test questions.", min=6)] = 2400,
-    budget: Annotated[list[float], typer.Option(help="Budget; may be repeated.")] = list(DEMO_BUDGETS),  # noqa: B006
-    reducer: Annotated[
-        list[str],
-        typer.Option(help="Reducer as in fastv:layer=2, or a stack as in tome,adaptive; may be repeated."),
-    ] = ["adaptive", "random"],  # noqa: B006
-) -> None:
-    """Measure accuracy on the digit-scenes test split at several budgets, and write it to a file."""
-    with refusals_shown():
-        _evaluate(checkpoint, output, questions, budget, [parse_reducer(value) for value in reducer])
-
-
-def _evaluate(checkpoint: str, output: Path, questions: int, budgets: list[float], reducers: list[Any]) -> None:
-    from .evaluation.accuracy import answer_questions, as_report
-    from .evaluation.comparison import as_trained
-    from .trainer.digit_scenes import load_digit_questions
-
-    model, processor = load_checkpoint(checkpoint)
-    reducers = [as_trained(model.config, reducer) for reducer in reducers]
-    data = load_digit_questions("test", questions)
-    results, _ = answer_questions(model, processor, data, budgets, reducers, progress=progress("Answering ..."))
-    console.print(_results_table(results, len(data)))
-    _print_unreachable(results)
-    output.write_text(json.dumps(as_report(results, command_as_typed(), "test", len(data)), indent=1))
-    console.print(f"Results: {output}")
-
-
-@app.command()
+@app.command(cls=ManyValues)
 def compare(
     checkpoint: CheckpointArgument = None,
     output: Annotated[Path, typer.Option(help="Folder for the page, its pictures and the measurements.")] = Path(
@@ -238,7 +225,7 @@ def compare(
     ),
     questions: Annotated[int, typer.Option(help="Number of test questions.", min=6)] = 2400,
     budgets: Annotated[
-        list[float], typer.Option("--budgets", "--budget", help="Budget; may be repeated.")
+        list[float], typer.Option("--budgets", "--budget", help="Several: fractions.")
     ] = COMPARED_BUDGETS,
     reducer: ComparedReducers = None,
     batch_size: Annotated[int, typer.Option(help="Questions answered together.", min=1)] = 100,
@@ -341,3 +328,7 @@ def export(
     folder = export_checkpoint(checkpoint, output, name, recipe, log, evaluation)
     size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
     console.print(f"{folder}: {len(list(folder.iterdir()))} files, {size:.1f} MB")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,18 +1,21 @@
 """What all commands share: the console, how budgets and reducers are written, how a checkpoint is loaded."""
 
-import json
-import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
+
+from .evaluation.written_settings import budget_of_text, reducer_of_text
+
+if TYPE_CHECKING:
+    from .modeling.modeling_adavtp import ReducerSpec
 
 console = Console()
 
@@ -46,37 +49,22 @@ def progress(description: str) -> Callable[[Iterable[int]], Iterator[int]]:
 
 def parse_budget(value: str) -> float | int:
     """`0.4` is a fraction, `57` a number of tokens, as in Python."""
-    try:
-        return int(value) if value.lstrip("+-").isdigit() else float(value)
-    except ValueError as error:
-        raise typer.BadParameter(f"{value!r} is neither a fraction such as 0.4 nor a number of tokens.") from error
+    return _parsed(budget_of_text, value)
 
 
-def parse_reducer(value: str) -> str | list[str | dict[str, Any]]:
+def parse_reducer(value: str) -> "ReducerSpec":
     """
     A reducer as it is written on the command line: a name, a name with parameters as in `fastv:layer=2:rows=last`, or
     several with commas between them, a stack.
     """
-    entries = [_entry(part.strip()) for part in re.split(r",(?![^\[]*\])", value)]
-    return entries if len(entries) > 1 or isinstance(entries[0], dict) else entries[0]
+    return _parsed(reducer_of_text, value)
 
 
-def _entry(value: str) -> str | dict[str, Any]:
-    name, *parameters = value.split(":")
-    pairs = [parameter.partition("=") for parameter in parameters]
-    if not name or any(not key or not equals for key, equals, _ in pairs):
-        raise typer.BadParameter(
-            f"{value!r} is no reducer; write a name, or NAME:PARAMETER=VALUE as in fastv:layer=2."
-        )
-    return {"name": name, **{key: _value(text) for key, _, text in pairs}} if pairs else name
-
-
-def _value(text: str) -> Any:
-    """JSON where it is some, else the text itself."""
+def _parsed(parse: Callable[[str], Any], value: str) -> Any:
     try:
-        return json.loads(text)
-    except ValueError:
-        return text
+        return parse(value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 @contextmanager

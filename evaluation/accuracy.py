@@ -4,7 +4,6 @@ Every budget and reducer answers the same questions, interleaved batch by batch,
 and not what else the machine was doing. A budget that a reducer cannot reach is a result too, with the reason.
 """
 
-import json
 import platform
 import statistics
 import time
@@ -19,13 +18,11 @@ from datasets import Dataset
 from scipy.stats import binomtest
 from transformers import BatchFeature
 
-from ..configuration.configuration_adavtp import reducer_entries
 from ..modeling.budget_adavtp import num_tokens_to_keep
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration, ReducerSpec
 from ..modeling.processing_adavtp import AdaVTPProcessor
 from ..modeling.selection_adavtp import Selection
-
-FULL_BUDGET = 1.0
+from .settings import reducer_label
 
 # Questions whose selections are looked at for how many visual tokens there were; budgets are exact, so few will do.
 NUM_LOOKED_AT = 12
@@ -86,25 +83,6 @@ class BudgetResult:
     visual_tokens: float | None = None
     decoder_tokens: float | None = None
     milliseconds: float | None = None
-
-
-def reducer_label(reducer: ReducerSpec) -> str:
-    """
-    A reducer as it is written on the command line: `fastv:layer=2`, a stack as `tome, fastv:layer=2`.
-
-    Raises:
-        ValueError: if it is no reducer.
-    """
-    return ", ".join(
-        entry
-        if isinstance(entry, str)
-        else ":".join([entry["name"], *(f"{key}={_written(entry[key])}" for key in entry if key != "name")])
-        for entry in reducer_entries(reducer)
-    )
-
-
-def _written(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
 def refusal(

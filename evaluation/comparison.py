@@ -26,16 +26,15 @@ from ..modeling.processing_adavtp import AdaVTPProcessor
 from ..modeling.reducers_adavtp import REDUCERS, STAGES, TokenReducer, reducer_parameters
 from ..modeling.tower_adavtp import tower_layers
 from .accuracy import (
-    FULL_BUDGET,
     NUM_LOOKED_AT,
     answer_batch,
     circumstances,
     is_right,
     mean_visual_tokens,
-    reducer_label,
     refusal,
     wilson_interval,
 )
+from .settings import FULL_BUDGET, reducer_label
 
 COMPARED_WITH = "adaptive"
 EVERYTHING = "everything"

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from .accuracy import FULL_BUDGET, NUM_LOOKED_AT
+from .accuracy import NUM_LOOKED_AT
 from .comparison import COMPARED_WITH, EVERYTHING, NUM_RESAMPLES, SEED
+from .settings import FULL_BUDGET
 
 _GALLERY_LEGEND = (
     "The brighter a patch, the more decoder layers see it. Of reducers that merge, the patches in whose place tokens "

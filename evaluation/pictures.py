@@ -13,8 +13,9 @@ from PIL import Image
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration, ReducerSpec
 from ..modeling.processing_adavtp import AdaVTPProcessor
 from ..modeling.selection_adavtp import Selection
-from .accuracy import BudgetResult, answer_batch, reducer_label
+from .accuracy import BudgetResult, answer_batch
 from .comparison import missing_weights, reason_not_to_measure
+from .settings import reducer_label
 
 _DROPPED_BRIGHTNESS = 0.18
 

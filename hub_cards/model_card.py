@@ -157,7 +157,7 @@ def _shown_evaluation(result: dict[str, Any]) -> dict[str, Any]:
     reducer = (
         "adaptive" if any(row["reducer"] == "adaptive" for row in result["rows"]) else result["rows"][0]["reducer"]
     )
-    detailed = [row for row in result["rows"] if row["reducer"] == reducer and row.get("accuracy_by_kind")]
+    detailed = [row for row in result["rows"] if row["reducer"] in (reducer, "full") and row.get("accuracy_by_kind")]
     kinds = sorted({kind for row in detailed for kind in row["accuracy_by_kind"]})
     return {
         "dataset": result.get("dataset", DIGIT_SCENES),

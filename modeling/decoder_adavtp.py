@@ -209,18 +209,21 @@ def run_decoder(
     past = _past_columns(past_key_values, attention_mask, batch_size, config.num_hidden_layers, inputs_embeds.device)
     cuts = [] if plan is None else reducer.cuts(config.num_hidden_layers)
     depth, entering = torch.zeros_like(columns.index), columns.num_visual
-    masks, dropped, context, previous = [], [], None, None
+    masks, dropped, contexts, context, previous = [], [], {}, None, None
     for number, layer in enumerate(language_model.layers[: config.num_hidden_layers]):
         if plan is not None and number > 0:
             keys = _cached_keys(past_key_values, number - 1, len(columns.index[0]), columns.index.device)
             around = (*previous, keys, layer, language_model.norm, context.position_embeddings)
             columns = _reduced(columns, plan, reducer, cuts, number, around)
+        kind = _layer_type(config, number)
+        context = contexts.get(kind)
         if context is None or not context.still_holds(columns, past, number):
             context = LayerContext.of_layer(language_model, columns, past, number, past_key_values, compact, entering)
+            contexts[kind] = context
         previous = (layer, columns.hidden_states)
         hidden_states = layer(
             columns.hidden_states,
-            attention_mask=context.masks[_layer_type(config, number)],
+            attention_mask=context.attention_mask,
             position_embeddings=context.position_embeddings,
             position_ids=context.position_ids,
             past_key_values=past_key_values,
@@ -352,10 +355,10 @@ def _reduced(
 @dataclass
 class LayerContext:
     """
-    What layers that hold the same columns share: masks and positions.
+    What layers of one type that hold the same columns share: masks and positions.
 
     Attributes:
-        masks: by layer type, what the layer takes as its mask.
+        attention_mask: what the layers take as their mask.
         mask: `[batch, columns in the cache + n]` int64, 0 for padding.
         position_ids: `[batch, n]`.
         position_embeddings: their cosines and sines.
@@ -363,7 +366,7 @@ class LayerContext:
         of: the columns' index and what was in the cache, by which to tell that nothing has changed.
     """
 
-    masks: dict[str, Any]
+    attention_mask: Any
     mask: torch.Tensor
     position_ids: torch.Tensor
     position_embeddings: tuple[torch.Tensor, torch.Tensor]
@@ -402,9 +405,8 @@ class LayerContext:
             "layer_idx": number,
         }
         makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-        types = {_layer_type(config, layer) for layer in range(config.num_hidden_layers)}
         return cls(
-            {name: makers[name](**of_mask) for name in sorted(types)},
+            makers[_layer_type(config, number)](**of_mask),
             mask,
             position_ids,
             language_model.rotary_emb(columns.hidden_states, position_ids),

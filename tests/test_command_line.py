@@ -118,33 +118,6 @@ def test_ask_refuses_a_file_that_is_no_image(tmp_path: Path) -> None:
     assert run("ask", path, "how many digits are there ?").exit_code == 2
 
 
-def test_evaluate_writes_its_command_and_a_row_for_each_reducer_and_budget(tmp_path: Path) -> None:
-    from adavtp.console import reference_checkpoint
-
-    output = tmp_path / "evaluation.json"
-    result = run(
-        "evaluate", reference_checkpoint(), "--questions", 12, "--budget", 1.0, "--budget", 0.4, "--output", output
-    )
-    assert result.exit_code == 0, result.output
-    report = json.loads(output.read_text())
-    rows = [(row["reducer"], row["budget"], row["num_keep"]) for row in report["rows"]]
-    assert rows == [("adaptive", 1.0, 144), ("adaptive", 0.4, 57), ("random", 0.4, 57)]
-    assert report["num_questions"] == 12 and report["command"]
-
-
-def test_evaluate_keeps_what_could_not_be_reached(tmp_path: Path) -> None:
-    from adavtp.console import reference_checkpoint
-
-    output = tmp_path / "evaluation.json"
-    options = ("--questions", 12, "--budget", 0.1, "--reducer", "random", "--reducer", "fastv:layer=2")
-    result = run("evaluate", reference_checkpoint(), *options, "--output", output)
-    assert result.exit_code == 0, result.output
-    report = json.loads(output.read_text())
-    assert [row["reducer"] for row in report["rows"]] == ["random"]
-    assert [(row["reducer"], row["budget"]) for row in report["unreachable"]] == [("fastv:layer=2", 0.1)]
-    assert "unreachable" in result.output and "cannot go below" in " ".join(result.output.split())
-
-
 def test_compare_writes_a_page_two_pictures_and_the_measurements(tmp_path: Path) -> None:
     chosen = ("--reducer", "adaptive", "--reducer", "vtw", "--budget", 0.1, "--budget", 0.6)
     result = run("compare", "--questions", 12, *chosen, "--output", tmp_path)

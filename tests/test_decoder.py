@@ -103,6 +103,9 @@ def own_model(text: str = "llama", positions: str = "original", attention: str =
     return as_conversation(model)
 
 
+SLIDING = "sliding_attention"
+
+
 @cache
 def model_of(text: str = "llama", positions: str = "original", attention: str = "sdpa", **text_fields: Any) -> Model:
     """A model that no test changes."""
@@ -171,12 +174,14 @@ def test_prefill_and_every_step_are_the_stock_layers_on_their_own_columns(
         ("mistral", {"sliding_window": 8}),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention", SLIDING] * 2}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "layer_types": [SLIDING, "full_attention"] * 2}),
     ],
 )
 def test_a_sliding_window_counts_the_columns_that_a_layer_sees(
     text: str, fields: dict[str, Any], attention: str
 ) -> None:
-    model = model_of(text, "original", attention, **fields)
+    model = own_model(text, "original", attention, **fields)
     batch = tiny_batch(model.config, IMAGES, LENGTHS)
     require_what_the_reader_says(model, batch)
     unlimited = own_model(text, "original", attention)

@@ -52,6 +52,18 @@ def test_a_dictionary_output_says_what_was_kept(
         assert torch.equal(output.selection.depth, chosen.depth)
 
 
+@pytest.mark.parametrize("reducer", ["grid", "fastv"])
+def test_a_dictionary_output_of_assisted_decoding_says_what_was_kept(
+    model: AdaVTPForConditionalGeneration, reducer: str
+) -> None:
+    first = alone(tiny_batch(model.config, [1, 2]), 0, [1, 2])
+    settings = SETTINGS | {"reducer": reducer, "prompt_lookup_num_tokens": 2, "max_matching_ngram_size": 1}
+    output = model.generate(**first, **settings, return_dict_in_generate=True)
+    chosen = model.select_tokens(**first, token_budget=settings["token_budget"], reducer=reducer)
+    assert torch.equal(output.selection.keep, chosen.keep)
+    assert chosen.depth is None or torch.equal(output.selection.depth, chosen.depth)
+
+
 def test_without_images_a_dictionary_output_has_no_selection(model: AdaVTPForConditionalGeneration) -> None:
     batch = tiny_batch(model.config, [0, 0])
     output = model.generate(**batch, max_new_tokens=2, return_dict_in_generate=True)

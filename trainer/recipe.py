@@ -127,24 +127,24 @@ class Recipe:
         Raises:
             ValueError: if a field is unknown or missing, or a stage's kind is not known.
         """
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_RecipeLoader)
-        _check_fields(content, cls, str(path))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=RecipeLoader)
+        check_fields(content, cls, str(path))
         stages = content["stages"] or []
         for number, stage in enumerate(stages):
-            _check_fields(stage, Stage, f"{path}, stage {number}")
+            check_fields(stage, Stage, f"{path}, stage {number}")
         return cls(**content | {"stages": [Stage(**stage) for stage in stages]})
 
 
-class _RecipeLoader(yaml.SafeLoader):
+class RecipeLoader(yaml.SafeLoader):
     """Reads `1e-3` as the number that everybody means; YAML 1.1, which PyYAML follows, takes it for a word."""
 
 
-_RecipeLoader.add_implicit_resolver(
+RecipeLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789")
 )
 
 
-def _check_fields(content: Any, of: type, where: str) -> None:
+def check_fields(content: Any, of: type, where: str) -> None:
     if not isinstance(content, dict):
         raise ValueError(f"{where}: found {content!r}; expected are fields, `name: value`.")
     needed = [f.name for f in fields(of) if f.default is MISSING and f.default_factory is MISSING]

@@ -662,8 +662,10 @@ class AdaVTPModel(AdaVTPPreTrainedModel, LlavaModel):
     def _depth(self, selection: Selection, plan: DecoderPlan, depth: torch.Tensor) -> torch.Tensor:
         """How many layers saw each patch, `[num_images, num_patches]`, from how many saw each column."""
         of_patch = torch.zeros(selection.keep.numel(), dtype=torch.long, device=depth.device)
-        is_visual = plan.patches >= 0
-        return of_patch.scatter(0, plan.patches[is_visual], depth[is_visual]).view(selection.keep.shape)
+        # Assisted decoding puts its candidates behind the prompt.
+        patches = plan.with_columns(depth.shape[1]).patches
+        is_visual = patches >= 0
+        return of_patch.scatter(0, patches[is_visual], depth[is_visual]).view(selection.keep.shape)
 
 
 def _check_attention_takes_gates(language_model: PreTrainedModel, length: int) -> None:

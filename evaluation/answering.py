@@ -1,0 +1,389 @@
+"""Every question, answered in every setting, and what each answer cost.
+
+Settings take turns batch by batch, so that their times compare what was asked and not what else the machine was doing.
+The clock runs around `generate` alone: images are decoded before it, and answers scored, counted and written after it.
+What an answer cost is counted from the selection that was really made for its images.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch.utils.data import DataLoader
+from transformers import BatchFeature
+
+from ..configuration.configuration_adavtp import AdaVTPConfig
+from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
+from ..modeling.processing_adavtp import AdaVTPProcessor
+from ..modeling.selection_adavtp import Selection
+from .accuracy import visual_tokens_seen
+from .asked_settings import AskedSetting
+from .examples import Example
+from .flops import Flops, count_flops
+from .metric_modules import SCORED_TOGETHER, load_metric
+from .pictures import image_as_seen
+from .runs import Run, unanswered
+from .settings import Setting
+from .token_plan import Happened
+
+
+def inputs_of(processor: AdaVTPProcessor, examples: Sequence[Example]) -> BatchFeature:
+    """
+    Model inputs of questions, padded on the left.
+
+    Args:
+        processor: the model's.
+        examples: with any number of images each.
+
+    Raises:
+        ValueError: if an image cannot be decoded; the message names the example.
+    """
+    prompts = [
+        example.question
+        if example.messages is None
+        else processor.apply_chat_template(example.messages, add_generation_prompt=True)
+        for example in examples
+    ]
+    try:
+        return processor.of_questions([example.images for example in examples], prompts)
+    except ValueError as error:
+        # One by one, to say whose image it is.
+        for example, prompt in zip(examples, prompts, strict=True):
+            try:
+                processor.of_questions([example.images], [prompt])
+            except ValueError as own_error:
+                raise ValueError(f"Example {example.id!r}: {own_error}") from own_error
+        raise error
+
+
+@dataclass
+class Batch:
+    """
+    Examples that are answered together.
+
+    Attributes:
+        start: index of the first.
+        examples: the examples.
+        inputs: the model's inputs, on the CPU until they are needed.
+    """
+
+    start: int
+    examples: list[Example]
+    inputs: BatchFeature
+
+
+class Batches:
+    """Batches by the index of their first example, as a map-style data set."""
+
+    def __init__(self, processor: AdaVTPProcessor, examples: Sequence[Example], batch_size: int) -> None:
+        self.processor, self.examples, self.batch_size = processor, examples, batch_size
+
+    def __getitem__(self, start: int) -> Batch:
+        examples = self.examples[start : start + self.batch_size]
+        return Batch(start, examples, inputs_of(self.processor, examples))
+
+
+def _in_order(batches: Batches, starts: Sequence[int], device: torch.device) -> Iterator[Batch]:
+    """
+    The batches one after another. Beside a GPU the next ones are made by another process while this one waits; on a
+    CPU that process would take the time of the model, whose clock is running.
+    """
+    workers = 1 if device.type == "cuda" and starts else 0
+    return iter(DataLoader(batches, batch_size=None, sampler=starts, collate_fn=_as_it_is, num_workers=workers))
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+@dataclass
+class Given:
+    """
+    A batch's answers in one setting.
+
+    Attributes:
+        texts: the answers.
+        new_tokens: how many tokens each has, with the one that ends it.
+        selection: of all images of the batch, on the CPU, or `None` if there are none.
+        seconds: that `generate` took.
+    """
+
+    texts: list[str]
+    new_tokens: list[int]
+    selection: Selection | None
+    seconds: float
+
+
+def answer(
+    model: AdaVTPForConditionalGeneration,
+    processor: AdaVTPProcessor,
+    inputs: Mapping[str, torch.Tensor],
+    setting: Setting,
+    max_new_tokens: int,
+) -> Given:
+    """
+    Greedy answers to a batch of questions.
+
+    Args:
+        model: in evaluation mode.
+        processor: the model's.
+        inputs: on the model's device.
+        setting: what chooses the visual tokens.
+        max_new_tokens: of each answer.
+    """
+    arguments = setting.arguments()
+    # A reducer whose parameters differ from those of the last one of its name is made anew, which is no part of this.
+    model.model.steps(arguments["reducer"])
+    _wait_for(model.device)
+    started = time.perf_counter()
+    output = model.generate(
+        **inputs,
+        **arguments,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        return_dict_in_generate=True,
+    )
+    _wait_for(model.device)
+    seconds = time.perf_counter() - started
+    new = output.sequences[:, inputs["input_ids"].shape[1] :].cpu()
+    texts = [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+    return Given(texts, _num_new_tokens(new, model), _on_cpu(output["selection"]), seconds)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _num_new_tokens(new: torch.Tensor, model: AdaVTPForConditionalGeneration) -> list[int]:
+    """Tokens of each row `[batch, length]` up to the one that ends it; what follows is padding."""
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        return [new.shape[1]] * len(new)
+    is_end = torch.isin(new, torch.as_tensor(ends))
+    before = (~is_end).cummin(dim=-1).values.sum(dim=-1)
+    return (before + is_end.any(dim=-1)).tolist()
+
+
+def _on_cpu(selection: Selection | None) -> Selection | None:
+    if selection is None:
+        return None
+    depth = None if selection.depth is None else selection.depth.cpu()
+    return Selection(selection.keep.cpu(), selection.positions.cpu(), depth=depth)
+
+
+class Scorer:
+    """
+    Scores of answers; the metric module is loaded once.
+
+    Args:
+        metric: its name.
+
+    Raises:
+        ValueError: if there is no such metric.
+    """
+
+    def __init__(self, metric: str) -> None:
+        self.name, self.module = metric, load_metric(metric)
+        self.is_together = metric in SCORED_TOGETHER
+
+    def scores(self, predictions: list[str], examples: Sequence[Example]) -> list[float]:
+        """
+        A score for each answer.
+
+        Raises:
+            ValueError: if the metric needs choices and an example has none.
+        """
+        columns: dict[str, Any] = {"references": [example.answers for example in examples]}
+        if "choices" in self.module.features:
+            for example in examples:
+                if example.choices is None:
+                    raise ValueError(f"`metric` is {self.name!r}, and example {example.id!r} has no choices.")
+            columns["choices"] = [example.choices for example in examples]
+        return self.module.score_examples(predictions=predictions, **columns)
+
+
+class Costs:
+    """
+    Counted FLOPs, once for each number of tokens that occurs.
+
+    Args:
+        config: the model's.
+    """
+
+    def __init__(self, config: AdaVTPConfig) -> None:
+        self.config = config
+        self.counted: dict[Any, Flops] = {}
+
+    def of(self, asked: AskedSetting, text_tokens: int, selection: Selection | None) -> Flops:
+        """
+        What a prompt costs.
+
+        Args:
+            asked: the setting.
+            text_tokens: of the prompt, placeholders of images not among them.
+            selection: of its images, or `None` if it has none.
+        """
+        layers = self.config.text_config.num_hidden_layers
+        key = (asked.key, text_tokens, None if selection is None else Happened.of(selection, layers))
+        if key not in self.counted:
+            num_images = 0 if selection is None else len(selection.keep)
+            self.counted[key] = count_flops(
+                *(self.config, text_tokens),
+                **asked.setting.arguments(),
+                selection=selection,
+                num_images=num_images,
+            )
+        return self.counted[key]
+
+
+@dataclass
+class Seconds:
+    """
+    Where the time of answering went.
+
+    Attributes:
+        model: in `generate`.
+        evaluation: in everything else.
+    """
+
+    model: float
+    evaluation: float
+
+
+def answer_examples(
+    model: AdaVTPForConditionalGeneration,
+    processor: AdaVTPProcessor,
+    examples: Sequence[Example],
+    settings: Sequence[AskedSetting],
+    run: Run,
+    scorer: Scorer,
+    max_new_tokens: int = 16,
+    batch_size: int = 32,
+    shown: int = 12,
+    process: PartialState | None = None,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> Seconds:
+    """
+    Answers what a run has no answer to, and writes every batch's answers as soon as they are there.
+
+    Args:
+        model: in evaluation mode.
+        processor: the model's.
+        examples: all of the run's.
+        settings: that can be measured.
+        run: where answers are written.
+        scorer: of the run's metric.
+        max_new_tokens: of an answer.
+        batch_size: examples answered together.
+        shown: number of examples whose picture and kept patches are written too.
+        process: which of several processes this is; each answers its share of the batches.
+        progress: wraps the loop over batches and settings, for a progress bar.
+
+    Returns:
+        The time that this process took.
+    """
+    started, model_seconds = time.perf_counter(), 0.0
+    rank, num_processes = (process.process_index, process.num_processes) if process else (0, 1)
+    done = run.done()
+    todo = unanswered(settings, len(examples), batch_size, lambda asked, index: (*asked.key, index) in done)
+    starts = list(dict.fromkeys(start for start, _ in todo))[rank::num_processes]
+    own, costs = set(starts), Costs(model.config)
+    batches, batch, inputs = _in_order(Batches(processor, examples, batch_size), starts, model.device), None, None
+    for start, asked in progress([pair for pair in todo if pair[0] in own]):
+        if batch is None or batch.start != start:
+            batch = next(batches)
+            inputs = batch.inputs.to(model.device)
+            _save_pictures(processor, batch, run, shown)
+        given = answer(model, processor, inputs, asked.setting, max_new_tokens)
+        model_seconds += given.seconds
+        lines, kept = _lines(model.config, batch, asked, given, scorer, costs)
+        is_new = [(*asked.key, line["index"]) not in done for line in lines]
+        # What is kept goes first: an answer without it would not be asked again.
+        run.kept_lines.append([line for line in kept if line["index"] < shown], rank)
+        run.lines.append([line for line, new in zip(lines, is_new, strict=True) if new], rank)
+    return Seconds(model_seconds, time.perf_counter() - started - model_seconds)
+
+
+def _save_pictures(processor: AdaVTPProcessor, batch: Batch, run: Run, shown: int) -> None:
+    """The first image of each of the first examples, as the model sees it."""
+    first = 0
+    for number, example in enumerate(batch.examples):
+        path = run.picture(batch.start + number)
+        if batch.start + number < shown and example.images and not path.exists():
+            partial = path.with_suffix(f".part{path.suffix}")
+            image_as_seen(processor, batch.inputs["pixel_values"][first]).save(partial)
+            partial.replace(path)
+        first += len(example.images)
+
+
+def _lines(
+    config: AdaVTPConfig, batch: Batch, asked: AskedSetting, given: Given, scorer: Scorer, costs: Costs
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What is written of a batch: a line for each answer, and how many layers saw each patch of each first image."""
+    num_layers = config.text_config.num_hidden_layers
+    together = [None] * len(given.texts)
+    scores = together if scorer.is_together else scorer.scores(given.texts, batch.examples)
+    lengths = batch.inputs["attention_mask"].sum(dim=-1).tolist()
+    setting = {"reducer": asked.reducer, "budget": asked.budget}
+    lines, kept, first = [], [], 0
+    for number, example in enumerate(batch.examples):
+        selection = _of_images(given.selection, first, len(example.images))
+        first += len(example.images)
+        text_tokens = lengths[number] - len(example.images) * config.num_image_tokens
+        flops = costs.of(asked, text_tokens, selection)
+        lines.append(
+            {
+                "index": batch.start + number,
+                "id": example.id,
+                **setting,
+                "question": example.question,
+                "answers": example.answers,
+                "prediction": given.texts[number],
+                "score": scores[number],
+                "category": example.category,
+                "num_keep": asked.num_keep,
+                "visual_tokens": 0.0 if selection is None else float(visual_tokens_seen(selection, num_layers).mean()),
+                "text_tokens": text_tokens,
+                "flops": flops.with_new_tokens(given.new_tokens[number]),
+                "new_tokens": given.new_tokens[number],
+                "ms": round(1000 * given.seconds / len(batch.examples), 3),
+            }
+        )
+        if selection is not None:
+            seen = selection.keep[0] * num_layers if selection.depth is None else selection.depth[0]
+            kept.append({"index": batch.start + number, **setting, "layers_seen": seen.tolist()})
+    return lines, kept
+
+
+def _of_images(selection: Selection | None, first: int, number: int) -> Selection | None:
+    """The selection of some of its images."""
+    if selection is None or number == 0:
+        return None
+    rows = slice(first, first + number)
+    depth = None if selection.depth is None else selection.depth[rows]
+    return Selection(selection.keep[rows], selection.positions[rows], depth=depth)
+
+
+def score_together(run: Run, scorer: Scorer, examples: Sequence[Example]) -> None:
+    """
+    Scores the answers of each setting all at once, for a metric whose scores depend on each other. Does nothing for
+    other metrics, whose answers are scored batch by batch.
+
+    Args:
+        run: all of whose settings have answered all examples.
+        scorer: of the run's metric.
+        examples: all of the run's.
+    """
+    if not scorer.is_together:
+        return
+    lines = run.answers()
+    for start in range(0, len(lines), len(examples)):
+        own = lines[start : start + len(examples)]
+        for line, score in zip(own, scorer.scores([line["prediction"] for line in own], examples), strict=True):
+            line["score"] = score
+    run.lines.write(lines)

@@ -1,0 +1,328 @@
+"""The benchmarks that LLaVA-1.5 was evaluated on, read from local copies of their files.
+
+A folder is laid out as LLaVA's evaluation expects it (`playground/data/eval/<benchmark>`): LLaVA's own question file,
+which has the prompts, beside the benchmark's annotations and images as they are published. Where there is no question
+file for a split, the questions come from the annotations with the words that LLaVA's prompts end in.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .examples import EvaluationData, Example, existing_image
+
+SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
+UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+LETTER_ONLY = "\nAnswer with the option's letter from the given choices directly."
+
+OCR_HINT = "Reference OCR token:"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """
+    A benchmark's format.
+
+    Attributes:
+        read: from its folder, the split and the folder of images (`None` for where they usually are) to examples.
+        metric: name of the metric module that scores them.
+        split: the one whose answers are public.
+    """
+
+    read: Callable[[Path, str, Path | None], list[Example]]
+    metric: str
+    split: str
+
+
+def read_benchmark(name: str, folder: Path, split: str | None = None, images: Path | None = None) -> EvaluationData:
+    """
+    Reads a local copy of a benchmark.
+
+    Args:
+        name: a key of [`BENCHMARKS`].
+        folder: of the benchmark's files.
+        split: by default the one whose answers are public.
+        images: folder of the images, if it is not where LLaVA's evaluation has it.
+
+    Raises:
+        ValueError: if a file or an image is missing, or has another form; the message says which and what is expected.
+    """
+    benchmark = BENCHMARKS[name]
+    if not folder.is_dir():
+        raise ValueError(f"`data` is '{name}:{folder}', and there is no folder {folder}.")
+    split = split or benchmark.split
+    examples = benchmark.read(folder, split, images)
+    if not examples:
+        raise ValueError(f"`data` is '{name}:{folder}', whose question file has no questions for split {split!r}.")
+    return EvaluationData(f"{name}:{folder}", split, examples, benchmark.metric)
+
+
+def read_vqav2(folder: Path, split: str, images: Path | None) -> list[Example]:
+    """
+    `llava_vqav2_mscoco_<split>.jsonl` or the official `v2_OpenEnded_mscoco_<split>_questions.json`, the official
+    `v2_mscoco_<split>_annotations.json`, and the images in `<split>/`. The category is the type of answer.
+    """
+    annotations = _object(folder / f"v2_mscoco_{split}_annotations.json", "annotations")
+    by_id = {annotation["question_id"]: annotation for annotation in _fields(annotations, "question_id", "answers")}
+    prompts = folder / f"llava_vqav2_mscoco_{split}.jsonl"
+    if prompts.is_file():
+        rows = _json_lines(prompts, "question_id", "image", "text")
+    else:
+        rows = [
+            {
+                "question_id": row["question_id"],
+                "image": f"COCO_{split}_{row['image_id']:012d}.jpg",
+                "text": row["question"] + SHORT_ANSWER,
+            }
+            for row in _object(folder / f"v2_OpenEnded_mscoco_{split}_questions.json", "questions")
+        ]
+    examples = []
+    for row in rows:
+        annotation = _annotation(by_id, row["question_id"], row["question_id"])
+        answers = [answer["answer"] for answer in annotation["answers"]]
+        examples.append(
+            _example(row["question_id"], row, images or folder / split, answers, annotation.get("answer_type"))
+        )
+    return examples
+
+
+def read_gqa(folder: Path, split: str, images: Path | None) -> list[Example]:
+    """
+    `llava_gqa_<split>.jsonl`, the official `<split>_questions.json` in the folder, in `data/` or in
+    `data/questions1.2/`, and the images in `data/images/`. The category is the question's structural type.
+    """
+    name = f"{split}_questions.json"
+    places = [folder / "data" / name, folder / "data" / "questions1.2" / name, folder / name]
+    annotations = _object(next((place for place in places if place.is_file()), places[0]))
+    examples = []
+    for row in _json_lines(folder / f"llava_gqa_{split}.jsonl", "question_id", "image", "text"):
+        annotation = _annotation(annotations, str(row["question_id"]), row["question_id"])
+        category = annotation.get("types", {}).get("structural")
+        examples.append(
+            _example(row["question_id"], row, images or folder / "data" / "images", [annotation["answer"]], category)
+        )
+    return examples
+
+
+def read_textvqa(folder: Path, split: str, images: Path | None) -> list[Example]:
+    """
+    `llava_textvqa_<split>_v051_ocr.jsonl`, the official `TextVQA_0.5.1_<split>.json`, and the images in
+    `train_images/`. A row's `question_id` is its image's, so that an annotation is found by image and question.
+    """
+    annotations = _object(folder / f"TextVQA_0.5.1_{split}.json", "data")
+    by_question = {
+        (annotation["image_id"], annotation["question"].strip().lower()): annotation
+        for annotation in _fields(annotations, "image_id", "question", "answers")
+    }
+    examples = []
+    for row in _json_lines(folder / f"llava_textvqa_{split}_v051_ocr.jsonl", "question_id", "image", "text"):
+        key = (row["question_id"], _question_of(row["text"]).lower())
+        annotation = _annotation(by_question, key, row["question_id"])
+        own_id = annotation.get("question_id", row["question_id"])
+        examples.append(_example(own_id, row, images or folder / "train_images", annotation["answers"]))
+    return examples
+
+
+def read_vizwiz(folder: Path, split: str, images: Path | None) -> list[Example]:
+    """
+    The official `<split>.json`, the images in `<split>/`, and `llava_<split>.jsonl` where there is one. The category
+    is the type of answer.
+    """
+    annotations = _json(folder / f"{split}.json")
+    _require(isinstance(annotations, list), folder / f"{split}.json", "a list of questions")
+    prompts = folder / f"llava_{split}.jsonl"
+    if prompts.is_file():
+        rows = _json_lines(prompts, "question_id", "image", "text")
+    else:
+        rows = [
+            {"question_id": place, "image": row["image"], "text": row["question"] + UNANSWERABLE + SHORT_ANSWER}
+            for place, row in enumerate(_fields(annotations, "image", "question"))
+        ]
+    by_image = {annotation["image"]: annotation for annotation in annotations}
+    examples = []
+    for row in rows:
+        annotation = _annotation(by_image, row["image"], row["question_id"])
+        answers = [answer["answer"] for answer in annotation.get("answers", [])]
+        examples.append(
+            _example(row["question_id"], row, images or folder / split, answers, annotation.get("answer_type"))
+        )
+    return examples
+
+
+def read_scienceqa(folder: Path, split: str, images: Path | None) -> list[Example]:
+    """
+    `llava_<split>_CQM-A.json`, the official `pid_splits.json` and `problems.json`, and the images in
+    `images/<split>/<id>/`. Questions without an image are asked as text. The answer is the choice's letter; the
+    category is the subject.
+    """
+    problems, splits = _object(folder / "problems.json"), _object(folder / "pid_splits.json")
+    _require(split in splits, folder / "pid_splits.json", f"the split {split!r}")
+    asked = set(splits[split])
+    path = folder / f"llava_{split}_CQM-A.json"
+    examples = []
+    for row in _fields(_json(path), "id", "conversations", path=path):
+        if row["id"] not in asked:
+            continue
+        problem = _annotation(problems, row["id"], row["id"])
+        text = row["conversations"][0]["value"].replace("<image>", "").strip() + LETTER_ONLY
+        examples.append(
+            _example(
+                row["id"],
+                {"image": row.get("image"), "text": text},
+                images or folder / "images" / split,
+                [LETTERS[problem["answer"]]],
+                problem.get("subject"),
+                problem["choices"],
+            )
+        )
+    return examples
+
+
+def read_pope(folder: Path, split: str, images: Path | None) -> list[Example]:
+    """
+    `llava_pope_<split>.jsonl`, the official `coco/coco_pope_<category>.json`, and the images in `val2014/`. The n-th
+    question of a category in the one is the n-th line of the other.
+    """
+    labels: dict[str, Iterable[dict[str, Any]]] = {}
+    examples = []
+    for row in _json_lines(folder / f"llava_pope_{split}.jsonl", "question_id", "image", "text", "category"):
+        category, path = row["category"], folder / "coco" / f"coco_pope_{row['category']}.json"
+        if category not in labels:
+            labels[category] = iter(_json_lines(path, "image", "text", "label"))
+        annotation = next(labels[category], None)
+        is_same = annotation is not None and annotation["image"] == row["image"]
+        if not is_same or annotation["text"].strip() != _question_of(row["text"]):
+            raise ValueError(
+                f"Example {row['question_id']!r} asks {_question_of(row['text'])!r} about {row['image']}; {path} has "
+                f"{annotation} in its place. Expected are the questions of a category in the same order in both."
+            )
+        own_id = f"{category}/{row['question_id']}"
+        examples.append(_example(own_id, row, images or folder / "val2014", [annotation["label"]], category))
+    return examples
+
+
+def read_mme(folder: Path, split: str, images: Path | None) -> list[Example]:
+    """
+    `llava_mme.jsonl` and the official `MME_Benchmark_release_version/<category>/`, where beside every image, or in
+    `questions_answers_YN/`, there is a text file with a line `question<tab>Yes|No` for each of its two questions. The
+    `id` is the image, which both questions share.
+    """
+    root = images or folder / "MME_Benchmark_release_version"
+    if not images and (root / "MME_Benchmark").is_dir():
+        root = root / "MME_Benchmark"
+    examples = []
+    for row in _json_lines(folder / "llava_mme.jsonl", "question_id", "image", "text"):
+        category, _, _ = row["question_id"].partition("/")
+        name = f"{Path(row['image']).stem}.txt"
+        places = [root / category / name, root / category / "questions_answers_YN" / name]
+        path = next((place for place in places if place.is_file()), places[0])
+        answers = _mme_answers(path)
+        answer = _annotation(answers, _mme_question(_question_of(row["text"])), row["question_id"])
+        examples.append(_example(row["question_id"], row, root, [answer], category))
+    return examples
+
+
+def _mme_answers(path: Path) -> dict[str, str]:
+    _require_file(path)
+    lines = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    is_whole = all(len(parts) == 2 and parts[1].strip().lower() in ("yes", "no") for parts in lines)
+    _require(is_whole, path, "lines `question<tab>Yes` or `question<tab>No`")
+    return {_mme_question(question): answer.strip().lower() for question, answer in lines}
+
+
+def _mme_question(text: str) -> str:
+    """LLaVA's file leaves out how to answer, and some of the official files have two spaces before it."""
+    return " ".join(text.replace("Please answer yes or no.", "").split())
+
+
+BENCHMARKS = {
+    "vqav2": Benchmark(read_vqav2, "llava_vqa_accuracy", "val2014"),
+    "gqa": Benchmark(read_gqa, "gqa_accuracy", "testdev_balanced"),
+    "textvqa": Benchmark(read_textvqa, "textvqa_accuracy", "val"),
+    "vizwiz": Benchmark(read_vizwiz, "llava_vizwiz_accuracy", "val"),
+    "scienceqa": Benchmark(read_scienceqa, "scienceqa_accuracy", "test"),
+    "pope": Benchmark(read_pope, "pope", "test"),
+    "mme": Benchmark(read_mme, "mme", "test"),
+}
+
+
+def _example(
+    own_id: Any,
+    row: dict[str, Any],
+    images: Path,
+    answers: list[str],
+    category: str | None = None,
+    choices: list[str] | None = None,
+) -> Example:
+    where = f"Example {str(own_id)!r}"
+    if not answers:
+        raise ValueError(f"{where} has no answers in the annotations; expected is a split whose answers are public.")
+    shown = [] if row["image"] is None else [existing_image(images / row["image"], where)]
+    return Example(str(own_id), shown, row["text"], list(answers), category, choices)
+
+
+def _question_of(text: str) -> str:
+    """The line of a prompt that is the question: neither text read off the image nor how to answer."""
+    lines = [line.strip() for line in text.split("\n")]
+    return next(line for line in lines if not line.startswith(OCR_HINT))
+
+
+def _annotation(annotations: dict[Any, Any], key: Any, own_id: Any) -> Any:
+    if key not in annotations:
+        raise ValueError(
+            f"Example {own_id!r} is not in the annotations, under {key!r}; expected are those of its split."
+        )
+    return annotations[key]
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; expected is the layout of LLaVA's evaluation, see {__name__}.")
+
+
+def _require(is_so: bool, path: Path, expected: str) -> None:
+    if not is_so:
+        raise ValueError(f"{path} has another form; expected is {expected}.")
+
+
+def _json(path: Path) -> Any:
+    _require_file(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def _object(path: Path, field: str | None = None) -> Any:
+    """A JSON object, or what it has under a name."""
+    content = _json(path)
+    expected = "a JSON object" if field is None else f"a JSON object with {field!r}"
+    _require(isinstance(content, dict) and (field is None or field in content), path, expected)
+    return content if field is None else content[field]
+
+
+def _json_lines(path: Path, *fields: str) -> list[dict[str, Any]]:
+    _require_file(path)
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+    return _fields(rows, *fields, path=path)
+
+
+def _fields(rows: Any, *fields: str, path: Path | None = None) -> list[dict[str, Any]]:
+    """The rows, if they are a list of objects that all have these fields."""
+    where = "The annotations" if path is None else path
+    if not isinstance(rows, list):
+        raise ValueError(f"{where} are a {type(rows).__name__}; expected is a list of objects.")
+    for number, row in enumerate(rows, start=1):
+        missing = [field for field in fields if not isinstance(row, dict) or field not in row]
+        if missing:
+            raise ValueError(f"{where}, row {number} has no {', '.join(missing)}; expected are {', '.join(fields)}.")
+    return rows

@@ -1,0 +1,560 @@
+"""A report of runs: sections of sentences and tables, which a Markdown file and a page both show.
+
+Every number comes from [`report_numbers`], and every sentence about methods from [`findings`]; what is written here is
+only how they are laid out and how they are to be read.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .report_findings import Finding, findings, findings_over_checkpoints, listed
+from .report_numbers import CONTROLS, FULL, is_control
+
+CURVES = "curves"
+NOTHING = "–"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is written in a table's cell, with `code` and **bold**, and the number to sort by, if it has one."""
+
+    text: str
+    value: float | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """
+    Attributes:
+        caption: what the numbers are.
+        columns: headings; the first names the rows.
+        rows: of as many cells as there are columns.
+    """
+
+    caption: str
+    columns: list[str]
+    rows: list[list[Cell]]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Sentences, one below the other, each with what belongs below it."""
+
+    items: list[Finding]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command as it was typed."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Curves:
+    """The place of the curves."""
+
+    description: str
+
+
+Block = str | Table | Listing | Command | Curves
+
+
+@dataclass
+class Section:
+    """
+    Attributes:
+        title, level: the heading, and 2 or 3 as in HTML.
+        folded: whether a page shows its tables only when they are asked for.
+        blocks: paragraphs (text), tables, listings, commands and curves, in their order.
+    """
+
+    title: str
+    level: int
+    blocks: list[Block] = field(default_factory=list)
+    folded: bool = False
+
+
+def report_sections(numbers: dict[str, Any]) -> list[Section]:
+    """
+    A report's sections.
+
+    Args:
+        numbers: from [`report_numbers`].
+    """
+    description = "Score against counted FLOPs and against the budget, with 95% intervals"
+    sections = [Section("Curves", 2, [Curves(description)])]
+    for checkpoint in numbers["checkpoints"]:
+        sections += checkpoint_sections(checkpoint)
+    for over in numbers["over_checkpoints"]:
+        own = [one for one in numbers["checkpoints"] if one["data_hash"] == over["data_hash"]]
+        sections += over_checkpoints_sections(over, own)
+    return [
+        *sections,
+        Section("How to read it", 2, [Listing([Finding(text) for text in conventions(numbers)])]),
+        _what_was_run(numbers),
+    ]
+
+
+def checkpoint_sections(checkpoint: dict[str, Any]) -> list[Section]:
+    """
+    The sections about one checkpoint on one set of examples.
+
+    Args:
+        checkpoint: one of `checkpoints` of [`report_numbers`].
+    """
+    title = f"{checkpoint['checkpoint']} on {checkpoint['data']}"
+    sections = [
+        Section(title, 2, [_in_short(checkpoint)]),
+        Section("What the tables say", 3, [Listing(findings(checkpoint))]),
+        Section("Scores", 3, [*_everything_kept(checkpoint), _score_table(checkpoint)]),
+        Section("Score and cost", 3, [_cost_table(checkpoint)]),
+        Section("Measured", 3, _measured_tables(checkpoint)),
+        Section("Area under the score-FLOPs curve", 3, _area_blocks(checkpoint)),
+    ]
+    if checkpoint["against"] is not None:
+        sections.append(Section(f"Beside {checkpoint['against']}", 3, _difference_blocks(checkpoint, "against")))
+    sections += [
+        Section("Beside the best control", 3, _difference_blocks(checkpoint, "control")),
+        Section("Beside everything kept", 3, _difference_blocks(checkpoint, "full")),
+        Section("Categories", 3, _category_tables(checkpoint), folded=True),
+        Section("Whether budgets were kept", 3, _adherence_blocks(checkpoint)),
+        Section("What could not be measured", 3, _unreachable_blocks(checkpoint)),
+    ]
+    return [section for section in sections if section.blocks]
+
+
+def _in_short(checkpoint: dict[str, Any]) -> str:
+    return (
+        f"{checkpoint['num_examples']:,} examples, scored by {checkpoint['metric']}; {checkpoint['num_patches']} "
+        f"visual tokens an image, {checkpoint['num_layers']} decoder layers; checkpoint "
+        f"`{checkpoint['checkpoint_hash'][:16]}`, data `{checkpoint['data_hash'][:16]}`."
+    )
+
+
+def _everything_kept(checkpoint: dict[str, Any]) -> list[str]:
+    rows = [row for row in checkpoint["settings"] if row["reducer"] == FULL]
+    return [
+        f"Everything kept (K = {row['num_keep']}): {_score_cell(row, checkpoint).text}, at "
+        f"{_with_unit(row['flops'], 'FLOPs')} an example."
+        for row in rows
+    ]
+
+
+# Tables with a row for each reducer and a column for each budget.
+
+
+def _reduced_budgets(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
+    """The budgets that something else than `full` was measured at."""
+    measured = {row["num_keep"] for row in checkpoint["settings"] if row["reducer"] != FULL}
+    return [budget for budget in checkpoint["budgets"] if budget["num_keep"] in measured]
+
+
+def _budget_label(budget: dict[str, Any]) -> str:
+    """`K = 57 (0.4)`: the number of tokens, and the fractions that were asked for."""
+    fractions = [f"{asked:g}" for asked in budget["asked"] if isinstance(asked, float)]
+    return f"K = {budget['num_keep']}" + (f" ({', '.join(fractions)})" if fractions else "")
+
+
+def _by_budget(
+    checkpoint: dict[str, Any], caption: str, cell: Callable[[dict[str, Any]], Cell | None], with_stage: bool = False
+) -> Table:
+    """A row for each reducer, a column for each budget; `cell` says what stands where something was measured."""
+    budgets = _reduced_budgets(checkpoint)
+    measured = {(row["reducer"], row["num_keep"]): row for row in checkpoint["settings"]}
+    rows = []
+    for reducer in checkpoint["reducers"]:
+        settings = [measured.get((reducer, budget["num_keep"])) for budget in budgets]
+        cells = [None if setting is None else cell(setting) for setting in settings]
+        if any(cells):
+            about = [checkpoint["stages"][reducer], checkpoint["papers"][reducer]] if with_stage else []
+            rows.append([_name(reducer), *map(Cell, about), *(one or Cell(NOTHING) for one in cells)])
+    about = ["stage", "published"] if with_stage else []
+    return Table(caption, ["reducer", *about, *map(_budget_label, budgets)], rows)
+
+
+def _name(reducer: str) -> Cell:
+    return Cell(f"`{reducer}`" + (" (control)" if is_control(reducer) else ""))
+
+
+def _score_table(checkpoint: dict[str, Any]) -> Table:
+    interval = "Wilson" if checkpoint["is_binary"] else "bootstrap"
+    caption = f"{_unit(checkpoint)}, with the 95% interval ({interval}) of each single cell"
+    return _by_budget(checkpoint, caption, lambda row: _score_cell(row, checkpoint), with_stage=True)
+
+
+def _unit(checkpoint: dict[str, Any]) -> str:
+    return f"Mean {checkpoint['metric']}" + (", percent" if checkpoint["is_share"] else "")
+
+
+def _scaled(value: float, checkpoint: dict[str, Any], sign: str = "") -> str:
+    return f"{100 * value:{sign}.1f}" if checkpoint["is_share"] else f"{value:{sign}.3f}"
+
+
+def _score_cell(row: dict[str, Any], checkpoint: dict[str, Any]) -> Cell:
+    ends = f"{_scaled(row['low'], checkpoint)} to {_scaled(row['high'], checkpoint)}"
+    return Cell(f"{_scaled(row['score'], checkpoint)} ({ends})", row["score"])
+
+
+def _difference_cell(one: dict[str, Any] | None, checkpoint: dict[str, Any]) -> Cell | None:
+    """Bold where the interval leaves out 0, a star where it stays told apart under Holm's correction."""
+    if one is None:
+        return None
+    text = _scaled(one["difference"], checkpoint, "+")
+    text = f"**{text}**" if one["low"] > 0 or one["high"] < 0 else text
+    star = "\\*" if one.get("p_holm", 1.0) < 0.05 else ""
+    ends = f"{_scaled(one['low'], checkpoint, '+')} to {_scaled(one['high'], checkpoint, '+')}"
+    return Cell(f"{text}{star} ({ends})", one["difference"])
+
+
+def _difference_blocks(checkpoint: dict[str, Any], name: str) -> list[str | Table]:
+    """Differences to `"against"`, to the best `"control"` or to `"full"`."""
+    number = sum(name in row for row in checkpoint["settings"])
+    if number == 0:
+        return []
+    others = {
+        "against": f"`{checkpoint['against']}` at the same K",
+        "control": "the best control at the same K",
+        "full": "everything kept",
+    }
+    text = (
+        f"**Bold**: the interval of this one difference leaves out 0. \\*: told apart also after Holm's correction "
+        f"for the {number} differences of this table (p below 0.05)."
+    )
+    if name == "control":
+        best = [f"`{one['reducer']}` at K = {one['num_keep']}" for one in checkpoint["best_controls"]]
+        text = f"Of the controls that were measured, the best is {', '.join(best)}. {text}"
+    caption = f"{_unit(checkpoint)}: difference to {others[name]}, with its 95% interval (paired bootstrap)"
+    return [text, _by_budget(checkpoint, caption, lambda row: _difference_cell(row.get(name), checkpoint))]
+
+
+def _adherence_blocks(checkpoint: dict[str, Any]) -> list[str | Table]:
+    rows = checkpoint["settings"]
+    worst = max(rows, key=lambda row: row["off_by_most"])
+    text = (
+        f"Visual tokens of an image that a decoder layer really saw, mean over layers, against the K that was asked "
+        f"for: in {len(rows)} settings with {checkpoint['num_examples']:,} examples each they differ by at most "
+        f"{worst['off_by_most']:.3g} tokens"
+    )
+    if worst["off_by_most"] == 0:
+        return [f"{text}."]
+    caption = "Tokens seen minus K: mean over examples, and the largest difference of any example in brackets"
+    table = _by_budget(
+        checkpoint,
+        caption,
+        lambda row: Cell(f"{row['off_by_mean']:+.3g} ({row['off_by_most']:.3g})", row["off_by_mean"]),
+    )
+    return [f"{text} (`{worst['reducer']}`, K = {worst['num_keep']}).", table]
+
+
+# Tables with a row for each setting.
+
+
+def _cost_table(checkpoint: dict[str, Any]) -> Table:
+    unit, divisor = unit_of([row["flops"] for row in checkpoint["settings"]], "FLOPs")
+    full = [row["flops"] for row in checkpoint["settings"] if row["reducer"] == FULL]
+    share = ["of full, %"] if full else []
+    columns = ["reducer", "K", _unit(checkpoint), "visual tokens seen", f"{unit} an example", *share, "ms an answer"]
+    rows = [
+        [
+            _name(row["reducer"]),
+            Cell(str(row["num_keep"]), row["num_keep"]),
+            _score_cell(row, checkpoint),
+            Cell(f"{row['visual_tokens']:.1f}", row["visual_tokens"]),
+            Cell(f"{row['flops'] / divisor:.3f}", row["flops"]),
+            *[Cell(f"{100 * row['flops'] / flops:.1f}", row["flops"] / flops) for flops in full],
+            Cell(f"{row['milliseconds']:.1f}", row["milliseconds"]),
+        ]
+        for row in checkpoint["settings"]
+    ]
+    caption = "FLOPs are counted, mean over examples; ms is the median over examples, of answering in batches"
+    return Table(caption, columns, rows)
+
+
+def _measured_tables(checkpoint: dict[str, Any]) -> list[str | Table]:
+    """One table for each device and batch size that something was measured on."""
+    rows = checkpoint["measurements"]
+    places = dict.fromkeys((row["device"], row["batch_size"]) for row in rows)
+    return [
+        _measured_table([row for row in rows if (row["device"], row["batch_size"]) == place], *place, checkpoint)
+        for place in places
+    ]
+
+
+def _measured_table(rows: list[dict[str, Any]], device: str, batch_size: int, checkpoint: dict[str, Any]) -> Table:
+    settings = {(row["reducer"], asked): row for row in checkpoint["settings"] for asked in row["asked"]}
+    peak, peak_divisor = unit_of([row["peak_memory_bytes"] for row in rows], "B")
+    kept, kept_divisor = unit_of([row["kv_bytes"] for row in rows], "B")
+    columns = ["reducer", "budget", _unit(checkpoint), "ms to first token", "tokens/s"]
+    cells = []
+    for row in rows:
+        setting = settings.get((row["reducer"], row["budget"]))
+        cells.append(
+            [
+                _name(row["reducer"]),
+                Cell(json.dumps(row["budget"])),
+                Cell(NOTHING) if setting is None else _score_cell(setting, checkpoint),
+                _with_quartiles(row, "time_to_first_token_ms"),
+                _with_quartiles(row, "tokens_per_second"),
+                Cell(f"{row['peak_memory_bytes'] / peak_divisor:.1f}", row["peak_memory_bytes"]),
+                Cell(f"{row['kv_bytes'] / kept_divisor:.2f}", row["kv_bytes"]),
+            ]
+        )
+    caption = f"Measured on {device}, batches of {batch_size}: medians, lower to upper quartile"
+    return Table(caption, [*columns, f"peak memory, {peak}", f"keys and values, {kept}"], cells)
+
+
+def _with_quartiles(row: dict[str, Any], name: str) -> Cell:
+    return Cell(f"{row[name]:.1f} ({row[f'{name}_low']:.1f} to {row[f'{name}_high']:.1f})", row[name])
+
+
+def unit_of(values: Sequence[float], unit: str) -> tuple[str, float]:
+    """The unit that the largest of the values is written in, as `("GFLOPs", 1e9)`, and what they are divided by."""
+    for prefix, divisor in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if max(values) >= divisor:
+            return prefix + unit, divisor
+    return unit, 1.0
+
+
+def _with_unit(value: float, unit: str) -> str:
+    name, divisor = unit_of([value], unit)
+    return f"{value / divisor:.3f} {name}"
+
+
+# Areas, categories, and what is missing.
+
+
+def _area_blocks(checkpoint: dict[str, Any]) -> list[str | Table]:
+    blocks = []
+    for area in checkpoint["areas"]:
+        unit, divisor = unit_of([area["high_flops"]], "FLOPs")
+        between = f"{area['low_flops'] / divisor:.3f} to {area['high_flops'] / divisor:.3f} {unit}"
+        rows = [
+            [_name(row["reducer"]), _score_cell(row | {"score": row["area"]}, checkpoint)]
+            for row in sorted(area["rows"], key=lambda row: -row["area"])
+        ]
+        caption = f"{_unit(checkpoint)}: mean over {between}, which {len(rows)} reducers cover, with 95% intervals"
+        blocks.append(Table(caption, ["reducer", "area"], rows))
+        if len(rows) > 1:
+            blocks.append(_pairs_table(area, [row[0] for row in rows], checkpoint))
+    return blocks or ["No range of FLOPs is covered by all reducers with two points or more on their curve."]
+
+
+def _pairs_table(area: dict[str, Any], names: list[Cell], checkpoint: dict[str, Any]) -> Table:
+    """Every reducer's area minus every other's."""
+    order = [row["reducer"] for row in sorted(area["rows"], key=lambda row: -row["area"])]
+    known = {(pair["reducer"], pair["other"]): pair for pair in area["pairs"]}
+    known |= {(pair["other"], pair["reducer"]): _turned(pair) for pair in area["pairs"]}
+    rows = [
+        [name, *(_difference_cell(known.get((own, other)), checkpoint) or Cell("") for other in order)]
+        for name, own in zip(names, order, strict=True)
+    ]
+    caption = (
+        f"Area of the row minus that of the column, with 95% intervals; \\*: told apart also after Holm's correction "
+        f"for {len(area['pairs'])} pairs"
+    )
+    return Table(caption, ["reducer", *(f"`{name}`" for name in order)], rows)
+
+
+def _turned(pair: dict[str, Any]) -> dict[str, Any]:
+    return pair | {"difference": -pair["difference"], "low": -pair["high"], "high": -pair["low"]}
+
+
+def _category_tables(checkpoint: dict[str, Any]) -> list[Table]:
+    budgets = _reduced_budgets(checkpoint) if checkpoint["categories"] else []
+    return [_category_table(checkpoint, budget) for budget in budgets]
+
+
+def _category_table(checkpoint: dict[str, Any], budget: dict[str, Any]) -> Table:
+    """At one budget: a row for each reducer, a column for each category."""
+    rows = [row for row in checkpoint["settings"] if row["num_keep"] == budget["num_keep"]]
+    cells = []
+    for row in rows:
+        cells.append([_name(row["reducer"])])
+        for category in checkpoint["categories"]:
+            one = row["categories"][category]
+            text = _scaled(one["score"], checkpoint)
+            difference = _difference_cell(one.get("against"), checkpoint)
+            cells[-1].append(Cell(f"{text}; {difference.text}" if difference else text, one["score"]))
+    caption = f"{_budget_label(budget)}: {_unit(checkpoint)}"
+    if checkpoint["against"] is not None:
+        caption += f"; difference to `{checkpoint['against']}`, with its 95% interval, not corrected"
+    sizes = [f"{name} ({number:,})" for name, number in checkpoint["categories"].items()]
+    return Table(caption, ["reducer", *sizes], cells)
+
+
+def _unreachable_blocks(checkpoint: dict[str, Any]) -> list[str | Table]:
+    budgets: dict[tuple[str, str], list[float]] = {}
+    for row in checkpoint["unreachable"]:
+        budgets.setdefault((row["reducer"], row["reason"]), []).append(row["budget"])
+    if not budgets:
+        return ["Every reducer was measured at every budget that was asked for."]
+    rows = [
+        [_name(reducer), Cell(", ".join(f"{budget:g}" for budget in asked)), Cell(reason)]
+        for (reducer, reason), asked in budgets.items()
+    ]
+    return [Table("Settings that were asked for and could not be run", ["reducer", "budgets", "why"], rows)]
+
+
+# Several checkpoints, and how it all is to be read.
+
+
+def over_checkpoints_sections(over: dict[str, Any], checkpoints: Sequence[dict[str, Any]]) -> list[Section]:
+    """
+    The sections about what several checkpoints measured on the same examples.
+
+    Args:
+        over: one of `over_checkpoints` of [`report_numbers`].
+        checkpoints: those that it is over.
+    """
+    first, number = checkpoints[0], len(checkpoints)
+    names = ", ".join(f"`{one['checkpoint']}`" for one in over["checkpoints"])
+    text = f"{number} checkpoints on {over['data']}: {names}. Mean over them, lowest and highest in brackets: " + (
+        "a spread, not an interval; so few checkpoints give none."
+    )
+    cells = {(row["reducer"], row["num_keep"]): row for row in over["settings"]}
+    budgets = dict.fromkeys(row["num_keep"] for row in sorted(over["settings"], key=lambda row: row["num_keep"]))
+    reducers = dict.fromkeys(row["reducer"] for row in over["settings"])
+    rows = [
+        [_name(name), *(_spread_cell(cells.get((name, num_keep)), first) for num_keep in budgets)] for name in reducers
+    ]
+    tables = [
+        Table(f"{_unit(first)}: mean over {number} checkpoints", ["reducer", *map("K = {}".format, budgets)], rows)
+    ]
+    if over["areas"]:
+        rows = [[_name(row["reducer"]), _spread_cell(row, first)] for row in over["areas"]]
+        tables.append(
+            Table("Area under the score-FLOPs curve, each over its checkpoint's range", ["reducer", "area"], rows)
+        )
+    lines = findings_over_checkpoints(over, checkpoints)
+    missing = over["not_in_all"]
+    return [
+        Section(f"Over checkpoints: {over['data']}", 2, [text]),
+        *([Section("What they agree on", 3, [Listing(lines)])] if lines else []),
+        Section(
+            "Mean and spread", 3, [*([f"{missing} settings were not measured for all."] if missing else []), *tables]
+        ),
+        Section("Whether the order of methods agrees", 3, [_agreement_table(over)]),
+        Section(f"Beside {first['checkpoint']}", 3, _beside_first_blocks(over, first)),
+    ]
+
+
+def _beside_first_blocks(over: dict[str, Any], first: dict[str, Any]) -> list[str | Table]:
+    """For each other checkpoint its difference to the first, in the same settings on the same examples."""
+    text = (
+        "Every other checkpoint minus this one, in the same setting on the same examples. **Bold** and \\* as above. "
+        "These intervals are over examples: they say how these checkpoints differ, not how ways to train do."
+    )
+    tables = []
+    for checkpoint, rows in zip(over["checkpoints"][1:], over["beside_first"], strict=True):
+        cells = {(row["reducer"], row["num_keep"]): row for row in rows}
+        budgets = sorted({row["num_keep"] for row in rows})
+        caption = f"`{checkpoint['checkpoint']}` minus `{first['checkpoint']}`; {_unit(first)}, with 95% intervals"
+        body = [
+            [_name(name), *(_difference_cell(cells.get((name, keep)), first) or Cell(NOTHING) for keep in budgets)]
+            for name in dict.fromkeys(row["reducer"] for row in rows)
+        ]
+        tables.append(Table(caption, ["reducer", *map("K = {}".format, budgets)], body))
+    return [text, *tables]
+
+
+def _spread_cell(row: dict[str, Any] | None, checkpoint: dict[str, Any]) -> Cell:
+    if row is None:
+        return Cell(NOTHING)
+    ends = f"{_scaled(row['lowest'], checkpoint)} to {_scaled(row['highest'], checkpoint)}"
+    return Cell(f"{_scaled(row['mean'], checkpoint)} ({ends})", row["mean"])
+
+
+def _agreement_table(over: dict[str, Any]) -> Table:
+    rows = [(f"K = {row['num_keep']}", row["num_reducers"], row["tau"]) for row in over["agreement"]]
+    rows.append(("area", len(over["areas"]), over["area_agreement"]["tau"]))
+    cells = []
+    for name, number, taus in rows:
+        known = [tau for tau in taus if tau is not None]
+        text = ", ".join(NOTHING if tau is None else f"{tau:.2f}" for tau in taus)
+        cells.append([Cell(name), Cell(str(number), number), Cell(text, min(known, default=None))])
+    caption = "Kendall's tau-b of the scores of the same methods, for every two checkpoints: 1 is the same order"
+    return Table(caption, ["by", "methods", "tau"], cells)
+
+
+def conventions(numbers: dict[str, Any]) -> list[str]:
+    """How the numbers are to be read."""
+    return [
+        "A budget is the mean number of visual tokens of an image that a decoder layer sees in prefill; K is that "
+        "number, the fraction that was asked for times the number of tokens, rounded down.",
+        "FLOPs are counted from the shapes that each example really had, 1 multiply-accumulate = 2 FLOPs: vision "
+        "tower, reducer, projector, prefill, and the decoding steps of its own answer.",
+        "Intervals are 95% and of single cells: with so many cells, one in twenty misses by chance. Scores of 0 and 1 "
+        "have Wilson's, all others the percentiles of a bootstrap.",
+        f"Differences are on the same examples, with intervals by paired bootstrap over examples "
+        f"({numbers['num_draws']:,} draws, seed {numbers['seed']}), the same draws for all settings.",
+        "Holm's correction goes over all differences of a kind within a checkpoint; its p-values are of the exact "
+        "sign test (McNemar's) where every difference is of one size, as with right and wrong, else of the paired t "
+        "test.",
+        "Examples are drawn as if they were independent. Where several are about the same picture they are not, and "
+        "the intervals are too narrow.",
+        f"The controls, {listed(CONTROLS)}, look at nothing. The best of them is picked after the fact, at each K, "
+        "which favours the controls.",
+        "The area under the score-FLOPs curve goes straight from point to point in the mean FLOPs of a setting, which "
+        "are counted and taken as known; divided by the range it is a mean score. With everything kept all reducers "
+        "are the same, so `full`, where it was measured, is on every curve.",
+        "Not told apart does not mean equal.",
+    ]
+
+
+def _what_was_run(numbers: dict[str, Any]) -> Section:
+    blocks: list[Any] = []
+    for checkpoint in numbers["checkpoints"]:
+        for run in checkpoint["runs"]:
+            versions = ", ".join(f"{name} {version}" for name, version in (run["versions"] or {}).items())
+            blocks.append(Command(run["command"]))
+            lines = [
+                f"{checkpoint['num_examples']:,} examples of {checkpoint['data']}, hash `{checkpoint['data_hash']}`",
+                f"checkpoint `{checkpoint['checkpoint']}`, hash `{checkpoint['checkpoint_hash']}`",
+                f"{versions}; {run['machine']}" + (f"; {run['seconds'] / 60:.1f} minutes" if run["seconds"] else ""),
+            ]
+            if run["model_seconds"] and run["evaluation_seconds"] is not None:
+                share = 100 * run["evaluation_seconds"] / run["model_seconds"]
+                lines.append(f"the evaluation added {share:.1f}% to the time that the model needed")
+            blocks.append(Listing([Finding(text) for text in lines]))
+    blocks.append("This report:")
+    blocks.append(Command(numbers["command"]))
+    return Section("What was run", 2, blocks)
+
+
+def report_markdown(numbers: dict[str, Any]) -> str:
+    """
+    The report as Markdown; its curves are in `curves.png` beside it.
+
+    Args:
+        numbers: from [`report_numbers`].
+    """
+    parts = [f"# {numbers['title']}"]
+    for section in report_sections(numbers):
+        parts.append(f"{'#' * section.level} {section.title}")
+        parts += [_as_markdown(block) for block in section.blocks]
+    return "\n\n".join(parts) + "\n"
+
+
+def _as_markdown(block: Block) -> str:
+    match block:
+        case Table():
+            head = [block.columns, ["---", *["---:"] * (len(block.columns) - 1)]]
+            # A bar inside a cell would end it.
+            body = [[cell.text.replace("|", "\\|") for cell in row] for row in block.rows]
+            lines = [f"| {' | '.join(cells)} |" for cells in [*head, *body]]
+            return "\n".join([f"{block.caption}:", "", *lines])
+        case Listing():
+            return "\n".join(line for item in block.items for line in _list_item(item))
+        case Command():
+            return f"```\n{block.text}\n```"
+        case Curves():
+            return f"![{block.description}]({CURVES}.png)"
+        case _:
+            return block
+
+
+def _list_item(item: Finding) -> list[str]:
+    return [f"- {item.text}", *(f"  - {detail}" for detail in item.details)]

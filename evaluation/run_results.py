@@ -1,0 +1,68 @@
+"""What the answers of a run say of each setting: mean score with its interval, and mean cost."""
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .accuracy import BudgetResult
+from .asked_settings import num_keep_of
+from .runs import Run
+from .statistics import bootstrap_means, mean_interval
+
+
+@dataclass
+class SettingResult(BudgetResult):
+    """
+    A row of a run's table: all examples in one setting. Of scores that are not only 0 and 1, "accuracy" is their mean,
+    and its interval that of the bootstrap.
+
+    Attributes:
+        flops: mean over examples.
+    """
+
+    flops: float | None = None
+
+
+def results(run: Run) -> list[SettingResult]:
+    """
+    What a run says of each setting, those that could not be reached at the end.
+
+    Args:
+        run: all of whose settings have answered all examples.
+    """
+    answers = {asked["reducer"]: {} for asked in run.header["settings"]}
+    for line in run.answers():
+        answers[line["reducer"]].setdefault(line["budget"], []).append(line)
+    settings = [(asked["reducer"], asked["budget"], asked["num_keep"]) for asked in run.header["settings"]]
+    scores = np.array([[line["score"] for line in answers[label][budget]] for label, budget, _ in settings])
+    is_binary = bool(np.isin(scores, (0, 1)).all())
+    draws = np.zeros((1, len(settings))) if is_binary else bootstrap_means(scores)
+    rows = [
+        _result(label, budget, num_keep, answers[label][budget], mean_interval(own, column))
+        for (label, budget, num_keep), own, column in zip(settings, scores, draws.T, strict=True)
+    ]
+    for entry in run.header["unreachable"]:
+        count = num_keep_of(entry["budget"], run.header["num_patches"])
+        rows.append(SettingResult(entry["reducer"], entry["budget"], count, entry["reason"]))
+    return rows
+
+
+def _result(
+    label: str, budget: float | int, num_keep: int, lines: list[dict[str, Any]], interval: tuple[float, float]
+) -> SettingResult:
+    def mean(name: str) -> float:
+        return statistics.fmean(line[name] for line in lines)
+
+    categories = sorted({line["category"] for line in lines if line["category"] is not None})
+    by_category = {
+        name: statistics.fmean(line["score"] for line in lines if line["category"] == name) for name in categories
+    }
+    return SettingResult(
+        *(label, budget, num_keep, None, mean("score"), *interval, by_category),
+        visual_tokens=mean("visual_tokens"),
+        decoder_tokens=mean("visual_tokens") + mean("text_tokens"),
+        milliseconds=statistics.median(line["ms"] for line in lines),
+        flops=mean("flops"),
+    )

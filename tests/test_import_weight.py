@@ -1,0 +1,104 @@
+"""What an import costs: no part of the package loads what only another part needs, nor does without what it names."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Packages that one part of this one needs and the others do not.
+HEAVY = {
+    "datasets",
+    "deepspeed",
+    "evaluate",
+    "lmms_eval",
+    "matplotlib",
+    "pandas",
+    "peft",
+    "pyarrow",
+    "rich",
+    "sklearn",
+    "typer",
+}
+
+# Module -> what it may load of these.
+ALLOWED = {
+    "adavtp": set(),
+    "adavtp.configuration": set(),
+    "adavtp.modeling": set(),
+    "adavtp.trainer": set(),
+    "adavtp.evaluation": set(),
+    "adavtp.hub_cards": set(),
+    "adavtp.evaluation.settings": set(),
+    "adavtp.evaluation.measurements": set(),
+    "adavtp.evaluation.flops": set(),
+    "adavtp.evaluation.runs": set(),
+    "adavtp.measure_command": {"rich", "typer"},
+    "adavtp.command_line": {"rich", "typer"},
+}
+
+# As on a machine that was set up for running models and not for this package: as if these were not installed.
+WITHOUT = """
+import sys
+class Absent:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        return None if name.split(".")[0] in {names!r} else self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+sys.meta_path[:] = [Absent(finder) for finder in sys.meta_path]
+"""
+
+
+def output_of(code: str, *arguments: str) -> str:
+    """What a fresh Python prints."""
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, set[str]]:
+    """
+    Module -> what it loads of the heavy packages. Modules are imported one after another in one process, lightest
+    first, so that each is charged with what it adds.
+    """
+    code = (
+        "import importlib, sys\n"
+        "heavy = set(sys.argv[1].split(','))\n"
+        "for name in sys.argv[2:]:\n"
+        "    before = set(sys.modules)\n"
+        "    importlib.import_module(name)\n"
+        "    added = {module.split('.')[0] for module in set(sys.modules) - before}\n"
+        "    print(name, *sorted(added & heavy))\n"
+    )
+    lines = output_of(code, ",".join(HEAVY), *ALLOWED).splitlines()
+    return {line.split()[0]: set(line.split()[1:]) for line in lines}
+
+
+@pytest.mark.parametrize("module", ALLOWED)
+def test_a_module_loads_no_more_than_it_needs(loaded: dict[str, set[str]], module: str) -> None:
+    assert loaded[module] <= ALLOWED[module]
+
+
+def test_measuring_needs_no_more_than_torch_and_transformers_and_a_terminal() -> None:
+    names = {"datasets", "deepspeed", "evaluate", "lmms_eval", "matplotlib", "pandas", "peft", "pyarrow", "sklearn"}
+    code = WITHOUT.format(names=names) + (
+        "sys.path.insert(0, 'benchmarks')\n"
+        "import latency\n"
+        "arguments = '--preset tiny --reducers full fastv --budgets 0.75 --new-tokens 2 --repeats 1 --warmup 0'\n"
+        "latency.main(arguments.split())\n"
+    )
+    output = output_of(code)
+    assert "fastv" in output
+    assert "tokens/s" in output
+
+
+def test_what_is_hidden_from_a_module_is_missed() -> None:
+    code = WITHOUT.format(names={"datasets"}) + (
+        "try:\n    import datasets\nexcept ModuleNotFoundError as error:\n    print(error.name)\n"
+    )
+    assert output_of(code).strip() == "datasets"

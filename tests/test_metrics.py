@@ -1,0 +1,373 @@
+"""Exact match, POPE, ANLS, multiple choice, MME and relaxed accuracy against examples worked out by hand."""
+
+from typing import Any
+
+import pytest
+
+from adavtp.evaluation.metric_modules import load_metric, score_examples
+
+
+def compute(name: str, predictions: list[str], references: list[list[str]], **columns: Any) -> dict[str, float]:
+    return load_metric(name).compute(predictions=predictions, references=references, **columns)
+
+
+# Exact match.
+
+
+@pytest.mark.parametrize(
+    ("prediction", "references", "score"),
+    [
+        ("Red", ["red"], 1.0),
+        (" red\n", ["RED"], 1.0),
+        ("a  red\tcar", ["A red car"], 1.0),
+        ("red.", ["red"], 0.0),
+        ("2", ["two"], 0.0),
+        ("the car", ["car"], 0.0),
+        ("", [""], 1.0),
+        ("CAF\u00c9", ["caf\u00e9"], 1.0),
+        ("red", ["blue", "red"], 1.0),
+        ("red", ["blue", "green"], 0.0),
+    ],
+)
+def test_exact_match_is_but_for_case_and_space(prediction: str, references: list[str], score: float) -> None:
+    assert score_examples("exact_match", [prediction], [references]) == [score]
+
+
+def test_exact_match_says_how_many_are_right_as_written() -> None:
+    result = compute("exact_match", ["Red", "blue", "x", "y"], [["red"], ["blue"], ["z"], ["z"]])
+    assert result == {"exact_match": 0.5, "as_written": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "score"),
+    [("Yes.", "yes", 1.0), (" Yes...\n", "yes", 1.0), ("yes", "Yes", 0.0), ("yes!", "yes", 0.0), ("e.g.", "e.g", 1.0)],
+)
+def test_gqa_treats_the_prediction_alone(prediction: str, reference: str, score: float) -> None:
+    assert score_examples("gqa_accuracy", [prediction], [[reference]]) == [score]
+
+
+# POPE.
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        ("Yes", "yes"),
+        ("No", "no"),
+        ("no", "no"),
+        ("No, there is no dog.", "no"),
+        ("There is not a dog. Yes.", "no"),
+        ("There is a dog. No cat.", "yes"),
+        ("Yes, no", "no"),
+        ("no, thanks", "no"),
+        (" no\n", "no"),
+        # Those that the official rule does not know as "no".
+        ("NO", "yes"),
+        ("no!", "yes"),
+        ("None", "yes"),
+        ("isn't", "yes"),
+        ("Not", "yes"),
+        ("", "yes"),
+        ("perhaps", "yes"),
+        (".no", "yes"),
+    ],
+)
+def test_pope_reads_answers_by_the_official_rule(answer: str, says: str) -> None:
+    other = {"yes": "no", "no": "yes"}[says]
+    assert score_examples("pope", [answer, answer], [[says], [other]]) == [1.0, 0.0]
+
+
+def test_pope_figures_follow_from_the_four_counts() -> None:
+    # Three true yes, two false yes, one true no, four false no.
+    predictions = ["yes"] * 3 + ["yes"] * 2 + ["no"] * 1 + ["no"] * 4
+    references = [["yes"]] * 3 + [["no"]] * 2 + [["no"]] * 1 + [["Yes"]] * 4
+    precision, recall = 3 / 5, 3 / 7
+    assert compute("pope", predictions, references) == {
+        "pope": pytest.approx(4 / 10),
+        "precision": pytest.approx(precision),
+        "recall": pytest.approx(recall),
+        "f1": pytest.approx(2 * precision * recall / (precision + recall)),
+        "yes_ratio": pytest.approx(5 / 10),
+    }
+
+
+def test_pope_without_a_yes_has_no_precision() -> None:
+    assert compute("pope", ["no", "no"], [["no"], ["yes"]]) == {
+        "pope": 0.5,
+        "precision": 0.0,
+        "recall": 0.0,
+        "f1": 0.0,
+        "yes_ratio": 0.0,
+    }
+
+
+@pytest.mark.parametrize("references", [["maybe"], ["yes", "no"], ["yes", "yes"], []])
+@pytest.mark.parametrize("name", ["pope", "mme"])
+def test_a_reference_that_is_not_yes_or_no_is_refused(name: str, references: list[str]) -> None:
+    with pytest.raises(ValueError, match="allowed is one 'yes' or one 'no'"):
+        score_examples(name, ["yes"], [references])
+
+
+# ANLS.
+
+
+@pytest.mark.parametrize(
+    ("prediction", "references", "score"),
+    [
+        ("coca cola", ["coca cola"], 1.0),
+        ("COCA  cola ", ["Coca Cola"], 1.0),
+        # One letter of six replaced; one of five inserted; two of eight deleted.
+        ("kitten", ["mitten"], 5 / 6),
+        ("hous", ["house"], 4 / 5),
+        ("elephant", ["elepha"], 6 / 8),
+        # Exactly half counts, less does not.
+        ("abcd", ["abxy"], 0.5),
+        ("abc", ["axy"], 0.0),
+        ("abcde", ["abxyz"], 0.0),
+        ("a" * 101, ["a" * 50 + "b" * 51], 0.0),
+        # The nearest of several.
+        ("house", ["mouse", "hose", "cat"], 4 / 5),
+        ("", ["a"], 0.0),
+        ("", [""], 1.0),
+        # kitten, sitten, sittin, sitting: three of seven.
+        ("kitten", ["sitting"], 4 / 7),
+        # One letter wrong; the length is of the text with its three spaces: 1 - 1 / 6.
+        ("ab   c", ["ab d"], 1 - 1 / 6),
+        # In capitals the sharp s is two letters: 1 - 1 / 7.
+        ("stra\u00dfe", ["strane"], 1 - 1 / 7),
+    ],
+)
+def test_anls(prediction: str, references: list[str], score: float) -> None:
+    assert score_examples("anls", [prediction], [references]) == [pytest.approx(score)]
+
+
+def test_anls_figures() -> None:
+    result = compute("anls", ["kitten", "abc", "x"], [["mitten"], ["xyz"], ["x"]])
+    assert result == {"anls": pytest.approx((5 / 6 + 0 + 1) / 3), "below_threshold": pytest.approx(1 / 3)}
+
+
+# Multiple choice.
+
+COLOURS = ["red", "dark red", "blue", "a light green"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("B", "B"),
+        ("b", "B"),
+        ("(B)", "B"),
+        ("B.", "B"),
+        ("b.", "B"),
+        ("B)", "B"),
+        (" C:\n", "C"),
+        ("B. dark red", "B"),
+        ("(B) because it is", "B"),
+        ("A, as it is dark red", "A"),
+        ("The answer is B", "B"),
+        ("The answer is B.", "B"),
+        ("The answer is: (C).", "C"),
+        ("Answer: C", "C"),
+        ("answer: b", "B"),
+        ("The correct answer is option C", "C"),
+        ("Option C is right", "C"),
+        ("The answer is B because of the light", "B"),
+        ("I said the answer is A, but the answer is C", "C"),
+        ("Blue.", "C"),
+        ("the answer is blue", "C"),
+        ("dark  red", "B"),
+        ("A light green", "D"),
+        ("The answer is a light green.", "D"),
+        ("It is a dark red car", "B"),
+        ("It is blue, really", "C"),
+        # Neither a letter with a choice to it nor the text of one choice.
+        ("E", None),
+        ("E. orange", None),
+        ("It is blue or red", None),
+        ("bluebird", None),
+        ("It is a bored one", None),
+        ("A car", None),
+        ("The answer is not known", None),
+        ("", None),
+        ("?", None),
+    ],
+)
+def test_multiple_choice_reads_letters_and_texts(answer: str, letter: str | None) -> None:
+    references = [[each] for each in "ABCD"]
+    scores = score_examples("multiple_choice", [answer] * 4, references, [COLOURS] * 4)
+    assert scores == [float(each == letter) for each in "ABCD"]
+    unreadable = compute("multiple_choice", [answer], [["A"]], choices=[COLOURS])["unreadable"]
+    assert unreadable == float(letter is None)
+
+
+def test_multiple_choice_takes_a_letter_for_a_letter_first() -> None:
+    # The choices are letters themselves: a bare "A" is the first choice, and "C", with no third choice, the second.
+    assert score_examples("multiple_choice", ["A", "c"], [["A"], ["B"]], [["B", "C"]] * 2) == [1.0, 1.0]
+
+
+def test_multiple_choice_with_two_choices_of_one_text_is_unreadable_by_text() -> None:
+    result = compute("multiple_choice", ["red", "B"], [["A"], ["B"]], choices=[["red", "red"]] * 2)
+    assert result == {"multiple_choice": 0.5, "unreadable": 0.5}
+
+
+def test_multiple_choice_with_choices_that_end_in_a_period() -> None:
+    choices = ["It floats.", "It sinks."]
+    assert score_examples("multiple_choice", ["it sinks", "It sinks.", "B"], [["B"]] * 3, [choices] * 3) == [1.0] * 3
+
+
+def test_multiple_choice_texts_are_looked_for_as_they_are() -> None:
+    unreadable = compute(
+        "multiple_choice",
+        ["It is 345", "an orange!", "It is c++"],
+        [["A"], ["B"], ["A"]],
+        choices=[["3.5", "2.5"], ["", "red"], ["c++", "c"]],
+    )
+    # Nothing is "3.5" or in no words at all; a plus is a plus, and "c" a part of the longer text.
+    assert unreadable == {"multiple_choice": pytest.approx(1 / 3), "unreadable": pytest.approx(2 / 3)}
+
+
+def test_scienceqa_has_five_letters() -> None:
+    references, choices = [["E"], ["F"], ["F"]], [["one", "two", "three", "four", "five", "six"]] * 3
+    assert score_examples("scienceqa_accuracy", ["E", "F", "The answer is F."], references, choices) == [1.0, 0.0, 0.0]
+
+
+def test_multiple_choice_references_are_letters_or_texts() -> None:
+    assert score_examples("multiple_choice", ["B"] * 3, [["B"], ["dark red"], ["A", "B"]], [COLOURS] * 3) == [1.0] * 3
+    for reference in ("E", "orange", "Red"):
+        with pytest.raises(ValueError, match=f"references has '{reference}'; allowed are the letters A, B, C, D"):
+            score_examples("multiple_choice", ["B"], [[reference]], [COLOURS])
+    with pytest.raises(ValueError, match="the texts of the choices, each there once"):
+        score_examples("multiple_choice", ["B"], [["red"]], [["red", "red"]])
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("B", "B"),
+        (" B\n", "B"),
+        ("B. dark red", "B"),
+        ("The answer is B.", "B"),
+        ("So. The answer is C, then.", "C"),
+        # What LLaVA-1.5's rule does not read.
+        ("b", None),
+        ("(B)", None),
+        ("B.", None),
+        ("B) red", None),
+        ("The answer is B", None),
+        ("the answer is B.", None),
+        ("The answer is A. The answer is B.", None),
+        ("dark red", None),
+        ("E", None),
+        ("F. red", None),
+        ("The answer is E.", None),
+        ("", None),
+    ],
+)
+def test_scienceqa_reads_as_llava_does(answer: str, letter: str | None) -> None:
+    scores = score_examples("scienceqa_accuracy", [answer] * 4, [[each] for each in "ABCD"], [COLOURS] * 4)
+    assert scores == [float(each == letter) for each in "ABCD"]
+    result = compute("scienceqa_accuracy", [answer], [["B"]], choices=[COLOURS])
+    assert result == {"scienceqa_accuracy": float(letter == "B"), "unreadable": float(letter is None)}
+
+
+# MME.
+
+
+def test_mme_is_accuracy_and_accuracy_plus_of_every_category() -> None:
+    # Existence: both right about image 1, one about image 2: accuracy 3/4, accuracy+ 1/2. OCR: one of two: 1/2, 0.
+    # Code reasoning: an image with the name of another category's; both right: 1, 1.
+    asked = [
+        ("existence", "1", "yes", "Yes"),
+        ("OCR", "3", "yes", "perhaps"),
+        ("existence", "1", "no", "No, there is none"),
+        ("existence", "2", "no", "Not at all"),
+        ("code_reasoning", "1", "yes", " yes"),
+        ("OCR", "3", "no", "no"),
+        ("existence", "2", "yes", "I say yes"),
+        ("code_reasoning", "1", "no", "NO"),
+    ]
+    categories, images, references, predictions = (list(column) for column in zip(*asked, strict=True))
+    references = [[reference] for reference in references]
+    assert compute("mme", predictions, references, images=images, categories=categories) == {
+        "mme": pytest.approx(75 + 50 + 50 + 0 + 100 + 100),
+        "perception": pytest.approx(75 + 50 + 50),
+        "cognition": pytest.approx(200),
+        "accuracy": pytest.approx(6 / 8),
+        "accuracy_plus": pytest.approx(2 / 4),
+        "unreadable": pytest.approx(2 / 8),
+    }
+    assert score_examples("mme", predictions, references) == [1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        ("yes", "yes"),
+        ("YES.", "yes"),
+        ("no", "no"),
+        ("know", "no"),
+        ("a no", "no"),
+        ("eyes", "yes"),
+        ("oh no", None),
+        ("  \n no", "no"),
+    ],
+)
+def test_mme_reads_the_first_four_letters(answer: str, says: str | None) -> None:
+    scores = score_examples("mme", [answer] * 2, [["yes"], ["no"]])
+    assert scores == [float(says == "yes"), float(says == "no")]
+
+
+def test_mme_refuses_images_without_their_two_questions_and_unknown_categories() -> None:
+    with pytest.raises(ValueError, match="images has '1' 1 times in category 'OCR'"):
+        compute("mme", ["yes"], [["yes"]], images=["1"], categories=["OCR"])
+    with pytest.raises(ValueError, match="categories has 'ocr'; allowed are existence"):
+        compute("mme", ["yes"] * 2, [["yes"]] * 2, images=["1"] * 2, categories=["ocr"] * 2)
+
+
+# Relaxed accuracy.
+
+
+@pytest.mark.parametrize(
+    ("prediction", "references", "score"),
+    [
+        ("105", ["100"], 1.0),
+        ("95", ["100"], 1.0),
+        ("105.1", ["100"], 0.0),
+        ("94.9", ["100"], 0.0),
+        ("-105", ["-100"], 1.0),
+        ("105", ["-100"], 0.0),
+        (" 3.5\n", ["3.5"], 1.0),
+        ("5.2%", ["5%"], 1.0),
+        ("5", ["5%"], 0.0),
+        ("0.05", ["5%"], 1.0),
+        # Zero has no 5%: the texts count.
+        ("0", ["0"], 1.0),
+        ("0.0", ["0"], 0.0),
+        ("0.001", ["0"], 0.0),
+        # Not numbers: the texts count.
+        ("1,000", ["1000"], 0.0),
+        ("1,000", ["1,000"], 1.0),
+        ("$5", ["5"], 0.0),
+        ("Yes", ["yes"], 1.0),
+        ("yes.", ["yes"], 0.0),
+        ("", ["1"], 0.0),
+        ("nan", ["1"], 0.0),
+        ("104", ["1", "100"], 1.0),
+    ],
+)
+def test_relaxed_accuracy(prediction: str, references: list[str], score: float) -> None:
+    assert score_examples("relaxed_accuracy", [prediction], [references]) == [score]
+
+
+def test_relaxed_accuracy_says_how_many_are_exact() -> None:
+    result = compute("relaxed_accuracy", ["104", " Yes", "7", "b"], [["100"], ["yes"], ["9"], ["a"]])
+    assert result == {"relaxed_accuracy": 0.5, "exact_match": 0.25}
+
+
+# All.
+
+
+@pytest.mark.parametrize("name", ["exact_match", "gqa_accuracy", "anls", "relaxed_accuracy"])
+def test_an_example_without_references_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="references of the prediction 'red' is empty; at least one is needed"):
+        score_examples(name, ["red"], [[]])

@@ -1,0 +1,148 @@
+"""The folder of a run: what survives an interruption, what is refused, what two processes leave."""
+
+import json
+import time
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adavtp.evaluation.runs import Run, SharedLines, unanswered
+
+SETTINGS = [
+    {"reducer": "full", "budget": 1.0, "num_keep": 16},
+    {"reducer": "fastv:layer=1", "budget": 8, "num_keep": 8},
+    {"reducer": "adaptive", "budget": 0.5, "num_keep": 8},
+]
+
+
+def header(**fields: Any) -> dict[str, Any]:
+    return {
+        "command": "adavtp evaluate",
+        "checkpoint_hash": "c",
+        "data_hash": "d",
+        "metric": "exact_match",
+        "max_new_tokens": 16,
+        "settings": SETTINGS,
+        "unreachable": [],
+    } | fields
+
+
+def line(setting: int, index: int, **fields: Any) -> dict[str, Any]:
+    return {"index": index, "reducer": SETTINGS[setting]["reducer"], "budget": SETTINGS[setting]["budget"]} | fields
+
+
+def begun(folder: Path, **fields: Any) -> Run:
+    run = Run.begin(folder, header(**fields))
+    run.write_header()
+    run.merge()
+    return run
+
+
+def test_answers_come_in_the_order_of_settings_and_examples_whoever_wrote_them(tmp_path: Path) -> None:
+    run = begun(tmp_path)
+    run.lines.append([line(2, 1), line(0, 1)], process=1)
+    run.lines.append([line(1, 0), line(0, 0)], process=0)
+    expected = [line(0, 0), line(0, 1), line(1, 0), line(2, 1)]
+    assert Run.open(tmp_path).answers() == expected
+    run.merge()
+    assert [json.loads(text) for text in (tmp_path / "answers.jsonl").read_text().splitlines()] == expected
+    assert [path.name for path in tmp_path.glob("*.jsonl")] == ["answers.jsonl"]
+    run.lines.append([line(1, 1)], process=1)
+    assert Run.open(tmp_path).answers() == [*expected[:3], line(1, 1), expected[3]]
+
+
+@pytest.mark.parametrize("length", range(1, 30, 4))
+def test_a_line_that_was_cut_off_is_asked_again_and_no_other(tmp_path: Path, length: int) -> None:
+    run = begun(tmp_path)
+    run.lines.append([line(0, 0), line(0, 1)])
+    own = next(tmp_path.glob("answers_*"))
+    own.write_text(own.read_text() + (json.dumps(line(0, 2)) + "\n")[:length])
+    again = begun(tmp_path)
+    assert again.done() == {("full", 1.0, 0), ("full", 1.0, 1)}
+    again.lines.append([line(0, 2)])
+    assert Run.open(tmp_path).answers() == [line(0, 0), line(0, 1), line(0, 2)]
+
+
+def test_whoever_is_killed_while_merging_leaves_every_answer_once(tmp_path: Path) -> None:
+    run = begun(tmp_path)
+    run.lines.append([line(0, 0), line(0, 1)])
+    own = next(tmp_path.glob("answers_*"))
+    content = own.read_text()
+    run.merge()
+    # Killed after the merged file was written, and before the other was taken away.
+    own.write_text(content)
+    assert Run.open(tmp_path).answers() == [line(0, 0), line(0, 1)]
+    begun(tmp_path)
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_broken_line_in_the_middle_is_reported_with_its_place(tmp_path: Path) -> None:
+    run = begun(tmp_path)
+    run.lines.append([line(0, 0)])
+    own = next(tmp_path.glob("answers_*"))
+    own.write_text('{"index": \n' + own.read_text())
+    with pytest.raises(ValueError, match=f"{own.name}, line 1"):
+        run.answers()
+
+
+def append_for_ever(path: Path, last: Any) -> None:
+    for index in range(10**9):
+        SharedLines(path).append([line(0, index, text="x" * 3000)])
+        last.value = index
+
+
+def test_what_was_appended_before_a_kill_is_there(tmp_path: Path) -> None:
+    path, forking = tmp_path / "answers.jsonl", get_context("fork")
+    last = forking.Value("q", -1)
+    process = forking.Process(target=append_for_ever, args=(path, last))
+    process.start()
+    while last.value < 50:
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    indices = [entry["index"] for entry in SharedLines(path).read()]
+    assert indices == list(range(len(indices))) and last.value <= indices[-1] <= last.value + 1
+
+
+@pytest.mark.parametrize("name", ["checkpoint_hash", "data_hash", "metric", "max_new_tokens"])
+def test_a_folder_of_another_run_is_refused_and_left_as_it_is(tmp_path: Path, name: str) -> None:
+    begun(tmp_path).lines.append([line(0, 0)])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    with pytest.raises(ValueError, match=name) as error:
+        Run.begin(tmp_path, header(**{name: "other"}))
+    assert str(tmp_path) in str(error.value) and "'other'" in str(error.value)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_settings_may_be_added_behind_those_that_are_there(tmp_path: Path) -> None:
+    begun(tmp_path, settings=SETTINGS[1:], unreachable=[{"reducer": "full", "budget": 1.0, "reason": "broken"}])
+    run = begun(tmp_path, command="adavtp evaluate --more", settings=[SETTINGS[2], SETTINGS[0]])
+    assert Run.open(tmp_path).header == run.header
+    assert run.header["settings"] == [SETTINGS[1], SETTINGS[2], SETTINGS[0]]
+    assert run.header["unreachable"] == []
+    assert run.header["command"] == "adavtp evaluate\nadavtp evaluate --more"
+
+
+def test_what_was_kept_is_found_by_example_and_setting(tmp_path: Path) -> None:
+    run = begun(tmp_path)
+    run.kept_lines.append([line(1, 3, layers_seen=[2, 0])], process=1)
+    run.kept_lines.append([line(0, 3, layers_seen=[2, 2])], process=0)
+    expected = {(3, "fastv:layer=1", 8): [2, 0], (3, "full", 1.0): [2, 2]}
+    assert Run.open(tmp_path).kept() == expected
+    run.merge()
+    assert Run.open(tmp_path).kept() == expected
+    assert len((tmp_path / "pictures" / "kept.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="run.json"):
+        Run.open(tmp_path)
+
+
+def test_only_batches_with_a_missing_answer_are_left_and_they_begin_where_they_did() -> None:
+    done = {("a", 0), ("a", 1), ("a", 2), ("a", 3), ("b", 0), ("b", 2), ("b", 3), ("b", 4)}
+    todo = unanswered(["a", "b"], 5, 2, lambda setting, index: (setting, index) in done)
+    assert todo == [(0, "b"), (4, "a")]
+    assert unanswered(["a"], 3, 2, lambda setting, index: False) == [(0, "a"), (2, "a")]
