@@ -28,15 +28,23 @@ def reference_checkpoint() -> Path:
 
 
 def load_checkpoint(checkpoint: str | None) -> tuple:
-    """Model in evaluation mode and processor, through the Auto classes as any user loads them."""
+    """
+    Model in evaluation mode and processor, through the Auto classes as any user loads them.
+
+    Raises:
+        typer.BadParameter: if there is no such checkpoint, or a file of it is broken.
+    """
     from transformers import AutoModel, AutoProcessor
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     checkpoint = str(checkpoint or reference_checkpoint())
-    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True).eval()
-    model.processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+    try:
+        model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True).eval()
+        model.processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+    except OSError as error:
+        raise typer.BadParameter(f"`checkpoint` is {checkpoint!r}, which could not be loaded: {error}") from error
     return model, model.processor
 
 

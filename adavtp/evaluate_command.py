@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from .evaluation.answering import Seconds
     from .evaluation.asked_settings import AskedSetting
-    from .evaluation.examples import EvaluationData
+    from .evaluation.examples import EvaluationData, Example
     from .evaluation.run_results import SettingResult
     from .evaluation.runs import Run
 
@@ -38,7 +38,6 @@ DIGIT_SCENES = "digit-scenes"
 DIGIT_SCENES_QUESTIONS = 2400
 BUDGETS = ["1.0", "0.8", "0.6", "0.4", "0.2"]
 REDUCERS = ["full", "adaptive", "random"]
-FULL = "full"
 
 # Examples whose pictures and kept patches a run has, for its report.
 SHOWN = 12
@@ -147,7 +146,17 @@ def budget_of(text: str) -> float | int | Fraction:
     try:
         return Fraction(text)
     except (ValueError, ZeroDivisionError) as error:
-        raise typer.BadParameter(f"{text!r} is no fraction such as 115/576.") from error
+        raise typer.BadParameter(
+            f"{text!r} is no fraction such as 115/576. (A checkpoint comes before options that take several values.)"
+        ) from error
+
+
+def budget_for(text: str, num_patches: int) -> float | int:
+    """The budget that a text means for images of `num_patches` visual tokens, of exact fractions their number."""
+    from .evaluation.asked_settings import exact_budget, num_keep_of
+
+    budget = budget_of(text)
+    return exact_budget(budget, num_keep_of(budget, num_patches))
 
 
 def evaluate_checkpoint(
@@ -182,6 +191,7 @@ def evaluate_checkpoint(
     from .evaluation.asked_settings import asked_settings, reachable_settings
     from .evaluation.comparison import as_trained, checkpoint_hash
     from .evaluation.runs import Run
+    from .evaluation.settings import FULL
 
     # Left to itself, `accelerate` takes processes that `torchrun` started without a GPU for strangers.
     process, started = PartialState(cpu=not torch.cuda.is_available()), time.perf_counter()
@@ -196,11 +206,16 @@ def evaluate_checkpoint(
     first = None if with_image is None else inputs_of(processor, [with_image]).to(model.device)
     stacks = [reducer if reducer == FULL else as_trained(model.config, reducer) for reducer in reducers]
     settings, unreachable = reachable_settings(model, first, asked_settings(model.config, stacks, budgets))
+    if not settings:
+        raise ValueError("; ".join(f"{one['reducer']} at {one['budget']:g}: {one['reason']}" for one in unreachable))
+    device = torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else "cpu"
+    about = circumstances()
     run = Run.begin(
         output or Path("runs") / re.sub(r"[^\w.-]+", "_", f"evaluation_{name}_{data}"),
         {
             "command": command_as_typed(),
-            **circumstances(),
+            "versions": about["versions"],
+            "machine": f"{about['machine']}, {device}, {str(model.dtype).removeprefix('torch.')}",
             "checkpoint": name,
             "checkpoint_hash": checkpoint_hash(folder),
             "data": data,
@@ -234,8 +249,10 @@ def evaluate_checkpoint(
     if process.is_main_process:
         score_together(run, scorer, asked_data.examples)
         if latency_repeats:
-            _measure(run, model, inputs_of(processor, asked_data.examples[:1]), settings, latency_repeats)
-        _report(run)
+            _measure(
+                run, model, inputs_of(processor, [with_image or asked_data.examples[0]]), settings, latency_repeats
+            )
+        _report(run, asked_data.examples)
     process.wait_for_everyone()
     return run
 
@@ -283,26 +300,43 @@ def _measure(run: "Run", model: Any, inputs: Any, settings: list["AskedSetting"]
     )
     # The setting has the exact number of tokens in place of a fraction such as 115/576.
     rows = [row | {"budget": asked.budget} for row, asked in zip(as_rows(measured), settings, strict=True)]
-    run.header["measurements"] = rows
+    known = {(row["reducer"], row["budget"]): row for row in [*(run.header.get("measurements") or []), *rows]}
+    run.header["measurements"] = list(known.values())
     run.write_header()
 
 
-def _report(run: "Run") -> None:
+def _report(run: "Run", examples: "Sequence[Example]") -> None:
     """Prints the summary, and writes it in the form that model cards read."""
     from .evaluation.accuracy import as_report
-    from .evaluation.run_results import results
+    from .evaluation.metric_figures import metric_figures
+    from .evaluation.run_results import results, unfinished
 
     rows, header = results(run), run.header
+    header["figures"] = metric_figures(run, examples)
+    run.write_header()
     console.print(results_table(rows, header["num_examples"], header["metric"]))
     for row in rows:
         if row.unreachable is not None:
             console.print(f"{row.reducer} at {row.budget:.4g}: {escape(row.unreachable)}", style="dim")
+    for asked, number in unfinished(run):
+        answered = f"{number} of {header['num_examples']} answered by an earlier command"
+        console.print(f"{asked['reducer']} at {asked['budget']:.4g}: {answered}; ask for it again", style="dim")
+    _print_figures(header["figures"])
     # A card calls the reference's data by their usual name.
     dataset = header["data"].replace(DIGIT_SCENES, "digit scenes")
     report = as_report(rows, header["command"], header["split"], header["num_examples"])
-    report |= {"dataset": dataset, "metric": header["metric"]}
+    report |= {"dataset": dataset, "metric": header["metric"], "figures": header["figures"]}
     (run.folder / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
     console.print(f"Run: {run.folder}")
+
+
+def _print_figures(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        if "reason" in row:
+            said = escape(row["reason"])
+        else:
+            said = ", ".join(f"{name} {figure:.4g}" for name, figure in row["figures"].items())
+        console.print(f"{row['reducer']} at {row['budget']:.4g}: {said}", style="dim")
 
 
 def results_table(results: list["SettingResult"], num_examples: int, metric: str) -> Table:

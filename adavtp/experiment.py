@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 
 from .console import parse_reducer
@@ -41,6 +42,7 @@ class Part:
         stage: how every variant trains: the fields of a recipe's [`Stage`] but its name.
         variants: what is compared otherwise, by name: `model`, fields of the configuration that differ, and
             `reducer`, what chooses in the variant's training and evaluation, by default the controller.
+        controls: reducers that the variants are compared with on the checkpoint as it is, as on the command line.
         fresh_controller: whether the variants' controllers start from random values and not from the checkpoint's.
         budgets: see [`Experiment`]; by default the experiment's.
 
@@ -55,6 +57,7 @@ class Part:
     reducers: list[str] = field(default_factory=list)
     stage: dict[str, Any] = field(default_factory=dict)
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    controls: list[str] = field(default_factory=list)
     fresh_controller: bool = False
     budgets: list[str | float | int] = field(default_factory=list)
 
@@ -124,6 +127,9 @@ def write_start(checkpoint: str | Path, folder: Path) -> Path:
 
     Returns:
         `folder`.
+
+    Raises:
+        ValueError: if the checkpoint has no weights in safetensors files.
     """
     if (folder / START_IS_WHOLE).is_file():
         return folder
@@ -132,6 +138,8 @@ def write_start(checkpoint: str | Path, folder: Path) -> Path:
     for path in sorted(Path(checkpoint).glob("*.safetensors")):
         weights |= load_file(path)
     llava = {name: tensor for name, tensor in weights.items() if not any(part in f".{name}" for part in NEW_MODULES)}
+    if not llava:
+        raise ValueError(f"`checkpoint` {checkpoint} has no weights in safetensors files.")
     save_file(llava, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((Path(checkpoint) / "config.json").read_text())
     config = {key: value for key, value in config.items() if key not in ("reducers", "trained_reducers", "auto_map")}
@@ -179,6 +187,8 @@ def evaluate_part(experiment: Experiment, part: Part, checkpoint: str, folder: P
     """
     about = {"checkpoint": checkpoint_name(checkpoint), "checkpoint_hash": checkpoint_hash(checkpoint)}
     _require_same(about, folder)
+    if not Path(checkpoint).is_dir():
+        checkpoint = snapshot_download(checkpoint)
     asked = {"budgets": [budget_of(str(budget)) for budget in part.budgets], "questions": part.questions}
     if part.reducers:
         reducers = [parse_reducer(reducer) for reducer in part.reducers]
@@ -189,6 +199,10 @@ def evaluate_part(experiment: Experiment, part: Part, checkpoint: str, folder: P
         trained = train_variant(experiment, part, name, checkpoint, own)
         reducers = [settings.get("reducer", "adaptive")]
         runs[name] = evaluate_checkpoint(str(trained), DIGIT_SCENES, reducers=reducers, output=own / "run", **asked)
+    for name in part.controls:
+        own = folder / "controls" / name / "run"
+        reducers = [parse_reducer(name)]
+        runs[name] = evaluate_checkpoint(checkpoint, DIGIT_SCENES, reducers=reducers, output=own, **asked)
     return join_variants(runs, folder / "run", about | {"command": command})
 
 

@@ -52,6 +52,11 @@ def experiment(
         output = output or Path("reports") / path.stem
         work = work or Path("runs") / path.stem
         checkpoints = [str(one) for one in checkpoint or [reference_checkpoint()]]
+        names = [Path(one).name for one in checkpoints]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"`checkpoint` is {checkpoints}; folders are named by their last names, which must differ."
+            )
         for own in parts:
             folders = []
             for one in checkpoints:
@@ -99,13 +104,14 @@ def summary(plan: "Experiment", output: Path, command: str) -> str:
 
 def part_summary(part: "Part", numbers: dict[str, Any]) -> list[str]:
     """Paragraphs on one part: what it asks, its curves, and what its tables say."""
+    from .evaluation.report import compared_checkpoints
     from .evaluation.report_findings import findings, findings_over_checkpoints
 
     found = []
     for checkpoint in numbers["checkpoints"]:
         found += [(checkpoint["checkpoint"], findings(checkpoint))]
     for over in numbers["over_checkpoints"]:
-        found.append(("All checkpoints", findings_over_checkpoints(over, numbers["checkpoints"])))
+        found.append(("All checkpoints", findings_over_checkpoints(over, compared_checkpoints(numbers, over))))
     text = [
         f"## {part.name}",
         part.asks,

@@ -8,7 +8,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .console import console, parse_budget, parse_reducer, refusals_shown
+from .console import console, parse_reducer, refusals_shown
+from .evaluate_command import budget_for
 
 if TYPE_CHECKING:
     from .configuration.configuration_adavtp import AdaVTPConfig
@@ -57,12 +58,13 @@ def flops(
         from .evaluation.settings import FULL
 
         config = _config(preset, checkpoint, visual_tokens)
+        token_budget = None if budget is None else budget_for(budget, config.num_patches)
         asked = None if reducer is None else reducer if reducer == FULL else parse_reducer(reducer)
         plan = None if latency is None else latency_plan(latency, DecoderShape.of(config), latency_unit)
         counted = count_flops(
             config,
             text_tokens,
-            token_budget=None if budget is None else parse_budget(budget),
+            token_budget=token_budget,
             reducer=asked,
             num_images=images,
             new_tokens=new_tokens,
@@ -73,7 +75,7 @@ def flops(
     settings = {
         "model": preset or str(checkpoint),
         "reducer_name": reducer or config.reducer,
-        "budget": budget,
+        "budget": token_budget,
         "visual_tokens": config.num_patches,
         "text_tokens": text_tokens,
         "images": images,

@@ -11,11 +11,11 @@ from .console import (
     command_as_typed,
     console,
     load_checkpoint,
-    parse_budget,
     parse_reducer,
     progress,
     refusals_shown,
 )
+from .evaluate_command import budget_for
 
 if TYPE_CHECKING:
     from .evaluation.measurements import Measurement
@@ -109,9 +109,9 @@ def reachable_settings(
     """
     from .evaluation.settings import FULL, Setting, reason_unreachable
 
-    asked = []
+    asked, values = [], [budget_for(text, model.config.num_patches) for text in budgets]
     for reducer in map(parse_reducer, reducers):
-        asked += [Setting(FULL)] if reducer == FULL else [Setting(reducer, parse_budget(text)) for text in budgets]
+        asked += [Setting(FULL)] if reducer == FULL else [Setting(reducer, budget) for budget in values]
     reasons = [reason_unreachable(model, inputs, setting) for setting in asked]
     reachable = [setting for setting, reason in zip(asked, reasons, strict=True) if reason is None]
     unreachable = [

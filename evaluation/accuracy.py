@@ -9,20 +9,23 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from datasets import Dataset
 from scipy.stats import binomtest
 from transformers import BatchFeature
 
 from ..modeling.budget_adavtp import num_tokens_to_keep
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration, ReducerSpec
 from ..modeling.processing_adavtp import AdaVTPProcessor
-from ..modeling.selection_adavtp import Selection
+from .prompt_costs import visual_tokens_seen
 from .settings import reducer_label
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # Questions whose selections are looked at for how many visual tokens there were; budgets are exact, so few will do.
 NUM_LOOKED_AT = 12
@@ -109,22 +112,6 @@ def refusal(
     return None
 
 
-def visual_tokens_seen(selection: Selection, num_layers: int) -> torch.Tensor:
-    """
-    How many visual tokens of each image a decoder layer sees in prefill, mean over layers.
-
-    Args:
-        selection: of `num_images` images.
-        num_layers: of the decoder.
-
-    Returns:
-        `[num_images]` float64.
-    """
-    if selection.depth is None:
-        return selection.num_keep.double()
-    return selection.depth.sum(dim=-1).double() / num_layers
-
-
 def answer_batch(
     model: AdaVTPForConditionalGeneration,
     processor: AdaVTPProcessor,
@@ -150,7 +137,7 @@ def answer_batch(
 def answer_questions(
     model: AdaVTPForConditionalGeneration,
     processor: AdaVTPProcessor,
-    questions: Dataset,
+    questions: "Dataset",
     budgets: Sequence[float],
     reducers: Sequence[ReducerSpec] = ("adaptive",),
     batch_size: int = 50,
@@ -247,6 +234,7 @@ def circumstances() -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
+            "adavtp": version("adavtp"),
         },
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
     }

@@ -15,19 +15,17 @@ from accelerate import PartialState
 from torch.utils.data import DataLoader
 from transformers import BatchFeature
 
-from ..configuration.configuration_adavtp import AdaVTPConfig
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
 from ..modeling.processing_adavtp import AdaVTPProcessor
 from ..modeling.selection_adavtp import Selection
-from .accuracy import visual_tokens_seen
 from .asked_settings import AskedSetting
 from .examples import Example
-from .flops import Flops, count_flops
-from .metric_modules import SCORED_TOGETHER, load_metric
+from .metric_modules import SCORED_TOGETHER, needs_choices, score_examples
 from .pictures import image_as_seen
+from .prompt_costs import CountedFlops, now, num_new_tokens, prompt_costs, selections_of_prompts
+from .run_results import answers_of_settings
 from .runs import Run, unanswered
 from .settings import Setting
-from .token_plan import Happened
 
 
 def inputs_of(processor: AdaVTPProcessor, examples: Sequence[Example]) -> BatchFeature:
@@ -107,7 +105,7 @@ class Given:
     Attributes:
         texts: the answers.
         new_tokens: how many tokens each has, with the one that ends it.
-        selection: of all images of the batch, on the CPU, or `None` if there are none.
+        selection: of all images of the batch, or `None` if there are none.
         seconds: that `generate` took.
     """
 
@@ -137,8 +135,7 @@ def answer(
     arguments = setting.arguments()
     # A reducer whose parameters differ from those of the last one of its name is made anew, which is no part of this.
     model.model.steps(arguments["reducer"])
-    _wait_for(model.device)
-    started = time.perf_counter()
+    started = now(model.device)
     output = model.generate(
         **inputs,
         **arguments,
@@ -147,38 +144,16 @@ def answer(
         num_beams=1,
         return_dict_in_generate=True,
     )
-    _wait_for(model.device)
-    seconds = time.perf_counter() - started
+    seconds = now(model.device) - started
     new = output.sequences[:, inputs["input_ids"].shape[1] :].cpu()
     texts = [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
-    return Given(texts, _num_new_tokens(new, model), _on_cpu(output["selection"]), seconds)
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _num_new_tokens(new: torch.Tensor, model: AdaVTPForConditionalGeneration) -> list[int]:
-    """Tokens of each row `[batch, length]` up to the one that ends it; what follows is padding."""
-    ends = model.generation_config.eos_token_id
-    if ends is None:
-        return [new.shape[1]] * len(new)
-    is_end = torch.isin(new, torch.as_tensor(ends))
-    before = (~is_end).cummin(dim=-1).values.sum(dim=-1)
-    return (before + is_end.any(dim=-1)).tolist()
-
-
-def _on_cpu(selection: Selection | None) -> Selection | None:
-    if selection is None:
-        return None
-    depth = None if selection.depth is None else selection.depth.cpu()
-    return Selection(selection.keep.cpu(), selection.positions.cpu(), depth=depth)
+    new_tokens = num_new_tokens(new, model.generation_config.eos_token_id)
+    return Given(texts, new_tokens, output["selection"], seconds)
 
 
 class Scorer:
     """
-    Scores of answers; the metric module is loaded once.
+    Scores of answers by one metric.
 
     Args:
         metric: its name.
@@ -188,7 +163,7 @@ class Scorer:
     """
 
     def __init__(self, metric: str) -> None:
-        self.name, self.module = metric, load_metric(metric)
+        self.name, self.needs_choices = metric, needs_choices(metric)
         self.is_together = metric in SCORED_TOGETHER
 
     def scores(self, predictions: list[str], examples: Sequence[Example]) -> list[float]:
@@ -198,47 +173,11 @@ class Scorer:
         Raises:
             ValueError: if the metric needs choices and an example has none.
         """
-        columns: dict[str, Any] = {"references": [example.answers for example in examples]}
-        if "choices" in self.module.features:
-            for example in examples:
-                if example.choices is None:
-                    raise ValueError(f"`metric` is {self.name!r}, and example {example.id!r} has no choices.")
-            columns["choices"] = [example.choices for example in examples]
-        return self.module.score_examples(predictions=predictions, **columns)
-
-
-class Costs:
-    """
-    Counted FLOPs, once for each number of tokens that occurs.
-
-    Args:
-        config: the model's.
-    """
-
-    def __init__(self, config: AdaVTPConfig) -> None:
-        self.config = config
-        self.counted: dict[Any, Flops] = {}
-
-    def of(self, asked: AskedSetting, text_tokens: int, selection: Selection | None) -> Flops:
-        """
-        What a prompt costs.
-
-        Args:
-            asked: the setting.
-            text_tokens: of the prompt, placeholders of images not among them.
-            selection: of its images, or `None` if it has none.
-        """
-        layers = self.config.text_config.num_hidden_layers
-        key = (asked.key, text_tokens, None if selection is None else Happened.of(selection, layers))
-        if key not in self.counted:
-            num_images = 0 if selection is None else len(selection.keep)
-            self.counted[key] = count_flops(
-                *(self.config, text_tokens),
-                **asked.setting.arguments(),
-                selection=selection,
-                num_images=num_images,
-            )
-        return self.counted[key]
+        lacking = [example.id for example in examples if example.choices is None]
+        if self.needs_choices and lacking:
+            raise ValueError(f"`metric` is {self.name!r}, and example {lacking[0]!r} has no choices.")
+        answers, choices = [example.answers for example in examples], [example.choices for example in examples]
+        return score_examples(self.name, predictions, answers, choices)
 
 
 @dataclass
@@ -292,7 +231,7 @@ def answer_examples(
     done = run.done()
     todo = unanswered(settings, len(examples), batch_size, lambda asked, index: (*asked.key, index) in done)
     starts = list(dict.fromkeys(start for start, _ in todo))[rank::num_processes]
-    own, costs = set(starts), Costs(model.config)
+    own, flops = set(starts), {asked.key: CountedFlops(model.config, asked.setting) for asked in settings}
     batches, batch, inputs = _in_order(Batches(processor, examples, batch_size), starts, model.device), None, None
     for start, asked in progress([pair for pair in todo if pair[0] in own]):
         if batch is None or batch.start != start:
@@ -301,7 +240,7 @@ def answer_examples(
             _save_pictures(processor, batch, run, shown)
         given = answer(model, processor, inputs, asked.setting, max_new_tokens)
         model_seconds += given.seconds
-        lines, kept = _lines(model.config, batch, asked, given, scorer, costs)
+        lines, kept = _lines(batch, asked, given, scorer, flops[asked.key])
         is_new = [(*asked.key, line["index"]) not in done for line in lines]
         # What is kept goes first: an answer without it would not be asked again.
         run.kept_lines.append([line for line in kept if line["index"] < shown], rank)
@@ -322,51 +261,39 @@ def _save_pictures(processor: AdaVTPProcessor, batch: Batch, run: Run, shown: in
 
 
 def _lines(
-    config: AdaVTPConfig, batch: Batch, asked: AskedSetting, given: Given, scorer: Scorer, costs: Costs
+    batch: Batch, asked: AskedSetting, given: Given, scorer: Scorer, flops: CountedFlops
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """What is written of a batch: a line for each answer, and how many layers saw each patch of each first image."""
-    num_layers = config.text_config.num_hidden_layers
     together = [None] * len(given.texts)
     scores = together if scorer.is_together else scorer.scores(given.texts, batch.examples)
-    lengths = batch.inputs["attention_mask"].sum(dim=-1).tolist()
-    setting = {"reducer": asked.reducer, "budget": asked.budget}
-    lines, kept, first = [], [], 0
-    for number, example in enumerate(batch.examples):
-        selection = _of_images(given.selection, first, len(example.images))
-        first += len(example.images)
-        text_tokens = lengths[number] - len(example.images) * config.num_image_tokens
-        flops = costs.of(asked, text_tokens, selection)
+    selections = selections_of_prompts(given.selection, [len(example.images) for example in batch.examples])
+    costs = prompt_costs(flops, batch.inputs["attention_mask"], selections, given.new_tokens, given.seconds)
+    lines, kept = [], []
+    columns = zip(batch.examples, given.texts, scores, costs, selections, strict=True)
+    for index, (example, text, score, cost, selection) in enumerate(columns, start=batch.start):
+        setting = {"reducer": asked.reducer, "budget": asked.budget}
         lines.append(
             {
-                "index": batch.start + number,
+                "index": index,
                 "id": example.id,
                 **setting,
                 "question": example.question,
                 "answers": example.answers,
-                "prediction": given.texts[number],
-                "score": scores[number],
+                "prediction": text,
+                "score": score,
                 "category": example.category,
                 "num_keep": asked.num_keep,
-                "visual_tokens": 0.0 if selection is None else float(visual_tokens_seen(selection, num_layers).mean()),
-                "text_tokens": text_tokens,
-                "flops": flops.with_new_tokens(given.new_tokens[number]),
-                "new_tokens": given.new_tokens[number],
-                "ms": round(1000 * given.seconds / len(batch.examples), 3),
+                "visual_tokens": cost.visual_tokens,
+                "text_tokens": cost.text_tokens,
+                "flops": cost.flops,
+                "new_tokens": cost.new_tokens,
+                "ms": round(cost.milliseconds, 3),
             }
         )
         if selection is not None:
-            seen = selection.keep[0] * num_layers if selection.depth is None else selection.depth[0]
-            kept.append({"index": batch.start + number, **setting, "layers_seen": seen.tolist()})
+            seen = selection.keep[0] * flops.num_layers if selection.depth is None else selection.depth[0]
+            kept.append({"index": index, **setting, "layers_seen": seen.tolist()})
     return lines, kept
-
-
-def _of_images(selection: Selection | None, first: int, number: int) -> Selection | None:
-    """The selection of some of its images."""
-    if selection is None or number == 0:
-        return None
-    rows = slice(first, first + number)
-    depth = None if selection.depth is None else selection.depth[rows]
-    return Selection(selection.keep[rows], selection.positions[rows], depth=depth)
 
 
 def score_together(run: Run, scorer: Scorer, examples: Sequence[Example]) -> None:
@@ -375,15 +302,14 @@ def score_together(run: Run, scorer: Scorer, examples: Sequence[Example]) -> Non
     other metrics, whose answers are scored batch by batch.
 
     Args:
-        run: all of whose settings have answered all examples.
+        run: of its settings, those that have answered all examples are scored.
         scorer: of the run's metric.
         examples: all of the run's.
     """
     if not scorer.is_together:
         return
-    lines = run.answers()
-    for start in range(0, len(lines), len(examples)):
-        own = lines[start : start + len(examples)]
+    answers = answers_of_settings(run)
+    for own in (own for own in answers.values() if len(own) == len(examples)):
         for line, score in zip(own, scorer.scores([line["prediction"] for line in own], examples), strict=True):
             line["score"] = score
-    run.lines.write(lines)
+    run.lines.write([line for own in answers.values() for line in own])

@@ -70,7 +70,7 @@ def asked_settings(
     if FULL in stacks or config.num_patches in counts.values():
         settings.append(AskedSetting(FULL, FULL_BUDGET, config.num_patches, Setting(FULL)))
     settings += [
-        AskedSetting(label, _as_number(budget), count, Setting(stacks[label], _exact(budget, count)))
+        AskedSetting(label, _as_number(budget), count, Setting(stacks[label], exact_budget(budget, count)))
         for label in chosen
         for budget, count in counts.items()
         if count < config.num_patches
@@ -96,7 +96,7 @@ def _as_number(budget: float | int | Fraction) -> float | int:
     return float(budget) if isinstance(budget, Fraction) else budget
 
 
-def _exact(budget: float | int | Fraction, count: int) -> float | int:
+def exact_budget(budget: float | int | Fraction, count: int) -> float | int:
     """What the model is asked: of a fraction, the count that it means, for a float beside it may mean one less."""
     if not isinstance(budget, Fraction):
         return budget

@@ -40,6 +40,9 @@ COMPARED_WITH = "adaptive"
 EVERYTHING = "everything"
 
 NUM_RESAMPLES = 10_000
+
+# Bytes; shards of large models are not read whole.
+_HASHED_AT_ONCE = 2**24
 SEED = 0
 
 
@@ -176,8 +179,11 @@ def checkpoint_hash(checkpoint: str | Path) -> str:
     if not folder.is_dir():
         folder = Path(snapshot_download(str(checkpoint), local_files_only=True))
     digest = hashlib.sha256()
-    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
-        digest.update(path.name.encode() + path.read_bytes())
+    for path in [folder / "config.json", *sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])]:
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(_HASHED_AT_ONCE):
+                digest.update(block)
     return digest.hexdigest()
 
 

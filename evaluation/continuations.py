@@ -5,52 +5,20 @@ left. What a prompt cost is counted from the selection that was really made for 
 """
 
 import os
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import BatchFeature, StoppingCriteria, StoppingCriteriaList
 from transformers.image_utils import ImageInput
-from transformers.utils import logging
 
-from ..configuration.configuration_adavtp import AdaVTPConfig
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
 from ..modeling.processing_adavtp import AdaVTPProcessor
-from ..modeling.selection_adavtp import Selection
-from .accuracy import visual_tokens_seen
-from .flops import count_flops
+from .prompt_costs import CountedFlops, PromptCost, now, num_new_tokens, prompt_costs, selections_of_prompts
 from .settings import Setting
 
-logger = logging.get_logger(__name__)
-
 _NO_TARGET = -100
-
-
-@dataclass(frozen=True)
-class PromptCost:
-    """
-    What one prompt of a batch cost.
-
-    Attributes:
-        num_images: that it shows.
-        num_keep: visual tokens of each of its images that reach the decoder.
-        visual_tokens: of an image that a decoder layer saw in prefill, mean over layers and images; 0 without any.
-        text_tokens: the other tokens of the prompt.
-        new_tokens: generated, the end-of-text token counted; 0 where a given continuation was scored.
-        flops: counted for vision tower, reducer, projector, prefill and decoding (convention adavtp); `None` where a
-            user's reducer does not say what it costs.
-        milliseconds: its share of the time of its batch.
-    """
-
-    num_images: int
-    num_keep: tuple[int, ...]
-    visual_tokens: float
-    text_tokens: int
-    new_tokens: int
-    flops: float | None
-    milliseconds: float
 
 
 @dataclass(frozen=True)
@@ -129,12 +97,15 @@ def generate_continuations(
     length = inputs["input_ids"].shape[1]
     if stop:
         generation["stopping_criteria"] = StoppingCriteriaList([StopsAtText(processor.tokenizer, stop, length)])
-    started = _now(model.device)
+    started = now(model.device)
     outputs = model.generate(**inputs, **setting.arguments(), **generation, return_dict_in_generate=True)
-    seconds = _now(model.device) - started
+    seconds = now(model.device) - started
     new_ids = outputs.sequences[:, length:]
-    new_tokens = _lengths(new_ids, processor.tokenizer)
-    costs = _costs(model.config, setting, inputs, images, outputs["selection"], new_tokens, seconds)
+    padding = processor.tokenizer.pad_token_id if stop else None
+    new_tokens = num_new_tokens(new_ids, model.generation_config.eos_token_id, padding)
+    selections = selections_of_prompts(outputs["selection"], [len(group) for group in images])
+    flops = CountedFlops(model.config, setting, may_be_unknown=True)
+    costs = prompt_costs(flops, inputs["attention_mask"], selections, new_tokens, seconds)
     texts = processor.batch_decode(new_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return [Generated(_cut(text, stop), cost) for text, cost in zip(texts, costs, strict=True)]
 
@@ -172,15 +143,17 @@ def score_continuations(
     column = torch.arange(length, device=model.device)
     is_target = column >= length - torch.tensor(num_targets, device=model.device)[:, None]
     labels = inputs["input_ids"].masked_fill(~is_target, _NO_TARGET)
-    started = _now(model.device)
+    started = now(model.device)
     outputs = model.model(**inputs, **setting.arguments(), labels=labels, selection_output="gather", use_cache=False)
     # What predicts the first target stands one column before it.
     columns = slice(-max(num_targets) - 1, None)
     logits = model.lm_head(outputs.last_hidden_state[:, columns]).float()[:, :-1]
     targets = outputs.labels[:, columns][:, 1:]
     log_likelihood, is_greedy = _log_likelihood(logits, targets)
-    seconds = _now(model.device) - started
-    costs = _costs(model.config, setting, inputs, images, outputs.selection, [0] * len(whole), seconds)
+    seconds = now(model.device) - started
+    selections = selections_of_prompts(outputs.selection, [len(group) for group in images])
+    flops = CountedFlops(model.config, setting, may_be_unknown=True)
+    costs = prompt_costs(flops, inputs["attention_mask"], selections, [0] * len(whole), seconds)
     return [Scored(*row) for row in zip(log_likelihood.tolist(), is_greedy.tolist(), costs, strict=True)]
 
 
@@ -226,78 +199,6 @@ def _inputs(
     return inputs.to(model.device)
 
 
-def _now(device: torch.device) -> float:
-    """Seconds on a clock, when all that was asked of a GPU is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def _lengths(new_ids: torch.Tensor, tokenizer: Any) -> list[int]:
-    """Tokens of each row up to the first end of text, that one counted, or up to padding."""
-    ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
-    lengths = []
-    for row in new_ids.tolist():
-        end = next((place for place, token in enumerate(row) if token in ends), len(row))
-        lengths.append(end + (end < len(row) and row[end] == tokenizer.eos_token_id))
-    return lengths
-
-
 def _cut(text: str, stop: Sequence[str]) -> str:
     """The text before the first stop string."""
     return text[: min((text.find(string) for string in stop if string in text), default=len(text))]
-
-
-def _costs(
-    config: AdaVTPConfig,
-    setting: Setting,
-    inputs: BatchFeature,
-    images: Sequence[Sequence[ImageInput]],
-    selection: Selection | None,
-    new_tokens: Sequence[int],
-    seconds: float,
-) -> list[PromptCost]:
-    lengths = inputs["attention_mask"].sum(dim=-1).tolist()
-    first, costs = 0, []
-    for group, length, tokens in zip(images, lengths, new_tokens, strict=True):
-        own = _of_images(selection, slice(first, first + len(group))) if group else None
-        first += len(group)
-        text_tokens = length - len(group) * config.num_image_tokens
-        cost = PromptCost(
-            num_images=len(group),
-            num_keep=() if own is None else tuple(own.num_keep.tolist()),
-            visual_tokens=0.0 if own is None else _visual_tokens(own, config),
-            text_tokens=text_tokens,
-            new_tokens=tokens,
-            flops=_flops(config, setting, text_tokens, len(group), own, tokens),
-            milliseconds=1000 * seconds / len(lengths),
-        )
-        costs.append(cost)
-    return costs
-
-
-def _flops(
-    config: AdaVTPConfig,
-    setting: Setting,
-    text_tokens: int,
-    num_images: int,
-    selection: Selection | None,
-    new_tokens: int,
-) -> float | None:
-    try:
-        flops = count_flops(config, text_tokens, **setting.arguments(), selection=selection, num_images=num_images)
-    except ValueError as error:
-        # The model has taken the setting, so all that can be missing is what a user's reducer costs.
-        logger.warning_once(f"FLOPs are not counted: {error}")
-        return None
-    return flops.with_new_tokens(new_tokens)
-
-
-def _visual_tokens(selection: Selection, config: AdaVTPConfig) -> float:
-    return float(visual_tokens_seen(selection, config.text_config.num_hidden_layers).mean())
-
-
-def _of_images(selection: Selection, images: slice) -> Selection:
-    """What was chosen for some of the images; who counts does not need the features."""
-    depth = None if selection.depth is None else selection.depth[images]
-    return replace(Selection.from_keep(selection.keep[images]), depth=depth)

@@ -156,14 +156,14 @@ class ConversationExamples(Sequence[Example]):
             question=question,
             answers=answers,
             category=row.get("category"),
-            choices=row.get("choices"),
+            choices=_texts(row, "choices", where),
             messages=None if is_plain else before,
         )
 
 
 def _question_and_answers(row: Mapping[str, Any], where: str) -> tuple[list[dict[str, Any]], list[str]]:
     """The conversation before the answer, and the right answers."""
-    answers = list(row["answers"]) if row.get("answers") else None
+    answers = _texts(row, "answers", where)
     if row.get("prompt") is not None:
         before, after = _as_messages(row["prompt"], "user"), _as_messages(row.get("completion") or [], "assistant")
     elif row.get("messages"):
@@ -181,6 +181,16 @@ def _question_and_answers(row: Mapping[str, Any], where: str) -> tuple[list[dict
             raise ValueError(f"{where} does not end with a turn of the assistant's, which is the right answer.")
         answers = ["".join(part["text"] for part in _in_parts(after[0])["content"] if part["type"] == "text").strip()]
     return before, answers
+
+
+def _texts(row: Mapping[str, Any], field: str, where: str) -> list[str] | None:
+    """A column of lists of strings, which may be missing or empty."""
+    texts = row.get(field)
+    if texts is None or len(texts) == 0:
+        return None
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{where} has `{field}` {texts!r}; expected is a list of strings.")
+    return list(texts)
 
 
 def _as_messages(text: str | Sequence[Mapping[str, Any]], role: str) -> list[dict[str, Any]]:

@@ -22,8 +22,9 @@ from PIL.Image import Image
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from .continuations import PromptCost, generate_continuations, score_continuations
+from .continuations import generate_continuations, score_continuations
 from .lmms_eval_arguments import AdaVTPModelArguments
+from .prompt_costs import PromptCost
 from .settings import reducer_label
 
 

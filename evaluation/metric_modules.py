@@ -65,6 +65,19 @@ def _scorer(name: str) -> "evaluate.Metric":
     return load_metric(name)
 
 
+def needs_choices(name: str) -> bool:
+    """
+    Whether a metric reads an answer by the choices that the question gave.
+
+    Args:
+        name: one of [`METRICS`].
+
+    Raises:
+        ValueError: if there is no such metric.
+    """
+    return "choices" in _scorer(name).features
+
+
 def score_examples(
     name: str,
     predictions: Sequence[str],
@@ -87,9 +100,8 @@ def score_examples(
     Raises:
         ValueError: if there is no such metric, lengths differ, or a metric does not have what it needs.
     """
-    metric = _scorer(name)
     columns = {"predictions": predictions, "references": references}
-    if "choices" in metric.features:
+    if needs_choices(name):
         columns["choices"] = choices
     for column, values in columns.items():
         if values is None or len(values) != len(predictions):
@@ -99,4 +111,4 @@ def score_examples(
         for place, texts in enumerate(columns[column]):
             if texts is None or isinstance(texts, str):
                 raise ValueError(f"{column}[{place}] is {texts!r}; it has to be a list of strings.")
-    return metric.score_examples(**{column: list(values) for column, values in columns.items()})
+    return _scorer(name).score_examples(**{column: list(values) for column, values in columns.items()})

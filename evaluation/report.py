@@ -6,75 +6,14 @@ only how they are laid out and how they are to be read.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
+from .report_blocks import Block, Cell, Command, Curves, Listing, Section, Table
 from .report_findings import Finding, findings, findings_over_checkpoints, listed
 from .report_numbers import CONTROLS, FULL, is_control
 
 CURVES = "curves"
 NOTHING = "–"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What is written in a table's cell, with `code` and **bold**, and the number to sort by, if it has one."""
-
-    text: str
-    value: float | None = None
-
-
-@dataclass(frozen=True)
-class Table:
-    """
-    Attributes:
-        caption: what the numbers are.
-        columns: headings; the first names the rows.
-        rows: of as many cells as there are columns.
-    """
-
-    caption: str
-    columns: list[str]
-    rows: list[list[Cell]]
-
-
-@dataclass(frozen=True)
-class Listing:
-    """Sentences, one below the other, each with what belongs below it."""
-
-    items: list[Finding]
-
-
-@dataclass(frozen=True)
-class Command:
-    """A command as it was typed."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Curves:
-    """The place of the curves."""
-
-    description: str
-
-
-Block = str | Table | Listing | Command | Curves
-
-
-@dataclass
-class Section:
-    """
-    Attributes:
-        title, level: the heading, and 2 or 3 as in HTML.
-        folded: whether a page shows its tables only when they are asked for.
-        blocks: paragraphs (text), tables, listings, commands and curves, in their order.
-    """
-
-    title: str
-    level: int
-    blocks: list[Block] = field(default_factory=list)
-    folded: bool = False
 
 
 def report_sections(numbers: dict[str, Any]) -> list[Section]:
@@ -89,13 +28,19 @@ def report_sections(numbers: dict[str, Any]) -> list[Section]:
     for checkpoint in numbers["checkpoints"]:
         sections += checkpoint_sections(checkpoint)
     for over in numbers["over_checkpoints"]:
-        own = [one for one in numbers["checkpoints"] if one["data_hash"] == over["data_hash"]]
+        own = compared_checkpoints(numbers, over)
         sections += over_checkpoints_sections(over, own)
     return [
         *sections,
         Section("How to read it", 2, [Listing([Finding(text) for text in conventions(numbers)])]),
         _what_was_run(numbers),
     ]
+
+
+def compared_checkpoints(numbers: dict[str, Any], over: dict[str, Any]) -> list[dict[str, Any]]:
+    """The checkpoints that one of `over_checkpoints` is over: those of its data and metric."""
+    key = over["data_hash"], over["metric"]
+    return [one for one in numbers["checkpoints"] if (one["data_hash"], one["metric"]) == key]
 
 
 def checkpoint_sections(checkpoint: dict[str, Any]) -> list[Section]:
@@ -111,6 +56,7 @@ def checkpoint_sections(checkpoint: dict[str, Any]) -> list[Section]:
         Section("What the tables say", 3, [Listing(findings(checkpoint))]),
         Section("Scores", 3, [*_everything_kept(checkpoint), _score_table(checkpoint)]),
         Section("Score and cost", 3, [_cost_table(checkpoint)]),
+        Section("What else the metric says", 3, _figure_tables(checkpoint)),
         Section("Measured", 3, _measured_tables(checkpoint)),
         Section("Area under the score-FLOPs curve", 3, _area_blocks(checkpoint)),
     ]
@@ -385,6 +331,28 @@ def _category_table(checkpoint: dict[str, Any], budget: dict[str, Any]) -> Table
     return Table(caption, ["reducer", *sizes], cells)
 
 
+def _figure_tables(checkpoint: dict[str, Any]) -> list[str | Table]:
+    """F1 beside POPE's accuracy, MME's score, and whatever else a metric has besides the mean of its scores."""
+    rows = [row for row in checkpoint["figures"] if "figures" in row]
+    blocks: list[str | Table] = []
+    for category in dict.fromkeys([None, *(name for row in rows for name in row["by_category"])]):
+        own = [(row, row["figures"] if category is None else row["by_category"].get(category)) for row in rows]
+        names = list(dict.fromkeys(name for _, figures in own for name in figures or {}))
+        cells = [
+            [_name(row["reducer"]), Cell(f"{row['budget']:g}", row["budget"])]
+            + [Cell(f"{figures[name]:.4g}", figures[name]) for name in names]
+            for row, figures in own
+            if figures
+        ]
+        if cells:
+            caption = f"Figures of {checkpoint['metric']}" + ("" if category is None else f", {category}")
+            blocks.append(Table(caption, ["reducer", "budget", *names], cells))
+    blocks += [
+        f"`{row['reducer']}` at {row['budget']:g}: {row['reason']}" for row in checkpoint["figures"] if "reason" in row
+    ]
+    return blocks
+
+
 def _unreachable_blocks(checkpoint: dict[str, Any]) -> list[str | Table]:
     budgets: dict[tuple[str, str], list[float]] = {}
     for row in checkpoint["unreachable"]:
@@ -513,11 +481,15 @@ def _what_was_run(numbers: dict[str, Any]) -> Section:
             lines = [
                 f"{checkpoint['num_examples']:,} examples of {checkpoint['data']}, hash `{checkpoint['data_hash']}`",
                 f"checkpoint `{checkpoint['checkpoint']}`, hash `{checkpoint['checkpoint_hash']}`",
-                f"{versions}; {run['machine']}" + (f"; {run['seconds'] / 60:.1f} minutes" if run["seconds"] else ""),
+                f"{versions}; {run['machine']}"
+                + (f"; {run['seconds'] / 60:.1f} minutes, interrupted sessions not counted" if run["seconds"] else ""),
             ]
             if run["model_seconds"] and run["evaluation_seconds"] is not None:
                 share = 100 * run["evaluation_seconds"] / run["model_seconds"]
-                lines.append(f"the evaluation added {share:.1f}% to the time that the model needed")
+                lines.append(
+                    f"answering took {share:.1f}% more time than `generate` alone; loading the model and reading the "
+                    "data are not in it"
+                )
             blocks.append(Listing([Finding(text) for text in lines]))
     blocks.append("This report:")
     blocks.append(Command(numbers["command"]))

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from .comparison import reducer_table
+from .metric_modules import SCORED_TOGETHER
 from .runs import Run
 from .settings import FULL
 from .statistics import (
@@ -222,6 +223,10 @@ def _tell_apart_by_hash(checkpoints: list[dict[str, Any]]) -> None:
 def _checkpoint(measured: Measured, against: str | None, registered: dict[str, dict[str, Any]]) -> dict[str, Any]:
     header, settings = measured.header, list(measured.settings.values())
     reducers = list(dict.fromkeys(setting.reducer for setting in settings))
+    if not settings:
+        raise ValueError(
+            f"{measured.runs[0].folder} has no setting that could be measured; there is nothing to report."
+        )
     if against is None:
         against = "adaptive" if "adaptive" in reducers else None
     elif against not in reducers:
@@ -237,7 +242,7 @@ def _checkpoint(measured: Measured, against: str | None, registered: dict[str, d
     _add_categories(rows, measured.settings, np.array(categories, dtype=object), against)
     names = ("checkpoint", "checkpoint_hash", "data", "data_hash", "metric")
     return {name: header[name] for name in (*names, "num_examples", "num_patches", "num_layers")} | {
-        "is_share": all(setting.scores.min() >= 0 and setting.scores.max() <= 1 for setting in settings),
+        "is_share": header["metric"] not in SCORED_TOGETHER,
         "is_binary": all(np.isin(setting.scores, (0, 1)).all() for setting in settings),
         "reducers": reducers,
         "stages": {reducer: _known_of(reducer, registered, "stage") for reducer in reducers},
@@ -249,6 +254,7 @@ def _checkpoint(measured: Measured, against: str | None, registered: dict[str, d
         "best_controls": [{"num_keep": key, "reducer": value} for key, value in best_controls.items()],
         "areas": _areas(measured.settings, column, header["num_patches"]),
         "unreachable": _unreachable(measured),
+        "figures": [row for run in measured.runs for row in run.header.get("figures") or []],
         "measurements": [row for run in measured.runs for row in run.header.get("measurements") or []],
         "runs": [_about(run) for run in measured.runs],
     }
@@ -431,6 +437,7 @@ def _over_checkpoints(group: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "data": group[0]["data"],
         "data_hash": group[0]["data_hash"],
+        "metric": group[0]["metric"],
         "checkpoints": [{"checkpoint": one["checkpoint"], "checkpoint_hash": one["checkpoint_hash"]} for one in group],
         "settings": [
             {"reducer": key[0], "num_keep": key[1]} | _spread([own[key] for own in scores]) for key in common

@@ -14,7 +14,8 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from .report import Command, Curves, Listing, Table, report_sections
+from .report import report_sections
+from .report_blocks import Command, Curves, Listing, Table
 from .report_numbers import Answered, Measured
 
 TEMPLATE = "report_page.html.jinja"

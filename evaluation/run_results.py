@@ -8,7 +8,7 @@ import numpy as np
 
 from .accuracy import BudgetResult
 from .asked_settings import num_keep_of
-from .runs import Run
+from .runs import Run, setting_of
 from .statistics import bootstrap_means, mean_interval
 
 
@@ -27,26 +27,47 @@ class SettingResult(BudgetResult):
 
 def results(run: Run) -> list[SettingResult]:
     """
-    What a run says of each setting, those that could not be reached at the end.
+    What a run says of each setting that has answered all examples, those that could not be reached at the end.
 
     Args:
-        run: all of whose settings have answered all examples.
+        run: finished, or interrupted; see [`unfinished`].
     """
-    answers = {asked["reducer"]: {} for asked in run.header["settings"]}
-    for line in run.answers():
-        answers[line["reducer"]].setdefault(line["budget"], []).append(line)
-    settings = [(asked["reducer"], asked["budget"], asked["num_keep"]) for asked in run.header["settings"]]
-    scores = np.array([[line["score"] for line in answers[label][budget]] for label, budget, _ in settings])
+    answers = answers_of_settings(run)
+    whole = [asked for asked in run.header["settings"] if _is_whole(run, answers, asked)]
+    settings = [(asked["reducer"], asked["budget"], asked["num_keep"]) for asked in whole]
+    scores = np.array([[line["score"] for line in answers[label, budget]] for label, budget, _ in settings])
     is_binary = bool(np.isin(scores, (0, 1)).all())
     draws = np.zeros((1, len(settings))) if is_binary else bootstrap_means(scores)
     rows = [
-        _result(label, budget, num_keep, answers[label][budget], mean_interval(own, column))
+        _result(label, budget, num_keep, answers[label, budget], mean_interval(own, column))
         for (label, budget, num_keep), own, column in zip(settings, scores, draws.T, strict=True)
     ]
     for entry in run.header["unreachable"]:
         count = num_keep_of(entry["budget"], run.header["num_patches"])
         rows.append(SettingResult(entry["reducer"], entry["budget"], count, entry["reason"]))
     return rows
+
+
+def answers_of_settings(run: Run) -> dict[tuple[str, float | int], list[dict[str, Any]]]:
+    """The answers of every setting of the header, in the order of the examples."""
+    answers = {setting_of(asked): [] for asked in run.header["settings"]}
+    for line in run.answers():
+        answers[setting_of(line)].append(line)
+    return answers
+
+
+def unfinished(run: Run) -> list[tuple[dict[str, Any], int]]:
+    """Settings that an earlier, interrupted command asked for and nobody since, and how many answers each has."""
+    answers = answers_of_settings(run)
+    return [
+        (asked, len(answers[setting_of(asked)]))
+        for asked in run.header["settings"]
+        if not _is_whole(run, answers, asked)
+    ]
+
+
+def _is_whole(run: Run, answers: dict[tuple[str, float | int], list[dict[str, Any]]], asked: dict[str, Any]) -> bool:
+    return len(answers[setting_of(asked)]) == run.header["num_examples"]
 
 
 def _result(

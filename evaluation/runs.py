@@ -59,6 +59,10 @@ class SharedLines:
                 lines.setdefault(key_of(line), line)
         return list(lines.values())
 
+    def merged(self) -> list[dict[str, Any]]:
+        """The lines of the merged file."""
+        return _whole_lines(self.path)
+
     def merge(self, order: Callable[[Mapping[str, Any]], Any]) -> None:
         """Puts all whole lines into one file, sorted. Only one process may do so, while no other appends."""
         self.write(sorted(self.read(), key=order))
@@ -164,8 +168,11 @@ class Run:
         return sorted(self.lines.read(), key=self._order())
 
     def done(self) -> set[Key]:
-        """What has been answered."""
-        return {key_of(line) for line in self.lines.read()}
+        """
+        What had been answered when answers were last merged. What processes have added since is left out, so that all
+        that begin together share out the same work, however late one of them asks.
+        """
+        return {key_of(line) for line in self.lines.merged()}
 
     def kept(self) -> dict[Key, list[int]]:
         """For the first examples, how many decoder layers saw each patch: by index, reducer and budget."""

@@ -172,8 +172,8 @@ def _leaving(step: Step, entering: torch.Tensor, wanted: torch.Tensor | None, sa
     reason = _left_to_the_image(reducer, wanted, entering, sample)
     if reason is not None:
         raise ValueError(
-            f"How many tokens {step.name!r} keeps is not known before it has run: {reason}. Pass the `selection` of "
-            "what it kept."
+            f"How many tokens {step.name!r} keeps is not known before it has run: {reason}. Pass a "
+            "`token_budget`, or the `selection` of what it kept."
         )
     return wanted
 

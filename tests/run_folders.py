@@ -28,6 +28,7 @@ def write_run(
     *,
     checkpoint: str = "first",
     data: str = "questions",
+    metric: str = "exact_match",
     categories: Sequence[str | None] | None = None,
     questions: Sequence[str] | None = None,
     shown: int = 0,
@@ -43,13 +44,14 @@ def write_run(
         folder: to write.
         scores: for each reducer and budget one score for each example; the prediction is "yes" where it is above 0.
         checkpoint, data: names; their hashes follow from them.
+        metric: the metric's name.
         categories, questions: of the examples.
         shown: number of examples with pictures.
         unreachable, measurements: of the header.
         flops: of a reducer at a budget.
         tokens_off_by: how far off the budget the tokens are that layers saw, for reducer, budget and example.
     """
-    num_examples = len(next(iter(scores.values())))
+    num_examples = len(next(iter(scores.values()), []))
     categories = categories or [None] * num_examples
     questions = questions or [f"Is this number {index}?" for index in range(num_examples)]
     (folder / "pictures").mkdir(parents=True)
@@ -75,7 +77,7 @@ def write_run(
         "data": data,
         "data_hash": f"hash of {data}",
         "num_examples": num_examples,
-        "metric": "exact_match",
+        "metric": metric,
         "max_new_tokens": 4,
         "settings": settings,
         "unreachable": list(unreachable),

@@ -1,6 +1,5 @@
 """Answers and what they cost, on a tiny model: every line of a run against the model asked one by one."""
 
-import json
 import math
 from fractions import Fraction
 from itertools import product
@@ -18,7 +17,7 @@ from adavtp.evaluation.answering import Scorer, answer, answer_examples, inputs_
 from adavtp.evaluation.asked_settings import AskedSetting, asked_settings, reachable_settings
 from adavtp.evaluation.examples import Example
 from adavtp.evaluation.flops import count_flops
-from adavtp.evaluation.run_results import results
+from adavtp.evaluation.run_results import results, unfinished
 from adavtp.evaluation.runs import Run
 from adavtp.evaluation.settings import Setting
 
@@ -67,6 +66,7 @@ def begun(folder: Path, settings: list[AskedSetting], metric: str = "exact_match
             "settings": [asked.as_dict() for asked in settings],
             "unreachable": [],
             "num_patches": NUM_PATCHES,
+            "num_examples": len(EXAMPLES),
         }
         | fields,
     )
@@ -252,7 +252,7 @@ def test_any_number_of_processes_leaves_the_same_answers(
     assert done > 0
     for rank in range(finished_by):
         process = SimpleNamespace(process_index=rank, num_processes=finished_by)
-        answer_examples(*arguments, _before_others(run), Scorer("exact_match"), **options, process=process)
+        answer_examples(*arguments, run, Scorer("exact_match"), **options, process=process)
     # Nobody answered what another had answered, or was to answer.
     written = [text for path in tmp_path.glob("*.jsonl") for text in path.read_text().splitlines()]
     assert len(written) == len(settings) * len(EXAMPLES)
@@ -261,12 +261,15 @@ def test_any_number_of_processes_leaves_the_same_answers(
     assert run.kept() == whole.kept()
 
 
-def _before_others(run: Run) -> Run:
-    """The run as each of several processes sees it that begin together: what is done is what was merged before."""
-    seen = Run(run.folder, run.header)
-    merged = [json.loads(text) for text in seen.lines.path.read_text().splitlines()]
-    seen.done = lambda: {(line["reducer"], line["budget"], line["index"]) for line in merged}
-    return seen
+def test_settings_that_an_interruption_left_unfinished_are_named_and_left_out(
+    model: Any, settings: list[AskedSetting], tmp_path: Path
+) -> None:
+    answered(model, tmp_path, settings[:2])
+    run = begun(tmp_path, settings)
+    run.lines.append([{"reducer": settings[2].reducer, "budget": settings[2].budget, "index": 0}])
+    assert [(row.reducer, row.budget) for row in results(run)] == [asked.key for asked in settings[:2]]
+    missing = [(asked["reducer"], asked["budget"], number) for asked, number in unfinished(run)]
+    assert missing == [(*settings[2].key, 1), *[(*asked.key, 0) for asked in settings[3:]]]
 
 
 def test_pictures_and_kept_patches_of_the_first_examples(

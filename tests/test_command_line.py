@@ -140,3 +140,9 @@ def test_gallery_draws_chosen_reducers(tmp_path: Path) -> None:
     result = run("gallery", "--reducer", "tome", "--reducer", "grid,fastv", "--output", tmp_path / "new" / "all.png")
     assert result.exit_code == 0, result.output
     assert min(Image.open(tmp_path / "new" / "all.png").size) > 200
+
+
+@pytest.mark.parametrize("command", ["demo --checkpoint", "evaluate", "measure", "compare"])
+def test_a_checkpoint_that_is_not_there_is_refused_without_a_traceback(command: str, tmp_path: Path) -> None:
+    result = run(*command.split(), tmp_path / "nowhere")
+    assert result.exit_code == 2 and "nowhere" in result.output and "Traceback" not in result.output

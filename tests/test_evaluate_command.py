@@ -4,9 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -14,6 +11,7 @@ from typing import Any
 
 import pytest
 import typer
+from forked_processes import Forks, as_launched
 from PIL import Image
 from typer.testing import CliRunner, Result
 
@@ -24,12 +22,13 @@ from adavtp.evaluation.runs import Run
 ASKED = ["--budgets", "0.1", "230/576", "576", "--reducers", "full", "prumerge", "fastv:layer=1", "adaptive"]
 SIZES = ["--questions", "24", "--batch-size", "4", "--max-new-tokens", "4"]
 
-SCRIPT = """
-import typer
-from adavtp.evaluate_command import ManyValues, evaluate
-app = typer.Typer()
-app.command(cls=ManyValues)(evaluate)
-app()
+# Of the command, what it imports as it goes along.
+IMPORTS = """
+import evaluate
+from sklearn import datasets
+from adavtp.command_line import app
+from adavtp.evaluation import answering, run_results
+from adavtp.trainer import digit_scenes
 """
 
 
@@ -201,19 +200,18 @@ def test_a_benchmark_s_files_are_evaluated_with_its_metric(tmp_path: Path) -> No
     for line, label in zip(finished.answers(), labels, strict=True):
         says_no = bool({"No", "no", "not"} & set(line["prediction"].split()))
         assert line["score"] == float(says_no == (label["label"] == "no"))
+    said_yes = [not {"No", "no", "not"} & set(line["prediction"].split()) for line in finished.answers()]
+    right = sum(said and label["label"] == "yes" for said, label in zip(said_yes, labels, strict=True))
+    (row,) = finished.header["figures"]
+    assert row["figures"]["yes_ratio"] == sum(said_yes) / 4 and row["figures"]["recall"] == right / 2
     (measured,) = finished.header["measurements"]
     assert measured["reducer"] == "full" and measured["time_to_first_token_ms"] > 0
 
 
-def started(folder: Path, script: Path) -> subprocess.Popen:
-    """The command, by two processes."""
-    script.write_text(SCRIPT)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [*launcher, *ASKED, *SIZES, "--output", str(folder)]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+def test_where_nothing_can_be_measured_that_is_an_error(tmp_path: Path) -> None:
+    result = run("--budgets", "0.1", "--reducers", "fastv:layer=1", "--questions", "6", "--output", tmp_path / "run")
+    assert result.exit_code == 2 and "cannot go below" in " ".join(result.output.split())
+    assert not (tmp_path / "run").exists()
 
 
 def lines_of_processes(folder: Path) -> Iterator[int]:
@@ -221,23 +219,25 @@ def lines_of_processes(folder: Path) -> Iterator[int]:
 
 
 def test_two_processes_killed_and_begun_again_leave_the_same_file_as_one(whole: Run, tmp_path: Path) -> None:
-    folder, script = tmp_path / "two", tmp_path / "begin.py"
-    process = started(folder, script)
-    while process.poll() is None and (
-        sum(lines_of_processes(folder)) < 24 or len(list(lines_of_processes(folder))) < 2
-    ):
-        time.sleep(0.005)
-    assert process.poll() is None, process.stdout.read()
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert 24 <= sum(lines_of_processes(folder)) < len(untimed(whole.folder))
-    assert len(list(lines_of_processes(folder))) == 2
-    shutil.copytree(folder, tmp_path / "one")
+    folder, printed = tmp_path / "two", tmp_path / "printed"
+    command = ["adavtp", "evaluate", *ASKED, *SIZES, "--output", str(folder)]
+    with Forks(IMPORTS, "app()") as forks:
+        processes = forks.begin(command, printed, as_launched(2))
+        while sum(lines_of_processes(folder)) < 24 or len(list(lines_of_processes(folder))) < 2:
+            assert not forks.are_over(0.005), printed.read_text()
+        for process in processes:
+            os.kill(process, signal.SIGKILL)
+        assert forks.exit_codes() == [-signal.SIGKILL] * 2
+        assert 24 <= sum(lines_of_processes(folder)) < len(untimed(whole.folder))
+        assert len(list(lines_of_processes(folder))) == 2
+        shutil.copytree(folder, tmp_path / "one")
+        printed.unlink()
 
-    output, _ = started(folder, script).communicate(timeout=300)
-    assert untimed(folder) == untimed(whole.folder), output
+        forks.begin(command, printed, as_launched(2))
+        assert forks.exit_codes() == [0, 0], printed.read_text()
+    assert untimed(folder) == untimed(whole.folder)
     assert not list(lines_of_processes(folder))
-    assert output.count("95% CI") == 1
+    assert printed.read_text().count("95% CI") == 1
 
     result = run(*ASKED, *SIZES, "--output", tmp_path / "one")
     assert result.exit_code == 0, result.output

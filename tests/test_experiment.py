@@ -29,6 +29,7 @@ parts:
     asks: Which head?
     against: dot head
     questions: 12
+    controls: [grid]
     fresh_controller: true
     stage:
       kind: conversations
@@ -70,7 +71,7 @@ def test_a_report_s_scores_are_those_of_its_run(carried_out: Path) -> None:
     numbers = json.loads((carried_out / "reports" / "heads" / "report.json").read_text())
     answers = Run.open(carried_out / "work" / "adavtp-digits" / "heads" / "run").answers()
     (checkpoint,) = numbers["checkpoints"]
-    assert {row["reducer"] for row in checkpoint["settings"]} == {"dot head", "patch head"}
+    assert {row["reducer"] for row in checkpoint["settings"]} == {"dot head", "patch head", "grid"}
     for row in checkpoint["settings"]:
         own = [
             line["score"]
@@ -78,6 +79,27 @@ def test_a_report_s_scores_are_those_of_its_run(carried_out: Path) -> None:
             if (line["reducer"], line["num_keep"]) == (row["reducer"], row["num_keep"])
         ]
         assert len(own) == 12 and row["score"] == pytest.approx(sum(own) / 12)
+
+
+def test_controls_are_those_of_the_checkpoint_as_it_is(carried_out: Path) -> None:
+    heads = carried_out / "work" / "adavtp-digits" / "heads"
+    joined = [line["prediction"] for line in Run.open(heads / "run").answers() if line["reducer"] == "grid"]
+    output = carried_out / "grid"
+    result = run(
+        "evaluate",
+        reference_checkpoint(),
+        "--budgets",
+        "58/576",
+        "230/576",
+        "--reducers",
+        "grid",
+        "--questions",
+        12,
+        "--output",
+        output,
+    )
+    assert result.exit_code == 0, result.output
+    assert joined == [line["prediction"] for line in Run.open(output).answers()]
 
 
 def test_a_variant_is_what_it_says(carried_out: Path) -> None:
@@ -171,6 +193,21 @@ def test_another_checkpoint_under_the_same_name_is_refused(carried_out: Path, tm
     options = ("--checkpoint", other, "--output", tmp_path / "reports", "--work", carried_out / "work")
     result = run("experiment", carried_out / "small.yaml", *options)
     assert result.exit_code == 2 and "another checkpoint" in " ".join(result.output.split())
+
+
+def test_two_checkpoints_of_one_name_are_refused(tmp_path: Path) -> None:
+    other = shutil.copytree(reference_checkpoint(), tmp_path / "adavtp-digits")
+    result = run("experiment", "1", "--checkpoints", reference_checkpoint(), other, "--output", tmp_path / "reports")
+    assert result.exit_code == 2 and "last names" in " ".join(result.output.split())
+
+
+def test_a_variant_that_was_trained_otherwise_is_refused(carried_out: Path, tmp_path: Path) -> None:
+    changed = (carried_out / "small.yaml").read_text().replace("controller_head: dot", "controller_head: patch")
+    (tmp_path / "small.yaml").write_text(changed)
+    options = ("--output", tmp_path / "reports", "--work", carried_out / "work", "--part", "heads")
+    result = run("experiment", tmp_path / "small.yaml", *options)
+    said = " ".join(result.output.split())
+    assert result.exit_code == 2 and "trained with other settings" in said and "'controller_head': 'dot'" in said
 
 
 def test_an_experiment_or_a_part_that_is_not_there_is_refused(tmp_path: Path) -> None:

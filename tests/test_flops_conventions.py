@@ -157,6 +157,20 @@ def test_the_command_reads_a_folder_with_nothing_but_a_configuration(tmp_path: P
     assert {key: printed[key] for key in expected} == expected
 
 
+@pytest.mark.parametrize(("typed", "tokens"), [("115/576", 115), ("345/576", 345), ("0.2", 115), ("230", 230)])
+def test_the_command_takes_fractions_counts_and_exact_fractions(typed: str, tokens: int) -> None:
+    code, output = run("--preset", "llava-1.5-7b", "--budget", typed, "--reducer", "grid", "--json")
+    assert code == 0
+    assert json.loads(output)["mean_visual_tokens"] == tokens
+
+
+def test_an_exact_fraction_keeps_the_same_share_of_other_images() -> None:
+    shape = ("--preset", "llava-1.5-7b", "--visual-tokens", "144", "--reducer", "grid")
+    assert json.loads(run(*shape, "--budget", "230/576", "--json")[1])["mean_visual_tokens"] == 57
+    code, output = run(*shape, "--budget", "577/576", "--json")
+    assert code == 2 and "577/576" in output
+
+
 def test_the_command_prints_published_figures() -> None:
     code, output = run("--published", "--json")
     assert code == 0

@@ -31,9 +31,10 @@ def test_the_folder_has_at_most_ten_megabytes_and_no_pickles() -> None:
     assert not {path.suffix for path in files} & {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 
 
-def test_the_folders_code_is_the_packages_code() -> None:
+@pytest.mark.parametrize("folder", [FOLDER, FOLDER.parent / "adavtp-digits-seed-1"], ids=lambda folder: folder.name)
+def test_the_folders_code_is_the_packages_code(folder: Path) -> None:
     for name, text in code_files(Path(modeling_adavtp.__file__)).items():
-        assert (FOLDER / name).read_text() == text, f"{name} is out of date: run `adavtp export` on the folder"
+        assert (folder / name).read_text() == text, f"{name} is out of date: run `adavtp export` on the folder"
 
 
 def test_the_card_shows_the_accuracies_of_the_evaluation_file() -> None:

@@ -11,7 +11,7 @@ import typer
 from run_folders import FULL_FLOPS, measurement, write_run
 from typer.testing import CliRunner
 
-from adavtp.evaluation.report import report_markdown, unit_of
+from adavtp.evaluation.report import compared_checkpoints, report_markdown, unit_of
 from adavtp.evaluation.report_curves import save_curves
 from adavtp.evaluation.report_findings import Finding, findings, findings_over_checkpoints
 from adavtp.evaluation.report_numbers import join_runs, report_numbers
@@ -176,7 +176,7 @@ def test_without_a_common_range_there_is_no_area(tmp_path: Path) -> None:
 
 def test_scores_that_are_no_shares_are_written_as_they_are(tmp_path: Path) -> None:
     scores = {("adaptive", 0.5): [0.5, 2.25, 1.0, 3.25], ("random", 0.5): [0.5, 1.0, 1.0, 1.0]}
-    numbers = numbers_of(write_run(tmp_path / "run", scores))
+    numbers = numbers_of(write_run(tmp_path / "run", scores, metric="cider"))
     row = setting(numbers["checkpoints"][0], "adaptive", 8)
     assert not numbers["checkpoints"][0]["is_share"]
     assert row["low"] < row["score"] == 1.75 < row["high"]
@@ -436,7 +436,7 @@ def test_the_tables_have_the_numbers(numbers: dict[str, Any], checkpoint: dict[s
         "| `adaptive` | 0.25 | 90.0" in text and "| 20.0 (18.0 to 22.0) | 50.0 (45.0 to 55.0) | 25.0 | 3.30 |" in text
     )
     assert "adavtp evaluate first --data questions" in text and "adavtp report RUN" in text
-    assert "the evaluation added 3.0% to the time that the model needed" in text
+    assert "answering took 3.0% more time than `generate` alone" in text
     assert "x86_64, 1 threads" in text and "torch 2.13.0" in text and "hash of questions" in text
 
 
@@ -508,3 +508,37 @@ def test_the_command_says_why_it_refuses(tmp_path: Path, folder: Path) -> None:
     assert not (tmp_path / "out").exists()
     done = run_command(tmp_path, "--output", tmp_path / "out")
     assert done.exit_code == 2 and "run.json" in done.output
+
+
+def test_checkpoints_scored_by_different_metrics_are_not_compared(tmp_path: Path) -> None:
+    scores = {("adaptive", 0.5): [1.0, 0.0, 1.0, 1.0], ("random", 0.5): [0.0, 0.0, 1.0, 1.0]}
+    runs = [
+        write_run(tmp_path / name, scores, checkpoint=name, metric=metric)
+        for name, metric in (("first", "exact_match"), ("second", "exact_match"), ("third", "anls"))
+    ]
+    numbers = numbers_of(*runs)
+    (over,) = numbers["over_checkpoints"]
+    assert [one["checkpoint"] for one in compared_checkpoints(numbers, over)] == ["first", "second"]
+    assert "each of the 3" not in report_markdown(numbers)
+
+
+def test_a_run_in_which_nothing_could_be_measured_is_refused(tmp_path: Path) -> None:
+    entry = {"reducer": "fastv", "budget": 0.1, "reason": "out of reach"}
+    with pytest.raises(ValueError, match="run has no setting that could be measured"):
+        numbers_of(write_run(tmp_path / "run", {}, unreachable=[entry]))
+
+
+def test_other_figures_of_a_metric_have_a_table_of_their_own(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", {("full", 1.0): [1.0, 0.0]}, metric="pope")
+    header = json.loads((folder / "run.json").read_text())
+    figures = {"pope": 0.5, "f1": 0.625, "yes_ratio": 0.25}
+    row = {
+        "reducer": "full",
+        "budget": 1.0,
+        "figures": figures,
+        "by_category": {"random": {"pope": 0.75, "f1": 0.875}},
+    }
+    (folder / "run.json").write_text(json.dumps(header | {"figures": [row]}))
+    page = report_markdown(numbers_of(folder))
+    assert "| reducer | budget | pope | f1 | yes_ratio |" in page and "| `full` | 1 | 0.5 | 0.625 | 0.25 |" in page
+    assert "Figures of pope, random" in page and "| `full` | 1 | 0.75 | 0.875 |" in page

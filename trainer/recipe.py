@@ -170,12 +170,15 @@ def run_recipe(recipe: Recipe, output_dir: str | Path) -> Path:
         The folder of the last stage's checkpoint, with model and processor.
 
     Raises:
-        ValueError: if stages are finished in the folder that are not the recipe's first.
+        ValueError: if stages are finished in the folder that are not the recipe's first, or were trained from another
+            model, with another seed or other settings.
     """
     output_dir = Path(output_dir)
     done = [stage for stage in recipe.stages if (output_dir / stage.name / FINISHED).is_file()]
     if recipe.stages[: len(done)] != done:
         raise ValueError(f"`output_dir` {output_dir} has stages finished that are not the recipe's first; empty it.")
+    for stage in done:
+        _require_same(recipe, stage, output_dir / stage.name)
     if len(done) == len(recipe.stages):
         return output_dir / done[-1].name
     set_seed(recipe.seed)
@@ -193,8 +196,25 @@ def run_recipe(recipe: Recipe, output_dir: str | Path) -> Path:
         log = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
         (folder / "training_log.json").write_text(json.dumps({"stage": stage.__dict__, "log": log}, indent=1))
         # Written last: a folder without it is not a finished stage.
-        (folder / FINISHED).write_text(json.dumps({"steps": trainer.state.global_step}))
+        (folder / FINISHED).write_text(json.dumps({"steps": trainer.state.global_step} | _settings(recipe, stage)))
     return output_dir / recipe.stages[-1].name
+
+
+def _settings(recipe: Recipe, stage: Stage) -> dict[str, Any]:
+    """What a stage's weights depend on, besides the stages before it, as JSON knows it."""
+    return json.loads(json.dumps({"model": recipe.model, "seed": recipe.seed, "stage": stage.__dict__}))
+
+
+def _require_same(recipe: Recipe, stage: Stage, folder: Path) -> None:
+    """That a finished stage is the recipe's, and not one of the same name from before the recipe was changed."""
+    finished, asked = json.loads((folder / FINISHED).read_text()), _settings(recipe, stage)
+    finished = {**finished, **finished.get("stage", {})}
+    asked = {**asked, **asked["stage"]}
+    # Folders from before settings were written down have only the number of steps.
+    differing = [name for name in asked if name in finished and name != "stage" and finished[name] != asked[name]]
+    if differing:
+        shown = "; ".join(f"`{name}` was {finished[name]} and is {asked[name]}" for name in differing)
+        raise ValueError(f"{folder} is finished and was trained with other settings: {shown}. Choose another folder.")
 
 
 def _last_whole_checkpoint(folder: Path) -> str | None:

@@ -1,0 +1,68 @@
+"""Everything that a metric says of a run: F1 beside POPE's accuracy, MME's score, unreadable answers.
+
+A run's answers have a score each, and its tables the mean of them. Papers often cite another figure of the same
+metric, which only all answers together have; where examples have categories, also the figures of each.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .examples import Example
+from .metric_modules import load_metric
+from .run_results import answers_of_settings
+from .runs import Run
+
+
+def metric_figures(run: Run, examples: Sequence[Example]) -> list[dict[str, Any]]:
+    """
+    The figures of a run's metric.
+
+    Args:
+        run: finished.
+        examples: all of its examples.
+
+    Returns:
+        For each setting that has answered all examples `reducer`, `budget` and `figures`, by their names in the
+        metric; `by_category`, the figures of each category where there are several; and in place of these, where the
+        metric cannot be worked out, `reason`. Nothing, where the metric has only the mean of the scores.
+    """
+    metric = run.header["metric"]
+    rows = []
+    for (reducer, budget), lines in answers_of_settings(run).items():
+        if len(lines) < run.header["num_examples"]:
+            continue
+        row = {"reducer": reducer, "budget": budget}
+        try:
+            row["figures"] = _figures(metric, lines, examples)
+            if set(row["figures"]) == {metric}:
+                return []
+            row["by_category"] = _by_category(metric, lines, examples)
+        except ValueError as error:
+            row["reason"] = str(error)
+        rows.append(row)
+    return rows
+
+
+def _figures(metric: str, lines: Sequence[Mapping[str, Any]], examples: Sequence[Example]) -> dict[str, float]:
+    module = load_metric(metric)
+    own = [examples[line["index"]] for line in lines]
+    columns = {
+        "predictions": [line["prediction"] for line in lines],
+        "references": [example.answers for example in own],
+        "choices": [example.choices for example in own],
+        # The two questions that MME asks about an image have its name as their id.
+        "images": [example.id for example in own],
+        "categories": [example.category for example in own],
+    }
+    figures = module.compute(**{name: column for name, column in columns.items() if name in module.features})
+    return {name: float(figure) for name, figure in figures.items()}
+
+
+def _by_category(
+    metric: str, lines: Sequence[Mapping[str, Any]], examples: Sequence[Example]
+) -> dict[str, dict[str, float]]:
+    categories = sorted({line["category"] for line in lines if line["category"] is not None})
+    if len(categories) < 2:
+        return {}
+    of_category = {name: [line for line in lines if line["category"] == name] for name in categories}
+    return {name: _figures(metric, own, examples) for name, own in of_category.items()}

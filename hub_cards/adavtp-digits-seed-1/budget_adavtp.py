@@ -1,0 +1,141 @@
+"""What a token budget is: from what a caller writes to the number of visual tokens that are kept.
+
+A budget is said in two ways. A float b in [0, 1] is a fraction of an image's N visual tokens and keeps
+K = max(1, floor(b * N)) of them; an int K >= 2 is a number of tokens, and a K of N or more keeps all. K is computed
+once, exactly, and travels as int64: a float product is off by one (0.29 * 100 = 28.999...), a bfloat16 one more so.
+"""
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import torch
+from torch import nn
+
+TokenBudget = float | int | Sequence[float] | Sequence[int] | torch.Tensor
+
+
+def _shortest_decimal(value: float, dtype: torch.dtype) -> Fraction:
+    """The number as it was written: the shortest decimal that `dtype` rounds to `value` (0.6 for bfloat16 0.6016)."""
+    for digits in range(1, 18):
+        decimal = f"{value:.{digits}g}"
+        if torch.tensor(float(decimal), dtype=dtype).item() == value:
+            return Fraction(decimal)
+    return Fraction(value)
+
+
+def _num_keep_of_ratio(ratio: float, num_tokens: int, dtype: torch.dtype) -> int:
+    if math.isnan(ratio) or not 0.0 <= ratio <= 1.0:
+        raise ValueError(
+            f"`token_budget` has the value {ratio}; as a float it is the fraction of visual tokens that are kept, "
+            "from 0.0 to 1.0. For a number of tokens pass an int >= 2."
+        )
+    return max(1, math.floor(_shortest_decimal(ratio, dtype) * num_tokens))
+
+
+def _num_keep_of_count(count: int, num_tokens: int) -> int:
+    if count < 2:
+        hint = " The int 1 could mean one token or everything: write 1.0 for all tokens, 0.0 for one." * (count == 1)
+        raise ValueError(f"`token_budget` has the value {count}; as an int it is a number of tokens, 2 or more.{hint}")
+    return min(count, num_tokens)
+
+
+def budget_values(token_budget: TokenBudget, batch_size: int) -> torch.Tensor:
+    """
+    Writes a budget as one value per sample.
+
+    Args:
+        token_budget: one budget for all samples, or a list, tuple or 1-D tensor with one per sample.
+        batch_size: number of samples.
+
+    Returns:
+        `torch.Tensor` `[batch]` on the CPU: ratios in the dtype that they came in (float64 for Python floats), or
+        int64 counts.
+
+    Raises:
+        ValueError: for another type, booleans, a mixture of ratios and counts, or another number of values.
+    """
+    if isinstance(token_budget, torch.Tensor):
+        values = token_budget.detach().cpu()
+    elif isinstance(token_budget, Sequence) and not isinstance(token_budget, str):
+        if len({type(value) for value in token_budget}) > 1:
+            raise ValueError(f"`token_budget` is {token_budget!r}; its values must be all floats or all ints.")
+        _require_number(token_budget[0] if token_budget else None, token_budget)
+        values = torch.tensor(token_budget, dtype=torch.float64 if isinstance(token_budget[0], float) else torch.int64)
+    else:
+        _require_number(token_budget, token_budget)
+        values = torch.tensor(token_budget, dtype=torch.float64 if isinstance(token_budget, float) else torch.int64)
+    if values.dtype == torch.bool or values.is_complex():
+        raise ValueError(f"`token_budget` is a tensor of {values.dtype}; floats in [0, 1] or ints >= 2 are allowed.")
+    if values.dim() == 0:
+        values = values.expand(batch_size)
+    if values.dim() != 1 or len(values) != batch_size:
+        raise ValueError(
+            f"`token_budget` has shape {tuple(values.shape)} for a batch of {batch_size}; pass one value, or one per "
+            "sample."
+        )
+    return values if values.is_floating_point() else values.long()
+
+
+def _require_number(value: object, token_budget: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(
+            f"`token_budget` is {token_budget!r}; allowed are a float in [0, 1], an int >= 2, or a list, tuple or "
+            "tensor of these with one value per sample."
+        )
+
+
+def num_tokens_to_keep(token_budget: TokenBudget, num_tokens: int, batch_size: int) -> torch.Tensor:
+    """
+    Number of visual tokens K that a budget keeps of each image with `num_tokens` of them.
+
+    Args:
+        token_budget: float in [0, 1] (a fraction), int >= 2 (a count), or one of these per sample.
+        num_tokens: visual tokens of an image before reduction, N.
+        batch_size: number of samples.
+
+    Returns:
+        `torch.LongTensor` `[batch]`, values in [1, num_tokens], on the CPU.
+
+    Raises:
+        ValueError: for NaN, a float outside [0, 1], an int below 2, a boolean, a string, or a wrong number of values;
+            the message names the value and what is allowed.
+    """
+    values = budget_values(token_budget, batch_size)
+    if values.is_floating_point():
+        keep = [_num_keep_of_ratio(value, num_tokens, values.dtype) for value in values.tolist()]
+    else:
+        keep = [_num_keep_of_count(value, num_tokens) for value in values.tolist()]
+    return torch.tensor(keep, dtype=torch.int64)
+
+
+class BudgetEmbedding(nn.Module):
+    """
+    A budget as a vector: sinusoids of 2 * pi * b over geometrically spaced frequencies, then an MLP.
+
+    The frequencies are 10000^(-i / num_frequencies), as in AdaLLaVA's latency encoding (arXiv 2503.10905).
+
+    Args:
+        hidden_size: width of the result.
+        num_frequencies: number of frequencies; the encoding has a sine and a cosine of each.
+    """
+
+    def __init__(self, hidden_size: int, num_frequencies: int = 128) -> None:
+        super().__init__()
+        self.num_frequencies = num_frequencies
+        self.linear_1 = nn.Linear(2 * num_frequencies, hidden_size)
+        self.act = nn.GELU()
+        self.linear_2 = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, budget: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            budget: `[batch]`, the kept fraction K / N in [0, 1].
+
+        Returns:
+            `[batch, hidden_size]` in the dtype of the weights.
+        """
+        exponent = torch.arange(self.num_frequencies, device=budget.device, dtype=torch.float32) / self.num_frequencies
+        angles = 2 * math.pi * budget.float()[:, None] * 10000.0**-exponent
+        sinusoids = torch.cat([angles.sin(), angles.cos()], dim=-1)
+        return self.linear_2(self.act(self.linear_1(sinusoids.to(self.linear_1.weight.dtype))))

@@ -1,0 +1,180 @@
+"""Loading that does not go on with half a model.
+
+`from_pretrained` of transformers only prints a report where weights are missing and gives them random values. For a
+model that starts from LLaVA that is right for the parts that LLaVA does not have. Anywhere else it means a broken file
+or the wrong one, and the model would answer nonsense, so here it is an error.
+"""
+
+import json
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
+from typing import Any, Self
+
+from transformers import PreTrainedConfig
+from transformers.utils import find_adapter_config_file
+
+READABLE_MODEL_TYPES = ("adavtp", "llava")
+TRAINED_TOGETHER = "budget_token and controller"
+
+_SHOWN = 5
+
+
+class CompleteLoadingMixin:
+    """Gives a model class a `from_pretrained` that loads everything or says what is wrong."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | PathLike[str] | None,
+        *model_args: Any,
+        config: PreTrainedConfig | str | PathLike[str] | None = None,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Self | tuple[Self, dict[str, Any]]:
+        """
+        Loads a model from a folder or the Hub. See [`PreTrainedModel.from_pretrained`] for all arguments.
+
+        From a LLaVA checkpoint, which has neither budget token nor controller, those start from random values. Weights
+        are read from safetensors files; pass `use_safetensors=False` for a checkpoint that has only pickles.
+
+        Args:
+            ignore_mismatched_sizes: give weights of another shape random values.
+            output_loading_info: return a dictionary of missing, unexpected and mismatched keys as well.
+
+        Returns:
+            The model in evaluation mode, or model and dictionary.
+
+        Raises:
+            ValueError: if the checkpoint is of another kind of model, lacks weights that a LLaVA has, has only a part
+                of the weights of a new module or more than the configuration asks for, or has weights of another
+                shape; the message names them.
+            OSError: if there is no configuration, there are no weights, or a weight file is cut off.
+        """
+        if not isinstance(config, PreTrainedConfig):
+            _check_configuration(cls.config_class, config or pretrained_model_name_or_path, kwargs)
+        kwargs.setdefault("use_safetensors", True)
+        try:
+            # Left to transformers, weights of another shape are an error that does not say which they are.
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path,
+                *model_args,
+                config=config,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **kwargs,
+            )
+        except Exception as error:
+            damage = _damaged_file(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
+            if damage is not None:
+                raise OSError(damage) from error
+            raise
+        if not ignore_mismatched_sizes:
+            _check_shapes(info["mismatched_keys"], pretrained_model_name_or_path)
+        parameters = {name for name, _ in model.named_parameters()}
+        _check_nothing_is_lost(set(info["missing_keys"]), parameters, pretrained_model_name_or_path)
+        _check_nothing_is_left(info["unexpected_keys"], pretrained_model_name_or_path)
+        return (model, info) if output_loading_info else model
+
+
+def new_module_of(name: str) -> str | None:
+    """
+    Which new module, beyond LLaVA's, a parameter belongs to.
+
+    Args:
+        name: a parameter's name in an AdaVTP model, with or without a head.
+
+    Returns:
+        `TRAINED_TOGETHER` for budget token and controller, `"reducers.<name>"`, or `None` for a parameter
+        that LLaVA has.
+    """
+    parts = name.removeprefix("model.").split(".")
+    if parts[0] in ("budget_token", "controller"):
+        return TRAINED_TOGETHER
+    return ".".join(parts[:2]) if parts[0] == "reducers" else None
+
+
+def _check_configuration(
+    config_class: type[PreTrainedConfig], source: str | PathLike[str] | None, kwargs: dict[str, Any]
+) -> None:
+    # Where there is no file, transformers would build LLaVA-1.5-7B, its default, with random weights.
+    hub_kwargs = {key: value for key, value in kwargs.items() if key not in ("trust_remote_code", "model_type")}
+    fields = {} if source is None else config_class.get_config_dict(source, **hub_kwargs)[0]
+    if not fields and find_adapter_config_file(source, subfolder=kwargs.get("subfolder", "")):
+        return  # A PEFT adapter says itself which checkpoint it belongs to, and that one is loaded.
+    if not fields:
+        raise OSError(f"There is no config.json in {str(source)!r}; a checkpoint needs one beside its weights.")
+    if fields.get("model_type") not in READABLE_MODEL_TYPES:
+        raise ValueError(
+            f"`model_type` is {fields.get('model_type')!r} in the configuration of {str(source)!r}; allowed are "
+            f"{' and '.join(map(repr, READABLE_MODEL_TYPES))}."
+        )
+
+
+def _check_shapes(mismatched: Iterable[tuple[str, Any, Any]], source: str | PathLike[str] | None) -> None:
+    if wrong := [f"`{name}` has {tuple(is_)}, expected {tuple(should)}" for name, is_, should in sorted(mismatched)]:
+        raise ValueError(
+            f"The weights in {str(source)!r} do not have the shapes that the configuration asks for: "
+            f"{_first(wrong, '; ')}. Correct the configuration, or pass `ignore_mismatched_sizes=True` to give these "
+            "weights random values."
+        )
+
+
+def _check_nothing_is_lost(missing: set[str], parameters: set[str], source: str | PathLike[str] | None) -> None:
+    lost = {name for name in missing if new_module_of(name) is None}
+    if lost:
+        raise ValueError(
+            f"{len(lost)} weight(s) that every LLaVA checkpoint has are missing in {str(source)!r}: "
+            f"{_first(sorted(lost))}. Expected are all of them, under these names or LLaVA's; get the complete "
+            "checkpoint."
+        )
+    for module in sorted({str(new_module_of(name)) for name in missing}):
+        there = {name for name in parameters - missing if new_module_of(name) == module}
+        absent = {name for name in missing if new_module_of(name) == module}
+        if there:
+            raise ValueError(
+                f"{len(absent)} of the {len(there) + len(absent)} weight(s) of {module} are missing in "
+                f"{str(source)!r}: {_first(sorted(absent))}. Expected are all (an AdaVTP checkpoint) or none of them "
+                "(a LLaVA checkpoint); load with the configuration that the checkpoint was trained with."
+            )
+
+
+def _check_nothing_is_left(unexpected: Iterable[str], source: str | PathLike[str] | None) -> None:
+    """Weights of a reducer may stay behind, since another can be chosen; a controller without some is another one."""
+    left = sorted(name for name in unexpected if new_module_of(name) == TRAINED_TOGETHER)
+    if left:
+        raise ValueError(
+            f"{str(source)!r} has {len(left)} weight(s) of {TRAINED_TOGETHER} that the configuration has no place for"
+            f": {_first(left)}. Expected are exactly those that it asks for; load with the configuration that the "
+            "checkpoint was trained with."
+        )
+
+
+def _first(items: list[str], separator: str = ", ") -> str:
+    return separator.join(items[:_SHOWN]) + (f"{separator}and {len(items) - _SHOWN} more" * (len(items) > _SHOWN))
+
+
+def _damaged_file(source: str | PathLike[str] | None, subfolder: str) -> str | None:
+    """What is wrong with the first safetensors file of a local folder that is not whole, or `None`."""
+    if source is None or not Path(source).is_dir():
+        return None
+    for path in sorted(Path(source, subfolder).glob("*.safetensors")):
+        expected, size = _safetensors_size(path), path.stat().st_size
+        if expected is None:
+            return f"{str(path)!r} has {size} bytes and no readable safetensors header; copy or download it again."
+        if size != expected:
+            return f"{str(path)!r} has {size} bytes, expected {expected}; it was cut off, copy or download it again."
+    return None
+
+
+def _safetensors_size(path: Path) -> int | None:
+    """The size in bytes that a file's header promises; `None` if the header itself is not whole."""
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        header = file.read(min(header_size, path.stat().st_size))
+    try:
+        tensors = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+        return 8 + header_size + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+    except (ValueError, AttributeError, KeyError, TypeError):
+        return None
