@@ -327,7 +327,7 @@ def line(setting: AskedSetting, index: int, score: float, **fields: Any) -> dict
 
 def test_results_are_means_with_wilson_s_interval(tmp_path: Path, settings: list[AskedSetting]) -> None:
     unreachable = [{"reducer": "fastv", "budget": 0.1, "reason": "too low"}]
-    run = begun(tmp_path, settings[:2], unreachable=unreachable)
+    run = begun(tmp_path, settings[:2], unreachable=unreachable, num_examples=4)
     run.lines.append([line(settings[0], index, float(index < 3)) for index in range(4)])
     run.lines.append([line(settings[1], index, 1.0) for index in range(4)])
     first, second, refused = results(run)
@@ -345,7 +345,7 @@ def test_results_are_means_with_wilson_s_interval(tmp_path: Path, settings: list
 
 
 def test_scores_between_right_and_wrong_get_a_bootstrap_interval(tmp_path: Path, settings: list[AskedSetting]) -> None:
-    run = begun(tmp_path, settings[:1])
+    run = begun(tmp_path, settings[:1], num_examples=100)
     scores = [0.3] * 50 + [0.9] * 50
     run.lines.append([line(settings[0], index, score) for index, score in enumerate(scores)])
     (only,) = results(run)
