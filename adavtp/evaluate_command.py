@@ -153,7 +153,7 @@ def budget_of(text: str) -> float | int | Fraction:
 
 def budget_for(text: str, num_patches: int) -> float | int:
     """The budget that a text means for images of `num_patches` visual tokens, of exact fractions their number."""
-    from .evaluation.asked_settings import exact_budget, num_keep_of
+    from .evaluation.settings import exact_budget, num_keep_of
 
     budget = budget_of(text)
     return exact_budget(budget, num_keep_of(budget, num_patches))

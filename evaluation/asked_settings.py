@@ -12,10 +12,9 @@ from typing import Any
 import torch
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
-from ..modeling.budget_adavtp import num_tokens_to_keep
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration, ReducerSpec
 from .comparison import reason_not_to_measure
-from .settings import FULL, FULL_BUDGET, Setting, reducer_label
+from .settings import FULL, FULL_BUDGET, Setting, exact_budget, num_keep_of, reducer_label
 
 
 @dataclass(frozen=True)
@@ -78,29 +77,8 @@ def asked_settings(
     return settings
 
 
-def num_keep_of(budget: float | int | Fraction, num_patches: int) -> int:
-    """
-    The number of an image's patches that a budget keeps.
-
-    Raises:
-        ValueError: if it is no budget.
-    """
-    if not isinstance(budget, Fraction):
-        return int(num_tokens_to_keep(budget, num_patches, 1))
-    if not 0 <= budget <= 1:
-        raise ValueError(f"`budgets` has {budget}; as a fraction it is the share of visual tokens kept, from 0 to 1.")
-    return max(1, int(budget * num_patches))
-
-
 def _as_number(budget: float | int | Fraction) -> float | int:
     return float(budget) if isinstance(budget, Fraction) else budget
-
-
-def exact_budget(budget: float | int | Fraction, count: int) -> float | int:
-    """What the model is asked: of a fraction, the count that it means, for a float beside it may mean one less."""
-    if not isinstance(budget, Fraction):
-        return budget
-    return count if count >= 2 else 0.0
 
 
 def reachable_settings(

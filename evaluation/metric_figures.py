@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .examples import Example
-from .metric_modules import load_metric
+from .metric_modules import CITED_BY_OTHER_FIGURES, load_metric
 from .run_results import answers_of_settings
 from .runs import Run
 
@@ -24,18 +24,17 @@ def metric_figures(run: Run, examples: Sequence[Example]) -> list[dict[str, Any]
     Returns:
         For each setting that has answered all examples `reducer`, `budget` and `figures`, by their names in the
         metric; `by_category`, the figures of each category where there are several; and in place of these, where the
-        metric cannot be worked out, `reason`. Nothing, where the metric has only the mean of the scores.
+        metric cannot be worked out, `reason`. Nothing for metrics that are cited by the mean of their scores.
     """
-    metric = run.header["metric"]
-    rows = []
+    metric, rows = run.header["metric"], []
+    if metric not in CITED_BY_OTHER_FIGURES:
+        return []
     for (reducer, budget), lines in answers_of_settings(run).items():
         if len(lines) < run.header["num_examples"]:
             continue
         row = {"reducer": reducer, "budget": budget}
         try:
             row["figures"] = _figures(metric, lines, examples)
-            if set(row["figures"]) == {metric}:
-                return []
             row["by_category"] = _by_category(metric, lines, examples)
         except ValueError as error:
             row["reason"] = str(error)

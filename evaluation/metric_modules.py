@@ -38,6 +38,9 @@ METRICS: dict[str, Path] = {
     }.items()
 }
 
+# Metrics of which other figures are cited than the mean of their scores.
+CITED_BY_OTHER_FIGURES = ("pope", "mme", "multiple_choice", "scienceqa_accuracy")
+
 # Metrics where an example's score depends on the examples it is scored with.
 SCORED_TOGETHER = ("cider",)
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from .accuracy import BudgetResult
-from .asked_settings import num_keep_of
 from .runs import Run, setting_of
+from .settings import num_keep_of
 from .statistics import bootstrap_means, mean_interval
 
 

@@ -7,20 +7,21 @@ nothing is chosen and everything is kept, which is what the model would cost as 
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
 
 from ..configuration.configuration_adavtp import reducer_entries
+from ..modeling.budget_adavtp import num_tokens_to_keep
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration, ReducerSpec
 from ..modeling.stack_adavtp import StackBudget
 
 FULL = "full"
 FULL_BUDGET = 1.0
 
-# At the full budget a reducer is not asked. This one is in every model, and nothing is prepared for it but the budget
-# token, and that only where the patches were trained to see one.
-NEVER_ASKED = "adaptive"
+# At the full budget a reducer is not asked. This one reads nothing, so that nothing is prepared for it either.
+NEVER_ASKED = "grid"
 
 
 class Setting(NamedTuple):
@@ -109,3 +110,24 @@ def reducers_left_alone(model: AdaVTPForConditionalGeneration) -> Iterator[None]
         base.reducers.clear()
         base.reducers.update(modules)
         config.reducers, config.trained_reducers = in_use, trained
+
+
+def num_keep_of(budget: float | int | Fraction, num_patches: int) -> int:
+    """
+    The number of an image's patches that a budget keeps.
+
+    Raises:
+        ValueError: if it is no budget.
+    """
+    if not isinstance(budget, Fraction):
+        return int(num_tokens_to_keep(budget, num_patches, 1))
+    if not 0 <= budget <= 1:
+        raise ValueError(f"`budgets` has {budget}; as a fraction it is the share of visual tokens kept, from 0 to 1.")
+    return max(1, int(budget * num_patches))
+
+
+def exact_budget(budget: float | int | Fraction, count: int) -> float | int:
+    """What the model is asked: of a fraction, the count that it means, for a float beside it may mean one less."""
+    if not isinstance(budget, Fraction):
+        return budget
+    return count if count >= 2 else 0.0

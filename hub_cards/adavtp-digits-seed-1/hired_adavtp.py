@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .cls_attention_adavtp import cls_log_scores, cls_scores, making_layer
 from .configuration_adavtp import AdaVTPConfig
+from .cls_attention_adavtp import cls_log_scores, cls_scores, making_layer
 from .reducers_adavtp import ScoringReducer, register_reducer, require_cls
 from .sampling_adavtp import top_k_mask
 from .selection_adavtp import Selection

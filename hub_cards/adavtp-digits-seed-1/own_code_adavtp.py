@@ -17,8 +17,8 @@ from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import get_cached_module_file
 from transformers.utils import HF_MODULES_CACHE
 
-from .class_source_adavtp import FlatSource
 from .configuration_adavtp import reducer_entries
+from .class_source_adavtp import FlatSource
 from .own_reducers_adavtp import OWN_REDUCERS
 from .published_reducers_adavtp import PUBLISHED_REDUCERS
 from .reducers_adavtp import REDUCERS, TokenReducer, register_reducer

@@ -8,8 +8,8 @@ PruMerge+ also keeps patches at a uniform stride, so that no part of the image i
 import torch
 from torch import nn
 
-from .cls_attention_adavtp import cls_scores, making_layer
 from .configuration_adavtp import AdaVTPConfig
+from .cls_attention_adavtp import cls_scores, making_layer
 from .reducers_adavtp import TokenReducer, register_reducer, require_cls
 from .sampling_adavtp import top_k_mask
 from .selection_adavtp import Selection

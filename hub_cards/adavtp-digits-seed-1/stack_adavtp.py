@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedModel
 
-from .budget_adavtp import TokenBudget, budget_values, num_tokens_to_keep
 from .configuration_adavtp import AdaVTPConfig
+from .budget_adavtp import TokenBudget, budget_values, num_tokens_to_keep
 from .encoder_reducers_adavtp import EncoderReducer
 from .reducers_adavtp import STAGES, ScoringReducer, TokenReducer
 from .selection_adavtp import Selection

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .budget_adavtp import BudgetEmbedding
 from .configuration_adavtp import AdaVTPConfig
+from .budget_adavtp import BudgetEmbedding
 from .reducers_adavtp import feature_layer_index
 from .tower_adavtp import TowerAttention, attention_half, mlp_half, takes_mask, tower_layers
 from .vision_features_adavtp import VisionFeatures

@@ -10,8 +10,8 @@ import math
 import torch
 from torch import nn
 
-from .cls_attention_adavtp import cls_scores, making_layer
 from .configuration_adavtp import AdaVTPConfig
+from .cls_attention_adavtp import cls_scores, making_layer
 from .reducers_adavtp import TokenReducer, register_reducer, require_cls
 from .selection_adavtp import Selection
 from .vision_features_adavtp import VisionFeatures
