@@ -168,6 +168,7 @@ def _shown_evaluation(result: dict[str, Any]) -> dict[str, Any]:
         "rows": [
             row
             | {
+                "budget": round(row["budget"], 4),
                 "accuracy": _percent(row["accuracy"]),
                 "low": _percent(row["accuracy_low"]),
                 "high": _percent(row["accuracy_high"]),
@@ -177,7 +178,7 @@ def _shown_evaluation(result: dict[str, Any]) -> dict[str, Any]:
             for row in result["rows"]
         ],
         "kinds_reducer": reducer,
-        "kinds_budgets": [row["budget"] for row in detailed],
+        "kinds_budgets": [round(row["budget"], 4) for row in detailed],
         "kinds": [
             {"name": kind, "accuracies": [_percent(row["accuracy_by_kind"].get(kind)) for row in detailed]}
             for kind in kinds
