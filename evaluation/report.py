@@ -229,6 +229,11 @@ def _measured_tables(checkpoint: dict[str, Any]) -> list[str | Table]:
     ]
 
 
+def _rounded(budget: Any) -> Any:
+    """A budget as it was asked for, but for the digits of fractions such as 115/576."""
+    return round(budget, 4) if isinstance(budget, float) else budget
+
+
 def _measured_table(rows: list[dict[str, Any]], device: str, batch_size: int, checkpoint: dict[str, Any]) -> Table:
     settings = {(row["reducer"], asked): row for row in checkpoint["settings"] for asked in row["asked"]}
     peak, peak_divisor = unit_of([row["peak_memory_bytes"] for row in rows], "B")
@@ -240,7 +245,7 @@ def _measured_table(rows: list[dict[str, Any]], device: str, batch_size: int, ch
         cells.append(
             [
                 _name(row["reducer"]),
-                Cell(json.dumps(row["budget"])),
+                Cell(json.dumps(_rounded(row["budget"]))),
                 Cell(NOTHING) if setting is None else _score_cell(setting, checkpoint),
                 _with_quartiles(row, "time_to_first_token_ms"),
                 _with_quartiles(row, "tokens_per_second"),
