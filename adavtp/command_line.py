@@ -199,7 +199,8 @@ def train(
     output: Annotated[Path | None, typer.Option(help="Folder for checkpoints. Default: runs/<recipe>.")] = None,
 ) -> None:
     """Carry out a training recipe, or go on with one that was interrupted."""
-    from .trainer.recipe import Recipe, run_recipe
+    from .trainer.recipe import Recipe
+    from .trainer.recipe_run import run_recipe
 
     plan = Recipe.from_file(recipe)
     checkpoint = run_recipe(plan, output or Path("runs") / recipe.stem)

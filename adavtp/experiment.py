@@ -21,7 +21,8 @@ from .evaluation.comparison import checkpoint_hash
 from .evaluation.runs import Run
 from .evaluation.variant_runs import join_variants
 from .modeling.processing_adavtp import AdaVTPProcessor
-from .trainer.recipe import Recipe, RecipeLoader, Stage, check_fields, run_recipe
+from .trainer.recipe import Recipe, RecipeLoader, Stage, check_fields
+from .trainer.recipe_run import run_recipe
 
 NEW_MODULES = (".controller.", ".budget_token.", ".reducers.")
 START, START_IS_WHOLE = "start", "processor_config.json"

@@ -34,7 +34,7 @@ from adavtp.trainer.controller_targets import (
     targets_per_image,
     visual_relevance,
 )
-from adavtp.trainer.trainer import choose_trained_parts
+from adavtp.trainer.trained_parts import choose_trained_parts
 
 TOWERS: dict[str, dict[str, Any]] = {
     "clip": {},

@@ -16,7 +16,8 @@ from adavtp import AdaVTPForConditionalGeneration, AdaVTPProcessor
 from adavtp.command_line import app
 from adavtp.trainer import recipe as recipe_module
 from adavtp.trainer.digit_scenes import load_digit_questions
-from adavtp.trainer.recipe import FINISHED, Recipe, Stage, run_recipe
+from adavtp.trainer.recipe import Recipe, Stage
+from adavtp.trainer.recipe_run import FINISHED, run_recipe
 
 RECIPES = sorted((Path(recipe_module.__file__).parent / "recipes").glob("*.yaml"))
 

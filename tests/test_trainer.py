@@ -30,7 +30,7 @@ from adavtp import (
 )
 from adavtp.trainer.digit_processor import build_digit_processor
 from adavtp.trainer.digit_scenes import load_digit_questions
-from adavtp.trainer.trainer import choose_trained_parts
+from adavtp.trainer.trained_parts import choose_trained_parts
 from adavtp.trainer.training_arguments import TRAIN_PARTS
 
 FULL = (1.0, 1.0)
