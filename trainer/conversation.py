@@ -1,9 +1,12 @@
 """A conversation as token ids, with targets on the assistant's turns alone."""
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
+from transformers import BatchEncoding
 
 from ..modeling.processing_adavtp import AdaVTPProcessor
 
@@ -26,7 +29,7 @@ def encode_conversation(
     processor: AdaVTPProcessor, messages: list[dict[str, Any]], num_image_tokens: int
 ) -> EncodedConversation:
     """
-    Puts a conversation into the processor's chat template and finds the assistant's turns in it.
+    Puts a conversation into the processor's chat template and finds the assistant's turns in it. No image is needed.
 
     A turn is what the template adds when the assistant's message follows the prompt that asks for it. A template that
     writes no end of sequence behind the last turn gets one here: without it a model does not learn to stop. Where the
@@ -45,46 +48,42 @@ def encode_conversation(
             or has a template that rewrites earlier turns when later ones are added, so that turns cannot be told
             apart.
     """
-    if not messages or messages[0]["role"] == "assistant":
-        raise ValueError(
-            f"`messages` is {messages!r}; a conversation begins with a message of the user's or of the system's."
-        )
-    messages = [_in_parts(message) for message in messages]
-    text = processor.apply_chat_template(messages)
+    messages = _checked(messages)
+    text = _text(processor, messages)
+    turns = _turns(processor, messages, text)
     if processor.image_token in text and num_image_tokens < 1:
         raise ValueError(f"`messages` shows an image and none was given with it: {text!r}.")
-    turns = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+    tokens = _tokens(processor, text, return_offsets_mapping=True)
+    begins = [begin for begin, _ in turns]
+
+    input_ids, labels = [], []
+    for token, (start, stop) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
+        if token == processor.image_token_id:
+            input_ids += [token] * num_image_tokens
+            labels += [IGNORED] * num_image_tokens
             continue
-        before = processor.apply_chat_template(messages[:index], add_generation_prompt=True)
-        is_last = index == len(messages) - 1
-        through = text if is_last else processor.apply_chat_template(messages[: index + 1])
-        if not (text.startswith(through) and through.startswith(before)):
-            raise ValueError(
-                "`processor.chat_template` rewrites earlier turns when later ones are added, so the assistant's turns "
-                "cannot be found; use a template that only appends."
-            )
-        turns.append((before, through))
+        turn = bisect_right(begins, start) - 1
+        input_ids.append(token)
+        labels.append(token if turn >= 0 and start < stop <= turns[turn][1] else IGNORED)
+    return EncodedConversation(input_ids, labels)
 
-    tokenizer = processor.tokenizer
-    if messages[-1]["role"] == "assistant" and not text.rstrip().endswith(tokenizer.eos_token or ""):
-        before, _ = turns[-1]
-        # The space that a template writes behind a turn belongs to the next one, and here there is none.
-        text = before + text[len(before) :].rstrip() + tokenizer.eos_token
-        turns[-1] = (before, text)
 
-    def with_placeholders(part: str) -> str:
-        return part.replace(processor.image_token, processor.image_token * num_image_tokens)
+def count_tokens(processor: AdaVTPProcessor, messages: list[dict[str, Any]]) -> tuple[int, int]:
+    """
+    How long a conversation is, in less time than [`encode_conversation`] takes.
 
-    spans = [(len(with_placeholders(before)), len(with_placeholders(through))) for before, through in turns]
-    begins = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    tokens = tokenizer(with_placeholders(text), add_special_tokens=not begins, return_offsets_mapping=True)
-    labels = [
-        token if any(begin <= start and stop <= end for begin, end in spans) and start < stop else IGNORED
-        for token, (start, stop) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
-    ]
-    return EncodedConversation(tokens["input_ids"], labels)
+    Args:
+        processor, messages: as in [`encode_conversation`].
+
+    Returns:
+        The number of tokens that are no image's placeholders, and the number of images that have some.
+
+    Raises:
+        ValueError: if the conversation is empty or begins with the assistant.
+    """
+    input_ids = _tokens(processor, _text(processor, _checked(messages)))["input_ids"]
+    num_images = input_ids.count(processor.image_token_id)
+    return len(input_ids) - num_images, num_images
 
 
 def placeholders_per_image(processor: AdaVTPProcessor, pixel_values: torch.Tensor) -> int:
@@ -96,6 +95,75 @@ def placeholders_per_image(processor: AdaVTPProcessor, pixel_values: torch.Tenso
     patches = (pixel_values.shape[-2] // processor.patch_size) * (pixel_values.shape[-1] // processor.patch_size)
     without_cls = processor.vision_feature_select_strategy == "default"
     return patches + processor.num_additional_image_tokens - int(without_cls)
+
+
+def image_placeholders(processor: AdaVTPProcessor) -> int:
+    """
+    Placeholder tokens of an image, known from the processor alone, before there is an image.
+
+    Raises:
+        ValueError: if images of different shapes come out of the image processor in different sizes, so that there is
+            no such number.
+    """
+    made = {}
+    for size in ((64, 64), (97, 31), (31, 97)):
+        pixel_values = processor.image_processor([Image.new("RGB", size)], return_tensors="pt")["pixel_values"]
+        made[size] = tuple(pixel_values.shape[-2:])
+    if len(set(made.values())) > 1:
+        raise ValueError(
+            "`processor` makes images of different shapes into different sizes, so that the number of visual tokens "
+            f"depends on the image: (width, height) -> (height, width) is {made}; use one that makes one size."
+        )
+    return placeholders_per_image(processor, pixel_values)
+
+
+def _checked(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if not messages or messages[0]["role"] == "assistant":
+        raise ValueError(
+            f"`messages` is {messages!r}; a conversation begins with a message of the user's or of the system's."
+        )
+    return [_in_parts(message) for message in messages]
+
+
+def _text(processor: AdaVTPProcessor, messages: list[dict[str, Any]]) -> str:
+    """The conversation in the chat template, an image as one placeholder, with an end behind a last answer."""
+    text, end = processor.apply_chat_template(messages), processor.tokenizer.eos_token or ""
+    if messages[-1]["role"] != "assistant" or text.rstrip().endswith(end):
+        return text
+    prompt = processor.apply_chat_template(messages[:-1], add_generation_prompt=True)
+    # The space that a template writes behind a turn belongs to the next one, and here there is none.
+    return text[: len(prompt)] + text[len(prompt) :].rstrip() + end
+
+
+def _turns(processor: AdaVTPProcessor, messages: list[dict[str, Any]], text: str) -> list[tuple[int, int]]:
+    """Of every answer, its first character in the text and the one behind its last."""
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    ends_in_answer = answers[-1:] == [len(messages) - 1]
+    before = _in_template(processor, [messages[:index] for index in answers], add_generation_prompt=True)
+    through = _in_template(processor, [messages[: index + 1] for index in answers[: len(answers) - ends_in_answer]])
+    through += [text] * ends_in_answer
+    if not all(text.startswith(to) and to.startswith(prompt) for prompt, to in zip(before, through, strict=True)):
+        raise ValueError(
+            "`processor.chat_template` rewrites earlier turns when later ones are added, so the assistant's turns "
+            "cannot be found; use a template that only appends."
+        )
+    return [(len(prompt), len(to)) for prompt, to in zip(before, through, strict=True)]
+
+
+def _in_template(
+    processor: AdaVTPProcessor, conversations: list[list[dict[str, Any]]], add_generation_prompt: bool = False
+) -> list[str]:
+    # Many conversations in one call: the call costs more than the template.
+    if not conversations:
+        return []
+    return processor.apply_chat_template(conversations, add_generation_prompt=add_generation_prompt)
+
+
+def _tokens(processor: AdaVTPProcessor, text: str, **options: Any) -> BatchEncoding:
+    """Token ids with one beginning of sequence: the template's, or where it writes none the tokenizer's."""
+    tokenizer = processor.tokenizer
+    has_begin = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    return tokenizer(text, add_special_tokens=not has_begin, **options)
 
 
 def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
