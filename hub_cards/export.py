@@ -8,9 +8,9 @@ from pathlib import Path
 
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
 from ..modeling.processing_adavtp import AdaVTPProcessor
-from .model_card import LOG_FIELDS, model_card, read_record
-
-RECIPE = "recipe.yaml"
+from .licence import origin_of
+from .published_folder import CARRIED, KINDS, add_card, files_by_kind
+from .training_record import TrainingRecord, is_hub_id
 
 
 def export_checkpoint(
@@ -20,6 +20,8 @@ def export_checkpoint(
     recipe: str | Path | None = None,
     training_logs: Sequence[str | Path] | None = None,
     evaluations: Sequence[str | Path] | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
 ) -> Path:
     """
     Writes a folder that loads anywhere with `AutoModel.from_pretrained(folder, trust_remote_code=True)`.
@@ -34,8 +36,9 @@ def export_checkpoint(
         recipe: YAML file of the run; becomes `recipe.yaml`.
         training_logs: JSON files of the run's stages, in order; become `training_log_<number>_<stage>.json`.
         evaluations: JSON files with results; one becomes `evaluation.json`, several `evaluation_<number>.json`. See
-            [`model_card`] for what is in them. Of these three, what is not given is taken from the checkpoint's folder
-            where it is there.
+            [`TrainingRecord`] for what is in them. Of these three, what is not given is taken from the checkpoint's
+            folder where it is there.
+        base_model, license: what the card says, where [`origin_of`] could not tell.
 
     Returns:
         `output_dir`.
@@ -46,11 +49,8 @@ def export_checkpoint(
     """
     checkpoint, output_dir = str(checkpoint), Path(output_dir)
     _check_output(output_dir)
-    found = Path(checkpoint)
-    if recipe is None and (found / RECIPE).is_file():
-        recipe = found / RECIPE
-    training_logs = sorted(found.glob("training_log*.json")) if training_logs is None else training_logs
-    evaluations = sorted(found.glob("evaluation*.json")) if evaluations is None else evaluations
+    record = TrainingRecord.found_in(checkpoint, recipe, training_logs, evaluations)
+    origin = origin_of(checkpoint, record, base_model or (checkpoint if is_hub_id(checkpoint) else None), license)
     model = AdaVTPForConditionalGeneration.from_pretrained(checkpoint, trust_remote_code=True)
     processor = AdaVTPProcessor.from_pretrained(checkpoint, trust_remote_code=True)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -59,8 +59,10 @@ def export_checkpoint(
         folder = Path(temporary)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        sources = _copy_sources(folder, recipe, training_logs, evaluations)
-        model_card(model, processor, name or output_dir.resolve().name, *sources).save(folder / "README.md")
+        found = files_by_kind(Path(checkpoint))
+        for path in [path for kind in CARRIED for path in found[kind]]:
+            shutil.copyfile(path, folder / path.name)
+        add_card(folder, name or output_dir.resolve().name, record, origin)
         _move_into(folder, output_dir)
     return output_dir
 
@@ -76,28 +78,11 @@ def _check_output(output_dir: Path) -> None:
         )
 
 
-def _copy_sources(
-    folder: Path, recipe: str | Path | None, training_logs: Sequence[str | Path], evaluations: Sequence[str | Path]
-) -> tuple[Path | None, list[Path], list[Path]]:
-    """Copies what the card cites into the folder under the names it has there."""
-    stages = [read_record(path, LOG_FIELDS)["stage"]["name"] for path in training_logs]
-    log_names = [f"training_log_{number:02}_{stage}.json" for number, stage in enumerate(stages, start=1)]
-    evaluation_names = [f"evaluation_{number:02}.json" for number in range(1, len(evaluations) + 1)]
-    if len(evaluations) == 1:
-        evaluation_names = ["evaluation.json"]
-    return (
-        None if recipe is None else Path(shutil.copyfile(recipe, folder / RECIPE)),
-        [Path(shutil.copyfile(a, folder / b)) for a, b in zip(training_logs, log_names, strict=True)],
-        [Path(shutil.copyfile(a, folder / b)) for a, b in zip(evaluations, evaluation_names, strict=True)],
-    )
-
-
 def _move_into(folder: Path, output_dir: Path) -> None:
     """Moves every file, and removes those of an earlier export that have no successor."""
     output_dir.mkdir(exist_ok=True)
     names = {path.name for path in folder.iterdir()}
-    outdated = ("*_adavtp.py", "model*.safetensors*", "training_log*.json", "evaluation*.json")
-    for path in [path for pattern in outdated for path in output_dir.glob(pattern)]:
+    for path in [path for kind in KINDS for path in files_by_kind(output_dir)[kind]]:
         if path.name not in names:
             path.unlink()
     for path in folder.iterdir():

@@ -1,182 +1,157 @@
 """The model card of a checkpoint, written from its own files.
 
-Every number on a card comes from the configuration, the weights, a training log or an evaluation file, so that a card
-cannot promise what was not measured.
+Every number on a card comes from the configuration, the weights' headers, a training log or an evaluation file, so
+that a card cannot promise what was not measured.
 """
 
 import json
-import re
-from collections.abc import Sequence
+from collections import Counter
+from math import prod
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import safe_open
 
-from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
+from ..configuration.configuration_adavtp import AdaVTPConfig
 from ..modeling.processing_adavtp import AdaVTPProcessor
+from .curve_picture import FULL
+from .licence import Origin
+from .training_record import DIGIT_SCENES, TrainingRecord, data_names, is_hub_id
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
-
-EVALUATION_FIELDS = ("command", "versions", "split", "num_questions", "rows")
-ROW_FIELDS = (
-    *("reducer", "budget", "num_keep", "accuracy", "accuracy_low", "accuracy_high", "decoder_tokens", "milliseconds"),
-)
-LOG_FIELDS = ("stage", "log")
-
-# Stage kinds of recipes that have no data set of their own to name.
-DIGIT_SCENE_KINDS = ("patch_labels", "packed_questions")
-DIGIT_SCENES = "digit scenes"
 
 # Above this a vocabulary is a language's and not a list of words worth a warning.
 _SMALL_VOCABULARY = 1000
 _BUDGET_WITHOUT_MEASUREMENT = 0.5
+# As safetensors write data types, and as torch does.
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def model_card(
-    model: AdaVTPForConditionalGeneration,
-    processor: AdaVTPProcessor,
-    name: str,
-    recipe: str | Path | None = None,
-    training_logs: Sequence[str | Path] = (),
-    evaluations: Sequence[str | Path] = (),
-) -> ModelCard:
+def model_card(folder: str | Path, name: str, record: TrainingRecord, origin: Origin) -> ModelCard:
     """
-    Writes the card of a checkpoint.
+    Writes the card of a checkpoint. Its weights are not loaded.
 
     Args:
-        model: the checkpoint's model.
-        processor: its processor.
+        folder: with the checkpoint: model and processor.
         name: what the card's snippet loads: a repository id or a folder.
-        recipe: the YAML file of the run that made it.
-        training_logs: JSON files of the run's stages in order, each with `stage` (fields of the recipe's stage) and
-            `log` (entries with `step` and `loss`).
-        evaluations: JSON files, each with `command`, `versions`, `split`, `num_questions` and `rows`; a row has
-            `reducer`, `budget`, `num_keep`, `accuracy`, `accuracy_low`, `accuracy_high` (fractions), `decoder_tokens`
-            and `milliseconds`. `dataset`, `machine` and a row's `accuracy_by_kind` are shown where they are there.
+        record: of the training, and of what was measured. Names of files on the card are theirs.
+        origin: base model and licence.
 
     Returns:
-        The card, with metadata for the Hub.
+        The card, with metadata for the Hub. It shows the pictures that [`curve_names`] says.
 
     Raises:
-        ValueError: if a file is not JSON or YAML, or lacks a field; the message names the file.
+        ValueError: if a file of the record is not JSON or YAML, or lacks a field; the message names the file.
+        OSError: if the folder has no configuration, weights or processor.
     """
-    results = [read_record(path, EVALUATION_FIELDS) for path in evaluations]
-    for path, result in zip(evaluations, results, strict=True):
-        for row in result["rows"]:
-            _check_fields(row, ROW_FIELDS, f"{path}, a row")
-    logs = [read_record(path, LOG_FIELDS) for path in training_logs]
-    settings = {} if recipe is None else _read_recipe(Path(recipe))
-    stages = [log["stage"] for log in logs] or settings.get("stages", [])
-    is_digit_scenes = bool(stages) and all(_data_name(stage) == DIGIT_SCENES for stage in stages)
-    tokenizer = processor.tokenizer
+    folder = Path(folder)
+    config = AdaVTPConfig.from_pretrained(folder)
+    tokenizer = AdaVTPProcessor.from_pretrained(folder).tokenizer
+    num_parameters, dtype = _size_of(folder)
+    digit_scenes = record.is_digit_scenes and origin.base_model is None
     return ModelCard.from_template(
-        _metadata(name, results, settings, is_digit_scenes),
+        _metadata(name, record, origin, ["digit-scenes"] * digit_scenes),
         template_path=str(TEMPLATE),
         name=name,
-        config=model.config,
-        num_parameters=f"{model.num_parameters():,}",
-        dtype=str(model.dtype).removeprefix("torch."),
-        question="What colour is the largest digit?" if is_digit_scenes else "What is in the picture?",
-        example_budget=_example_budget(results),
-        default_budget=_in_words(getattr(model.generation_config, "token_budget", None) or model.config.token_budget),
-        evaluations=[_shown_evaluation(result) for result in results],
-        stages=_shown_stages(logs, stages),
-        recipe_file=None if recipe is None else Path(recipe).name,
-        digit_scenes=is_digit_scenes,
+        config=config,
+        num_parameters=f"{num_parameters:,}",
+        dtype=dtype,
+        question="What colour is the largest digit?" if digit_scenes else "What is in the picture?",
+        example_budget=_example_budget(record.results),
+        default_budget=_in_words(_default_budget(folder, config)),
+        evaluations=[
+            _shown_evaluation(result) | {"curve": curve}
+            for result, curve in zip(record.results, curve_names(record), strict=True)
+        ],
+        stages=_shown_stages(record),
+        data_sets=record.hub_data_sets,
+        recipe_file=None if record.recipe is None else record.recipe.name,
+        origin=origin,
+        digit_scenes=digit_scenes,
         vocabulary_size=len(tokenizer) if len(tokenizer) <= _SMALL_VOCABULARY else None,
         unknown_token=tokenizer.unk_token,
-        trained_budgets=_trained_budgets(stages),
+        trained_budgets=_trained_budgets(record.stages),
     )
 
 
-def read_record(path: str | Path, fields: Sequence[str]) -> dict[str, Any]:
-    """
-    Reads a JSON object.
-
-    Raises:
-        ValueError: if the file is not a JSON object or lacks one of `fields`; the message names file and field.
-    """
-    try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    _check_fields(record, fields, str(path))
-    return record
+def curve_names(record: TrainingRecord) -> list[str]:
+    """Names of the pictures that a card shows, one for each evaluation file."""
+    if len(record.evaluations) == 1:
+        return ["budget_curve.png"]
+    return [f"budget_curve_{number:02}.png" for number in range(1, len(record.evaluations) + 1)]
 
 
-def _check_fields(record: Any, fields: Sequence[str], where: str) -> None:
-    if not isinstance(record, dict):
-        raise ValueError(f"{where} is a {type(record).__name__}; expected is an object with {', '.join(fields)}.")
-    if missing := [field for field in fields if field not in record]:
-        raise ValueError(f"{where} has no {', '.join(map(repr, missing))}; expected are {', '.join(fields)}.")
+def _size_of(folder: Path) -> tuple[int, str]:
+    """Number of parameters, and the data type of most of them, from the headers of the weight files."""
+    numbers: Counter[str] = Counter()
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (the file is no dictionary)
+                weight = file.get_slice(key)
+                numbers[weight.get_dtype()] += prod(weight.get_shape())
+    if not numbers:
+        raise OSError(f"{folder} has no weights in safetensors form (model*.safetensors).")
+    ((most, _),) = numbers.most_common(1)
+    return numbers.total(), _DTYPES.get(most, most)
 
 
-def _read_recipe(path: Path) -> dict[str, Any]:
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    _check_fields(settings, ("model", "stages"), str(path))
-    return settings
-
-
-def _metadata(
-    name: str, results: list[dict[str, Any]], settings: dict[str, Any], is_digit_scenes: bool
-) -> ModelCardData:
-    base = settings.get("model", {}).get("checkpoint")
-    return ModelCardData(
-        license="apache-2.0",
+def _metadata(name: str, record: TrainingRecord, origin: Origin, tags: list[str]) -> ModelCardData:
+    data = ModelCardData(
+        license=origin.license,
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         language="en",
-        tags=["adavtp", "llava", "visual-token-pruning", "token-budget"] + ["digit-scenes"] * is_digit_scenes,
-        base_model=base if base is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", str(base)) else None,
+        tags=["adavtp", "llava", "visual-token-pruning", "token-budget", *tags],
+        base_model=origin.base_model,
+        datasets=record.hub_data_sets or None,
         model_name=name.rpartition("/")[2],
         # An index without results would be refused by the Hub.
-        eval_results=[_hub_result(result, row) for result in results for row in result["rows"]] or None,
+        eval_results=[_hub_result(result, row) for result in record.results for row in result["rows"]] or None,
     )
+    if origin.base_model is not None and record.stages:
+        data["base_model_relation"] = "finetune"
+    return data
 
 
 def _hub_result(result: dict[str, Any], row: dict[str, Any]) -> EvalResult:
-    dataset = result.get("dataset", DIGIT_SCENES)
+    dataset = _dataset_name(result)
+    metric = result.get("metric", "accuracy")
     return EvalResult(
         task_type="image-text-to-text",
         dataset_type=dataset.replace(" ", "-"),
         dataset_name=dataset,
         dataset_split=result["split"],
-        metric_type="accuracy",
-        metric_name=f"accuracy, token_budget={row['budget']}, reducer={row['reducer']}",
+        metric_type=metric,
+        metric_name=f"{metric}, token_budget={row['budget']}, reducer={row['reducer']}",
         metric_value=round(row["accuracy"], 4),
         metric_args={"token_budget": row["budget"], "reducer": row["reducer"]},
     )
 
 
+def _dataset_name(result: dict[str, Any]) -> str:
+    """An id on the Hub, or the name of a data set; of a folder on somebody's machine its last part."""
+    form, colon, path = result.get("dataset", DIGIT_SCENES).rpartition(":")
+    return form + colon + (path if is_hub_id(path) else Path(path).name)
+
+
 def _shown_evaluation(result: dict[str, Any]) -> dict[str, Any]:
+    rows = result["rows"]
     circumstances = [f"{name} {version}" for name, version in result["versions"].items()]
-    reducer = (
-        "adaptive" if any(row["reducer"] == "adaptive" for row in result["rows"]) else result["rows"][0]["reducer"]
-    )
-    detailed = [row for row in result["rows"] if row["reducer"] in (reducer, "full") and row.get("accuracy_by_kind")]
+    circumstances += [result["machine"]] if "machine" in result else []
+    reducer = "adaptive" if any(row["reducer"] == "adaptive" for row in rows) else rows[0]["reducer"]
+    detailed = [row for row in rows if row["reducer"] in (reducer, FULL) and row.get("accuracy_by_kind")]
     kinds = sorted({kind for row in detailed for kind in row["accuracy_by_kind"]})
+    whole = max(rows, key=lambda row: row["num_keep"])
     return {
-        "dataset": result.get("dataset", DIGIT_SCENES),
+        "dataset": _dataset_name(result),
         "split": result["split"],
         "num_questions": result["num_questions"],
+        "metric": result.get("metric", "accuracy").replace("_", " "),
         "command": result["command"],
-        "circumstances": ", ".join(circumstances + [result["machine"]] * ("machine" in result)),
-        "rows": [
-            row
-            | {
-                "budget": round(row["budget"], 4),
-                "accuracy": _percent(row["accuracy"]),
-                "low": _percent(row["accuracy_low"]),
-                "high": _percent(row["accuracy_high"]),
-                "decoder_tokens": f"{row['decoder_tokens']:.1f}",
-                "milliseconds": f"{row['milliseconds']:.1f}",
-            }
-            for row in result["rows"]
-        ],
+        "circumstances": ", ".join(circumstances),
+        "rows": [_shown_row(row, whole) for row in rows],
+        "trade_off": _trade_off(rows, reducer, whole),
         "kinds_reducer": reducer,
         "kinds_budgets": [round(row["budget"], 4) for row in detailed],
         "kinds": [
@@ -186,18 +161,50 @@ def _shown_evaluation(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _shown_stages(logs: list[dict[str, Any]], stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _shown_row(row: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
+    return row | {
+        "budget": round(row["budget"], 4),
+        "accuracy": _percent(row["accuracy"]),
+        "low": _percent(row["accuracy_low"]),
+        "high": _percent(row["accuracy_high"]),
+        "against_whole": "" if row is whole else _points(row, whole),
+        "decoder_tokens": f"{row['decoder_tokens']:.1f}",
+        "milliseconds": f"{row['milliseconds']:.1f}",
+    }
+
+
+def _trade_off(rows: list[dict[str, Any]], reducer: str, whole: dict[str, Any]) -> dict[str, Any] | None:
+    """What the smallest measured budget costs and saves; `None` if only one was measured."""
+    smallest = min((row for row in rows if row["reducer"] == reducer), key=lambda row: row["num_keep"])
+    if smallest["num_keep"] == whole["num_keep"]:
+        return None
+    return {
+        "budget": round(smallest["budget"], 4),
+        "reducer": reducer,
+        "num_keep": smallest["num_keep"],
+        "num_tokens": whole["num_keep"],
+        "decoder_tokens": _percent(smallest["decoder_tokens"] / whole["decoder_tokens"]),
+        "points": _points(smallest, whole),
+    }
+
+
+def _points(row: dict[str, Any], whole: dict[str, Any]) -> str:
+    return f"{100 * (row['accuracy'] - whole['accuracy']):+.1f}"
+
+
+def _shown_stages(record: TrainingRecord) -> list[dict[str, Any]]:
     shown = []
-    for number, stage in enumerate(stages):
+    for number, stage in enumerate(record.stages):
         training = stage.get("training", {})
-        entries = [entry for entry in logs[number]["log"] if "loss" in entry] if logs else []
+        entries = [entry for entry in record.logs[number]["log"] if "loss" in entry] if record.logs else []
         steps = entries[-1].get("step") if entries else None
         budgets = stage.get("budgets", {}).get("budget_range", [1.0, 1.0])
+        more = {key: value for key, value in (stage.get("data") or {}).items() if key not in ("path", "sources")}
         shown.append(
             {
                 "name": stage["name"],
                 "kind": stage["kind"].replace("_", " "),
-                "data": ", ".join([_data_name(stage)] + [f"{k} {v}" for k, v in stage.get("data", {}).items()]),
+                "data": ", ".join(data_names(stage) + [f"{key} {value}" for key, value in more.items()]),
                 "steps": training.get("max_steps", steps),
                 "batch": training.get("per_device_train_batch_size", "default"),
                 "learning_rate": training.get("learning_rate", "default"),
@@ -206,12 +213,6 @@ def _shown_stages(logs: list[dict[str, Any]], stages: list[dict[str, Any]]) -> l
             }
         )
     return shown
-
-
-def _data_name(stage: dict[str, Any]) -> str:
-    path = stage.get("data", {}).get("path")
-    is_digit_scenes = stage["kind"] in DIGIT_SCENE_KINDS or path == "digit-scenes"
-    return DIGIT_SCENES if is_digit_scenes else str(path)
 
 
 def _trained_budgets(stages: list[dict[str, Any]]) -> str | None:
@@ -224,6 +225,13 @@ def _example_budget(results: list[dict[str, Any]]) -> float | int:
     """A measured budget from the middle of those that leave something out."""
     reduced = sorted({row["budget"] for result in results for row in result["rows"]} - {1.0})
     return reduced[len(reduced) // 2] if reduced else _BUDGET_WITHOUT_MEASUREMENT
+
+
+def _default_budget(folder: Path, config: AdaVTPConfig) -> float | int:
+    """What `generate` keeps when nobody says how much."""
+    path = folder / "generation_config.json"
+    of_generation = json.loads(path.read_text(encoding="utf-8")).get("token_budget") if path.is_file() else None
+    return config.token_budget if of_generation is None else of_generation
 
 
 def _in_words(budget: float | int) -> str:

@@ -32,9 +32,10 @@ PUBLIC_NAMES = [
 ROOMS = {
     "configuration": set(),
     "modeling": {"configuration"},
-    "trainer": {"modeling", "configuration"},
-    "evaluation": {"modeling", "configuration"},
     "hub_cards": {"modeling", "configuration"},
+    # `push_to_hub` of a trainer makes the folder that `adavtp publish` makes.
+    "trainer": {"modeling", "configuration", "hub_cards"},
+    "evaluation": {"modeling", "configuration"},
     "adavtp": {"configuration", "modeling", "trainer", "evaluation", "hub_cards"},
 }
 

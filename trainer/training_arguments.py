@@ -19,7 +19,7 @@ LOSSES: tuple[str, ...] = ("lm", "distillation", "relevance")
 @dataclass
 class AdaVTPTrainingArguments(TrainingArguments):
     """
-    [`TrainingArguments`] with three more.
+    [`TrainingArguments`] with four more.
 
     Args:
         train_parts (`list[str]`): which parts of the model train, of `"controller"` (with the budget token),
@@ -31,6 +31,8 @@ class AdaVTPTrainingArguments(TrainingArguments):
             budget; `"relevance"` how badly the controller's scores tell which patches the full-budget model's answer
             depends on, which trains the controller alone. See `controller_targets.py`. Each of the latter two costs a
             pass at full budget, and both are for data with one question in a prompt.
+        hub_license (`str`, *optional*): licence of what `push_to_hub` publishes, in the Hub's spelling, such as
+            `"llama2"`; needed where that of the base model is not known.
 
     Raises:
         ValueError: if a part or a loss is not one of these, or none is named; if a weight is not above 0; if
@@ -48,6 +50,9 @@ class AdaVTPTrainingArguments(TrainingArguments):
     loss_weights: dict[str, float] | str = field(
         default_factory=lambda: {"lm": 1.0},
         metadata={"help": f"Weights of the losses that are added up, of {', '.join(LOSSES)}."},
+    )
+    hub_license: str | None = field(
+        default=None, metadata={"help": "Licence of what is pushed to the Hub, such as llama2."}
     )
     # The collator needs columns that forward does not know, `messages` above all.
     remove_unused_columns: bool = field(default=False)

@@ -1,0 +1,133 @@
+"""What of a checkpoint's folder goes to the Hub, under which names.
+
+A published folder has weights in safetensors form, configuration, processor, code, the record of the training, and a
+card made from all of these; nothing else. Optimizer states, training arguments and other pickles stay where they are,
+and are named, so that nobody takes them for published. `adavtp export`, `adavtp publish` and `Trainer.push_to_hub` all
+make their folders here.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .curve_picture import save_curve
+from .licence import Origin
+from .model_card import curve_names, model_card
+from .training_record import CONVERSION, RECIPE, TrainingRecord
+
+# Kind -> patterns of the names that published files have. The last two kinds are written anew each time.
+KINDS: dict[str, tuple[str, ...]] = {
+    "weights": ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
+    "configuration": ("config.json", "generation_config.json"),
+    "processor": (
+        *("processor_config.json", "preprocessor_config.json", "chat_template.jinja", "chat_template.json"),
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+        *("tokenizer.model", "vocab.json", "merges.txt"),
+    ),
+    "code": ("*_adavtp.py",),
+    "licence": ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
+    "conversion": (CONVERSION,),
+    "record": (RECIPE, "training_log*.json", "evaluation*.json"),
+    "card": ("README.md", "budget_curve*.png"),
+}
+WRITTEN_ANEW = ("record", "card")
+# What saving a loaded model would not write again.
+CARRIED = ("licence", "conversion")
+NEEDED = ("weights", "configuration", "processor", "code")
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class PublishedFolder:
+    """
+    Attributes:
+        path: the folder.
+        origin: base model and licence that its card names.
+        stays_behind: names in the checkpoint's folder that are not published.
+    """
+
+    path: Path
+    origin: Origin
+    stays_behind: list[str]
+
+    @property
+    def files(self) -> dict[str, list[Path]]:
+        """Kind -> files, as in `KINDS`."""
+        return files_by_kind(self.path)
+
+
+def files_by_kind(folder: Path) -> dict[str, list[Path]]:
+    """The publishable files of a folder, kind by kind; a kind may have none."""
+    return {
+        kind: sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+        for kind, patterns in KINDS.items()
+    }
+
+
+def published_folder(
+    checkpoint: str | Path,
+    folder: Path,
+    name: str,
+    record: TrainingRecord,
+    origin: Origin,
+    place: Callable[[Path, Path], object] = os.symlink,
+) -> PublishedFolder:
+    """
+    Puts a saved checkpoint's files into a folder as they are published, with a card of its own.
+
+    Args:
+        checkpoint: folder of the checkpoint, which is only read.
+        folder: to fill; it exists.
+        name: what the card's snippet loads: a repository id or a folder.
+        record: of the training.
+        origin: base model and licence.
+        place: puts a file (first argument, an absolute path) in its place (second); a link by default, since weights
+            are large.
+
+    Raises:
+        ValueError: if the checkpoint is not whole, or is not of AdaVTP in safetensors form with its own code.
+    """
+    checkpoint = Path(checkpoint).resolve()
+    files = files_by_kind(checkpoint)
+    _require_whole(checkpoint, files)
+    for kind, paths in files.items():
+        for path in [] if kind in WRITTEN_ANEW else paths:
+            place(path, folder / path.name)
+    add_card(folder, name, record, origin)
+    known = {path for paths in files.values() for path in paths}
+    return PublishedFolder(folder, origin, sorted(path.name for path in checkpoint.iterdir() if path not in known))
+
+
+def add_card(folder: Path, name: str, record: TrainingRecord, origin: Origin) -> None:
+    """Writes the record's files, the pictures and the card into a folder that has model and processor."""
+    record = record.copy_to(folder)
+    for result, curve in zip(record.results, curve_names(record), strict=True):
+        save_curve(result, folder / curve)
+    model_card(folder, name, record, origin).save(folder / "README.md")
+
+
+def _require_whole(checkpoint: Path, files: dict[str, list[Path]]) -> None:
+    """That the folder has what a model needs to be loaded anywhere."""
+    if not checkpoint.is_dir():
+        raise ValueError(f"`checkpoint` is {str(checkpoint)!r}, which is not a folder.")
+    named = f"`checkpoint` is {str(checkpoint)!r}, which has"
+    if (checkpoint / "adapter_config.json").is_file():
+        raise ValueError(f"{named} an adapter; `adavtp merge` makes a whole checkpoint of it, which can be published.")
+    config = checkpoint / "config.json"
+    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.is_file() else None
+    if kind != "adavtp":
+        found = f"a {kind!r} model" if kind else "no config.json"
+        advice = "; `adavtp convert` makes a checkpoint of it" if kind == "llava" else ""
+        raise ValueError(f"{named} {found}; expected is an 'adavtp' model{advice}.")
+    missing = [kind for kind in NEEDED if not files[kind]]
+    if (checkpoint / INDEX).is_file():
+        shards = json.loads((checkpoint / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        missing += sorted(shard for shard in set(shards) if not (checkpoint / shard).is_file())
+    if missing:
+        raise ValueError(
+            f"{named} no {', '.join(missing)}; a published folder needs weights in safetensors form "
+            f"({', '.join(KINDS['weights'])}), configuration, processor and code, as `save_pretrained` of model and "
+            "processor writes them."
+        )
