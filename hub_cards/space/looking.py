@@ -1,0 +1,240 @@
+"""A question about an image, answered at a token budget: the answer, what was kept for it, and what it cost.
+
+The checkpoint brings its own code, so this file knows a model only by what it does: `generate` takes a budget, and
+hands back the selection that it answered with. Picture and cost are read off that selection. Only the time is taken
+again where an answer is quick, since one reading of a short time says little.
+"""
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import metadata_load
+from PIL import Image
+from transformers import AutoModel, AutoProcessor, PreTrainedConfig
+
+MAX_NEW_TOKENS = 64
+
+# Offered beside the checkpoint's own where the model can be asked for them; none of these has to be trained.
+UNTRAINED_REDUCERS = ("divprune", "visionzip", "tome", "fastv", "random", "grid")
+
+# At the full budget a reducer is not asked; this one reads nothing, so that nothing is prepared for it either.
+NEVER_ASKED = "grid"
+FULL_BUDGET = 1.0
+
+# Seconds; the same answer is timed again until these are over.
+TIMED_FOR = 0.2
+
+DROPPED_BRIGHTNESS = 0.18
+PICTURE_SIZE = 480
+
+
+def checkpoint_name() -> str:
+    """Folder or Hub repository of the checkpoint that answers."""
+    return os.environ.get("ADAVTP_CHECKPOINT") or metadata_load(Path(__file__).with_name("README.md"))["models"][0]
+
+
+@dataclass(frozen=True)
+class Look:
+    """
+    One answer.
+
+    Attributes:
+        answer: what the model says.
+        picture: the image as the model was shown it, what it did not see darkened.
+        visual_tokens: that a decoder layer saw in prefill, mean over layers.
+        prompt_tokens: in the decoder, text and visual tokens together, mean over layers.
+        prefill_flops: of the language model on the prompt; see [`prefill_flops`].
+        new_tokens: generated, the end-of-text token counted.
+        milliseconds: from pixels and token ids to the whole answer, vision tower and reducer included; median.
+        num_timed: of so many readings.
+    """
+
+    answer: str
+    picture: Image.Image
+    visual_tokens: float
+    prompt_tokens: float
+    prefill_flops: int
+    new_tokens: int
+    milliseconds: float
+    num_timed: int
+
+
+class Checkpoint:
+    """
+    A model and its processor, on the GPU in bfloat16 where there is one, else on the CPU in float32.
+
+    Args:
+        name: folder or Hub repository. Its code is run.
+
+    Raises:
+        OSError: if there is no such checkpoint.
+    """
+
+    def __init__(self, name: str) -> None:
+        device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+        self.name = name
+        self.model = AutoModel.from_pretrained(name, trust_remote_code=True, dtype=dtype).to(device).eval()
+        self.processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
+        self.reducers = self._reducers()
+        # The first answer of a process takes longer than any other.
+        size = self.model.config.vision_config.image_size
+        self.look(Image.new("RGB", (size, size)), "What is this?", FULL_BUDGET, NEVER_ASKED)
+
+    @property
+    def shown_name(self) -> str:
+        """The repository, or the folder without where it lies."""
+        return Path(self.name).name if Path(self.name).is_dir() else self.name
+
+    @property
+    def num_patches(self) -> int:
+        """Visual tokens of an image before reduction, N."""
+        return self.model.config.num_patches
+
+    @property
+    def device(self) -> str:
+        """What the times are of."""
+        return torch.cuda.get_device_name() if self.model.device.type == "cuda" else "CPU"
+
+    def _reducers(self) -> dict[str, Any]:
+        """How each reducer that can be chosen is called, and how it is asked for; the checkpoint's own is first."""
+        config = self.model.config
+        own = [_name_of(entry) for entry in config.reducers]
+        others = [_name_of(entry) for entry in config.trained_reducers] + list(UNTRAINED_REDUCERS)
+        offered = {" + ".join(own): config.reducers}
+        return offered | {name: name for name in others if [name] != own and self._can_be_asked_for(name)}
+
+    def _can_be_asked_for(self, name: str) -> bool:
+        try:
+            self.model.model.steps(name)
+        except ValueError:
+            return False
+        return True
+
+    @torch.no_grad()
+    def look(self, image: Image.Image, question: str, budget: float, reducer: Any) -> Look:
+        """
+        Answers a question.
+
+        Args:
+            image: of any size.
+            question: about it.
+            budget: fraction of visual tokens that are kept, in [0, 1].
+            reducer: what chooses them, as `generate` takes it.
+
+        Raises:
+            ValueError: if the image or the budget is not allowed, or the reducer cannot reach the budget.
+        """
+        inputs = self.processor.of_questions(image, question).to(self.model.device, self.model.dtype)
+        outputs, seconds = self._timed(inputs, token_budget=budget, reducer=reducer)
+        prompt_length = inputs["input_ids"].shape[1]
+        new_ids = outputs.sequences[0, prompt_length:]
+        config = self.model.config
+        depth = layers_that_see(outputs["selection"], config.text_config.num_hidden_layers)[0].cpu()
+        # What no layer drops: text, and the CLS token where the checkpoint keeps it.
+        num_others = prompt_length - config.num_patches
+        columns = [num_others + int((depth > layer).sum()) for layer in range(config.text_config.num_hidden_layers)]
+        mean_columns = sum(columns) / len(columns)
+        return Look(
+            answer=self.processor.decode(new_ids, skip_special_tokens=True).strip(),
+            picture=self._picture(inputs["pixel_values"][0], depth / len(columns)),
+            visual_tokens=mean_columns - num_others,
+            prompt_tokens=mean_columns,
+            prefill_flops=prefill_flops(config.text_config, columns),
+            new_tokens=len(new_ids),
+            milliseconds=1000 * statistics.median(seconds),
+            num_timed=len(seconds),
+        )
+
+    def _timed(self, inputs: dict[str, torch.Tensor], **choice: Any) -> tuple[Any, list[float]]:
+        """What `generate` hands back, and how long that took, each time."""
+        greedy = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, "return_dict_in_generate": True}
+        seconds = []
+        while sum(seconds) < TIMED_FOR:
+            start = _now(self.model.device)
+            outputs = self.model.generate(**inputs, **choice, **greedy)
+            seconds.append(_now(self.model.device) - start)
+        return outputs, seconds
+
+    def _picture(self, pixel_values: torch.Tensor, shares: torch.Tensor) -> Image.Image:
+        mean, std = (
+            torch.tensor(values)[:, None, None]
+            for values in (self.processor.image_processor.image_mean, self.processor.image_processor.image_std)
+        )
+        seen = (pixel_values.cpu().float() * std + mean).clamp(0, 1)
+        patch_size = self.model.config.vision_config.patch_size
+        return draw_kept_patches(seen, shares.reshape(pixel_values.shape[1] // patch_size, -1), patch_size)
+
+
+def _name_of(entry: str | dict[str, Any]) -> str:
+    return entry if isinstance(entry, str) else entry["name"]
+
+
+def _now(device: torch.device) -> float:
+    """Seconds; on a GPU once it has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def layers_that_see(selection: Any, num_layers: int) -> torch.Tensor:
+    """
+    In how many decoder layers each patch is seen.
+
+    Args:
+        selection: what `generate` hands back.
+        num_layers: of the decoder.
+
+    Returns:
+        `[num_images, num_patches]` int64: 0 or `num_layers`, unless a reducer acts inside the decoder.
+    """
+    return selection.keep.long() * num_layers if selection.depth is None else selection.depth
+
+
+def prefill_flops(text_config: PreTrainedConfig, columns: Sequence[int]) -> int:
+    """
+    What the language model computes on a prompt, 1 multiply-add counted as 2 FLOPs.
+
+    A layer with n columns: queries and outputs 4 n D Q, keys and values 4 n D P, attention 4 n n Q, and three matrices
+    of the gated MLP 6 n D M. D, Q, P and M are the widths of the model, of all queries, of all keys and of the MLP.
+    Behind the layers stands the head on one column, 2 D V for V words.
+
+    Args:
+        text_config: the language model's, of the Llama, Mistral, Qwen2 or Qwen3 kind.
+        columns: of each layer, text and visual tokens.
+    """
+    width = text_config.hidden_size
+    head_dim = getattr(text_config, "head_dim", None) or width // text_config.num_attention_heads
+    queries, keys = head_dim * text_config.num_attention_heads, head_dim * text_config.num_key_value_heads
+    per_column = 4 * width * queries + 4 * width * keys + 6 * width * text_config.intermediate_size
+    layers = sum(n * per_column + 4 * n * n * queries for n in columns)
+    return layers + 2 * width * text_config.vocab_size
+
+
+def draw_kept_patches(pixels: torch.Tensor, shares: torch.Tensor, patch_size: int) -> Image.Image:
+    """
+    The image with its dropped patches dark.
+
+    Args:
+        pixels: `[3, height, width]` in [0, 1]; a margin that patches do not fill, which no model sees, is cut off.
+        shares: `[rows, columns]` in [0, 1], of each patch the share of decoder layers that see it.
+        patch_size: side of a patch in pixels.
+
+    Returns:
+        RGB image, every pixel a square of equal size, together at least `PICTURE_SIZE` high.
+    """
+    brightness = enlarged(DROPPED_BRIGHTNESS + (1 - DROPPED_BRIGHTNESS) * shares, patch_size)
+    height, width = brightness.shape
+    drawn = enlarged(pixels[:, :height, :width] * brightness, math.ceil(PICTURE_SIZE / height))
+    return Image.fromarray(drawn.mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy())
+
+
+def enlarged(grid: torch.Tensor, times: int) -> torch.Tensor:
+    """`[..., rows, columns]`, every value repeated in a square."""
+    return grid.repeat_interleave(times, dim=-2).repeat_interleave(times, dim=-1)

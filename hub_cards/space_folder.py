@@ -1,0 +1,90 @@
+"""The Space of a checkpoint: the page in `space/`, told which checkpoint answers.
+
+The page names its checkpoint in one place, the `models` of its README.md, where the Hub reads it too. So a Space for
+another checkpoint is a copy of the folder with another line there, and with examples that suit it.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from huggingface_hub import RepoCard
+from huggingface_hub.utils import validate_repo_id
+
+SPACE = Path(__file__).with_name("space")
+
+_FILES = ("app.py", "looking.py", "requirements.txt", "README.md")
+_QUESTIONS = "questions.json"
+
+
+def space_folder(output_dir: str | Path, repo_id: str, examples: str | Path | None = SPACE / "examples") -> Path:
+    """
+    Writes the folder of a Space, ready to upload.
+
+    Args:
+        output_dir: where to write: a new or empty folder, or one with an earlier Space of this kind, which is brought
+            up to date.
+        repo_id: the checkpoint's repository on the Hub, `owner/name`.
+        examples: folder with images and a `questions.json` that holds pairs of an image's file name and a question;
+            by default digit scenes. `None` for a page without examples.
+
+    Returns:
+        `output_dir`.
+
+    Raises:
+        ValueError: if `output_dir` holds something else, `repo_id` is none, or `examples` is not such a folder.
+    """
+    output_dir = Path(output_dir)
+    _check_output(output_dir)
+    _check_repo_id(repo_id)
+    names = [] if examples is None else _example_files(Path(examples))
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for name in _FILES:
+        shutil.copyfile(SPACE / name, output_dir / name)
+    shutil.rmtree(output_dir / "examples", ignore_errors=True)
+    if examples is not None:
+        (output_dir / "examples").mkdir()
+        for name in names:
+            shutil.copyfile(Path(examples) / name, output_dir / "examples" / name)
+    card = RepoCard.load(output_dir / "README.md", ignore_metadata_errors=False)
+    card.data["title"], card.data["models"] = f"AdaVTP: {repo_id.rpartition('/')[2]}", [repo_id]
+    card.save(output_dir / "README.md")
+    return output_dir
+
+
+def _check_output(output_dir: Path) -> None:
+    if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
+        return
+    if not all((output_dir / name).is_file() for name in _FILES):
+        raise ValueError(
+            f"`output_dir` is {str(output_dir)!r}, which holds something else; expected is a new or an empty folder, "
+            "or one with a Space of this kind, which is brought up to date."
+        )
+
+
+def _check_repo_id(repo_id: str) -> None:
+    try:
+        validate_repo_id(repo_id)
+        is_allowed = repo_id.count("/") == 1
+    except ValueError:
+        is_allowed = False
+    if not is_allowed:
+        raise ValueError(
+            f"`repo_id` is {repo_id!r}; a Space loads its checkpoint from the Hub, so expected is a repository's id, "
+            "'owner/name'."
+        )
+
+
+def _example_files(examples: Path) -> list[str]:
+    """The names of the files that make up the examples."""
+    try:
+        pairs = json.loads((examples / _QUESTIONS).read_text(encoding="utf-8"))
+        images = [image for image, question in pairs if isinstance(question, str)]
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"`examples` is {str(examples)!r}; expected is a folder with a {_QUESTIONS} of pairs such as "
+            f'["scene.png", "Which digit is red?"]: {error}'
+        ) from error
+    if missing := [image for image in images if not (examples / image).is_file()]:
+        raise ValueError(f"`examples` is {str(examples)!r}, in which {missing[0]!r} of {_QUESTIONS} is missing.")
+    return [_QUESTIONS, *dict.fromkeys(images)]
