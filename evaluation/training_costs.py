@@ -1,0 +1,267 @@
+"""What a training run costs: memory on each GPU, FLOPs of a sample, hours.
+
+    hours = samples x FLOPs of a sample x overhead / (GPUs x peak x utilisation) / 3600
+
+FLOPs and memory are counted (`training_flops.py`, `training_memory.py`). The overhead is what a benchmark measured
+beyond the count. The utilisation is nobody's to count: it is an input, a range, and what published runs reached by
+this very formula stands beside it.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..configuration.configuration_adavtp import AdaVTPConfig
+from .flops_presets import preset_config
+from .training_flops import (
+    Step,
+    Trained,
+    TrainingFlops,
+    longest_counts,
+    mean_training_flops,
+    plain_training_flops,
+)
+from .training_memory import Layout, Memory, training_memory
+
+GIB = 2**30
+# Dense bfloat16 products of an A100 (NVIDIA's data sheet), in FLOPs a second.
+A100_PEAK = 312e12
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    A training run, every sample with one image.
+
+    Attributes:
+        config: the model's.
+        step: how a step is carried out.
+        layout: where what is kept.
+        budget_range: low and high of b ~ U[low, high].
+        per: `"batch"` or `"sample"`, see `BudgetCollator`. In batches whose rows were grouped by their length behind
+            the reduction, `"sample"` costs what "batch" does.
+        samples: of an epoch.
+        text_tokens: of a sample, on average.
+        longest: columns of the longest row at full budget, for which there has to be memory.
+        micro_batch: rows on each GPU.
+        quantize: whether the frozen maps of the decoder are in four bits.
+    """
+
+    config: AdaVTPConfig
+    step: Step
+    layout: Layout
+    budget_range: tuple[float, float] = (0.2, 1.0)
+    per: str = "batch"
+    samples: int = 665_000
+    text_tokens: int = 200
+    longest: int = 2048
+    micro_batch: int = 1
+    quantize: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "text_tokens", "micro_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; allowed are whole numbers from 1.")
+        if self.longest < self.config.num_image_tokens:
+            raise ValueError(
+                f"`longest` is {self.longest}; an image alone has {self.config.num_image_tokens} columns."
+            )
+
+    @cached_property
+    def flops(self) -> TrainingFlops:
+        """Of a sample, the mean over budgets."""
+        step = mean_training_flops(
+            self.config, [self.text_tokens] * self.micro_batch, self.step, self.budget_range, per=self.per
+        )
+        return TrainingFlops.weighted([(1 / self.micro_batch, step)])
+
+    @cached_property
+    def plain_flops(self) -> TrainingFlops:
+        """Of a sample in plain LLaVA with all visual tokens and the same parts trained, but for the controller."""
+        return plain_training_flops(self.config, [self.text_tokens], self.step)
+
+    @cached_property
+    def memory(self) -> Memory:
+        """On each GPU, at the longest batch: at the highest budget."""
+        patches = self.config.num_patches
+        kept = max(keep for keep, _ in longest_counts(self.budget_range, patches))
+        stays = self.step.trained.controller and self.step.gates == "attention"
+        return training_memory(
+            self.config,
+            self.step,
+            self.layout,
+            rows=self.micro_batch,
+            length=self.longest if stays else self.longest - (patches - kept),
+            visual_tokens=kept,
+            quantize=self.quantize,
+        )
+
+    @property
+    def trains_like_plain(self) -> bool:
+        """Whether plain LLaVA has something to train in this run."""
+        return self.step.trained != Trained(controller=True)
+
+
+def hours(
+    flops_per_sample: float, samples: int, gpus: int, peak: float, utilisation: float, overhead: float = 1.0
+) -> float:
+    """
+    Hours of an epoch.
+
+    Args:
+        flops_per_sample: counted.
+        samples, gpus: how many.
+        peak: FLOPs a second of a GPU.
+        utilisation: share of the peak that is reached, above 0 and at most 1.
+        overhead: time beyond the count, 1 or more times.
+
+    Raises:
+        ValueError: if the utilisation is not one.
+    """
+    if not 0 < utilisation <= 1:
+        raise ValueError(f"`utilisation` is {utilisation}; allowed are shares above 0 and up to 1.")
+    return flops_per_sample * samples * overhead / (gpus * peak * utilisation) / 3600
+
+
+# ---------------------------------------------------------------- what was measured
+
+
+@dataclass(frozen=True)
+class MeasuredStep:
+    """
+    What the training benchmark measured.
+
+    Attributes:
+        file, command: where it stands, and how it was made.
+        machine: on which.
+        speed_up, expected: samples a second over plain LLaVA's, measured and by counted FLOPs.
+        lower, upper: quartiles of the measured one.
+        waiting: share of the time in which the trainer waits for the next batch, or `None`.
+    """
+
+    file: str
+    command: str
+    machine: str
+    speed_up: float
+    expected: float
+    lower: float
+    upper: float
+    waiting: float | None
+
+    @property
+    def overhead(self) -> float:
+        """How much longer a step takes than its FLOPs say, against plain LLaVA's; below 1 counts as 1."""
+        return max(1.0, self.expected / self.speed_up)
+
+    @classmethod
+    def of_file(cls, path: Path) -> "MeasuredStep":
+        """
+        Reads the result of `benchmarks/training.py`: one budget a batch, gates on features.
+
+        Raises:
+            ValueError: if the file is no such result.
+        """
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            row = next(row for row in result["steps"] if (row["per"], row["gates"]) == ("batch", "features"))
+            speed_up = row["speed_up"]
+            return cls(
+                file=path.name,
+                command=result["command"],
+                machine=result["machine"]["gpu"] or result["machine"]["processor"],
+                speed_up=speed_up["median"],
+                expected=row["expected_speed_up"],
+                lower=speed_up["lower_quartile"],
+                upper=speed_up["upper_quartile"],
+                waiting=None if result.get("data") is None else result["data"]["waiting_share"]["median"],
+            )
+        except (OSError, KeyError, StopIteration, json.JSONDecodeError) as error:
+            raise ValueError(f"`measured` is '{path}', which is no result of benchmarks/training.py.") from error
+
+
+@dataclass(frozen=True)
+class MeasuredChoice:
+    """
+    What the prefill benchmark measured of choosing tokens.
+
+    Attributes:
+        command: how it was made.
+        ratios: budget -> median time over stock parts that are told which tokens to take.
+    """
+
+    command: str
+    ratios: dict[float, float]
+
+    @classmethod
+    def of_file(cls, path: Path) -> "MeasuredChoice":
+        """Reads the result of `benchmarks/overhead.py`."""
+        result = json.loads(path.read_text(encoding="utf-8"))
+        return cls(result["command"], {row["budget"]: row["ratio"]["median"] for row in result["pruned_prefill"]})
+
+
+# ---------------------------------------------------------------- what was published
+
+
+@dataclass(frozen=True)
+class PublishedRun:
+    """
+    A run whose duration its authors state.
+
+    Attributes:
+        name, preset: the model.
+        hours: as stated, "around".
+        gpus, gpu: on what.
+        peak: FLOPs a second of one, by its data sheet.
+        samples: of the one epoch.
+        source: where it is stated.
+    """
+
+    name: str
+    preset: str
+    hours: float
+    gpus: int
+    gpu: str
+    peak: float
+    samples: int
+    source: str
+
+    def utilisation(self, text_tokens: int) -> float:
+        """
+        The share of the peak that the stated hours mean by our count, all recomputation counted as work.
+
+        The authors' script trains projector and decoder with gradient checkpointing, the tower without a gradient.
+
+        Args:
+            text_tokens: of a sample, on average; the authors do not state it.
+        """
+        step = Step(Trained.of(["projector", "decoder"]), checkpointing=True)
+        parts = plain_training_flops(preset_config(self.preset), [text_tokens], step).parts
+        executed = parts["vision"].forward + sum(part.total for name, part in parts.items() if name != "vision")
+        return executed * self.samples / (self.hours * 3600 * self.gpus * self.peak)
+
+
+_README = "github.com/haotian-liu/LLaVA, README.md, 'Visual Instruction Tuning'; scripts/v1_5/finetune.sh"
+PUBLISHED_RUNS: tuple[PublishedRun, ...] = (
+    PublishedRun("LLaVA-1.5-7B", "llava-1.5-7b", 10, 8, "A100 40 GB", A100_PEAK, 665_000, _README),
+    PublishedRun("LLaVA-1.5-13B", "llava-1.5-13b", 20, 8, "A100 80 GB", A100_PEAK, 665_000, _README),
+)
+
+
+def largest_micro_batch(run: Run, gpu_memory: float, choices: Sequence[int] = (1, 2, 4, 8, 16, 32)) -> int | None:
+    """The largest of some numbers of rows that fits into `gpu_memory` bytes, or `None` if none does."""
+    fitting = [rows for rows in choices if replace(run, micro_batch=rows).memory.total <= gpu_memory]
+    return max(fitting) if fitting else None
+
+
+def as_dict(run: Run) -> dict[str, Any]:
+    """Everything counted of a run, as JSON can hold it: bytes, and FLOPs of a sample."""
+    flops, memory = run.flops, run.memory
+    plain = run.plain_flops if run.trains_like_plain else None
+    return {
+        "memory": dict(memory.parts) | {"total": memory.total},
+        "flops_per_sample": {name: part.total for name, part in flops.parts.items()} | {"total": flops.total},
+        "plain_flops_per_sample": None if plain is None else plain.total,
+    }

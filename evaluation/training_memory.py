@@ -1,0 +1,365 @@
+"""The memory that a training run needs on each GPU, from formulas.
+
+Weights, gradients and optimizer states follow from how many parameters train and who keeps them in which precision.
+Activations are what autograd saves: beside each line below stands the tensor. The worst moment is at the logits, in
+float32 once as log-probabilities and twice as gradients; or, where checkpointing keeps only what enters the layers, at
+one layer that runs again. What the CUDA context, the communication library and fragmentation take has no formula: it
+is a reserve that the caller states.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+
+from ..configuration.configuration_adavtp import AdaVTPConfig
+from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
+from .model_shape import DecoderShape, ModelShape
+from .training_flops import Flow, Step, Trained
+
+STRATEGIES = ("ddp", "zero2", "zero3", "fsdp2")
+# DeepSpeed's own defaults, in numbers: `reduce_bucket_size` and `stage3_max_live_parameters`.
+REDUCE_BUCKET, LIVE_PARAMETERS = 500_000_000, 1_000_000_000
+# A 4-bit number, and its share of what scales a block of 64: 8 bits, and 32 bits for 256 blocks (QLoRA, 2305.14314).
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+# Log-probabilities, their gradient and that of the logits.
+LOGIT_BYTES = 12
+
+
+@dataclass(frozen=True)
+class Weights:
+    """
+    How many parameters there are.
+
+    Attributes:
+        trained: that train, adapters included.
+        frozen: that do not.
+        quantized: of a frozen decoder, in four bits.
+        layer, head: of one decoder layer, and of embeddings or head: what is put together at a time where weights are
+            spread over GPUs.
+    """
+
+    trained: int
+    frozen: int
+    quantized: int
+    layer: int
+    head: int
+
+    @classmethod
+    def of(cls, config: AdaVTPConfig, trained: Trained, quantize: bool = False) -> "Weights":
+        """
+        Counts them.
+
+        Args:
+            config: the model's.
+            trained: what trains.
+            quantize: whether the linear maps of the decoder's layers are in four bits (NF4).
+
+        Raises:
+            ValueError: if the decoder's own weights are to train in four bits.
+        """
+        if quantize and trained.decoder_weights:
+            raise ValueError("`quantize` is True and the decoder's own weights train; four bits are for adapters.")
+        parts, decoder = parameters(config), DecoderShape.of(config)
+        whole = {"controller": trained.controller, "projector": trained.projector, "vision": trained.vision}
+        train = sum(parts[name] for name, trains in whole.items() if trains)
+        train += parts["decoder"] if trained.decoder_weights else adapter_parameters(decoder, trained.lora_rank)
+        total = sum(parts.values()) + adapter_parameters(decoder, trained.lora_rank)
+        maps = decoder.num_layers * sum(wide * out for wide, out in linear_maps(decoder)) if quantize else 0
+        layer = sum(wide * out for wide, out in linear_maps(decoder)) + 2 * decoder.hidden_size
+        return cls(train, total - train - maps, maps, layer, decoder.vocab_size * decoder.hidden_size)
+
+
+def linear_maps(decoder: DecoderShape) -> list[tuple[int, int]]:
+    """The linear maps of a decoder layer, what enters and what leaves: queries, keys, values, output, gated MLP."""
+    width, query, key, mlp = decoder.hidden_size, decoder.query_width, decoder.key_width, decoder.mlp_size
+    return [(width, query), (width, key), (width, key), (query, width), (width, mlp), (width, mlp), (mlp, width)]
+
+
+def adapter_parameters(decoder: DecoderShape, rank: int | None) -> int:
+    """r (in + out) for every linear map of every layer."""
+    return 0 if rank is None else decoder.num_layers * rank * sum(wide + out for wide, out in linear_maps(decoder))
+
+
+def parameters(config: AdaVTPConfig) -> Mapping[str, int]:
+    """
+    Parameters by part: `"controller"` with the budget token, `"projector"`, `"vision"` up to the feature layer,
+    `"decoder"` with embeddings and head, and `"idle"`, the tower's above the feature layer, which never train.
+    """
+    return _parameters(config.to_json_string())
+
+
+@lru_cache(maxsize=16)
+def _parameters(config: str) -> Mapping[str, int]:
+    import json
+
+    with torch.device("meta"):
+        model = AdaVTPForConditionalGeneration(AdaVTPConfig(**json.loads(config)))
+    parts = dict.fromkeys(("controller", "projector", "vision", "decoder", "idle"), 0)
+    num_run = ModelShape.of(model.config).vision.num_layers
+    for name, parameter in model.named_parameters():
+        parts[_part_of(name, num_run)] += parameter.numel()
+    return parts
+
+
+def _part_of(name: str, num_run: int) -> str:
+    """The part of a parameter; of a tower's layers those count that run."""
+    words = name.removeprefix("model.").split(".")
+    if words[0] == "vision_tower":
+        after = {"post_layernorm", "layernorm", "head", "mask_token"} & set(words)
+        is_layer = words[1] == "encoder"
+        return "idle" if after or (is_layer and int(words[3]) >= num_run) else "vision"
+    names = {"multi_modal_projector": "projector", "language_model": "decoder", "lm_head": "decoder"}
+    return names.get(words[0], "controller")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """
+    Where a run keeps what.
+
+    Attributes:
+        strategy: `"ddp"`: everything on every GPU. `"zero2"` (DeepSpeed): gradients and optimizer states are spread.
+            `"zero3"` (DeepSpeed), `"fsdp2"` (torch, through accelerate): weights too.
+        gpus: among which.
+        reserve: bytes for what has no formula.
+    """
+
+    strategy: str
+    gpus: int
+    reserve: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"`strategy` is {self.strategy!r}; allowed: {', '.join(STRATEGIES)}.")
+        if self.gpus < 1 or self.reserve < 0:
+            raise ValueError(f"`gpus` is {self.gpus} and `reserve` {self.reserve}; allowed are 1 or more, 0 or more.")
+
+    @property
+    def autocast(self) -> bool:
+        """
+        Whether half precision is made of float32 weights step by step, as under DDP; DeepSpeed and FSDP2 run the
+        model in it.
+        """
+        return self.strategy == "ddp"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """
+    Bytes on each GPU, at the worst moment of a step.
+
+    Attributes:
+        parts: by name, in the order of their making.
+    """
+
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(self.parts.values())
+
+
+def training_memory(
+    config: AdaVTPConfig,
+    step: Step,
+    layout: Layout,
+    *,
+    rows: int,
+    length: int,
+    visual_tokens: int | None = None,
+    num_images: int | None = None,
+    quantize: bool = False,
+) -> Memory:
+    """
+    Bytes on each GPU for bfloat16 mixed precision with AdamW.
+
+    Args:
+        config: the model's.
+        step: how a training step is carried out.
+        layout: where what is kept.
+        rows: of a micro-batch.
+        length: columns of its longest row as the decoder gets it: text and those visual tokens that are kept.
+        visual_tokens: that the projector gets of each image; by default all.
+        num_images: of the micro-batch, one a row by default.
+        quantize: whether the frozen maps of the decoder are in four bits.
+
+    Raises:
+        ValueError: if four bits are to be spread by DeepSpeed ZeRO-3, or see [`Weights.of`].
+    """
+    weights = Weights.of(config, step.trained, quantize)
+    saved = activations(
+        config,
+        step,
+        rows=rows,
+        length=length,
+        visual_tokens=visual_tokens,
+        num_images=num_images,
+        autocast=layout.autocast,
+    )
+    return Memory(kept_by_weights(weights, layout) | saved | {"reserve": layout.reserve})
+
+
+def kept_by_weights(weights: Weights, layout: Layout) -> dict[str, float]:
+    """
+    Weights, gradients, AdamW's two moments and what moves them, in bytes on each GPU.
+
+    With T trained and F frozen parameters on N GPUs:
+
+    - DDP: weights 4 T + 2 F and half-precision copies 2 T; gradients 4 T, and as much again in the buckets in which
+      they are averaged; moments 8 T.
+    - ZeRO-2: weights 2 (T + F); gradients 2 T / N; float32 weights and moments 12 T / N; two buckets of 5e8 numbers.
+    - ZeRO-3: the same with weights 2 (T + F) / N, and up to 1e9 parameters that are put together at a time.
+    - FSDP2: weights (4 T + 2 F) / N, gradients 4 T / N, moments 8 T / N; this layer, the next and the head put
+      together in half precision, and this layer's gradients.
+
+    Four-bit weights are whole on every GPU.
+    """
+    trained, frozen, gpus = weights.trained, weights.frozen, layout.gpus
+    whole = NF4_BYTES * weights.quantized
+    bucket = 2 * min(REDUCE_BUCKET, trained)
+    if layout.strategy == "ddp":
+        buckets = 4 * trained if gpus > 1 else 0
+        return {
+            "weights": 4 * trained + 2 * frozen + whole,
+            "half-precision copies": 2.0 * trained,
+            "gradients": 4.0 * trained,
+            "optimizer": 8.0 * trained,
+            "communication": float(buckets),
+        }
+    if layout.strategy == "fsdp2":
+        together = 0 if weights.quantized else 2 * (2 * weights.layer + weights.head)
+        return {
+            "weights": (4 * trained + 2 * frozen) / gpus + whole,
+            "gradients": 4 * trained / gpus,
+            "optimizer": 8 * trained / gpus,
+            "communication": float(together + min(2 * weights.layer, 2 * trained)),
+        }
+    if layout.strategy == "zero2":
+        return {
+            "weights": 2 * (trained + frozen) + whole,
+            "gradients": 2 * trained / gpus,
+            "optimizer": 12 * trained / gpus,
+            "communication": 2.0 * bucket,
+        }
+    if weights.quantized:
+        raise ValueError("`strategy` is 'zero3' and weights are in four bits, which it cannot spread; use 'ddp'.")
+    return {
+        "weights": 2 * (trained + frozen) / gpus,
+        "gradients": 2 * trained / gpus,
+        "optimizer": 12 * trained / gpus,
+        "communication": 2.0 * min(LIVE_PARAMETERS, trained + frozen) + 2.0 * bucket,
+    }
+
+
+# ---------------------------------------------------------------- activations
+
+
+def activations(
+    config: AdaVTPConfig,
+    step: Step,
+    *,
+    rows: int,
+    length: int,
+    visual_tokens: int | None = None,
+    num_images: int | None = None,
+    padded: bool | None = None,
+    autocast: bool = False,
+    number: int = 2,
+) -> dict[str, float]:
+    """
+    Bytes that are alive at the worst moment of the backward pass.
+
+    Args:
+        rows, length, visual_tokens, num_images: see [`training_memory`].
+        padded: whether rows are of different lengths; by default if there are several.
+        autocast: whether float32 weights are cast for each product.
+        number: bytes of a number, 2 or 4.
+
+    Returns:
+        `"tower"`, `"controller"`, `"projector"`, `"decoder"`: what is saved; and `"logits or a layer"`: what comes on
+        top at its beginning, or later while a checkpointed layer runs again, with the gradients inside its MLP.
+    """
+    shape, trained, b = ModelShape.of(config), step.trained, number
+    images = rows if num_images is None else num_images
+    adaptive = "adaptive" in config.reducer.split(", ")
+    flow = Flow.of(step, shape, adaptive and images > 0, adaptive)
+    vision, decoder = shape.vision, shape.decoder
+    sequence = vision.num_patches + int(vision.has_cls) + int(flow.token and shape.budget_fusion == "encoder")
+    of_tower_layer = images * tower_layer_bytes(config, sequence, trained.vision, b) if flow.tower else 0.0
+    masked = rows > 1 if padded is None else padded
+    of_layer = rows * decoder_layer_bytes(decoder, length, trained, b, autocast, masked)
+    tower, layers = vision.num_layers * of_tower_layer, decoder.num_layers * of_layer
+    again = 0.0
+    if step.checkpointing:
+        again = max(of_tower_layer, of_layer + 3 * rows * length * decoder.mlp_size * b)
+        tower = vision.num_layers * images * sequence * vision.hidden_size * b if flow.tower else 0.0
+        layers = decoder.num_layers * rows * length * decoder.hidden_size * b
+    kept = vision.num_patches if visual_tokens is None or flow.bias else visual_tokens
+    projected = images * kept * b * (vision.patch_width * trained.projector + 2 * decoder.hidden_size)
+    # Normed patches, what enters GELU and score, and the features behind the gates.
+    scored = 5 * images * vision.num_patches * vision.hidden_size * b if flow.gates else 0.0
+    bias = rows * length * length * b * (3 + decoder.num_heads) if flow.bias else 0.0
+    needs_projector = flow.visual or trained.projector
+    return {
+        "tower": float(tower),
+        "controller": float(scored + bias),
+        "projector": float(projected) if needs_projector else 0.0,
+        "decoder": float(layers + rows * last_norm_bytes(decoder, length, trained, b)),
+        "logits or a layer": float(max(again, LOGIT_BYTES * rows * length * decoder.vocab_size)),
+    }
+
+
+def decoder_layer_bytes(
+    decoder: DecoderShape, n: int, trained: Trained, b: int, autocast: bool = False, masked: bool = False
+) -> float:
+    """
+    What autograd saves of a Llama-shaped layer, for one row of n columns.
+
+    Args:
+        decoder: D hidden_size, Q and P the widths of all queries and keys, M mlp_size, H heads.
+        n: columns.
+        trained: what trains.
+        b: bytes of a number.
+        autocast: whether every product casts what enters it anew.
+        masked: whether rows are padded, which makes attention take a mask, and as many keys as queries.
+    """
+    width, query, key, mlp = decoder.hidden_size, decoder.query_width, decoder.key_width, decoder.mlp_size
+    weights, adapters = trained.decoder_weights, trained.lora_rank is not None
+    numbers = 2 * (4 * width + 4)  # of both norms: what enters, in float32, and the inverse of its size
+    if weights:
+        numbers += 2 * width * (4 if autocast else b)  # of both norms: what their weights multiply
+        numbers += (5 if autocast else 2) * width * b  # what enters queries, keys and values; gate and up
+        numbers += mlp * b  # what enters down
+    numbers += b * (2 * query + 2 * (query if masked else key)) + 4 * decoder.num_heads  # q, result; k, v; log-sums
+    numbers += 3 * mlp * b  # gate, silu(gate), up
+    if adapters:
+        numbers += (5 * width + query + mlp) * (b + 1)  # what enters each adapter behind dropout of its own; its mask
+        numbers += 7 * trained.lora_rank * b  # between the halves of each adapter
+    return float(n * numbers + (b * n * n if masked else 0))
+
+
+def last_norm_bytes(decoder: DecoderShape, n: int, trained: Trained, b: int) -> float:
+    """The norm before the head and what enters the head, for one row of n columns."""
+    width = decoder.hidden_size
+    return float(n * (4 * width + 4 + (2 * b * width if trained.decoder_weights else 0)))
+
+
+def tower_layer_bytes(config: AdaVTPConfig, n: int, trains: bool, b: int) -> float:
+    """
+    What autograd saves of a tower layer, for one image of n tokens: both residuals with two numbers a norm; queries,
+    keys, values, result and log-sums of attention; what the MLP's activation needs; and what enters products that
+    train.
+    """
+    vision = ModelShape.of(config).vision
+    width, mlp = vision.hidden_size, vision.mlp_size
+    # x sigmoid(1.702 x) is two tensors to autograd, every other activation one.
+    inner = 2 if getattr(config.vision_config, "hidden_act", "gelu") == "quick_gelu" else 1
+    numbers = 2 * b * (width + 2) + 4 * b * width + 4 * vision.num_heads + inner * b * mlp
+    if trains:
+        numbers += 2 * b * width + b * mlp
+        # DINOv2 scales what both halves make, by weights that train.
+        numbers += 2 * b * width if config.vision_config.model_type == "dinov2" else 0
+    return float(n * numbers)

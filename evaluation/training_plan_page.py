@@ -1,0 +1,285 @@
+"""The scale plan as a page: LLaVA-1.5 7B and 13B on 8 GPUs of two sizes, with the formulas worked out."""
+
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from .flops_presets import preset_config
+from .training_costs import (
+    A100_PEAK,
+    GIB,
+    PUBLISHED_RUNS,
+    MeasuredChoice,
+    MeasuredStep,
+    Run,
+    hours,
+    largest_micro_batch,
+)
+from .training_flops import Step, Trained, longest_counts
+from .training_memory import LIVE_PARAMETERS, LOGIT_BYTES, NF4_BYTES, REDUCE_BUCKET, Layout, Weights, activations
+
+GPUS, SIZES, SAMPLES = 8, (80, 40), 665_000
+MODELS = ("llava-1.5-7b", "llava-1.5-13b")
+BUDGETS = (0.2, 1.0)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to train, with its name."""
+
+    name: str
+    strategy: str
+    parts: tuple[str, ...]
+    lora: int | None = None
+    quantize: bool = False
+
+
+SETTINGS = (
+    Setting("whole, ZeRO-3", "zero3", ("controller", "projector", "decoder")),
+    Setting("whole, FSDP2", "fsdp2", ("controller", "projector", "decoder")),
+    Setting("LoRA 16, DDP", "ddp", ("controller", "projector", "decoder"), 16),
+    Setting("QLoRA 16 (NF4), DDP", "ddp", ("controller", "projector", "decoder"), 16, True),
+    Setting("controller alone, DDP", "ddp", ("controller",)),
+)
+
+
+def plan_page(
+    command: str,
+    measured: MeasuredStep | None,
+    choice: MeasuredChoice | None,
+    utilisations: list[float],
+    text_tokens: int,
+    longest: int,
+    reserve: float,
+) -> str:
+    """
+    Writes the page.
+
+    Args:
+        command: that makes it, as typed.
+        measured, choice: the results of the training and the prefill benchmark, or `None`.
+        utilisations: shares of the peak for which hours are given.
+        text_tokens, longest: see [`Run`].
+        reserve: GiB.
+    """
+    about = Run(
+        preset_config(MODELS[0]),
+        Step(Trained.of(SETTINGS[0].parts), checkpointing=True),
+        Layout("zero3", GPUS, reserve * GIB),
+        BUDGETS,
+        samples=SAMPLES,
+        text_tokens=text_tokens,
+        longest=longest,
+    )
+    blocks = [
+        f"# What a large run will cost\n\n`{command}` wrote this page. `adavtp plan` prints the same for one run, "
+        "with every setting an option.",
+        _assumptions(about, utilisations),
+        _memory_formulas(about),
+        _memory(about),
+        _flops_formulas(about),
+        _time(about, utilisations, measured),
+        _published(),
+        _overheads(measured, choice),
+        _advice(about),
+    ]
+    return "\n\n".join(_filled(paragraph) for block in blocks for paragraph in block.split("\n\n")) + "\n"
+
+
+def _filled(paragraph: str) -> str:
+    """Text in lines as long as the repository's; tables and headings as they are."""
+    if paragraph.startswith(("|", "#")):
+        return paragraph
+    return textwrap.fill(paragraph, 119, break_long_words=False, break_on_hyphens=False)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _assumptions(about: Run, utilisations: list[float]) -> str:
+    low, high = about.budget_range
+    shares = ", ".join(f"{share:g}" for share in utilisations)
+    return f"""## What is assumed
+
+{about.samples} samples with one image of {about.config.num_patches} visual tokens and {about.text_tokens} text tokens
+on average; the longest has {about.longest} columns at full budget. Budgets are drawn from U[{low:g}, {high:g}], one
+for each batch; gates on the features (`gradient_gates="features"`), sequences gathered; gradient checkpointing;
+bfloat16 with AdamW; {GPUS} GPUs of {A100_PEAK / 1e12:g} TFLOPs a second (A100, bfloat16, data sheet). Utilisation,
+the share of that peak which is reached, is an assumption: {shares}. {about.layout.reserve / GIB:g} GiB of each GPU are
+left for context, communication library and fragmentation. Memory is counted and has not been measured on GPUs."""
+
+
+def _runs(about: Run, model: str) -> Iterator[tuple[Setting, Run]]:
+    for setting in SETTINGS:
+        yield (
+            setting,
+            replace(
+                about,
+                config=preset_config(model),
+                step=replace(about.step, trained=Trained.of(setting.parts, setting.lora)),
+                layout=replace(about.layout, strategy=setting.strategy),
+                quantize=setting.quantize,
+            ),
+        )
+
+
+def _memory_formulas(about: Run) -> str:
+    weights = Weights.of(about.config, about.step.trained)
+    t, f = weights.trained, weights.frozen
+    sizes = activations(about.config, about.step, rows=1, length=about.longest)
+    width, depth = about.config.text_config.hidden_size, about.config.text_config.num_hidden_layers
+    entering = depth * about.longest * width * 2
+    logits = LOGIT_BYTES * about.longest * about.config.text_config.vocab_size
+    states = (2 * (t + f) + 2 * t + 12 * t) / GPUS
+    return f"""## Memory: the formula
+
+With T trained and F frozen parameters on N GPUs, bytes on each:
+
+| | weights | gradients | AdamW | at a time |
+| --- | --- | --- | --- | --- |
+| DDP | 4 T + 2 F, copies 2 T | 4 T | 8 T | buckets 4 T |
+| ZeRO-2 | 2 (T + F) | 2 T / N | 12 T / N | 4 min(T, {REDUCE_BUCKET:.0e}) |
+| ZeRO-3 | 2 (T + F) / N | 2 T / N | 12 T / N | 2 min(T + F, {LIVE_PARAMETERS:.0e}) + 4 min(T, {REDUCE_BUCKET:.0e}) |
+| FSDP2 | (4 T + 2 F) / N | 4 T / N | 8 T / N | two layers and the head, 2 bytes; a layer's gradients |
+
+Under DeepSpeed the float32 weights are part of AdamW's column; accelerate makes trained weights float32 for FSDP2;
+four bits are {NF4_BYTES:.3f} bytes. With checkpointing, each row of n columns adds what enters the layers, 2 L n D,
+and the larger of the logits, {LOGIT_BYTES} n V, and one layer's own tensors (`evaluation/training_memory.py` says it
+line by line; the tests compare it with what autograd saves and torch allocates).
+
+For {MODELS[0]} trained whole, T = {t / 1e9:.3f}e9 and F = {f / 1e9:.3f}e9: under ZeRO-3 (2 x {(t + f) / 1e9:.3f} +
+14 x {t / 1e9:.3f}) / {GPUS} = {states / 1e9:.2f} GB of states on each GPU; a row of {about.longest} columns adds 2 x
+{depth} x {about.longest} x {width} = {entering / 1e9:.2f} GB and {sizes["logits or a layer"] / 1e9:.2f} GB, of which
+the logits would be {LOGIT_BYTES} x {about.longest} x {about.config.text_config.vocab_size} = {logits / 1e9:.2f} GB."""
+
+
+def _memory(about: Run) -> str:
+    rows = []
+    for model in MODELS:
+        for setting, run in _runs(about, model):
+            one = run.memory
+            states = sum(one.parts[name] for name in ("weights", "gradients", "optimizer"))
+            states += one.parts.get("half-precision copies", 0.0)
+            row_bytes = sum(
+                one.parts[name] for name in ("tower", "controller", "projector", "decoder", "logits or a layer")
+            )
+            fits = [largest_micro_batch(run, size * GIB) for size in SIZES]
+            numbers = (states, one.parts["communication"], row_bytes, one.total)
+            cells = [f"{number / GIB:.1f}" for number in numbers]
+            rows.append([f"{model}, {setting.name}", *cells, *("-" if fit is None else str(fit) for fit in fits)])
+    head = ["GiB on each GPU", "states", "communication", "a row", "total with one row"]
+    return (
+        "## Memory: what fits\n\n"
+        + _table([*head, *(f"rows that fit {size} GB" for size in SIZES)], rows)
+        + "\n\nRows are the longest there are, tried in powers of two up to 32; a dash does not fit."
+    )
+
+
+def _flops_formulas(about: Run) -> str:
+    flops, plain = about.flops, about.plain_flops
+    rows = []
+    for name, part in flops.parts.items():
+        other = plain.parts[name]
+        cells = [part.forward, part.backward, part.recomputed, part.total, other.total]
+        rows.append([name, *(f"{cell / 1e12:.3f}" for cell in cells)])
+    rows.append(["total", "", "", "", f"{flops.total / 1e12:.3f}", f"{plain.total / 1e12:.3f}"])
+    mean = sum(keep * probability for keep, probability in longest_counts(BUDGETS, about.config.num_patches))
+    return f"""## FLOPs: the formula
+
+A product of f FLOPs costs f forward, f for the gradient of its weights if they train, f for that of what enters it if
+something in front of it trains; attention costs 2.5 times its forward on the way back; checkpointing runs each layer
+once more. The mean over budgets is a sum over K with the probabilities that U[{BUDGETS[0]:g}, {BUDGETS[1]:g}] gives
+them; the mean K is {mean:.1f} of {about.config.num_patches}. TFLOPs of a sample, {MODELS[0]} trained whole:
+
+{_table(["part", "forward", "backward", "again", "total", "plain LLaVA"], rows)}
+
+Plain LLaVA is what transformers runs: all visual tokens, the whole tower. The count has been compared with torch's
+own over forward and backward (`tests/test_training_costs.py`)."""
+
+
+def _time(about: Run, utilisations: list[float], measured: MeasuredStep | None) -> str:
+    overhead = 1.0 if measured is None else measured.overhead
+    rows, of_sample = [], {}
+    for model in MODELS:
+        for setting, run in _runs(about, model):
+            # How weights are kept changes no FLOPs.
+            same = (model, setting.parts, setting.lora)
+            ours = of_sample[same] = of_sample.get(same) or run.flops.total
+            plain = run.plain_flops.total if run.trains_like_plain else None
+            cells = [f"{ours / 1e12:.1f}", "-" if plain is None else f"{plain / 1e12:.1f}"]
+            cells.append("-" if plain is None else f"{plain / ours:.2f}")
+            for share in utilisations:
+                asked = (run.samples, GPUS, A100_PEAK, share)
+                alone = "-" if plain is None else f"{hours(plain, *asked):.1f}"
+                cells.append(f"{hours(ours, *asked, overhead):.1f} / {alone}")
+            rows.append([f"{model}, {setting.name}", *cells])
+    head = ["", "TFLOPs of a sample", "plain LLaVA", "ratio"]
+    with_overhead = "" if measured is None else f", ours with the measured overhead of {overhead:.3f}"
+    return (
+        "## Time\n\nhours = samples x FLOPs x overhead / (GPUs x peak x utilisation) / 3600. Each cell: AdaVTP / "
+        f"plain LLaVA at the same utilisation{with_overhead}.\n\n"
+        + _table([*head, *(f"hours at {share:g}" for share in utilisations)], rows)
+        + "\n\nSharded runs also wait for each other and for the network, which utilisation has to cover."
+    )
+
+
+def _published() -> str:
+    lengths = (100, 200, 300)
+    rows = [
+        [run.name, run.gpu, f"{run.gpus}", f"{run.hours:g}", *(f"{run.utilisation(n):.2f}" for n in lengths)]
+        for run in PUBLISHED_RUNS
+    ]
+    head = ["", "GPU", "GPUs", "hours, as stated"]
+    return (
+        "## A published anchor\n\nLLaVA-1.5's authors state how long visual instruction tuning took on their 665K "
+        f"samples ({PUBLISHED_RUNS[0].source}). By our count, recomputation included, that is a utilisation of\n\n"
+        + _table([*head, *(f"at {n} text tokens" for n in lengths)], rows)
+        + "\n\nThey do not state the mean number of text tokens, hence three columns."
+    )
+
+
+def _overheads(measured: MeasuredStep | None, choice: MeasuredChoice | None) -> str:
+    says = ["## What was measured"]
+    if measured is None:
+        says.append("Nothing yet of training: `python benchmarks/training.py --json FILE`, then `--measured FILE`.")
+    else:
+        share = measured.waiting
+        waiting = "" if share is None else f" Waiting for data took {100 * share:.2f} % of a step."
+        says.append(
+            f"`{measured.command}` on {measured.machine}: a training step with one budget a batch does "
+            f"{measured.speed_up:.2f} (quartiles {measured.lower:.2f} to {measured.upper:.2f}) times plain LLaVA's "
+            f"samples a second, where counted FLOPs say {measured.expected:.2f}; the overhead is their quotient, "
+            f"{measured.overhead:.3f}.{waiting} It is a small shape on a small machine; with `--preset llava-1.5-7b "
+            "--device cuda --dtype bfloat16 --checkpointing` the same command measures the large one."
+        )
+    if choice is not None:
+        ratios = ", ".join(f"{ratio:.3f} at budget {budget:g}" for budget, ratio in choice.ratios.items())
+        says.append(
+            f"`{choice.command}`: the forward pass of a prompt, against stock parts that are told which tokens to "
+            f"take, so what choosing alone costs: {ratios} times as long."
+        )
+    return "\n\n".join(says)
+
+
+def _advice(about: Run) -> str:
+    speed = {}
+    for name, changes in {
+        "one budget a batch": {},
+        "a budget for each of 8 samples": {"per": "sample", "micro_batch": 8},
+        "gates inside attention": {"step": replace(about.step, gates="attention")},
+    }.items():
+        run = replace(about, **changes)
+        speed[name] = run.plain_flops.total / run.flops.total
+    rows = [[name, f"{ratio:.2f}"] for name, ratio in speed.items()]
+    return f"""## What makes it fast
+
+{MODELS[0]} trained whole, plain LLaVA's FLOPs over ours:
+
+{_table(["budgets U[0.2, 1.0]", "ratio"], rows)}
+
+A batch is as long as its longest row, so budgets that differ inside a batch save little unless rows are grouped by
+their length behind the reduction (`group_by_length`), which nearly brings back the first line. Gates inside attention
+keep every token while the controller trains: use them to train a controller alone or for a short stage, then train the
+rest with gates on the features."""
