@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import get_cached_module_file
 from transformers.utils import HF_MODULES_CACHE
 
-from ..configuration.configuration_adavtp import reducer_entries
+from ..configuration.configuration_adavtp import AdaVTPConfig, reducer_entries
 from .class_source_adavtp import FlatSource
 from .own_reducers_adavtp import OWN_REDUCERS
 from .published_reducers_adavtp import PUBLISHED_REDUCERS
@@ -186,6 +186,8 @@ def _module_of(file: Path) -> ModuleType:
         return beside
     name = f"{_PACKAGE}.{OWN}_{hashlib.sha256(content).hexdigest()[:16]}"
     if name not in sys.modules:
+        # Where the package is installed, its configuration does not lie beside its models, as the file has it.
+        sys.modules.setdefault(f"{_PACKAGE}.configuration_adavtp", sys.modules[AdaVTPConfig.__module__])
         spec = importlib.util.spec_from_file_location(name, file)
         sys.modules[name] = importlib.util.module_from_spec(spec)
         try:

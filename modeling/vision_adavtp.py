@@ -153,7 +153,7 @@ class TowerPass:
         if self.token is None:
             return hidden_states
         if self.budget_token.position_embedding is not None:
-            position = self.budget_token.position_embedding.weight[0]
+            position = self.budget_token.position_embedding(torch.tensor(0, device=hidden_states.device))
         else:
             position = _last_patch_position(self.tower)
         token = (self.token + position).to(hidden_states.dtype)[:, None]
@@ -286,8 +286,11 @@ def start_pass(
 def _last_patch_position(tower: PreTrainedModel) -> torch.Tensor:
     """Position vector of the tower's last patch, `[hidden_size]`."""
     embeddings = tower.embeddings
-    table = embeddings.position_embedding.weight if hasattr(embeddings, "position_embedding") else None
-    return embeddings.position_embeddings[0, -1] if table is None else table[-1]
+    if not hasattr(embeddings, "position_embedding"):
+        return embeddings.position_embeddings[0, -1]
+    table = embeddings.position_embedding
+    # Called and not read: where parameters are sharded, a module's are whole only while it runs.
+    return table(torch.tensor(table.num_embeddings - 1, device=tower.device))
 
 
 def _require_mask(tower: PreTrainedModel) -> None:

@@ -258,6 +258,25 @@ def test_a_trusted_folder_brings_its_reducer_to_the_package(auto_class: Any, min
     assert _selected(model) == _selected(tiny_model(reducer="mine"))
 
 
+def test_a_reducer_may_say_what_its_configuration_is(tmp_path: Path, make: Callable[..., ModuleType]) -> None:
+    make(
+        mine="""
+    from adavtp import AdaVTPConfig, ScoringReducer, register_reducer
+
+    @register_reducer("mine")
+    class Mine(ScoringReducer):
+        def __init__(self, config: AdaVTPConfig) -> None:
+            super().__init__(config)
+
+        def scores(self, features):
+            return features.patches[..., 0]
+    """
+    )
+    tiny_model(reducer="mine").save_pretrained(tmp_path / "model")
+    del REDUCERS["mine"]
+    assert _loads(tmp_path / "model").config.reducer == "mine"
+
+
 @pytest.mark.parametrize("trust", [False, None])
 def test_a_folder_that_is_not_trusted_runs_no_code_and_says_what_to_do(trust: bool | None, mine_folder: Path) -> None:
     with (mine_folder / OWN).open("a") as file:

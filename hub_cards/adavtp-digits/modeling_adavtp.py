@@ -119,6 +119,11 @@ class AdaVTPPreTrainedModel(CompleteLoadingMixin, OwnReducersMixin, SelfContaine
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    def post_init(self) -> None:
+        """transformers names all layers of a tower's family that stay in one piece; sharding wants those in use."""
+        super().post_init()
+        self._no_split_modules = set(self._no_split_modules) & {type(module).__name__ for module in self.modules()}
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, ZeroLinear):
@@ -131,7 +136,14 @@ class AdaVTPModel(AdaVTPPreTrainedModel, LlavaModel):
 
     Args:
         config: the model's configuration.
+
+    Attributes:
+        is_sharded: whether parameters are spread over processes (FSDP, ZeRO-3). To be set by whoever spreads them: a
+            batch without images then runs the modules of one with images in evaluation too, as in training it always
+            does.
     """
+
+    is_sharded = False
 
     def __init__(self, config: AdaVTPConfig) -> None:
         super().__init__(config)
@@ -505,15 +517,18 @@ class AdaVTPModel(AdaVTPPreTrainedModel, LlavaModel):
         reducer = self.reducers[plan.reducer]
         return reducer.parts[-1] if hasattr(reducer, "parts") else reducer
 
-    def _nothing_from_a_blank_image(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    def _nothing_from_a_blank_image(
+        self, inputs_embeds: torch.Tensor, token_budget: StackBudget | None, reducer: ReducerSpec | None
+    ) -> torch.Tensor:
         """
-        Zero, computed by looking at a blank image. A batch without images then runs the modules that a batch with
-        images runs: where parameters are sharded, ranks whose modules differ wait for each other forever.
+        Zero, computed by looking at a blank image in the first prompt. A batch without images then runs the modules
+        that a batch with images runs: where parameters are sharded, ranks whose modules differ wait for each other
+        forever.
         """
         vision_config = self.config.vision_config
         size = (1, vision_config.num_channels, vision_config.image_size, vision_config.image_size)
-        steps = self.steps()
-        budget = self.budget_of((self.config.num_patches + 1) // 2, steps, 1)
+        steps = self.steps(reducer)
+        budget = self.budget_of(token_budget, steps, len(inputs_embeds))
         sample = torch.zeros(1, dtype=torch.long)
         question = inputs_embeds[:1].mean(dim=1)
         ids = torch.full((1, 1), -1, device=inputs_embeds.device)
@@ -602,8 +617,10 @@ class AdaVTPModel(AdaVTPPreTrainedModel, LlavaModel):
             if past_key_values is None or past_key_values.get_seq_length() == 0:
                 images_per_sample(input_ids, self.config.image_token_id, self.config.num_image_tokens, 0)
             inputs_embeds = self.get_input_embeddings()(input_ids)
-            if _checked_output(selection_output, self.config) == "mask" and self.training:
-                inputs_embeds = inputs_embeds + self._nothing_from_a_blank_image(inputs_embeds)
+            _checked_output(selection_output, self.config)
+            is_new = past_key_values is None or past_key_values.get_seq_length() == 0
+            if is_new and (self.training or self.is_sharded):
+                inputs_embeds = inputs_embeds + self._nothing_from_a_blank_image(inputs_embeds, token_budget, reducer)
 
         if selection is None and labels is not None and attention_mask is not None:
             labels = without_first_labels(labels, attention_mask)

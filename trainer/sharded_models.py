@@ -1,0 +1,43 @@
+"""What training needs to know of a model whose parameters are spread over processes (FSDP2, ZeRO-3).
+
+A process has a part of every layer. When a layer runs, all processes give their parts, so all have to run the same
+modules in the same order; one that does not lets the others wait forever. Whatever its budgets and images, a training
+batch does: texts look at a blank image, and every image goes through the reducer. Some reducers cannot promise that.
+"""
+
+from ..modeling.modeling_adavtp import AdaVTPModel
+from ..modeling.tower_adavtp import tower_layers
+
+
+def layer_classes(model: AdaVTPModel) -> list[str]:
+    """Class names of the decoder's and of the tower's layers, which FSDP puts together one at a time."""
+    layers = [*model.language_model.layers, *tower_layers(model.vision_tower)]
+    return sorted({type(layer).__name__ for layer in layers})
+
+
+def require_same_modules(model: AdaVTPModel, is_fsdp: bool) -> None:
+    """
+    Does nothing for a model that runs the same modules for every batch.
+
+    Args:
+        model: whose chosen reducers are looked at.
+        is_fsdp: whether layers are whole only when they run as a whole; with ZeRO-3 their parts are, too.
+
+    Raises:
+        ValueError: if the reducers run once for every number of tokens that images of a batch keep, run inside the
+            decoder, or read layers in pieces where that is not possible.
+    """
+    steps = model.steps()
+    for step in steps:
+        reducer, reason = step.reducer, None
+        if reducer.stage == "decoder":
+            reason = "acts inside the decoder, for prompts with images only"
+        elif len(steps) > 1 or reducer.one_count:
+            reason = "runs once for every number of tokens that the images of a batch have or keep"
+        elif is_fsdp and "attention" in reducer.needs:
+            reason = "reads the queries and keys of a layer that does not run, which FSDP has only while it does"
+        if reason is not None:
+            raise ValueError(
+                f"`reducer` is {model.config.reducers!r}, and {step.name!r} {reason}. Processes that share parameters "
+                "(FSDP, ZeRO-3) have to run the same modules. Train with DDP or ZeRO-2, or choose another reducer."
+            )
