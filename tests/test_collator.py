@@ -127,6 +127,39 @@ def test_a_row_whose_images_are_not_those_of_its_messages_is_an_error(
         BudgetCollator(digit_processor())(rows)
 
 
+def encoded(processor: AdaVTPProcessor, rows: list[dict[str, Any]], budgets: Sequence[float]) -> list[dict[str, Any]]:
+    """The rows as a stream gives them, each encoded by the collator alone."""
+    samples = []
+    for number, (row, budget) in enumerate(zip(rows, budgets, strict=True)):
+        alone = BudgetCollator(processor)([row])
+        ids, labels = alone["input_ids"][0].tolist(), alone["labels"][0].tolist()
+        sample = {"id": f"row {number}", "input_ids": ids, "labels": labels, "images": row["images"]}
+        samples.append(
+            sample | {"token_budget": budget, "rejected": [{"id": f"lost {number}", "reason": "", "kind": ""}]}
+        )
+    samples[-1]["stream_position"] = {"epoch": 3}
+    return samples
+
+
+def test_encoded_rows_make_the_batch_of_their_conversations_with_their_own_budgets(processor: AdaVTPProcessor) -> None:
+    rows, budgets = conversation_rows(4, (1, 0, 2)), [0.25, 1.0, 0.5, 0.375]
+    expected = BudgetCollator(processor)(rows)
+    batch = BudgetCollator(processor)(encoded(processor, rows, budgets))
+    for name in ("input_ids", "attention_mask", "labels", "pixel_values"):
+        assert torch.equal(batch[name], expected[name]), name
+    assert batch["token_budget"].dtype == torch.float32 and batch["token_budget"].tolist() == budgets
+    assert [rejected["id"] for rejected in batch["rejected"]] == [f"lost {number}" for number in range(4)]
+    assert batch["stream_position"] == {"epoch": 3}
+    assert not {"rejected", "stream_position"} & expected.keys()
+
+
+def test_an_encoded_row_with_images_of_another_number_is_an_error() -> None:
+    samples = encoded(digit_processor(), conversation_rows(2), [1.0, 1.0])
+    samples[0]["images"], samples[1]["images"] = [], samples[1]["images"] * 2
+    with pytest.raises(ValueError, match="shows 1 image"):
+        BudgetCollator(digit_processor())(samples)
+
+
 def test_padding_does_not_change_a_row_s_loss() -> None:
     processor = digit_processor()
     model, collator = digit_model(processor), BudgetCollator(processor, FULL)
@@ -163,14 +196,32 @@ def test_budgets_are_one_per_batch_or_one_per_sample() -> None:
 
 
 @pytest.mark.parametrize("per", ["batch", "sample"])
-def test_budgets_follow_from_the_seed_and_the_position_alone(per: str) -> None:
+def test_budgets_follow_from_the_seed_and_the_number_alone(per: str) -> None:
     stream, same, other = (BudgetStream(per=per, seed=seed) for seed in (0, 0, 1))
     budgets_of(stream, num_batches=3)
     torch.rand(5)
-    assert torch.equal(stream.at((3, 1, 0), 4), same.at((3, 1, 0), 4))
-    assert not torch.equal(stream.at((3, 1, 0), 4), other.at((3, 1, 0), 4))
-    positions = [(step, micro_batch, rank) for step in range(5) for micro_batch in range(3) for rank in range(3)]
-    assert len({float(stream.at(position, 1)) for position in positions}) == len(positions)
+    assert torch.equal(stream.of_batch(3, 12, 4), same.of_batch(3, 12, 4))
+    assert not torch.equal(stream.of_batch(3, 12, 4), other.of_batch(3, 12, 4))
+    assert len(stream.numbered(range(1000)).unique()) > 990
+
+
+def test_two_processes_see_the_budgets_that_one_sees() -> None:
+    per_sample, per_batch = BudgetStream(per="sample"), BudgetStream(per="batch")
+    for batch in range(5):
+        halves = [per_sample.of_batch(batch, 4 * batch + 2 * process, 2) for process in range(2)]
+        assert torch.equal(torch.cat(halves), per_sample.of_batch(batch, 4 * batch, 4))
+        halves = [per_batch.of_batch(batch, 4 * batch + 2 * process, 2) for process in range(2)]
+        assert torch.equal(torch.cat(halves), per_batch.of_batch(batch, 4 * batch, 4))
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_budgets_are_spread_evenly_and_neighbours_have_nothing_in_common(seed: int) -> None:
+    budgets = BudgetStream((0.0, 1.0), "sample", seed).numbered(range(20_000)).double()
+    # Ten bins with 2000 budgets each, give or take four standard deviations.
+    assert (torch.histc(budgets, 10, 0, 1) - 2000).abs().max() < 4 * (20_000 * 0.1 * 0.9) ** 0.5
+    for distance in (1, 2, 8, 64):
+        pair = torch.stack([budgets[:-distance], budgets[distance:]])
+        assert torch.corrcoef(pair)[0, 1].abs() < 4 / len(budgets) ** 0.5
 
 
 def test_drawing_budgets_leaves_torch_s_random_numbers_alone() -> None:

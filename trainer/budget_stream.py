@@ -1,9 +1,11 @@
 """Where a training run's token budgets come from: random, and known from the position in the run alone.
 
-A budget is a function of (seed, position) and not of a state that moves on, so that a run that is stopped and resumed
+A budget is a function of (seed, number) and not of a state that moves on, so that a run that is stopped and resumed
 sees the budgets that it would have seen, however many batches a data loader had fetched ahead, in whatever process.
+Samples are numbered over all processes, so a batch has the same budgets however many processes share it.
 """
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -35,23 +37,27 @@ class BudgetStream:
             raise ValueError(f"`per` is {per!r}; allowed are 'batch' and 'sample'.")
         low, high = budget_range
         self.budget_range, self.per, self.seed = (float(low), float(high)), per, seed
-        self._num_drawn = 0
+        self._num_batches = self._num_samples = 0
 
-    def at(self, position: tuple[int, ...], batch_size: int) -> torch.Tensor:
+    def numbered(self, numbers: Iterable[int]) -> torch.Tensor:
+        """The budgets with these numbers, which count batches or samples, as `per` says; `[len(numbers)]` float32."""
+        return self._draws((number,) for number in numbers)
+
+    def of_batch(self, batch: int, first_sample: int, batch_size: int) -> torch.Tensor:
         """
-        The budgets of the batch at a position.
+        The budgets of one process's part of a batch.
 
         Args:
-            position: what identifies the batch in the run, for example (step, micro-batch, process).
-            batch_size: number of samples.
+            batch: number of the batch in the run; the same in all processes that share it.
+            first_sample: number in the run of the part's first sample, counted over all processes.
+            batch_size: samples in the part.
 
         Returns:
-            `[batch]` float32.
+            `[batch_size]` float32.
         """
-        generator = torch.Generator().manual_seed(_mixed(self.seed, *position))
-        low, high = self.budget_range
-        draw = torch.rand(1 if self.per == "batch" else batch_size, generator=generator)
-        return (low + (high - low) * draw).expand(batch_size).clone()
+        if self.per == "batch":
+            return self.numbered([batch]).expand(batch_size).clone()
+        return self.numbered(range(first_sample, first_sample + batch_size))
 
     def next(self, batch_size: int) -> torch.Tensor:
         """
@@ -60,14 +66,26 @@ class BudgetStream:
         Every worker of a data loader has a copy of its own that begins anew in each epoch. What tells these copies
         apart is the seed that torch gives each worker in each epoch, which follows from torch's own.
         """
-        self._num_drawn += 1
         worker = get_worker_info()
-        position = (self._num_drawn,) if worker is None else (self._num_drawn, worker.seed)
-        return self.at(position, batch_size)
+        of_worker = () if worker is None else (worker.seed,)
+        if self.per == "batch":
+            budgets = self._draws([(self._num_batches, *of_worker)]).expand(batch_size).clone()
+        else:
+            samples = range(self._num_samples, self._num_samples + batch_size)
+            budgets = self._draws((number, *of_worker) for number in samples)
+        self._num_batches += 1
+        self._num_samples += batch_size
+        return budgets
+
+    def _draws(self, positions: Iterable[tuple[int, ...]]) -> torch.Tensor:
+        low, high = self.budget_range
+        # 24 bits are as many as float32 tells apart.
+        fractions = [(mixed(self.seed, *position) >> 39) / 2**24 for position in positions]
+        return torch.tensor([low + (high - low) * fraction for fraction in fractions], dtype=torch.float32)
 
 
-def _mixed(*numbers: int) -> int:
-    """One seed from several numbers, such that neighbours differ in about half of the bits (splitmix64's mixing)."""
+def mixed(*numbers: int) -> int:
+    """One seed of 63 bits from several numbers; neighbours differ in about half of the bits (splitmix64's mixing)."""
     state = 0
     for number in numbers:
         state = (state + number + 0x9E3779B97F4A7C15) % 2**64

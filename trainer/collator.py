@@ -1,4 +1,8 @@
-"""From conversations with images to batches with a token budget."""
+"""From conversations with images to batches with a token budget.
+
+Two steps: a row becomes token ids, targets and images; rows become a batch, padded. The first is done here for rows
+as they stand in a data set, and has been done for those of a [`ConversationStream`].
+"""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,7 +17,7 @@ from .conversation import IGNORED, encode_conversation, placeholders_per_image
 @dataclass
 class BudgetCollator:
     """
-    Batches conversational data in the Hugging Face form and draws the batch's token budgets.
+    Batches conversational data in the Hugging Face form, and draws the batch's token budgets where rows have none.
 
     Attributes:
         processor: tokenizer, image processor and chat template.
@@ -34,18 +38,21 @@ class BudgetCollator:
     def __post_init__(self) -> None:
         self.budgets = BudgetStream(self.budget_range, self.per, self.seed)
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """
         Args:
-            rows: with `messages`, and `images` in the order of the messages' image entries; other columns are ignored.
+            rows: with `messages`, and `images` in the order of the messages' image entries; or encoded, with
+                `input_ids` and `labels` and the same images, as a [`ConversationStream`] gives them. Other columns are
+                ignored.
 
         Returns:
             `input_ids`, `attention_mask` and `labels` `[batch, sequence]`, padded on the right, with labels -100
-            except on the assistant's turns; `token_budget` `[batch]`; and `pixel_values`
-            `[num_images, channels, height, width]` if the batch has images.
+            except on the assistant's turns; `token_budget` `[batch]`, the rows' own if they have any; and
+            `pixel_values` `[num_images, channels, height, width]` if the batch has images. Of a stream's rows also
+            what is not for the model: `rejected`, a list, and `stream_position`, the last row's.
 
         Raises:
-            ValueError: if a row's messages show another number of images than it has, or see [`encode_conversation`].
+            ValueError: if a row has another number of images than it shows, or see [`encode_conversation`].
         """
         images = [image for row in rows for image in row.get("images") or []]
         batch, num_image_tokens = {}, 0
@@ -53,28 +60,57 @@ class BudgetCollator:
             pixel_values = self.processor.image_processor(readable_images(images), return_tensors="pt")["pixel_values"]
             batch["pixel_values"] = pixel_values
             num_image_tokens = placeholders_per_image(self.processor, pixel_values)
-        conversations = [encode_conversation(self.processor, row["messages"], num_image_tokens) for row in rows]
-        for row, conversation in zip(rows, conversations, strict=True):
-            self._check_images(row, conversation.input_ids, num_image_tokens)
-        length = max(len(conversation.input_ids) for conversation in conversations)
-        pad_id = self.processor.tokenizer.pad_token_id
+        encoded = [encoded_row(self.processor, row, num_image_tokens) for row in rows]
+        batch |= padded_batch(encoded, self.processor.tokenizer.pad_token_id)
+        if "token_budget" in rows[0]:
+            batch["token_budget"] = torch.tensor([row["token_budget"] for row in rows], dtype=torch.float32)
+        else:
+            batch["token_budget"] = self.budgets.next(len(rows))
+        if "stream_position" in rows[-1]:
+            batch["rejected"] = [rejected for row in rows for rejected in row["rejected"]]
+            batch["stream_position"] = rows[-1]["stream_position"]
+        return batch
 
-        def padded(sequences: list[list[int]], fill: int) -> torch.Tensor:
-            return torch.tensor([sequence + [fill] * (length - len(sequence)) for sequence in sequences])
 
-        return batch | {
-            "input_ids": padded([conversation.input_ids for conversation in conversations], pad_id),
-            "attention_mask": padded([[1] * len(conversation.input_ids) for conversation in conversations], 0),
-            "labels": padded([conversation.labels for conversation in conversations], IGNORED),
-            "token_budget": self.budgets.next(len(rows)),
-        }
+def encoded_row(processor: AdaVTPProcessor, row: dict[str, Any], num_image_tokens: int) -> tuple[list[int], list[int]]:
+    """
+    Token ids and labels of a row, encoded now if they are not yet.
 
-    def _check_images(self, row: dict[str, Any], input_ids: list[int], num_image_tokens: int) -> None:
-        """A row with an image too many beside a row with one too few would pass for right: the sums agree."""
-        num_given = len(row.get("images") or [])
-        num_shown = input_ids.count(self.processor.image_token_id) // max(num_image_tokens, 1)
-        if num_shown != num_given:
-            raise ValueError(
-                f"`messages` shows {num_shown} image(s) and `images` has {num_given}; every image needs one entry of "
-                f"type 'image' in its row's messages, which are {row['messages']!r}."
-            )
+    Args:
+        processor: with a chat template and a fast tokenizer.
+        row: with `messages`, or with `input_ids` and `labels`; and `images`.
+        num_image_tokens: placeholder tokens of one image, 0 where the batch has no images.
+
+    Raises:
+        ValueError: if the row has another number of images than it shows, or see [`encode_conversation`].
+    """
+    if "input_ids" in row:
+        input_ids, labels = row["input_ids"], row["labels"]
+    else:
+        conversation = encode_conversation(processor, row["messages"], num_image_tokens)
+        input_ids, labels = conversation.input_ids, conversation.labels
+    # A row with an image too many beside a row with one too few would pass for right: the sums agree.
+    num_given, num_placeholders = len(row.get("images") or []), input_ids.count(processor.image_token_id)
+    if num_placeholders != num_given * num_image_tokens:
+        shown = f"`messages`, which are {row['messages']!r}," if "messages" in row else "`input_ids`"
+        raise ValueError(
+            f"{shown} shows {num_placeholders / max(num_image_tokens, 1):g} image(s) and `images` has {num_given}; "
+            "every image needs one entry of type 'image' in its row's messages."
+        )
+    return input_ids, labels
+
+
+def padded_batch(encoded: list[tuple[list[int], list[int]]], pad_id: int) -> dict[str, torch.Tensor]:
+    """`input_ids`, `attention_mask` and `labels` `[batch, sequence]` from the rows' ids and labels, padded on the
+    right."""
+    shape = (len(encoded), max(len(input_ids) for input_ids, _ in encoded))
+    batch = {
+        "input_ids": torch.full(shape, pad_id),
+        "attention_mask": torch.zeros(shape, dtype=torch.int64),
+        "labels": torch.full(shape, IGNORED),
+    }
+    for index, (input_ids, labels) in enumerate(encoded):
+        batch["input_ids"][index, : len(input_ids)] = torch.tensor(input_ids)
+        batch["attention_mask"][index, : len(input_ids)] = 1
+        batch["labels"][index, : len(labels)] = torch.tensor(labels)
+    return batch

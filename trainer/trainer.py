@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer
 from transformers.trainer_utils import speed_metrics
 
+from .adapters import save_beside_adapter
 from .controller_targets import (
     adavtp_model_of,
     distillation_loss,
@@ -20,23 +20,28 @@ from .controller_targets import (
     targets_per_image,
     visual_relevance,
 )
+from .pushing import PushingMixin
+from .sharded_models import layer_classes, require_same_modules
+from .streamed_training import StreamedTraining
 from .trained_parts import choose_trained_parts
 from .training_arguments import AdaVTPTrainingArguments
+from .whole_checkpoints import WholeCheckpointsMixin
 
 
-class AdaVTPTrainer(Trainer):
+class AdaVTPTrainer(WholeCheckpointsMixin, PushingMixin, StreamedTraining):
     """
     Trains the parts of an AdaVTP model that `args.train_parts` names, and evaluates it at `args.eval_budgets`.
     `predict` runs at the configuration's budget.
 
-    A training batch's budgets are drawn for its position in the run: step, micro-batch and process. A run that is
-    interrupted and resumed therefore continues with the budgets, and ends with the weights, of one that never stopped.
+    A training batch's budgets are drawn for its position in the run: the number of the batch, or of each sample over
+    all processes. A run that is interrupted and resumed therefore continues with the budgets, and ends with the
+    weights, of one that never stopped. The samples of a [`ConversationStream`] bring their budgets with them.
 
     Args:
         model: an [`AdaVTPForConditionalGeneration`].
         args: [`AdaVTPTrainingArguments`].
         data_collator: a [`BudgetCollator`], or another collator with a [`BudgetStream`] as `budgets`.
-        kwargs: see `transformers.Trainer`.
+        kwargs: see `transformers.Trainer` and [`StreamedTraining`].
 
     Raises:
         ValueError: if `label_smoothing_factor` is set, for which `Trainer` would use labels that still have the
@@ -60,6 +65,7 @@ class AdaVTPTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         choose_trained_parts(model, args.train_parts)
         self._eval_budget: float | None = None
+        self._prepare_for_sharding(model)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -67,11 +73,38 @@ class AdaVTPTrainer(Trainer):
         """See `Trainer`. Sets each micro-batch's budgets to those of its position in the run."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         budgets = getattr(self.data_collator, "budgets", None)
-        if budgets is not None:
-            for micro_batch, batch in enumerate(batches):
-                position = (self.state.global_step, micro_batch, self.args.process_index)
-                batch["token_budget"] = budgets.at(position, len(batch["input_ids"]))
+        if budgets is not None and self.stream_progress is None:
+            first_batch = self.state.global_step * self.args.gradient_accumulation_steps
+            for number, batch in enumerate(batches, start=first_batch):
+                first_sample = (number * self.args.world_size + self.args.process_index) * self._train_batch_size
+                batch["token_budget"] = budgets.of_batch(number, first_sample, len(batch["input_ids"]))
         return batches, num_items
+
+    def _prepare_for_sharding(self, model: nn.Module) -> None:
+        """Where parameters are spread over processes, says which layers are units, and that all run on all of them."""
+        inner, state = adavtp_model_of(model), self.accelerator.state
+        is_zero3 = self.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3
+        inner.is_sharded = self.is_fsdp_enabled or is_zero3
+        if inner.is_sharded and set(self.args.loss_weights) != {"lm"}:
+            raise ValueError(
+                f"`loss_weights` is {self.args.loss_weights}; 'distillation' and 'relevance' run the model once more "
+                "for batches with images, which processes that share its parameters (FSDP, ZeRO-3) cannot. Use DDP or "
+                "ZeRO-2."
+            )
+        if inner.is_sharded:
+            require_same_modules(inner, self.is_fsdp_enabled)
+        if self.is_fsdp_enabled and state.fsdp_plugin.transformer_cls_names_to_wrap is None:
+            state.fsdp_plugin.transformer_cls_names_to_wrap = layer_classes(inner)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """See `Trainer`. Budgets become plain numbers: sharded models get every tensor in bfloat16, where 0.4 is
+        0.4004, and another number of tokens."""
+        budget = inputs.get("token_budget")
+        is_cast = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if is_cast and isinstance(budget, torch.Tensor) and budget.dtype == torch.float32:
+            # The shortest decimals that stand for these float32: 0.7, and not 0.699999988.
+            inputs = inputs | {"token_budget": [float(str(value)) for value in budget.cpu().numpy()]}
+        return super()._prepare_inputs(inputs)
 
     def compute_loss(
         self,
@@ -111,6 +144,13 @@ class AdaVTPTrainer(Trainer):
                 )
         outputs["loss"] = sum(weight * losses[name] for name, weight in weights.items())
         return outputs
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """See `Trainer`. Beside an adapter it saves what the adapted model has and its base may not."""
+        super()._save(output_dir, state_dict)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self.args.should_save and hasattr(model, "get_base_model"):
+            save_beside_adapter(model, output_dir or self.args.output_dir)
 
     def evaluate(
         self,

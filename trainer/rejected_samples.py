@@ -1,0 +1,59 @@
+"""The list of samples that a run could not train on: a line of JSON each, in the run's folder."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+class RejectedSamples:
+    """
+    A process's list.
+
+    Args:
+        folder: of the run.
+        num_processes: processes that train; each has a file of its own, `rejected_samples_<process>.jsonl`, or
+            `rejected_samples.jsonl` where there is one process.
+        process_index: which of them this is.
+    """
+
+    def __init__(self, folder: str | Path, num_processes: int = 1, process_index: int = 0) -> None:
+        of_process = f"_{process_index}" if num_processes > 1 else ""
+        self.path = Path(folder) / f"rejected_samples{of_process}.jsonl"
+        self._kinds: set[str] = set()
+
+    def begin(self, step: int) -> None:
+        """Forgets what was rejected after a step: a run that goes on from there meets it again."""
+        if self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            # A run that was killed may have left half a line, its last.
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+            self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def add(self, rejected: list[dict[str, Any]], step: int) -> None:
+        """
+        Writes samples down, and warns of the first of each kind.
+
+        Args:
+            rejected: `{"id", "reason", "kind"}` each.
+            step: in which they would have been trained on.
+        """
+        if not rejected:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            for sample in rejected:
+                file.write(json.dumps({"step": step} | sample) + "\n")
+        for sample in rejected:
+            if sample["kind"] not in self._kinds:
+                self._kinds.add(sample["kind"])
+                logger.warning(
+                    "Sample %r is left out, and another one trained on in its place: %s. All of these samples are in "
+                    "%s; no more warnings of kind %r follow.",
+                    sample["id"],
+                    sample["reason"],
+                    self.path,
+                    sample["kind"],
+                )
