@@ -40,6 +40,11 @@ def load_checkpoint(checkpoint: str | None) -> tuple:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     checkpoint = str(checkpoint or reference_checkpoint())
+    if (Path(checkpoint) / "adapter_config.json").is_file():
+        raise typer.BadParameter(
+            f"`checkpoint` is {checkpoint!r}, an adapter; `adavtp merge {checkpoint} FOLDER` makes a checkpoint of it "
+            "and its base."
+        )
     try:
         model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True).eval()
         model.processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)

@@ -33,6 +33,9 @@ def recorded_scores(controller: VisionTokenController) -> Iterator[list[torch.Te
 
     Selections carry what was chosen and not by which scores.
     """
+    if hasattr(controller, "modules_to_save"):
+        # PEFT's wrapper, told to train the whole controller, calls its own copy.
+        controller = controller.modules_to_save[controller.active_adapters[0]]
     recorded = []
     scores_of = controller.scores
 

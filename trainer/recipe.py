@@ -25,11 +25,18 @@ from typing import Any
 import yaml
 from transformers import TrainingArguments
 
+from .adapters import ADAPTED_PARTS, QUANTIZATIONS
 from .budget_stream import BudgetStream
 from .training_arguments import AdaVTPTrainingArguments
 
 STAGE_KINDS = ("patch_labels", "packed_questions", "conversations")
 EVALUATION_FIELDS = ("questions", "budgets", "reducers")
+# Of data with `sources`, the stream to train on and the rows to evaluate on; see recipe_streams.py.
+SOURCE_FIELDS = {
+    "data": ("sources", "max_length", "group_by_length", "block_size"),
+    "eval_data": ("sources", "max_length"),
+}
+ADAPTER_FIELDS = ("r", "lora_alpha", "lora_dropout", "target_modules", "quantize")
 
 
 @dataclass
@@ -45,9 +52,13 @@ class Stage:
         budgets: arguments of [`BudgetStream`]; empty for the full budget throughout.
         reducer: what chooses the visual tokens, as in `set_reducer`; `"random"` makes a model ready for any choice.
         training: arguments of [`AdaVTPTrainingArguments`], or of `TrainingArguments` for `"patch_labels"`.
+        adapters: arguments of [`add_adapters`], such as `{"r": 16, "lora_alpha": 32}`, and `quantize`, `"nf4"` to have
+            four-bit weights under them; empty to train the weights themselves. The stage leaves an adapter, and the
+            next one starts from it merged.
 
     Raises:
-        ValueError: if the kind is not known, or an argument of `budgets` or `training`; or a budget is not allowed.
+        ValueError: if the kind is not known, or an argument of `budgets`, `training` or `adapters`; or a budget, or
+            adapters here, are not allowed.
     """
 
     name: str
@@ -57,17 +68,37 @@ class Stage:
     budgets: dict[str, Any] = field(default_factory=dict)
     reducer: Any = "adaptive"
     training: dict[str, Any] = field(default_factory=dict)
+    adapters: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.kind not in STAGE_KINDS:
             raise ValueError(f"stage {self.name!r}: `kind` is {self.kind!r}; allowed are {', '.join(STAGE_KINDS)}.")
         of_training = TrainingArguments if self.kind == "patch_labels" else AdaVTPTrainingArguments
         arguments = [f.name for f in fields(of_training) if f.name != "output_dir"]
-        known = {"training": arguments, "budgets": ["budget_range", "per", "seed"]}
+        known = {"training": arguments, "budgets": ["budget_range", "per", "seed"], "adapters": ADAPTER_FIELDS}
         for group, names in known.items():
             _check_names(getattr(self, group), names, f"stage {self.name!r}, {group}")
+        for group, names in SOURCE_FIELDS.items():
+            if self.kind == "conversations" and "sources" in getattr(self, group):
+                _check_names(getattr(self, group), names, f"stage {self.name!r}, {group}")
         # Now, and not when the stages before this one have run for hours.
         BudgetStream(**self.budgets)
+        if self.adapters:
+            self._check_adapters()
+
+    def _check_adapters(self) -> None:
+        quantize = self.adapters.get("quantize")
+        if quantize not in (None, *QUANTIZATIONS):
+            raise ValueError(
+                f"stage {self.name!r}: `quantize` is {quantize!r}; allowed are {', '.join(QUANTIZATIONS)} and none."
+            )
+        # What trains where the recipe does not say is the decoder, among others.
+        train_parts = self.training.get("train_parts", list(ADAPTED_PARTS))
+        if self.kind == "patch_labels" or not set(train_parts) & set(ADAPTED_PARTS):
+            raise ValueError(
+                f"stage {self.name!r}: `adapters` is {self.adapters}, with `kind` {self.kind!r} and `train_parts` "
+                f"{train_parts}; adapters are for {' and '.join(ADAPTED_PARTS)} in the other kinds of stages."
+            )
 
 
 @dataclass
@@ -103,6 +134,11 @@ class Recipe:
             raise ValueError(
                 f"`model` has {', '.join(self.model) or 'no fields'}; it needs `checkpoint`, or `vision_config` and "
                 "`text_config`."
+            )
+        if self.stages[0].adapters and "checkpoint" not in self.model:
+            raise ValueError(
+                f"stage {self.stages[0].name!r} is the first and has adapters, and `model` has no `checkpoint` that "
+                "they could belong to; name one, or train a stage without adapters before."
             )
         if self.evaluation:
             _check_names(self.evaluation, EVALUATION_FIELDS, "evaluation", EVALUATION_FIELDS)
