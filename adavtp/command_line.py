@@ -19,18 +19,23 @@ from .console import (
     reference_checkpoint,
     refusals_shown,
 )
+from .convert_command import convert
 from .evaluate_command import DIGIT_SCENES, ManyValues, evaluate, evaluate_checkpoint
 from .experiment_command import experiment
 from .flops_command import flops
 from .measure_command import measure
+from .merge_command import merge
+from .plan_command import plan
+from .publish_command import publish, publish_data
 from .report_command import report
+from .space_command import space
 
 app = typer.Typer(
     help="How much a vision-language model looks is a dial you turn at run time.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (evaluate, experiment, flops, measure, report):
+for command in (convert, evaluate, experiment, flops, measure, merge, plan, publish, publish_data, report, space):
     app.command(cls=ManyValues)(command)
 
 DEMO_BUDGETS = (1.0, 0.8, 0.6, 0.4, 0.2)
@@ -198,14 +203,27 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).", exists=True, dir_okay=False)],
     output: Annotated[Path | None, typer.Option(help="Folder for checkpoints. Default: runs/<recipe>.")] = None,
 ) -> None:
-    """Carry out a training recipe, or go on with one that was interrupted."""
+    """
+    Carry out a training recipe, or go on with one that was interrupted.
+
+    Under `accelerate launch` or `torchrun` processes share the work. The recipe's `evaluation` is then left to a
+    command of its own, which is printed.
+    """
+    from accelerate import PartialState
+
     from .trainer.recipe import Recipe
     from .trainer.recipe_run import run_recipe
 
     plan = Recipe.from_file(recipe)
     checkpoint = run_recipe(plan, output or Path("runs") / recipe.stem)
+    if not PartialState().is_main_process:
+        return
     console.print(f"Checkpoint: {checkpoint}")
-    if plan.evaluation:
+    if plan.evaluation and PartialState().num_processes > 1:
+        # Training may have spread every model that is loaded from now on over the processes.
+        budgets, reducers = (" ".join(map(str, plan.evaluation[name])) for name in ("budgets", "reducers"))
+        console.print(f"Evaluate it: adavtp evaluate {checkpoint} --budgets {budgets} --reducers {reducers}")
+    elif plan.evaluation:
         measured = evaluate_checkpoint(
             str(checkpoint),
             DIGIT_SCENES,
@@ -322,11 +340,13 @@ def export(
     recipe: Annotated[Path | None, typer.Option(help="The run's recipe.", exists=True)] = None,
     log: Annotated[list[Path] | None, typer.Option(help="A stage's training_log.json; in order.")] = None,
     evaluation: Annotated[list[Path] | None, typer.Option(help="Results of `adavtp evaluate`.")] = None,
+    license: Annotated[str | None, typer.Option(help="Licence in the Hub's spelling, such as llama2.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Model on the Hub that it was made from.")] = None,
 ) -> None:
     """Write a folder for the Hub: weights, code, processor, and a card with the measured numbers."""
     from .hub_cards.export import export_checkpoint
 
-    folder = export_checkpoint(checkpoint, output, name, recipe, log, evaluation)
+    folder = export_checkpoint(checkpoint, output, name, recipe, log, evaluation, base_model, license)
     size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
     console.print(f"{folder}: {len(list(folder.iterdir()))} files, {size:.1f} MB")
 

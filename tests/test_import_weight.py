@@ -10,6 +10,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Packages that one part of this one needs and the others do not.
 HEAVY = {
+    "bitsandbytes",
+    "gradio",
     "datasets",
     "deepspeed",
     "evaluate",
@@ -17,6 +19,7 @@ HEAVY = {
     "matplotlib",
     "pandas",
     "peft",
+    "playwright",
     "pyarrow",
     "rich",
     "sklearn",
@@ -29,8 +32,13 @@ ALLOWED = {
     "adavtp.configuration": set(),
     "adavtp.modeling": set(),
     "adavtp.trainer": set(),
+    "adavtp.trainer.conversation_reader": set(),
+    "adavtp.trainer.conversation_sources": set(),
     "adavtp.evaluation": set(),
     "adavtp.hub_cards": set(),
+    "adavtp.hub_cards.publish": set(),
+    "adavtp.hub_cards.dataset_card": set(),
+    "adavtp.hub_cards.convert": set(),
     "adavtp.evaluation.settings": set(),
     "adavtp.evaluation.measurements": set(),
     "adavtp.evaluation.flops": set(),

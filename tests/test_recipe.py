@@ -1,8 +1,11 @@
 """A recipe runs from nothing to a checkpoint, goes on where it stopped, and says what is wrong before it begins."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +199,48 @@ def test_an_interrupted_recipe_ends_where_one_without_a_break_ends(
             assert torch.equal(value, expected[key]), (name, key)
         log = json.loads((run / name / "training_log.json").read_text())["log"]
         assert [entry["step"] for entry in log if "loss" in entry] == [1, 2]
+
+
+def test_two_processes_carry_a_recipe_out_as_one_does(tmp_path: Path) -> None:
+    content = content_of(tmp_path)
+    _, speak, choose = content["stages"]
+    for stage in (speak, choose):
+        # Adam makes a step of what is only rounding.
+        stage["training"] = stage["training"] | {"optim": "sgd", "save_total_limit": 1}
+    # A choice without noise, which every process draws for itself.
+    content["stages"] = [speak, choose | {"reducer": "grid"}]
+    choose["training"]["train_parts"] = ["projector", "decoder"]
+    alone = run_recipe(read(content, tmp_path), tmp_path / "alone")
+    for stage in content["stages"]:
+        stage["training"] = stage["training"] | {"per_device_train_batch_size": 1}
+    launched = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [
+        "-m",
+        "adavtp.command_line",
+        "train",
+        str(written(content, tmp_path)),
+        "--output",
+        str(tmp_path / "two"),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ended = subprocess.run([*launched, *command], env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr[-5000:]
+    two = tmp_path / "two" / "choose"
+    assert {path.name for path in two.iterdir()} == {path.name for path in alone.iterdir()}
+    for stage in content["stages"]:
+        expected = weights_in(tmp_path / "alone" / stage["name"])
+        for name, value in weights_in(tmp_path / "two" / stage["name"]).items():
+            assert torch.allclose(value, expected[name], atol=1e-4), name
+        logs = [
+            json.loads((run / stage["name"] / "training_log.json").read_text()) for run in (alone.parent, two.parent)
+        ]
+        losses = [[entry.get("loss", entry.get("eval_loss")) for entry in log["log"]] for log in logs]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert changed(two.parent / "speak", two) == {
+        "model.multi_modal_projector",
+        "model.language_model",
+        "lm_head.weight",
+    }
 
 
 def test_a_folder_of_another_recipe_is_an_error(finished: Path) -> None:
