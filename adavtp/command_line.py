@@ -214,7 +214,8 @@ def train(
     from .trainer.recipe import Recipe
     from .trainer.recipe_run import run_recipe
 
-    plan = Recipe.from_file(recipe)
+    with refusals_shown():
+        plan = Recipe.from_file(recipe)
     checkpoint = run_recipe(plan, output or Path("runs") / recipe.stem)
     if not PartialState().is_main_process:
         return

@@ -62,7 +62,7 @@ def convert(
                 progress=_track,
             )
         except OSError as error:
-            raise typer.BadParameter(f"`source` is {source!r}: {error}") from error
+            raise typer.BadParameter(f"{source!r} could not be converted: {error}") from error
     console.print(conversion_table(done, output))
     for note in done.notes:
         console.print(note, style="dim", markup=False)

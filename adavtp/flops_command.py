@@ -57,7 +57,7 @@ def flops(
         from .evaluation.model_shape import DecoderShape
         from .evaluation.settings import FULL
 
-        config = _config(preset, checkpoint, visual_tokens)
+        config = model_config(preset, checkpoint, visual_tokens)
         token_budget = None if budget is None else budget_for(budget, config.num_patches)
         asked = None if reducer is None else reducer if reducer == FULL else parse_reducer(reducer)
         plan = None if latency is None else latency_plan(latency, DecoderShape.of(config), latency_unit)
@@ -87,7 +87,7 @@ def flops(
         console.print(_table(counted, settings))
 
 
-def _config(preset: str | None, checkpoint: Path | None, visual_tokens: int | None) -> "AdaVTPConfig":
+def model_config(preset: str | None, checkpoint: Path | None, visual_tokens: int | None) -> "AdaVTPConfig":
     from .evaluation.flops_presets import preset_config
 
     if (preset is None) == (checkpoint is None):

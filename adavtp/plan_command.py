@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .console import command_as_typed, console, refusals_shown
-from .flops_command import _config as model_config
+from .flops_command import model_config
 
 if TYPE_CHECKING:
     from .evaluation.training_costs import MeasuredChoice, MeasuredStep, Run
@@ -54,12 +54,17 @@ def plan(
     utilisation: Annotated[
         list[float], typer.Option("--utilisation", help="Several: shares of the peak that are reached.")
     ] = UTILISATIONS,
-    reserve: Annotated[float, typer.Option(help="GiB for context, libraries and fragmentation.")] = 4.0,
+    reserve: Annotated[float, typer.Option(help="GiB for context, libraries and fragmentation.", min=0)] = 4.0,
     measured: Annotated[
         Path | None, typer.Option(help="Result of benchmarks/training.py, whose overhead is added.")
     ] = None,
     document: Annotated[
-        Path | None, typer.Option(help="Write the plan for LLaVA-1.5 7B and 13B on 8 GPUs here, and nothing else.")
+        Path | None,
+        typer.Option(
+            help="Write the plan for LLaVA-1.5 7B and 13B on 8 GPUs here, in place of one run's. Of the other options "
+            "it takes --utilisation, --text-tokens, --longest, --reserve and --measured.",
+            dir_okay=False,
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -71,9 +76,12 @@ def plan(
     with refusals_shown():
         found = _measured(measured)
         if document is not None:
+            if preset is not None or checkpoint is not None:
+                raise ValueError("`--document` has its own models; leave `--preset` and `--checkpoint` out.")
             from .evaluation.training_plan_page import plan_page
 
             asked = (utilisation, text_tokens, longest, reserve)
+            document.parent.mkdir(parents=True, exist_ok=True)
             document.write_text(plan_page(command_as_typed(), found, _choice(measured), *asked), encoding="utf-8")
             console.print(f"Page: {document}")
             return
@@ -134,13 +142,12 @@ def _hours(
     from .evaluation.training_costs import hours
 
     ours, plain = run.flops.total, run.plain_flops.total if run.trains_like_plain else None
-    overhead = 1.0 if measured is None else measured.overhead
     asked = (run.samples, run.layout.gpus, peak)
     return [
         {
             "utilisation": share,
             "counted": hours(ours, *asked, share),
-            "with_overhead": hours(ours, *asked, share, overhead),
+            "with_overhead": None if measured is None else hours(ours, *asked, share, measured.overhead),
             "plain": None if plain is None else hours(plain, *asked, share),
         }
         for share in shares
@@ -199,6 +206,6 @@ def _hours_table(
     for column in ("utilisation", "by count", "with measured overhead", "plain LLaVA, full tokens"):
         table.add_column(column, justify="right")
     for row in rows:
-        plain = "-" if row["plain"] is None else f"{row['plain']:.1f}"
-        table.add_row(f"{row['utilisation']:g}", f"{row['counted']:.1f}", f"{row['with_overhead']:.1f}", plain)
+        shown = (row[name] for name in ("counted", "with_overhead", "plain"))
+        table.add_row(f"{row['utilisation']:g}", *("-" if hours is None else f"{hours:.1f}" for hours in shown))
     return table

@@ -41,7 +41,7 @@ def publish(
         list[Path] | None, typer.Option(help="A stage's training_log.json; in order.", exists=True, dir_okay=False)
     ] = None,
     evaluation: Annotated[
-        list[Path] | None, typer.Option(help="Results of `adavtp evaluate`.", exists=True, dir_okay=False)
+        list[Path] | None, typer.Option(help="The evaluation.json of `adavtp evaluate`.", exists=True, dir_okay=False)
     ] = None,
 ) -> None:
     """
@@ -63,6 +63,8 @@ def publish(
         made = published_folder(checkpoint, Path(temporary), repo_id, record, origin)
         print_summary(repo_id, "model", private, made.files)
         console.print(f"licence {origin.license}, base model {origin.base_model or 'none'}", highlight=False)
+        if not record.evaluations:
+            console.print("The card will say 'Not measured': name an evaluation.json with --evaluation.", style="dim")
         if made.stays_behind:
             console.print(f"stays behind: {escape(', '.join(made.stays_behind))}", style="dim", highlight=False)
         if not dry_run:
@@ -83,12 +85,15 @@ def publish_data(
 
     The first N questions of a split are the same for every size, so that a smaller set is a part of a larger one.
     """
+    from datasets import disable_progress_bars
+
     from .hub_cards.dataset_card import DATA_FILES, dataset_folder
     from .hub_cards.publish import require_repository_id, upload
     from .trainer.digit_scenes import load_digit_questions
 
     with refusals_said(), tempfile.TemporaryDirectory() as temporary:
         require_repository_id(repo_id)
+        disable_progress_bars()
         sizes = {"train": train, "validation": validation, "test": test}
         with console.status("Drawing scenes ..."):
             splits = {split: load_digit_questions(split, size, seed) for split, size in sizes.items()}

@@ -28,7 +28,7 @@ def space(
         Path | None,
         typer.Option(
             help="For --export: folder with images and questions.json, pairs of image file and question. Default: "
-            "digit scenes.",
+            "those that are there already, else digit scenes.",
             exists=True,
             file_okay=False,
         ),
@@ -101,8 +101,9 @@ def _export(folder: Path, checkpoint: str | None, examples: Path | None) -> None
             f"`checkpoint` is {checkpoint!r}, a folder on this machine, where a Space cannot reach it; publish it and "
             "name its repository, 'owner/name'."
         )
+    there = folder / "examples"
     with refusals_shown():
-        space_folder(folder, checkpoint, examples or SPACE / "examples")
+        space_folder(folder, checkpoint, examples or (there if there.is_dir() else SPACE / "examples"))
     console.print(
         f"{folder}: upload it with `hf upload OWNER/SPACE {folder} --repo-type space`", highlight=False, soft_wrap=True
     )

@@ -119,8 +119,10 @@ def hours(
         overhead: time beyond the count, 1 or more times.
 
     Raises:
-        ValueError: if the utilisation is not one.
+        ValueError: if the utilisation is not one, or the peak not above 0.
     """
+    if not peak > 0:
+        raise ValueError(f"`peak` is {peak}; allowed are FLOPs a second above 0.")
     if not 0 < utilisation <= 1:
         raise ValueError(f"`utilisation` is {utilisation}; allowed are shares above 0 and up to 1.")
     return flops_per_sample * samples * overhead / (gpus * peak * utilisation) / 3600

@@ -133,8 +133,10 @@ class Layout:
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
             raise ValueError(f"`strategy` is {self.strategy!r}; allowed: {', '.join(STRATEGIES)}.")
-        if self.gpus < 1 or self.reserve < 0:
-            raise ValueError(f"`gpus` is {self.gpus} and `reserve` {self.reserve}; allowed are 1 or more, 0 or more.")
+        if self.gpus < 1:
+            raise ValueError(f"`gpus` is {self.gpus}; allowed are 1 or more.")
+        if self.reserve < 0:
+            raise ValueError(f"`reserve` is {self.reserve}; allowed are 0 or more bytes.")
 
     @property
     def autocast(self) -> bool:

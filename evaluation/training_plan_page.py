@@ -172,7 +172,7 @@ def _memory(about: Run) -> str:
     head = ["GiB on each GPU", "states", "communication", "a row", "total with one row"]
     return (
         "## Memory: what fits\n\n"
-        + _table([*head, *(f"rows that fit {size} GB" for size in SIZES)], rows)
+        + _table([*head, *(f"rows that fit {size} GiB" for size in SIZES)], rows)
         + "\n\nRows are the longest there are, tried in powers of two up to 32; a dash does not fit."
     )
 

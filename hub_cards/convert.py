@@ -116,7 +116,7 @@ def convert_checkpoint(
 
     Args:
         source: folder or Hub repository: LLaVA or LLaVA-NeXT as transformers writes them, or as LLaVA's own code does.
-        output_dir: where to write; a new or an empty folder.
+        output_dir: where to write; a new or an empty folder, and not the current one.
         vision_tower: folder or repository of the CLIP tower of an original checkpoint; by default the one it names.
         fields: of [`AdaVTPConfig`], beyond those that LLaVA has, such as `{"budget_attention": "mutual"}`.
         chat_template: Jinja text in place of the source's, or of the one for its kind of model.
@@ -132,9 +132,8 @@ def convert_checkpoint(
             lacks one that it needs; the message names it.
         OSError: if the source is not there, or one of its files is damaged.
     """
-    output_dir, memory = Path(output_dir), _begin_peak()
-    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
-        raise ValueError(f"`output_dir` is {str(output_dir)!r}, which is not empty; allowed: a new or empty folder.")
+    output_dir, memory = Path(output_dir).absolute(), _begin_peak()
+    _check_output(output_dir)
     llava = _read_source(checkpoint_folder(str(source), revision=revision), fields or {}, vision_tower)
     if chat_template is not None:
         llava.processor.chat_template, llava.template_note = chat_template, None
@@ -162,6 +161,14 @@ def convert_checkpoint(
         (folder / RECORD).write_text(json.dumps(_record(done), indent=1) + "\n", encoding="utf-8")
         folder.replace(output_dir)
     return done
+
+
+def _check_output(output_dir: Path) -> None:
+    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
+        raise ValueError(f"`output_dir` is '{output_dir}', which is not empty; allowed: a new or empty folder.")
+    if output_dir.resolve() == Path.cwd():
+        # A folder that is renamed takes its place, and whoever stands in the old one sees nothing.
+        raise ValueError(f"`output_dir` is '{output_dir}', the current folder; allowed: another, new or empty.")
 
 
 def _public_name(checkpoint: str) -> str:

@@ -15,8 +15,16 @@ from typing import Protocol
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
+
+from .publish import HTTPError
 
 # In the order in which transformers looks for them.
 _LAYOUTS = (
@@ -143,17 +151,25 @@ def checkpoint_folder(source: str, weights: bool = True, revision: str | None = 
         revision: branch, tag or commit, on the Hub.
 
     Raises:
-        OSError: if there is neither such a folder nor such a repository.
+        OSError: if there is neither such a folder nor such a repository, or the Hub is out of reach and an earlier
+            download is not there either.
     """
     if Path(source).is_dir():
         return Path(source)
     try:
         patterns = _SMALL_FILES + (_weight_patterns(source, revision) if weights else [])
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
-    except OfflineModeIsEnabled:
-        return _cached_folder(source, weights, revision)
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise OSError(f"{source!r} is neither a folder nor a repository on the Hub that can be read.") from error
+    except HfHubHTTPError:
+        raise
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError, HTTPError) as unreachable:
+        try:
+            return _cached_folder(source, weights, revision)
+        except LocalEntryNotFoundError:
+            raise OSError(
+                f"{source!r} is no folder here, and the Hub cannot be asked for it: {unreachable}"
+            ) from unreachable
 
 
 def _weight_patterns(source: str, revision: str | None) -> list[str]:

@@ -5,6 +5,7 @@ same commit, so that nobody loads last month's shard beside this month's index; 
 stays. What the Hub refuses comes back as a sentence that says what to do.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from .licence import Origin
 from .published_folder import KINDS
 
-MODEL_FILES = tuple(pattern for patterns in KINDS.values() for pattern in patterns)
+# A licence may have been put into the repository by hand, and is never taken away.
+MODEL_FILES = tuple(pattern for kind, patterns in KINDS.items() if kind != "licence" for pattern in patterns)
 # The class of all errors of the HTTP library that huggingface_hub uses in this version.
-_HTTPError = HfHubHTTPError.__bases__[0]
+HTTPError = HfHubHTTPError.__bases__[0]
 
 
 class HubRefused(RuntimeError):
@@ -90,8 +92,8 @@ def upload(
 
     Raises:
         ValueError: if `repo_id` is not one, or the card's metadata are not as the Hub wants them.
-        HubRefused: if there is no token, it has no right to write there, the Hub cannot be reached, or `private` is
-            asked for and the repository exists and is public.
+        HubRefused: if there is no token, it has no right to write there, the Hub cannot be reached, `private` is
+            asked for and the repository exists and is public, or it has a model of another kind.
     """
     require_repository_id(repo_id)
     if token is None and get_token() is None:
@@ -107,6 +109,8 @@ def upload(
         if revision is not None:
             api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
         there = api.list_repo_files(repo_id, repo_type=repo_type, revision=revision)
+        if repo_type == "model" and "config.json" in there:
+            _require_adavtp(api, repo_id, revision)
         here = {path.relative_to(folder).as_posix() for path in Path(folder).rglob("*")}
         commit = api.upload_folder(
             repo_id=repo_id,
@@ -117,6 +121,14 @@ def upload(
             delete_patterns=[name for name in there if name not in here and _matches(name, replaced)] or None,
         )
     return Publication(str(url), commit, is_private)
+
+
+def _require_adavtp(api: HfApi, repo_id: str, revision: str | None) -> None:
+    """That what is replaced is an earlier publication, and not another model under a name that was mistyped."""
+    config = Path(api.hf_hub_download(repo_id, "config.json", revision=revision))
+    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    if kind != "adavtp":
+        raise HubRefused(f"{repo_id} has a {kind!r} model, which would be replaced; choose another name.")
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -133,11 +145,11 @@ def refusals_in_words(repo_id: str, endpoint: str) -> Iterator[None]:
         raise ValueError(f"`repo_id` is {repo_id!r}: {error}") from error
     except HubRefused:
         raise
-    except (_HTTPError, ConnectionError) as error:
+    except (HTTPError, ConnectionError) as error:
         raise HubRefused(_in_words(error, repo_id, endpoint)) from error
     except RuntimeError as error:
         # What goes wrong while a large file is on its way is wrapped in the file's name.
-        if not isinstance(error.__cause__, _HTTPError):
+        if not isinstance(error.__cause__, HTTPError):
             raise
         raise HubRefused(f"{error} {_in_words(error.__cause__, repo_id, endpoint)}") from error
 

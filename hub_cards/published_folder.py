@@ -89,9 +89,9 @@ def published_folder(
     Raises:
         ValueError: if the checkpoint is not whole, or is not of AdaVTP in safetensors form with its own code.
     """
+    _require_whole(Path(checkpoint), files_by_kind(Path(checkpoint)))
     checkpoint = Path(checkpoint).resolve()
     files = files_by_kind(checkpoint)
-    _require_whole(checkpoint, files)
     for kind, paths in files.items():
         for path in [] if kind in WRITTEN_ANEW else paths:
             place(path, folder / path.name)

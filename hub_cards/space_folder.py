@@ -26,7 +26,8 @@ def space_folder(output_dir: str | Path, repo_id: str, examples: str | Path | No
             up to date.
         repo_id: the checkpoint's repository on the Hub, `owner/name`.
         examples: folder with images and a `questions.json` that holds pairs of an image's file name and a question;
-            by default digit scenes. `None` for a page without examples.
+            by default digit scenes. `None` for a page without examples. Those of an earlier Space are replaced,
+            unless it is their own folder that is named.
 
     Returns:
         `output_dir`.
@@ -41,15 +42,21 @@ def space_folder(output_dir: str | Path, repo_id: str, examples: str | Path | No
     output_dir.mkdir(parents=True, exist_ok=True)
     for name in _FILES:
         shutil.copyfile(SPACE / name, output_dir / name)
-    shutil.rmtree(output_dir / "examples", ignore_errors=True)
-    if examples is not None:
-        (output_dir / "examples").mkdir()
-        for name in names:
-            shutil.copyfile(Path(examples) / name, output_dir / "examples" / name)
+    _put_examples(output_dir / "examples", None if examples is None else Path(examples), names)
     card = RepoCard.load(output_dir / "README.md", ignore_metadata_errors=False)
     card.data["title"], card.data["models"] = f"AdaVTP: {repo_id.rpartition('/')[2]}", [repo_id]
     card.save(output_dir / "README.md")
     return output_dir
+
+
+def _put_examples(folder: Path, examples: Path | None, names: list[str]) -> None:
+    if examples is not None and examples.resolve() == folder.resolve():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    if examples is not None:
+        folder.mkdir()
+        for name in names:
+            shutil.copyfile(examples / name, folder / name)
 
 
 def _check_output(output_dir: Path) -> None:
@@ -79,7 +86,7 @@ def _example_files(examples: Path) -> list[str]:
     """The names of the files that make up the examples."""
     try:
         pairs = json.loads((examples / _QUESTIONS).read_text(encoding="utf-8"))
-        images = [image for image, question in pairs if isinstance(question, str)]
+        images = [_file_name(image, question) for image, question in pairs]
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"`examples` is {str(examples)!r}; expected is a folder with a {_QUESTIONS} of pairs such as "
@@ -88,3 +95,11 @@ def _example_files(examples: Path) -> list[str]:
     if missing := [image for image in images if not (examples / image).is_file()]:
         raise ValueError(f"`examples` is {str(examples)!r}, in which {missing[0]!r} of {_QUESTIONS} is missing.")
     return [_QUESTIONS, *dict.fromkeys(images)]
+
+
+def _file_name(image: str, question: str) -> str:
+    if not isinstance(image, str) or not isinstance(question, str):
+        raise TypeError(f"{[image, question]!r} is no pair of texts")
+    if Path(image).name != image:
+        raise ValueError(f"{image!r} is not the name of a file in the folder itself")
+    return image

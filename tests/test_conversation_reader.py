@@ -147,6 +147,14 @@ BROKEN_IMAGES: dict[str, tuple[Any, str]] = {
         "images\\[0\\]: cannot be decoded: ",
     ),
     "a header alone": (stored(WHOLE_JPEG[:10]), "cannot be decoded: Truncated"),
+    "EXIF data that are none": (
+        stored(encoded(picture(), "PNG", exif=b"Exif\x00\x00not a TIFF file")),
+        "images\\[0\\]: its EXIF data cannot be read: ",
+    ),
+    "EXIF data cut off": (
+        stored(encoded(picture(), "WEBP", exif=b"Exif\x00\x00MM\x00*")),
+        "its EXIF data cannot be read",
+    ),
     "a page of HTML": (
         stored(b"<html>404</html>"),
         "no image format that Pillow knows begins with b'<html>404</html>'",

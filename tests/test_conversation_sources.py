@@ -160,6 +160,34 @@ def test_several_images_of_a_tars_sample_come_in_the_order_of_their_names(tmp_pa
     assert [image["bytes"] for image in row["images"]] == [png(0), png(1)]
 
 
+def test_the_tenth_image_of_a_tars_sample_comes_behind_the_second(tmp_path: Path) -> None:
+    content = {f"k.{number}.png": png(number) for number in (10, 2, 0, 11, 1)}
+    said = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}
+    (row,) = load_conversations(
+        [source(tar_file(tmp_path / "a.tar", content | {"k.json": json.dumps(said).encode()}))]
+    )
+    assert [image["bytes"] for image in row["images"]] == [png(number) for number in (0, 1, 2, 10, 11)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_tar_that_was_cut_off_is_refused_and_not_read_up_to_there(tmp_path: Path, streaming: bool) -> None:
+    whole = tar_file(tmp_path / "a.tar", {f"k{number}.txt": b"It is red." for number in range(3)})
+    # Behind the first sample, in the middle of the next one's header: Python's tarfile takes that for the end.
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(whole.read_bytes()[: 1024 + 100])
+    with pytest.raises(ValueError, match="cut.tar' does not end as a tar does"):
+        load_conversations([source(cut, streaming=streaming)])
+
+
+def test_a_source_that_cannot_be_read_is_named_with_the_cause(tmp_path: Path) -> None:
+    # A member that says it is longer than the archive, which ends as it should.
+    header = tarfile.TarInfo("k.json")
+    header.size = 10**6
+    (tmp_path / "a.tar").write_bytes(header.tobuf() + bytes(2048))
+    with pytest.raises(ValueError, match=r"`sources\[0\]`, '.*a.tar', cannot be read: unexpected end of data"):
+        load_conversations([source(tmp_path / "a.tar")])
+
+
 def test_a_text_beside_an_image_in_a_tar_is_what_the_assistant_says_of_it(tmp_path: Path) -> None:
     (row,) = load_conversations([source(tar_file(tmp_path / "a.tar", {"k.png": png(0), "k.txt": b"A red square."}))])
     assert (row["id"], row["problem"]) == ("k", None)

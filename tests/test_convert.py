@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -372,19 +373,27 @@ def test_a_checkpoint_converts_from_its_repository_and_downloads_no_more_than_it
 ) -> None:
     source, name = transformers_folder(tmp_path / "source"), "somebody/llava-tiny-hf"
     (source.path / "pytorch_model.bin").write_bytes(b"the same again")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    # Where the local Hub's downloads go, also once it is gone.
+    cache = tmp_path / "home" / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     with local_hub(tmp_path / "home"):
         HfApi().create_repo(name)
         HfApi().upload_folder(repo_id=name, folder_path=source.path)
         assert convert_checkpoint(name, tmp_path / "out").source == name
-        downloaded = {path.name for path in (tmp_path / "cache").glob("models--*/snapshots/*/*")}
+        downloaded = {path.name for path in cache.glob("models--*/snapshots/*/*")}
         assert downloaded == {path.name for path in source.path.iterdir()} - {"pytorch_model.bin"}
         with pytest.raises(OSError, match="'somebody/nothing' is neither a folder nor a repository"):
             convert_checkpoint("somebody/nothing", tmp_path / "none")
-    # What was downloaded once does without the Hub.
+    # What was downloaded once does without the Hub, whether it is known to be out of reach or turns out to be.
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    # huggingface_hub tries again, longer and longer apart.
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with pytest.raises(OSError, match="'runs/mistyped' is no folder here, and the Hub cannot be asked for it: "):
+        convert_checkpoint("runs/mistyped", tmp_path / "none")
+    convert_checkpoint(name, tmp_path / "out of reach")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     convert_checkpoint(name, tmp_path / "again")
-    for folder in ("out", "again"):
+    for folder in ("out", "out of reach", "again"):
         written = weights_of(tmp_path / folder)
         assert all(torch.equal(written[name], value) for name, value in source.tensors.items())
 
@@ -615,6 +624,14 @@ def test_a_folder_that_is_not_empty_stays_as_it_is(made: Callable[[str], Made], 
     (tmp_path / "empty").mkdir()
     convert_checkpoint(source, tmp_path / "empty")
     assert (tmp_path / "empty" / "config.json").exists()
+
+
+def test_the_current_folder_is_not_replaced(
+    made: Callable[[str], Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="the current folder; allowed: another, new or empty"):
+        convert_checkpoint(made("llava-1.5-hf").source.path, ".")
 
 
 def test_an_interrupted_conversion_leaves_nothing(made: Callable[[str], Made], tmp_path: Path) -> None:

@@ -161,6 +161,7 @@ def test_a_list_is_read_the_same_in_pieces_of_any_size(
         ('[{"id": 1} {"id": 2}]', "after item 0"),
         ('[{"id": 1}, {"id": 2', "item 1"),
         ('[{"id": 1}, {"id" 2}, {"id": 3}]', "item 1"),
+        ('[{"id": 1}]\n \n[{"id": 2}]', "stands behind a list of 1"),
     ],
 )
 def test_a_file_that_is_not_json_is_refused_whole(

@@ -62,6 +62,11 @@ def test_hours_are_flops_over_what_the_gpus_do(tmp_path: Path) -> None:
     assert row["plain"] > row["counted"]
 
 
+def test_without_a_measurement_no_hours_are_called_measured() -> None:
+    (row,) = planned("--utilisation", 0.5)["hours"]
+    assert row["with_overhead"] is None and row["counted"] > 0
+
+
 def test_a_step_of_seven_billion_costs_what_anybody_would_estimate() -> None:
     plan = planned("--text-tokens", 100, "--micro-batch", 1)
     # Two FLOPs for each of 6.74e9 parameters less the embedding's and each of 388 columns; three times for forward
@@ -109,6 +114,8 @@ def test_a_controller_alone_has_no_plain_counterpart() -> None:
         (["--train-parts", "head"], "`train_parts` is"),
         (["--strategy", "zero1"], "`strategy` is 'zero1'"),
         (["--utilisation", 1.5], "`utilisation` is 1.5"),
+        (["--peak", 0], "`peak` is 0"),
+        (["--document", "page.md"], "`--document` has its own models"),
         (["--budget-range", 0.5], "`budget_range` is"),
         (["--budget-range", 0.5, 1.5], "`budget_range` is"),
         (["--lora", 8, "--nf4"], "`strategy` is 'zero3'"),

@@ -194,6 +194,24 @@ def test_a_second_publication_is_a_second_commit_without_what_is_outdated(
     assert commits[-1].files["notes/own_adavtp.py"].content == b"mine"
 
 
+def test_a_licence_that_was_put_there_by_hand_stays(hub: LocalHub, checkpoint: Path, tmp_path: Path) -> None:
+    HfApi().create_repo("somebody/tiny")
+    HfApi().upload_file(path_or_fileobj=b"terms", path_in_repo="LICENSE", repo_id="somebody/tiny")
+    assert adavtp("publish", checkpoint, "somebody/tiny").exit_code == 0
+    assert hub.repositories["model", "somebody/tiny"].commits[-1].files["LICENSE"].content == b"terms"
+
+
+def test_another_model_is_not_replaced(hub: LocalHub, checkpoint: Path) -> None:
+    HfApi().create_repo("somebody/llama")
+    theirs = {"config.json": b'{"model_type": "llama"}', "model-00001-of-00002.safetensors": b"weights"}
+    for name, content in theirs.items():
+        HfApi().upload_file(path_or_fileobj=content, path_in_repo=name, repo_id="somebody/llama")
+    result = adavtp("publish", checkpoint, "somebody/llama")
+    assert result.exit_code == 1 and "has a 'llama' model" in words(result)
+    files = hub.repositories["model", "somebody/llama"].commits[-1].files
+    assert {name: file.content for name, file in files.items()} == theirs
+
+
 def test_what_has_not_changed_makes_no_commit(hub: LocalHub, checkpoint: Path) -> None:
     for _ in range(2):
         assert adavtp("publish", checkpoint, "somebody/tiny").exit_code == 0

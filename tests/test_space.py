@@ -540,6 +540,31 @@ def test_examples_of_ones_own_go_along(tmp_path: Path) -> None:
     assert not (tmp_path / "another").exists()
 
 
+def test_examples_in_a_space_outlive_its_next_export(tmp_path: Path) -> None:
+    folder = space_folder(tmp_path / "space", "someone/first")
+    examples = folder / "examples"
+    Image.new("RGB", (20, 10)).save(examples / "cat.png")
+    (examples / "questions.json").write_text('[["cat.png", "Is there a cat?"]]')
+    kept = {path.name: path.read_bytes() for path in examples.iterdir()}
+    for more in (["--examples", str(examples)], []):
+        done = CliRunner().invoke(app, ["space", "someone/second", "--export", str(folder), *more])
+        assert done.exit_code == 0, done.output
+        assert {path.name: path.read_bytes() for path in examples.iterdir()} == kept
+    assert head_of(folder / "README.md")["models"] == ["someone/second"]
+
+
+@pytest.mark.parametrize("pair", ['["../cat.png", "Is there a cat?"]', '["cat.png", 7]', '["sub/cat.png", "?"]'])
+def test_an_example_that_the_page_could_not_show_is_refused(tmp_path: Path, pair: str) -> None:
+    mine = tmp_path / "mine"
+    (mine / "sub").mkdir(parents=True)
+    for path in (tmp_path / "cat.png", mine / "cat.png", mine / "sub" / "cat.png"):
+        Image.new("RGB", (20, 10)).save(path)
+    (mine / "questions.json").write_text(f"[{pair}]")
+    with pytest.raises(ValueError, match="`examples` is "):
+        space_folder(tmp_path / "space", "someone/my-llava", examples=mine)
+    assert not (tmp_path / "space").exists()
+
+
 def test_the_command_writes_the_folder_and_says_how_it_is_uploaded(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["space", "someone/my-llava", "--export", str(tmp_path / "space")])
     assert done.exit_code == 0, done.output

@@ -175,11 +175,20 @@ def _decoded(image: Any, name: str, id: str) -> Image.Image:
     """An image as `datasets` stores it (or already a PIL image), upright and as RGB."""
     try:
         opened = image if isinstance(image, Image.Image) else _opened(_content(image))
-        return readable_images([ImageOps.exif_transpose(opened)])[0]
+        return readable_images([_upright(opened)])[0]
     except (OSError, ValueError) as error:
         place = image.get("path") if isinstance(image, dict) else None
         where = f"{name} ({place})" if place else name
         raise RejectedSample(id, f"{where}: {str(error).removeprefix('`images[0]` ')}", "image") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """As its EXIF orientation says."""
+    try:
+        return ImageOps.exif_transpose(image)
+    # As decoders do, Pillow's reader of EXIF raises what it likes: SyntaxError, struct.error.
+    except Exception as error:
+        raise ValueError(f"its EXIF data cannot be read: {error}") from error
 
 
 def _content(image: Any) -> bytes:

@@ -62,22 +62,27 @@ def load_conversations(sources: list[dict[str, Any]], seed: int = 0) -> "Dataset
 
     Raises:
         ValueError: if there is no source, a source has an unknown field or none of the understood columns, does not
-            exist or is empty, or weights are missing or not above 0.
+            exist, is empty or cannot be read, or weights are missing or not above 0.
     """
+    from datasets.exceptions import DatasetGenerationError
+
     if not sources:
         raise ValueError("`sources` is empty; pass at least one, such as {'path': 'llava_v1_5_mix665k.json'}.")
     loaded = []
     for number, source in enumerate(sources):
         try:
             loaded.append(_load(source))
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, FileNotFoundError, ConnectionError) as error:
             raise ValueError(f"`sources[{number}]`: {error}") from error
+        except DatasetGenerationError as error:
+            # `datasets` wraps what went wrong; what helps is the cause.
+            raise ValueError(f"`sources[{number}]`, {source['path']!r}, cannot be read: {error.__cause__}") from error
     return _mixed(loaded, _weights(sources), seed)
 
 
 def _load(source: dict[str, Any]) -> "Dataset | IterableDataset":
     """One source in the common form."""
-    if not isinstance(source.get("path"), str):
+    if not isinstance(source, dict) or not isinstance(source.get("path"), str):
         raise ValueError(f"a source is {source!r}; expected is a dictionary with a `path`.")
     path = source["path"]
     kind = source.get("format") or _format(path)
@@ -127,7 +132,9 @@ def _records(kind: str, path: str, given: dict[str, Any]) -> "Dataset | Iterable
         return datasets.load_dataset("parquet", data_files=_files(path, ".parquet"), split="train", **given)
     from .tar_samples import TarSamples
 
-    builder = TarSamples(data_files=_files(path, ".tar"))
+    files = _files(path, ".tar")
+    _require_whole_tars(files)
+    builder = TarSamples(data_files=files)
     if given.get("streaming"):
         return builder.as_streaming_dataset(split="train")
     builder.download_and_prepare()
@@ -143,6 +150,17 @@ def _files(path: str, ending: str) -> list[str]:
     if not files:
         raise ValueError(f"`path` is '{path}', where there is no file; expected are {ending} files.")
     return files
+
+
+def _require_whole_tars(files: list[str]) -> None:
+    """A tar that was cut off would be read up to there and no error said. A whole one ends in 1024 zero bytes."""
+    for path in map(Path, files):
+        if path.suffix != ".tar" or not path.is_file():
+            continue
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 1024))
+            if file.read() != bytes(1024):
+                raise ValueError(f"'{path}' does not end as a tar does, in 1024 zero bytes; get the whole file.")
 
 
 def _as_rows(

@@ -128,12 +128,16 @@ def _list_records(file: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
     """
     The items of a list whose opening bracket has been read. An item that the text in memory cuts off is parsed again
     with more of the file.
+
+    Raises:
+        ValueError: if the list does not end, or is not all that the file holds.
     """
     decoder, number, chunk = json.JSONDecoder(), 0, CHUNK
     text, place, is_end = "", 0, False
     while True:
         place = _next_character(text, place)
         if text[place : place + 1] == "]":
+            _require_end(text[place + 1 :], file, path, number)
             return
         try:
             record, end = decoder.raw_decode(text, place)
@@ -153,6 +157,16 @@ def _list_records(file: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
         # A broken item is found broken only when the whole rest has been looked at: in growing chunks, so that the
         # time stays in proportion to the file.
         text, place, is_end, chunk = text[place:] + more, 0, not more, 2 * chunk
+
+
+def _require_end(text: str, file: TextIO, path: Path, number: int) -> None:
+    """A second list behind the first, of files that were put together, would not be read."""
+    while text or (text := file.read(CHUNK)):
+        if rest := text.strip():
+            raise ValueError(
+                f"`path` is '{path}', in which {rest[:20]!r} stands behind a list of {number}; expected is one list."
+            )
+        text = ""
 
 
 def _next_character(text: str, place: int) -> int:

@@ -6,6 +6,7 @@ the list of its members, and a member that cannot be decoded costs its own sampl
 """
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,9 +27,8 @@ class TarSamples(WebDataset):
 
     def _generate_examples(self, *arguments: Any, **more: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
         for place, sample in super()._generate_examples(*arguments, **more):
-            members = [
-                {"name": name, "content": content} for name, content in sorted(sample.items()) if _is_member(name)
-            ]
+            names = sorted(filter(_is_member, sample), key=_by_number)
+            members = [{"name": name, "content": sample[name]} for name in names]
             yield place, {"__key__": sample["__key__"], "members": members}
 
 
@@ -36,14 +36,19 @@ def _is_member(name: str) -> bool:
     return name not in ("__key__", "__url__", "members")
 
 
+def _by_number(name: str) -> list[tuple[str, int]]:
+    """Orders `2.jpg` before `10.jpg`."""
+    return [(text, int(number or 0)) for text, number in re.findall(r"([^0-9]*)([0-9]*)", name)]
+
+
 def tar_row(key: str, members: list[dict[str, Any]]) -> dict[str, Any]:
     """
     A sample as a row of the common form.
 
     `KEY.json` has the conversation, in any form that [`common_row`] understands. The other members are its images, in
-    the order of their names: `KEY.jpg`, or `KEY.0.jpg`, `KEY.1.png`, ... for several, or none. Paths of images in the
-    JSON are not followed. Without `KEY.json`, `KEY.txt` is what the assistant says of the images, the user saying
-    nothing, as in LLaVA's first stage.
+    the order of their names, numbers by size: `KEY.jpg`, or `KEY.0.jpg`, `KEY.1.png`, ... for several, or none. Paths
+    of images in the JSON are not followed. Without `KEY.json`, `KEY.txt` is what the assistant says of the images, the
+    user saying nothing, as in LLaVA's first stage.
 
     Args:
         key: the row's id where the conversation has none.
