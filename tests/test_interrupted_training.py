@@ -283,18 +283,18 @@ def test_the_best_checkpoint_stays(tmp_path: Path) -> None:
     trainer = tiny_trainer(
         tmp_path,
         eval_rows=conversation_rows(2),
-        save_total_limit=1,
+        save_total_limit=2,
         eval_strategy="steps",
         eval_steps=1,
         eval_budgets=[0.5],
         load_best_model_at_end=True,
-        # So large a step that it gets worse.
-        learning_rate=1.0,
-        lr_scheduler_type="constant",
+        # The loss falls; as if that were bad, the first is the best.
+        greater_is_better=True,
+        learning_rate=0.005,
     )
     trainer.train()
-    best = trainer.state.best_global_step
-    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{best}", "checkpoint-3"}
+    assert trainer.state.best_global_step == 1
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-3"}
 
 
 def test_a_checkpoint_says_the_arguments_that_were_given(tmp_path: Path) -> None:

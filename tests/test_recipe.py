@@ -1,17 +1,15 @@
 """A recipe runs from nothing to a checkpoint, goes on where it stopped, and says what is wrong before it begins."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from forked_processes import Forks, as_launched
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -22,6 +20,11 @@ from adavtp.trainer.digit_scenes import load_digit_questions
 from adavtp.trainer.recipe import Recipe, Stage
 from adavtp.trainer.recipe_run import FINISHED, run_recipe
 
+# Of the command, what it imports as it goes along.
+IMPORTS = """
+from adavtp.command_line import app
+from adavtp.trainer import recipe_run
+"""
 RECIPES = sorted((Path(recipe_module.__file__).parent / "recipes").glob("*.yaml"))
 
 MODEL = {
@@ -213,18 +216,10 @@ def test_two_processes_carry_a_recipe_out_as_one_does(tmp_path: Path) -> None:
     alone = run_recipe(read(content, tmp_path), tmp_path / "alone")
     for stage in content["stages"]:
         stage["training"] = stage["training"] | {"per_device_train_batch_size": 1}
-    launched = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [
-        "-m",
-        "adavtp.command_line",
-        "train",
-        str(written(content, tmp_path)),
-        "--output",
-        str(tmp_path / "two"),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ended = subprocess.run([*launched, *command], env=environment, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr[-5000:]
+    arguments = ["adavtp", "train", str(written(content, tmp_path)), "--output", str(tmp_path / "two")]
+    with Forks(IMPORTS, "app()") as forks:
+        forks.begin(arguments, tmp_path / "said", as_launched(2))
+        assert forks.exit_codes(300) == [0, 0], (tmp_path / "said").read_text()[-5000:]
     two = tmp_path / "two" / "choose"
     assert {path.name for path in two.iterdir()} == {path.name for path in alone.iterdir()}
     for stage in content["stages"]:

@@ -187,6 +187,22 @@ def test_a_resumed_run_goes_on_counting_and_lists_no_row_twice(tmp_path: Path) -
     assert counts[0] == counts[1] and counts[0][-1] == len(lines[0])
 
 
+def test_a_run_that_goes_on_with_fewer_processes_lists_no_row_twice(tmp_path: Path) -> None:
+    fields = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    stream_trainer(tmp_path, source("indexed", with_broken_rows()), **fields).train()
+    whole = written(tmp_path)
+    # As two processes leave it that are killed behind the last step.
+    for rank in range(2):
+        lines = [json.dumps(line) for line in whole[rank::2]]
+        (tmp_path / f"rejected_samples_{rank}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    (tmp_path / "rejected_samples.jsonl").unlink()
+    resumed = stream_trainer(tmp_path, source("indexed", with_broken_rows()), **fields)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    listed = [line for path in tmp_path.glob("rejected_samples*.jsonl") for line in written(tmp_path, path.name)]
+    assert sorted(listed, key=str) == sorted(whole, key=str)
+    assert min(line["step"] for line in whole) <= 2 < max(line["step"] for line in whole)
+
+
 # In a recipe
 
 

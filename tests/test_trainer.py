@@ -1,18 +1,14 @@
 """What training promises: exactly the named parts, exact resumption, and evaluation at every budget."""
 
-import os
 import random
-import socket
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_conversations import assistant, conversation_rows, digit_model, digit_processor, user
+from tiny_conversations import conversation_rows, digit_model, digit_processor
 from tiny_models import tiny_text_config, tiny_vision_config
-from torch import multiprocessing, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 from transformers import (
     AutoModel,
     AutoProcessor,
@@ -491,90 +487,8 @@ def test_a_checkpoint_of_training_loads_with_its_processor(tmp_path: Path) -> No
 # Several processes
 
 
-def batches_of(rank: int) -> Iterable[dict[str, torch.Tensor]]:
-    """Two batches for a process. In each, one process has images and the other text; budgets all differ."""
-    collator = BudgetCollator(digit_processor(), per="sample")
-    rows = conversation_rows(8)
-    for step in range(2):
-        own = rows[4 * rank + 2 * step :][:2]
-        if step != rank:
-            own = [{"messages": [user("is there a 3 ?"), assistant(answer)]} for answer in ("yes", "no")]
-        batch = collator(own)
-        yield batch | {"token_budget": torch.tensor([0.3, 0.7]) + 0.1 * rank + 0.05 * step}
-
-
-def union_of(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Both batches as one; the shorter is padded on the right."""
-    both = (first, second)
-    length = max(batch["input_ids"].shape[1] for batch in both)
-
-    def padded(tensor: torch.Tensor, fill: int) -> torch.Tensor:
-        return nn.functional.pad(tensor, (0, length - tensor.shape[1]), value=fill)
-
-    fills = {"input_ids": 0, "attention_mask": 0, "labels": -100}
-    union = {name: torch.cat([padded(batch[name], fill) for batch in both]) for name, fill in fills.items()}
-    union["token_budget"] = torch.cat([batch["token_budget"] for batch in both])
-    union["pixel_values"] = torch.cat([batch["pixel_values"] for batch in both if "pixel_values" in batch])
-    return union
-
-
-def gradients_after(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], scale: float) -> dict[str, Any]:
-    """Gradients, summed over the batches. The noise of each batch depends on its number alone."""
-    for step, batch in enumerate(batches):
-        torch.manual_seed(step)
-        (scale * model(**batch, num_items_in_batch=10).loss).backward()
-    inner = model.module if isinstance(model, DistributedDataParallel) else model
-    return {name: p.grad.clone() for name, p in inner.named_parameters() if p.requires_grad}
-
-
 def model_for_several_processes() -> AdaVTPForConditionalGeneration:
     # Gates inside attention make a dropped token's gradient a thousand times that of its weight, and so its rounding.
     model = digit_model(digit_processor(), selection_output="mask", gradient_gates="features").train()
     choose_trained_parts(model, EVERY_PART)
     return model
-
-
-def trained_weights(folder: Path, batch_size: int, **arguments: Any) -> dict[str, torch.Tensor]:
-    """After two steps over four rows, of which one has an image: it always stands beside text."""
-    trainer = tiny_trainer(
-        folder,
-        conversation_rows(4, (1, 0, 0, 0)),
-        model_for_several_processes(),
-        budgets=FULL,
-        per_device_train_batch_size=batch_size,
-        **PLAIN_STEP,
-        **arguments,
-    )
-    trainer.train()
-    return weights_of(trainer.model)
-
-
-def one_of_two_processes(rank: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
-    torch.distributed.init_process_group("gloo")
-    model = DistributedDataParallel(model_for_several_processes(), find_unused_parameters=False)
-    gradients = gradients_after(model, batches_of(rank), scale=2.0)
-    arguments = {"ddp_backend": "gloo", "ddp_find_unused_parameters": False}
-    weights = trained_weights(folder / "run", batch_size=1, **arguments)
-    torch.save({"gradients": gradients, "weights": weights}, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_do_together_what_one_does_alone(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(one_of_two_processes, (port, tmp_path), nprocs=2)
-    both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    assert are_equal(both[0], both[1])
-    batches = [union_of(*pair) for pair in zip(batches_of(0), batches_of(1), strict=True)]
-    alone = {
-        "gradients": gradients_after(model_for_several_processes(), batches, scale=1.0),
-        "weights": trained_weights(tmp_path / "alone", batch_size=2),
-    }
-    for kind, expected in alone.items():
-        for name, value in expected.items():
-            difference = (both[0][kind][name] - value).abs().max().item()
-            assert difference <= 1e-4, (kind, name, difference)

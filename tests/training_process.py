@@ -130,12 +130,16 @@ def train(run: dict[str, Any]) -> None:
         (folder / "log.json").write_text(json.dumps({"losses": losses, "evaluated": evaluated}))
 
 
-def main() -> None:
+def train_all(runs: str | Path) -> None:
     torch.set_num_threads(1)
-    for run in json.loads(Path(sys.argv[1]).read_text()):
+    for run in json.loads(Path(runs).read_text()):
         train(run)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def main() -> None:
+    train_all(sys.argv[1])
 
 
 if __name__ == "__main__":

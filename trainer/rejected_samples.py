@@ -20,17 +20,20 @@ class RejectedSamples:
     """
 
     def __init__(self, folder: str | Path, num_processes: int = 1, process_index: int = 0) -> None:
-        of_process = f"_{process_index}" if num_processes > 1 else ""
-        self.path = Path(folder) / f"rejected_samples{of_process}.jsonl"
+        of_processes = [f"_{index}" for index in range(num_processes)] if num_processes > 1 else [""]
+        paths = [Path(folder) / f"rejected_samples{of_process}.jsonl" for of_process in of_processes]
+        self.path, self._paths = paths[process_index], paths
         self._kinds: set[str] = set()
 
     def begin(self, step: int) -> None:
-        """Forgets what was rejected after a step: a run that goes on from there meets it again."""
-        if self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            # A run that was killed may have left half a line, its last.
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-            self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        """
+        Forgets what was rejected after a step: a run that goes on from there meets it again. If it does so on another
+        number of processes, the first of them looks after the lists that nobody goes on with.
+        """
+        others = set(self.path.parent.glob("rejected_samples*.jsonl")) - set(self._paths)
+        for path in [self.path, *others] if self.path == self._paths[0] else [self.path]:
+            if path.is_file():
+                _forget_after(step, path)
 
     def add(self, rejected: list[dict[str, Any]], step: int) -> None:
         """
@@ -57,3 +60,13 @@ class RejectedSamples:
                     self.path,
                     sample["kind"],
                 )
+
+
+def _forget_after(step: int, path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    # A run that was killed may have left half a line, its last.
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    if kept:
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    else:
+        path.unlink()
