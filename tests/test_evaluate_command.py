@@ -112,15 +112,18 @@ def test_the_summary_is_printed_and_a_model_card_reads_it(whole: Run, tmp_path: 
     full = [line["score"] for line in whole.answers() if line["reducer"] == "full"]
     assert f"{100 * sum(full) / len(full):.1f}" in result.output and "GFLOPs" in result.output
     assert "cannot go below" in " ".join(result.output.split())
-    from adavtp.console import load_checkpoint
+    from adavtp.console import reference_checkpoint
+    from adavtp.hub_cards.licence import Origin
     from adavtp.hub_cards.model_card import model_card
+    from adavtp.hub_cards.training_record import TrainingRecord
 
     path = whole.folder / "evaluation.json"
     report = json.loads(path.read_text())
     rows = {(row["reducer"], row["budget"]): row for row in report["rows"]}
     assert rows["full", 1.0]["accuracy"] == sum(full) / len(full)
     assert report["num_questions"] == 24 and report["split"] == "test"
-    card = str(model_card(*load_checkpoint(None), "adavtp-digits", evaluations=[path]))
+    record = TrainingRecord.found_in(reference_checkpoint(), evaluations=[path])
+    card = str(model_card(reference_checkpoint(), "adavtp-digits", record, Origin(None, "apache-2.0")))
     assert "prumerge" in card and f"{100 * rows['adaptive', 0.1]['accuracy']:.1f}" in card
 
 

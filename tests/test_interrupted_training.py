@@ -256,6 +256,11 @@ def test_without_a_whole_checkpoint_there_is_nothing_to_go_on_from(tmp_path: Pat
         require_whole(tmp_path / "checkpoint-6")
 
 
+def test_checkpoints_without_the_optimizer_s_state_are_not_gone_on_from(trained: Path) -> None:
+    with pytest.raises(ValueError, match="save_only_model"):
+        tiny_trainer(trained, save_only_model=True).train(resume_from_checkpoint=True)
+
+
 def test_a_run_that_was_killed_behind_its_last_checkpoint_takes_no_step_more(trained: Path) -> None:
     """Three steps were asked for, and an epoch has four."""
     trainer = tiny_trainer(trained)

@@ -157,7 +157,9 @@ def script_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert call in _readme_block()
     weights = '\ntorch.manual_seed(0)\ntorch.nn.init.normal_(model.model.reducers["outliers"].weight)\n'
     (cwd / "script.py").write_text(BEFORE + _readme_block().replace(call, call + weights) + AFTER)
-    assert _run(cwd / "script.py", cwd=cwd).splitlines() == ["the script runs", "same answer"]
+    printed = _run(cwd / "script.py", cwd=cwd).splitlines()
+    # DeepSpeed, where it is installed and finds no GPU, says so in brackets.
+    assert [line for line in printed if not line.startswith("[")] == ["the script runs", "same answer"]
     (cwd / "script.py").unlink()
     return cwd / "my-model"
 

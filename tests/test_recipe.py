@@ -238,6 +238,25 @@ def test_two_processes_carry_a_recipe_out_as_one_does(tmp_path: Path) -> None:
     }
 
 
+def test_a_stage_says_where_the_choice_gets_its_gradient(tmp_path: Path) -> None:
+    content = content_of(tmp_path)
+    _, speak, choose = content["stages"]
+    content["stages"] = [
+        speak | {"gradient_gates": "features"},
+        choose | {"name": "as-before"},
+        choose | {"gradient_gates": "attention"},
+    ]
+    last = run_recipe(read(content, tmp_path), tmp_path / "run")
+    gates = [
+        json.loads((last.parent / stage["name"] / "config.json").read_text())["gradient_gates"]
+        for stage in content["stages"]
+    ]
+    assert gates == ["features", "features", "attention"]
+    content["stages"][0]["gradient_gates"] = "logits"
+    with pytest.raises(ValueError, match="gradient_gates.*'logits'"):
+        read(content, tmp_path)
+
+
 def test_a_folder_of_another_recipe_is_an_error(finished: Path) -> None:
     content = content_of(finished)
     content["stages"].insert(0, content["stages"][0] | {"name": "before"})

@@ -51,6 +51,8 @@ class Stage:
         eval_data: the same for the data set that `Trainer` evaluates on, if `training` asks it to.
         budgets: arguments of [`BudgetStream`]; empty for the full budget throughout.
         reducer: what chooses the visual tokens, as in `set_reducer`; `"random"` makes a model ready for any choice.
+        gradient_gates: where the choice gets its gradient in this stage and those behind it, `"attention"` or
+            `"features"`, as in [`AdaVTPConfig`]; `None` for no change.
         training: arguments of [`AdaVTPTrainingArguments`], or of `TrainingArguments` for `"patch_labels"`.
         adapters: arguments of [`add_adapters`], such as `{"r": 16, "lora_alpha": 32}`, and `quantize`, `"nf4"` to have
             four-bit weights under them; empty to train the weights themselves. The stage leaves an adapter, and the
@@ -67,12 +69,18 @@ class Stage:
     eval_data: dict[str, Any] = field(default_factory=dict)
     budgets: dict[str, Any] = field(default_factory=dict)
     reducer: Any = "adaptive"
+    gradient_gates: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
     adapters: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.kind not in STAGE_KINDS:
             raise ValueError(f"stage {self.name!r}: `kind` is {self.kind!r}; allowed are {', '.join(STAGE_KINDS)}.")
+        if self.gradient_gates not in (None, "attention", "features"):
+            raise ValueError(
+                f"stage {self.name!r}: `gradient_gates` is {self.gradient_gates!r}; allowed are 'attention', "
+                "'features' and none."
+            )
         of_training = TrainingArguments if self.kind == "patch_labels" else AdaVTPTrainingArguments
         arguments = [f.name for f in fields(of_training) if f.name != "output_dir"]
         known = {"training": arguments, "budgets": ["budget_range", "per", "seed"], "adapters": ADAPTER_FIELDS}

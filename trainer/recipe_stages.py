@@ -135,6 +135,8 @@ def _budgeted_trainer(
     data_sets: dict[str, Any],
 ) -> AdaVTPTrainer:
     model.set_reducer(stage.reducer)
+    if stage.gradient_gates is not None:
+        model.config.gradient_gates = stage.gradient_gates
     return AdaVTPTrainer(
         model=with_adapters(model, stage, arguments.train_parts) if stage.adapters else model,
         args=arguments,

@@ -158,8 +158,15 @@ class WholeCheckpointsMixin:
             resume_from_checkpoint: a checkpoint, or `True` for the last whole one in `args.output_dir`.
 
         Raises:
-            ValueError: if the checkpoint is not whole, or there is none.
+            ValueError: if the checkpoint is not whole, or there is none; or if `args.save_only_model` is set, whose
+                checkpoints have no optimizer to go on with.
         """
+        if resume_from_checkpoint and self.args.save_only_model:
+            raise ValueError(
+                f"`resume_from_checkpoint` is {str(resume_from_checkpoint)!r} and `save_only_model` is True; "
+                "such checkpoints have no state of the optimizer, so the run would end with other weights. Set it to False, "
+                "or load the checkpoint's model and begin anew."
+            )
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
