@@ -164,8 +164,8 @@ class WholeCheckpointsMixin:
         if resume_from_checkpoint and self.args.save_only_model:
             raise ValueError(
                 f"`resume_from_checkpoint` is {str(resume_from_checkpoint)!r} and `save_only_model` is True; "
-                "such checkpoints have no state of the optimizer, so the run would end with other weights. Set it to False, "
-                "or load the checkpoint's model and begin anew."
+                "such checkpoints have no state of the optimizer, so the run would end with other weights. Set it to "
+                "False, or load the checkpoint's model and begin anew."
             )
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
