@@ -4,17 +4,15 @@ import json
 import logging
 import os
 import shutil
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from forked_processes import Forks, as_launched
 from tiny_conversations import conversation_rows, digit_model, digit_processor
 from tiny_models import tiny_text_config, tiny_vision_config
 from tiny_streams import source, stored_rows, tiny_stream
-from torch import multiprocessing
 
 from adavtp import AdaVTPTrainer, AdaVTPTrainingArguments, BudgetCollator
 from adavtp.trainer.conversation_reader import ConversationReader
@@ -300,13 +298,9 @@ def test_budgets_of_plain_data_sets_are_numbered_over_batches_and_samples(tmp_pa
 # Several processes
 
 
-def one_of_two_processes(rank: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
-    # The process that this one is a fork of has trained alone.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.save(run_of_a_process(folder / "run", 2, ddp_backend="gloo"), folder / f"{rank}.pt")
+def one_of_two_processes(folder: str) -> None:
+    told = run_of_a_process(Path(folder) / "run", 2, ddp_backend="gloo")
+    torch.save(told, Path(folder) / f"{os.environ['RANK']}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -326,11 +320,10 @@ def run_of_a_process(folder: Path, batch_size: int, **arguments: Any) -> dict[st
 
 
 def test_two_processes_train_on_the_batches_of_one(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    # Forks have imported everything.
-    multiprocessing.start_processes(one_of_two_processes, (port, tmp_path), nprocs=2, start_method="fork")
+    name = Path(__file__).stem
+    with Forks(f"import {name}", f"{name}.one_of_two_processes(sys.argv[1])", folder=Path(__file__).parent) as forks:
+        forks.begin(["", str(tmp_path)], tmp_path / "said", as_launched(2))
+        assert forks.exit_codes(300) == [0, 0], (tmp_path / "said").read_text()[-5000:]
     both, alone = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)], run_of_a_process(tmp_path / "alone", 4)
 
     def without_padding(rows: list[list[int]]) -> list[list[int]]:
