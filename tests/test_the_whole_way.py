@@ -1,7 +1,6 @@
 """The whole way of docs/training.md with a tiny model: from LLaVA's folder to a model that is loaded by its id."""
 
 import json
-import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 import yaml
+from forked_processes import Forks
 from llava_folders import Folder, stock_llava, transformers_folder
 from local_hub import LocalHub, local_hub
 from safetensors.torch import load_file
@@ -104,10 +104,10 @@ class Killed(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train_and_be_killed(recipe: Path, output: Path, stage: str, step: int) -> None:
-    torch.set_num_threads(1)
-    # Every trainer begins with these.
-    transformers.trainer.DEFAULT_CALLBACKS.append(Killed(stage, step))
+def train(recipe: str, output: str, killed_in: str = "", killed_behind: str = "") -> None:
+    if killed_in:
+        # Every trainer begins with these.
+        transformers.trainer.DEFAULT_CALLBACKS.append(Killed(killed_in, int(killed_behind)))
     adavtp("train", recipe, "--output", output)
 
 
@@ -122,16 +122,15 @@ def test_from_llava_s_folder_to_a_published_model_with_a_budget(tmp_path: Path) 
     answers_as_llava_does(converted, source)
 
     recipe = write_recipe(tmp_path, converted, write_conversations(tmp_path))
-    for stage, step in BREAKS:
-        # A fork has imported everything.
-        arguments = (recipe, run, stage, step)
-        process = multiprocessing.get_context("fork").Process(target=train_and_be_killed, args=arguments)
-        process.start()
-        process.join(120)
-        assert process.exitcode == -signal.SIGKILL
-        assert (run / stage / f"checkpoint-{step - 1}").is_dir() and not (run / stage / "finished.json").exists()
-    adavtp("train", recipe, "--output", run)
-    adavtp("train", recipe, "--output", tmp_path / "without a break")
+    name, said = Path(__file__).stem, tmp_path / "said"
+    with Forks(f"import {name}", f"{name}.train(*sys.argv[1:])", folder=Path(__file__).parent) as forks:
+        for stage, step in BREAKS:
+            forks.begin(["", str(recipe), str(run), stage, str(step)], said)
+            assert forks.exit_codes(120) == [-signal.SIGKILL], said.read_text()[-3000:]
+            assert (run / stage / f"checkpoint-{step - 1}").is_dir() and not (run / stage / "finished.json").exists()
+        for output in (run, tmp_path / "without a break"):
+            forks.begin(["", str(recipe), str(output)], said)
+            assert forks.exit_codes(120) == [0], said.read_text()[-3000:]
     trained_as_without_a_break(run, tmp_path / "without a break")
 
     adavtp("merge", run / "2-tune", tmp_path / "merged")
