@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 from .training_record import TrainingRecord, is_hub_id
 
-# Licences as their cards on the Hub name them. Vicuna 1.5, and so LLaVA-1.5 and 1.6 with it, comes from Llama 2.
+# Licences of the language models that these come from: Vicuna 1.5 from Llama 2, and Mistral-7B-Instruct-v0.2.
 OF_BASE_MODELS = {
     "llava-hf/llava-1.5-7b-hf": "llama2",
     "llava-hf/llava-1.5-13b-hf": "llama2",

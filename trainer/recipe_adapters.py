@@ -45,7 +45,7 @@ def loading_arguments(model: dict[str, Any], stage: Stage) -> dict[str, Any]:
     if model_type != "adavtp":
         raise ValueError(
             f"stage {stage.name!r} has adapters, and {model['checkpoint']!r}, which they would belong to, is of type "
-            f" {model_type!r}: its budget token and controller would start from numbers that are saved nowhere. "
+            f"{model_type!r}: its budget token and controller would start from numbers that are saved nowhere. "
             "`adavtp convert` makes a whole checkpoint of it."
         )
     quantize = stage.adapters.get("quantize")

@@ -108,7 +108,8 @@ def _settings(recipe: Recipe, stage: Stage) -> dict[str, Any]:
 def _require_same(recipe: Recipe, stage: Stage, folder: Path) -> None:
     """That a finished stage is the recipe's, and not one of the same name from before the recipe was changed."""
     finished, asked = json.loads((folder / FINISHED).read_text()), _settings(recipe, stage)
-    finished = {**finished, "adapters": {}, **finished.get("stage", {})}
+    # Folders from before these two settings existed were trained without them.
+    finished = {**finished, "adapters": {}, "gradient_gates": None, **finished.get("stage", {})}
     asked = {**asked, **asked["stage"]}
     # Folders from before settings were written down have only the number of steps.
     differing = [name for name in asked if name in finished and name != "stage" and finished[name] != asked[name]]
