@@ -1,7 +1,6 @@
 """Several processes train as one does: with the same losses, to checkpoints that load everywhere."""
 
 import json
-import multiprocessing
 import os
 import re
 import subprocess
@@ -11,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from forked_processes import Forks
 from safetensors.torch import load_file
 from tiny_conversations import conversation_rows, digit_model, digit_processor
-from training_process import modules_run_by, rows_with_text_on_one_process, train_all
+from training_process import modules_run_by, rows_with_text_on_one_process
 from transformers import AutoModel, AutoProcessor
 
 from adavtp import AdaVTPForConditionalGeneration, AdaVTPProcessor, BudgetCollator
@@ -89,6 +89,10 @@ def runs_in(folder: Path, start: Path, trained_elsewhere: Path, num_processes: i
         run("resumed", "gather", start, resume=str(folder / "gather" / "checkpoint-2")),
         run("handed_on", "mask", trained_elsewhere),
     ]
+    # As the recipe for LLaVA begins: the controller alone, with gates inside attention.
+    runs.append(run("controller", "mask", start))
+    runs[-1]["model"] = {"gradient_gates": "attention"}
+    runs[-1]["arguments"] = runs[-1]["arguments"] | {"train_parts": ["controller"]}
     for stage in DEEPSPEED_BY_ARGUMENT if folder.name == "ddp" else ():
         runs.append(run(stage, "mask", start))
         runs[-1]["arguments"] = runs[-1]["arguments"] | {"deepspeed": str(LAUNCH / f"{stage}.json")}
@@ -103,11 +107,11 @@ def launch(launcher: list[str], runs: Path) -> None:
 
 
 def train_alone(runs: Path) -> None:
-    # In a process of its own, for what it does to torch; a fork has imported everything.
-    process = multiprocessing.get_context("fork").Process(target=train_all, args=(runs,))
-    process.start()
-    process.join(300)
-    assert process.exitcode == 0
+    # In a process of its own, for what it does to torch.
+    said = runs.with_suffix(".txt")
+    with Forks(f"import {SCRIPT.stem}", f"{SCRIPT.stem}.train_all(sys.argv[1])", folder=SCRIPT.parent) as forks:
+        forks.begin(["", str(runs)], said)
+        assert forks.exit_codes(300) == [0], said.read_text()[-5000:]
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +146,7 @@ def weights_in(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-@pytest.mark.parametrize("run", ["mask", "gather", "handed_on"])
+@pytest.mark.parametrize("run", ["mask", "gather", "handed_on", "controller"])
 def test_two_processes_have_the_losses_of_one(folder: Path, launcher: str, run: str) -> None:
     alone, together = log_of(folder / "alone" / run), log_of(folder / launcher / run)
     assert len(alone["losses"]) == FORMS["gather" if run == "gather" else "mask"]["max_steps"]
