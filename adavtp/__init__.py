@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from .configuration.configuration_adavtp import AdaVTPConfig
-from .modeling.budget_adavtp import BudgetEmbedding
-from .modeling.controller_adavtp import VisionTokenController
+from .modeling.budget.selection import Selection
+from .modeling.budget.token_budget import BudgetEmbedding
 from .modeling.generation_adavtp import BudgetProcessor, BudgetProcessorList, BudgetState
 from .modeling.modeling_adavtp import AdaVTPForConditionalGeneration, AdaVTPModel
 from .modeling.processing_adavtp import AdaVTPProcessor
-from .modeling.reducers_adavtp import ScoringReducer, TokenReducer, register_reducer
-from .modeling.selection_adavtp import Selection
-from .modeling.vision_features_adavtp import VisionFeatures
+from .modeling.reducers.adaptive import VisionTokenController
+from .modeling.reducers.base import ScoringReducer, TokenReducer, register_reducer
+from .modeling.vision.features import VisionFeatures
 
 AutoConfig.register("adavtp", AdaVTPConfig, exist_ok=True)
 AutoModel.register(AdaVTPConfig, AdaVTPForConditionalGeneration, exist_ok=True)

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .console import (
+from .commands.console import (
     command_as_typed,
     console,
     load_checkpoint,
@@ -19,16 +19,16 @@ from .console import (
     reference_checkpoint,
     refusals_shown,
 )
-from .convert_command import convert
-from .evaluate_command import DIGIT_SCENES, ManyValues, evaluate, evaluate_checkpoint
-from .experiment_command import experiment
-from .flops_command import flops
-from .measure_command import measure
-from .merge_command import merge
-from .plan_command import plan
-from .publish_command import publish, publish_data
-from .report_command import report
-from .space_command import space
+from .commands.convert import convert
+from .commands.evaluate import DIGIT_SCENES, ManyValues, evaluate, evaluate_checkpoint
+from .commands.experiment import experiment
+from .commands.flops import flops
+from .commands.measure import measure
+from .commands.merge import merge
+from .commands.plan import plan
+from .commands.publish import publish, publish_data
+from .commands.report import report
+from .commands.space import space
 
 app = typer.Typer(
     help="How much a vision-language model looks is a dial you turn at run time.",
@@ -103,7 +103,7 @@ def demo(
     """Answer held-out questions about digit scenes at five budgets; print a table, write two pictures."""
     from .evaluation.accuracy import answer_questions
     from .evaluation.pictures import save_accuracy_curve, save_kept_patches
-    from .trainer.digit_scenes import load_digit_questions
+    from .tasks.digit_scenes import load_digit_questions
 
     output.mkdir(parents=True, exist_ok=True)
     model, processor = load_checkpoint(checkpoint)
@@ -260,7 +260,7 @@ def compare(
     from .evaluation.comparison import checkpoint_hash, compare_reducers
     from .evaluation.comparison_page import comparison_page
     from .evaluation.pictures import save_comparison_curves
-    from .trainer.digit_scenes import load_digit_questions
+    from .tasks.digit_scenes import load_digit_questions
 
     model, processor = load_checkpoint(checkpoint)
     folder = checkpoint or str(reference_checkpoint())
@@ -325,7 +325,7 @@ def gallery(
 def _save_gallery(model: Any, processor: Any, stacks: list[Any], budget: float, path: Path) -> None:
     from .evaluation.comparison import stages
     from .evaluation.pictures import save_gallery
-    from .trainer.digit_scenes import load_digit_questions
+    from .tasks.digit_scenes import load_digit_questions
 
     row = load_digit_questions("test", 6)[0]
     save_gallery(

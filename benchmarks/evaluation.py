@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from adavtp.console import load_checkpoint
-from adavtp.evaluate_command import named_data
+from adavtp.commands.console import load_checkpoint
+from adavtp.commands.evaluate import named_data
 from adavtp.evaluation.answering import Scorer, answer_examples, inputs_of
 from adavtp.evaluation.asked_settings import AskedSetting, asked_settings
 from adavtp.evaluation.examples import EvaluationData

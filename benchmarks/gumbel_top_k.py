@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from adavtp.modeling.sampling_adavtp import gumbel_noise, sample_top_k
+from adavtp.modeling.budget.top_k import gumbel_noise, sample_top_k
 from circumstances import circumstances, console, write_json
 from interleaved import CLOCKS, Spread, interleaved_medians, paired_ratio
 

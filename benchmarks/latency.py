@@ -23,8 +23,8 @@ import torch
 from rich.progress import track
 
 from adavtp import AdaVTPConfig, AdaVTPForConditionalGeneration
+from adavtp.commands.measure import measurement_table, reachable_settings
 from adavtp.evaluation.measurements import as_rows, measure
-from adavtp.measure_command import measurement_table, reachable_settings
 from circumstances import circumstances, console, write_json
 from overhead import PRESETS as SHAPES
 from overhead import configuration, make_inputs

@@ -18,7 +18,7 @@ import torch
 import typer
 from rich.table import Table
 
-from adavtp.modeling.budget_adavtp import num_tokens_to_keep
+from adavtp.modeling.budget.token_budget import num_tokens_to_keep
 from adavtp.trainer.budget_stream import BudgetStream
 from adavtp.trainer.length_groups import length_groups, share_of_padding, tokens_after_reduction
 from circumstances import circumstances, console, write_json

@@ -33,11 +33,11 @@ from transformers import AutoModel, CLIPVisionConfig, DynamicCache, LlamaConfig,
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from adavtp import AdaVTPConfig, TokenReducer, VisionFeatures
-from adavtp.modeling.budget_adavtp import num_tokens_to_keep
-from adavtp.modeling.decoder_reducers_adavtp import DecoderReducer, DecoderView
-from adavtp.modeling.reducers_adavtp import REDUCERS, STAGES, build_reducer
-from adavtp.modeling.tower_adavtp import TowerAttention, tower_layers
-from adavtp.modeling.vision_adavtp import BudgetToken, TowerPass, encode_image
+from adavtp.modeling.budget.token_budget import num_tokens_to_keep
+from adavtp.modeling.decoder.reducer import DecoderReducer, DecoderView
+from adavtp.modeling.reducers.base import REDUCERS, STAGES, build_reducer
+from adavtp.modeling.vision.encode import BudgetToken, TowerPass, encode_image
+from adavtp.modeling.vision.tower import TowerAttention, tower_layers
 from circumstances import circumstances, console, write_json
 from interleaved import CLOCKS, Spread, interleaved_medians, paired_ratio
 

@@ -18,7 +18,7 @@ import transformers
 from scipy.stats import binomtest
 from transformers import BatchFeature
 
-from ..modeling.budget_adavtp import num_tokens_to_keep
+from ..modeling.budget.token_budget import num_tokens_to_keep
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration, ReducerSpec
 from ..modeling.processing_adavtp import AdaVTPProcessor
 from .prompt_costs import visual_tokens_seen

@@ -15,9 +15,9 @@ from accelerate import PartialState
 from torch.utils.data import DataLoader
 from transformers import BatchFeature
 
+from ..modeling.budget.selection import Selection
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
 from ..modeling.processing_adavtp import AdaVTPProcessor
-from ..modeling.selection_adavtp import Selection
 from .asked_settings import AskedSetting
 from .examples import Example
 from .metric_modules import SCORED_TOGETHER, needs_choices, score_examples

@@ -20,11 +20,11 @@ from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 
 from ..configuration.configuration_adavtp import AdaVTPConfig, reducer_entries
-from ..modeling.budget_adavtp import num_tokens_to_keep
+from ..modeling.budget.token_budget import num_tokens_to_keep
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration, ReducerSpec
 from ..modeling.processing_adavtp import AdaVTPProcessor
-from ..modeling.reducers_adavtp import REDUCERS, STAGES, TokenReducer, reducer_parameters
-from ..modeling.tower_adavtp import tower_layers
+from ..modeling.reducers.base import REDUCERS, STAGES, TokenReducer, reducer_parameters
+from ..modeling.vision.tower import tower_layers
 from .accuracy import (
     NUM_LOOKED_AT,
     answer_batch,

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
+from ..modeling.budget.schedule import StackBudget
+from ..modeling.budget.selection import Selection
 from ..modeling.modeling_adavtp import ReducerSpec
-from ..modeling.reducers_adavtp import REDUCERS
-from ..modeling.selection_adavtp import Selection
-from ..modeling.stack_adavtp import StackBudget
+from ..modeling.reducers.base import REDUCERS
 from .decoder_flops import (
     DecodeCost,
     ExecutionPlan,

@@ -20,8 +20,8 @@ import torch
 from transformers import Cache, StoppingCriteria
 from transformers.utils import ModelOutput
 
+from ..modeling.budget.schedule import StackBudget
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration, ReducerSpec
-from ..modeling.stack_adavtp import StackBudget
 from .settings import FULL, Setting, reducers_left_alone
 
 

@@ -7,8 +7,8 @@ matrix products takes. The shape is hashable, so that what was counted for it on
 from dataclasses import dataclass
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
-from ..modeling.reducers_adavtp import feature_layer_index
-from ..modeling.vision_adavtp import patch_width
+from ..modeling.reducers.base import feature_layer_index
+from ..modeling.vision.encode import patch_width
 
 # Sines and cosines of 128 frequencies: what the budget embedding's first layer reads (BudgetEmbedding).
 BUDGET_ENCODING = 256

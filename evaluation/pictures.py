@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ..modeling.budget.selection import Selection
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration, ReducerSpec
 from ..modeling.processing_adavtp import AdaVTPProcessor
-from ..modeling.selection_adavtp import Selection
 from .accuracy import BudgetResult, answer_batch
 from .comparison import missing_weights, reason_not_to_measure
 from .settings import reducer_label

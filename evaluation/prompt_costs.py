@@ -12,7 +12,7 @@ import torch
 from transformers.utils import logging
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
-from ..modeling.selection_adavtp import Selection
+from ..modeling.budget.selection import Selection
 from .flops import Flops, count_flops
 from .settings import Setting
 from .token_plan import Happened

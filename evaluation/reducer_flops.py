@@ -14,14 +14,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
-from ..modeling.aim_adavtp import _ITERATIONS as PAGE_RANK_STEPS
-from ..modeling.downsample_adavtp import smallest_grid
-from ..modeling.dynamicvit_adavtp import tokens_after_stages
-from ..modeling.reducers_adavtp import REDUCERS, TokenReducer
-from ..modeling.sparsevlm_adavtp import num_candidates, num_kept_as_they_are
-from ..modeling.tome_adavtp import tokens_after_layers
-from ..modeling.vision_features_adavtp import VisionFeatures
-from ..modeling.visionzip_adavtp import num_contextual
+from ..modeling.reducers.aim import _ITERATIONS as PAGE_RANK_STEPS
+from ..modeling.reducers.base import REDUCERS, TokenReducer
+from ..modeling.reducers.downsample import smallest_grid
+from ..modeling.reducers.dynamicvit import tokens_after_stages
+from ..modeling.reducers.sparsevlm import num_candidates, num_kept_as_they_are
+from ..modeling.reducers.tome import tokens_after_layers
+from ..modeling.reducers.visionzip import num_contextual
+from ..modeling.vision.features import VisionFeatures
 from .model_shape import BUDGET_ENCODING, ModelShape
 
 # Torch counts attention on a GPU only; this is the same count for what runs on a CPU.

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ..configuration.configuration_adavtp import reducer_entries
-from ..modeling.budget_adavtp import num_tokens_to_keep
+from ..modeling.budget.schedule import StackBudget
+from ..modeling.budget.token_budget import num_tokens_to_keep
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration, ReducerSpec
-from ..modeling.stack_adavtp import StackBudget
 
 FULL = "full"
 FULL_BUDGET = 1.0

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 
 from ..configuration.configuration_adavtp import AdaVTPConfig, reducer_entries
-from ..modeling.aim_adavtp import merged_count
-from ..modeling.decoder_reducers_adavtp import DecoderReducer
+from ..modeling.budget.schedule import BudgetOfStack, StackBudget, Step, stack_steps
+from ..modeling.budget.selection import Selection
+from ..modeling.decoder.reducer import DecoderReducer
 from ..modeling.modeling_adavtp import ReducerSpec
-from ..modeling.reducers_adavtp import ScoringReducer, TokenReducer, build_reducer
-from ..modeling.selection_adavtp import Selection
-from ..modeling.stack_adavtp import BudgetOfStack, StackBudget, Step, stack_steps
+from ..modeling.reducers.aim import merged_count
+from ..modeling.reducers.base import ScoringReducer, TokenReducer, build_reducer
 
 
 @dataclass(frozen=True)

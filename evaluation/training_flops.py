@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
+from ..modeling.budget.schedule import StackBudget
+from ..modeling.budget.schedule import Step as ReducerStep
 from ..modeling.modeling_adavtp import ReducerSpec
-from ..modeling.reducers_adavtp import REDUCERS
-from ..modeling.stack_adavtp import StackBudget
-from ..modeling.stack_adavtp import Step as ReducerStep
+from ..modeling.reducers.base import REDUCERS
 from .decoder_flops import Prompts, inside_decoder_flops, layer_columns
 from .model_shape import BUDGET_ENCODING, DecoderShape, ModelShape
 from .reducer_flops import TowerRun, attention_rows, budget_cross_attention, image_flops, product, tower_run

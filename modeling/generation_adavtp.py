@@ -17,11 +17,11 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import ModelOutput
 
-from .budget_adavtp import TokenBudget, budget_values, num_tokens_to_keep
-from .decoder_adavtp import DecoderPlan, has_layer_columns
-from .history_adavtp import NewColumns, PrunedHistory, new_columns, with_prompt
-from .selection_adavtp import Prompt
-from .stack_adavtp import StackBudget
+from .budget.schedule import StackBudget
+from .budget.token_budget import TokenBudget, budget_values, num_tokens_to_keep
+from .decoder.loop import DecoderPlan, has_layer_columns
+from .decoder.pruned_cache import NewColumns, PrunedHistory, new_columns, with_prompt
+from .prompt import Prompt
 
 if TYPE_CHECKING:
     from transformers.generation.utils import GenerateOutput

@@ -20,27 +20,21 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from ..configuration.configuration_adavtp import AdaVTPConfig, reducer_entries
-from .controller_adavtp import VisionTokenController
-from .decoder_adavtp import DecoderOutput, DecoderPlan, has_layer_columns, pending_plan, run_decoder
-from .decoder_reducers_adavtp import DecoderReducer
+from .budget.schedule import BudgetOfStack, StackBudget, Step, reduce_in_tower, reduce_tokens, stack_steps
+from .budget.selection import Selection
+from .decoder.loop import DecoderOutput, DecoderPlan, has_layer_columns, pending_plan, run_decoder
+from .decoder.reducer import DecoderReducer
 from .generation_adavtp import AdaVTPGenerationMixin
-from .loading_adavtp import CompleteLoadingMixin
-from .own_code_adavtp import OwnReducersMixin
-from .published_reducers_adavtp import PUBLISHED_REDUCERS
-from .reducers_adavtp import TokenReducer, build_reducer
-from .selection_adavtp import (
-    Prompt,
-    Selection,
-    count_positions,
-    images_per_sample,
-    left_padded,
-    without_first_labels,
-)
-from .self_contained_adavtp import SelfContainedMixin
-from .stack_adavtp import BudgetOfStack, StackBudget, Step, reduce_in_tower, reduce_tokens, stack_steps
-from .token_fusion_adavtp import ZeroLinear
-from .vision_adavtp import BudgetToken, encode_image
-from .vision_features_adavtp import VisionFeatures
+from .hub.custom_reducers import OwnReducersMixin
+from .hub.loading import CompleteLoadingMixin
+from .hub.saving import SelfContainedMixin
+from .prompt import Prompt, count_positions, images_per_sample, left_padded, without_first_labels
+from .reducers.adaptive import VisionTokenController
+from .reducers.base import TokenReducer, build_reducer
+from .reducers.published import PUBLISHED_REDUCERS
+from .reducers.token_fusion import ZeroLinear
+from .vision.encode import BudgetToken, encode_image
+from .vision.features import VisionFeatures
 
 # LLaVA's files hold the parameter names of an older layout. transformers renames them while loading, but for classes
 # outside its own package only where a mapping is registered under the class's name.

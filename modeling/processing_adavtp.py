@@ -8,8 +8,8 @@ import torch
 from transformers import BatchFeature, LlavaProcessor
 from transformers.image_utils import ImageInput, is_pil_image, is_valid_image, load_image, to_numpy_array
 
-from .budget_adavtp import TokenBudget, budget_values, num_tokens_to_keep
-from .self_contained_adavtp import AUTO_MAP, save_code, without_auto_class
+from .budget.token_budget import TokenBudget, budget_values, num_tokens_to_keep
+from .hub.saving import AUTO_MAP, save_code, without_auto_class
 
 
 class AdaVTPProcessor(LlavaProcessor):

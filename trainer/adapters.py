@@ -19,12 +19,12 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
-from ..modeling.loading_adavtp import new_module_of
+from ..modeling.hub.custom_reducers import OWN, is_own, load_own_reducers, own_reducers_source
+from ..modeling.hub.loading import new_module_of
+from ..modeling.hub.saving import save_code
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
-from ..modeling.own_code_adavtp import OWN, is_own, load_own_reducers, own_reducers_source
 from ..modeling.processing_adavtp import AdaVTPProcessor
-from ..modeling.reducers_adavtp import REDUCERS
-from ..modeling.self_contained_adavtp import save_code
+from ..modeling.reducers.base import REDUCERS
 from .controller_targets import adavtp_model_of
 from .trained_parts import never_run_prefixes, part_prefixes
 from .training_arguments import TRAIN_PARTS

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..modeling.controller_adavtp import VisionTokenController
 from ..modeling.modeling_adavtp import AdaVTPModel
-from ..modeling.selection_adavtp import images_per_sample
+from ..modeling.prompt import images_per_sample
+from ..modeling.reducers.adaptive import VisionTokenController
 from .conversation import IGNORED
 
 FULL_BUDGET = 1.0

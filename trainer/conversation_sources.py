@@ -118,7 +118,7 @@ def _records(kind: str, path: str, given: dict[str, Any]) -> "Dataset | Iterable
     import datasets
 
     if kind == "digit-scenes":
-        from .digit_scenes import load_digit_questions
+        from ..tasks.digit_scenes import load_digit_questions
 
         return load_digit_questions(**given)
     if kind == "saved":

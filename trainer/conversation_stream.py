@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ..modeling.budget_adavtp import num_tokens_to_keep
+from ..modeling.budget.token_budget import num_tokens_to_keep
 from .budget_stream import BudgetStream, mixed
 from .conversation import image_placeholders
 from .conversation_reader import ConversationReader, RejectedSample

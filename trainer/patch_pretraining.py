@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .digit_scenes import BACKGROUND_COLOUR, BACKGROUND_DIGIT
+from ..tasks.digit_scenes import BACKGROUND_COLOUR, BACKGROUND_DIGIT
 
 
 class PatchLabeller(nn.Module):

@@ -9,7 +9,7 @@ from transformers import AutoConfig, Trainer, set_seed
 from ..configuration.configuration_adavtp import AdaVTPConfig
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
 from ..modeling.processing_adavtp import AdaVTPProcessor
-from .digit_processor import build_digit_processor
+from ..tasks.digit_processor import build_digit_processor
 from .recipe import Recipe, Stage
 from .recipe_adapters import loading_arguments, whole_checkpoint
 from .recipe_stages import stage_arguments, stage_trainer

@@ -8,9 +8,9 @@ from transformers import Trainer, TrainingArguments
 
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
 from ..modeling.processing_adavtp import AdaVTPProcessor
+from ..tasks.digit_scenes import load_digit_questions, load_digit_scenes
 from .budget_stream import BudgetStream
 from .collator import BudgetCollator
-from .digit_scenes import load_digit_questions, load_digit_scenes
 from .packed_questions import PackedQuestionCollator
 from .patch_pretraining import PatchLabelCollator, PatchLabeller
 from .recipe import Stage

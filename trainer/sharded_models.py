@@ -6,7 +6,7 @@ batch does: texts look at a blank image, and every image goes through the reduce
 """
 
 from ..modeling.modeling_adavtp import AdaVTPModel
-from ..modeling.tower_adavtp import tower_layers
+from ..modeling.vision.tower import tower_layers
 
 
 def layer_classes(model: AdaVTPModel) -> list[str]:

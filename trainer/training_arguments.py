@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from ..modeling.budget_adavtp import num_tokens_to_keep
+from ..modeling.budget.token_budget import num_tokens_to_keep
 
 TRAIN_PARTS: dict[str, tuple[str, ...]] = {
     "controller": ("model.budget_token.", "model.controller.", "model.reducers."),

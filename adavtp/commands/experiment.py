@@ -1,0 +1,124 @@
+"""`adavtp experiment`: an experiment from its checkpoints to its report, in one command."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .console import command_as_typed, console, reference_checkpoint, refusals_shown
+from .report import write_report
+
+if TYPE_CHECKING:
+    from .experiment_runs import Experiment, Part
+
+
+def experiment(
+    name: Annotated[str, typer.Argument(help="The experiment's name, 1, or a file (YAML).")],
+    checkpoint: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--checkpoint",
+            "--checkpoints",
+            help="Several: checkpoint folders or Hub repositories. Default: the digit-scenes reference.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the reports. Default: reports/experiment_NAME.")
+    ] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder for answers and trained variants. Default: runs/experiment_NAME.")
+    ] = None,
+    part: Annotated[
+        list[str] | None, typer.Option("--part", "--parts", help="Several: parts to carry out. Default: all.")
+    ] = None,
+) -> None:
+    """
+    Carry out an experiment on one or several checkpoints, and write its report.
+
+    Variants are trained, every checkpoint answers every part's questions, and every part gets a report with tables,
+    curves and a page; report.md has what all of them say in short. Interrupted, the same command goes on where it
+    stopped.
+    """
+    from .experiment_runs import Experiment, evaluate_part, named_experiments
+
+    known = named_experiments()
+    path = known.get(name, Path(name))
+    with refusals_shown():
+        if not path.is_file():
+            raise ValueError(f"`name` is {name!r}; it is an experiment's, {', '.join(known)}, or a file's.")
+        plan = Experiment.from_file(path)
+        parts = chosen_parts(plan, part)
+        output = output or Path("reports") / path.stem
+        work = work or Path("runs") / path.stem
+        checkpoints = [str(one) for one in checkpoint or [reference_checkpoint()]]
+        names = [Path(one).name for one in checkpoints]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"`checkpoint` is {checkpoints}; folders are named by their last names, which must differ."
+            )
+        for own in parts:
+            folders = []
+            for one in checkpoints:
+                console.rule(f"{own.name}: {Path(one).name}")
+                folder = work / Path(one).name / own.name
+                folders.append(evaluate_part(plan, own, one, folder, command_as_typed()).folder)
+            write_report(folders, output / own.name, own.against, own.asks, command_as_typed())
+        (output / "report.md").write_text(summary(plan, output, command_as_typed()), encoding="utf-8")
+    console.print(f"Report: {output / 'report.md'}")
+
+
+def chosen_parts(plan: "Experiment", names: list[str] | None) -> list["Part"]:
+    """
+    The parts with these names, all if there are none.
+
+    Raises:
+        ValueError: if there is no such part.
+    """
+    known = [part.name for part in plan.parts]
+    if unknown := sorted(set(names or []) - set(known)):
+        raise ValueError(f"`part` is {unknown[0]!r}; this experiment's parts: {', '.join(known)}.")
+    return [part for part in plan.parts if not names or part.name in names]
+
+
+def summary(plan: "Experiment", output: Path, command: str) -> str:
+    """
+    The page (Markdown) that says in short what the parts' reports say, of those that have one.
+
+    Args:
+        plan: the experiment.
+        output: folder with a folder for each part.
+        command: that wrote it.
+    """
+    text = [
+        f"# {plan.title}",
+        f"Written by\n\n```\n{command}\n```\n\nfrom the reports of its parts, each with the "
+        "versions and commands that made its numbers.",
+    ]
+    for part in plan.parts:
+        path = output / part.name / "report.json"
+        if path.is_file():
+            text += part_summary(part, json.loads(path.read_text(encoding="utf-8")))
+    return "\n\n".join(text) + "\n"
+
+
+def part_summary(part: "Part", numbers: dict[str, Any]) -> list[str]:
+    """Paragraphs on one part: what it asks, its curves, and what its tables say."""
+    from ..evaluation.report import compared_checkpoints
+    from ..evaluation.report_findings import findings, findings_over_checkpoints
+
+    found = []
+    for checkpoint in numbers["checkpoints"]:
+        found += [(checkpoint["checkpoint"], findings(checkpoint))]
+    for over in numbers["over_checkpoints"]:
+        found.append(("All checkpoints", findings_over_checkpoints(over, compared_checkpoints(numbers, over))))
+    text = [
+        f"## {part.name}",
+        part.asks,
+        f"[Tables]({part.name}/report.md) · [page]({part.name}/index.html), to be opened in a browser",
+        f"![{part.asks}]({part.name}/curves.png)",
+    ]
+    for title, own in found:
+        lines = [line for finding in own for line in (f"- {finding.text}", *(f"  - {d}" for d in finding.details))]
+        text.append("\n".join([f"**{title}**", "", *lines]))
+    return text

@@ -1,0 +1,224 @@
+"""An experiment written down: which checkpoints, trained how, are asked what, and what is compared with what.
+
+An experiment is a YAML file of parts. A part compares reducers on a checkpoint as it is, or variants: each a short
+training of its own that starts from the checkpoint, evaluated with what it trained. Everything is resumable: stages of
+training leave checkpoints, evaluations go on where they stopped.
+"""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file, save_file
+
+from ..evaluation.comparison import checkpoint_hash
+from ..evaluation.runs import Run
+from ..evaluation.variant_runs import join_variants
+from ..modeling.processing_adavtp import AdaVTPProcessor
+from ..trainer.recipe import Recipe, RecipeLoader, Stage, check_fields
+from ..trainer.recipe_run import run_recipe
+from .console import parse_reducer
+from .evaluate import DIGIT_SCENES, budget_of, evaluate_checkpoint
+
+NEW_MODULES = (".controller.", ".budget_token.", ".reducers.")
+START, START_IS_WHOLE = "start", "processor_config.json"
+CHECKPOINT = "checkpoint.json"
+
+
+@dataclass
+class Part:
+    """
+    One question of an experiment.
+
+    Attributes:
+        name: names its folder.
+        asks: the question, in words.
+        against: the reducer or variant that the others are compared with.
+        questions: how many examples are answered.
+        reducers: what is compared on each checkpoint as it is, as on the command line.
+        stage: how every variant trains: the fields of a recipe's [`Stage`] but its name.
+        variants: what is compared otherwise, by name: `model`, fields of the configuration that differ, and
+            `reducer`, what chooses in the variant's training and evaluation, by default the controller.
+        controls: reducers that the variants are compared with on the checkpoint as it is, as on the command line.
+        fresh_controller: whether the variants' controllers start from random values and not from the checkpoint's.
+        budgets: see [`Experiment`]; by default the experiment's.
+
+    Raises:
+        ValueError: if it has neither reducers nor variants, or both; or variants and no stage.
+    """
+
+    name: str
+    asks: str
+    against: str
+    questions: int
+    reducers: list[str] = field(default_factory=list)
+    stage: dict[str, Any] = field(default_factory=dict)
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    controls: list[str] = field(default_factory=list)
+    fresh_controller: bool = False
+    budgets: list[str | float | int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if bool(self.reducers) == bool(self.variants) or bool(self.variants) != bool(self.stage):
+            raise ValueError(
+                f"part {self.name!r} has `reducers` {self.reducers}, `variants` {list(self.variants)} and `stage` "
+                f"{self.stage}; it needs reducers alone, or variants and a stage."
+            )
+        for name, variant in self.variants.items():
+            if unknown := sorted(set(variant) - {"model", "reducer"}):
+                raise ValueError(
+                    f"part {self.name!r}, variant {name!r}: unknown field(s) {', '.join(unknown)}; allowed are model, "
+                    "reducer."
+                )
+
+
+@dataclass
+class Experiment:
+    """
+    An experiment.
+
+    Attributes:
+        title: of its report.
+        budgets: what the answers are asked at: fractions, numbers of tokens, or `"115/576"`, the fraction that keeps
+            115 of 576 and as large a share of another number.
+        parts: its questions.
+        seed: of the variants' training.
+    """
+
+    title: str
+    budgets: list[str | float | int]
+    parts: list[Part]
+    seed: int = 0
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "Experiment":
+        """
+        Reads an experiment.
+
+        Raises:
+            ValueError: if a field is unknown or missing.
+        """
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=RecipeLoader)
+        check_fields(content, cls, str(path))
+        for number, part in enumerate(content["parts"]):
+            check_fields(part, Part, f"{path}, part {number}")
+        experiment = cls(**content | {"parts": [Part(**part) for part in content["parts"]]})
+        for part in experiment.parts:
+            part.budgets = part.budgets or experiment.budgets
+        return experiment
+
+
+def named_experiments() -> dict[str, Path]:
+    """The experiments that come with the package, by the name that `adavtp experiment` takes."""
+    folder = Path(__file__).parent / "experiments"
+    return {path.stem.removeprefix("experiment_"): path for path in sorted(folder.glob("experiment_*.yaml"))}
+
+
+def write_start(checkpoint: str | Path, folder: Path) -> Path:
+    """
+    A checkpoint without what was trained for choosing: the LLaVA in it, from which variants of the controller start.
+
+    Args:
+        checkpoint: folder with a whole checkpoint.
+        folder: where to write.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        ValueError: if the checkpoint has no weights in safetensors files.
+    """
+    if (folder / START_IS_WHOLE).is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {}
+    for path in sorted(Path(checkpoint).glob("*.safetensors")):
+        weights |= load_file(path)
+    llava = {name: tensor for name, tensor in weights.items() if not any(part in f".{name}" for part in NEW_MODULES)}
+    if not llava:
+        raise ValueError(f"`checkpoint` {checkpoint} has no weights in safetensors files.")
+    save_file(llava, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((Path(checkpoint) / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key not in ("reducers", "trained_reducers", "auto_map")}
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    # Written last: a folder without it is not whole.
+    AdaVTPProcessor.from_pretrained(checkpoint).save_pretrained(folder)
+    return folder
+
+
+def train_variant(experiment: Experiment, part: Part, variant: str, checkpoint: str | Path, folder: Path) -> Path:
+    """
+    Trains one variant of a part, or finds it trained.
+
+    Args:
+        experiment, part, variant: which.
+        checkpoint: folder that it starts from.
+        folder: for its checkpoints.
+
+    Returns:
+        The folder of the trained checkpoint.
+    """
+    settings = part.variants[variant]
+    start = write_start(checkpoint, folder / START) if part.fresh_controller else checkpoint
+    reducer = settings.get("reducer", "adaptive")
+    stage = Stage(name=part.name, **{"reducer": reducer} | part.stage)
+    recipe = Recipe(model={"checkpoint": str(start)} | settings.get("model", {}), stages=[stage], seed=experiment.seed)
+    return run_recipe(recipe, folder)
+
+
+def evaluate_part(experiment: Experiment, part: Part, checkpoint: str, folder: Path, command: str) -> Run:
+    """
+    The answers of one checkpoint to one part's questions.
+
+    Args:
+        experiment, part: which.
+        checkpoint: folder or Hub repository.
+        folder: for the runs, and for the variants' training.
+        command: that asked for it.
+
+    Returns:
+        The run; of variants, their runs as one, with a variant's name where a reducer's would be.
+
+    Raises:
+        ValueError: if the folder was begun with another checkpoint, or a reducer or budget is not allowed.
+    """
+    about = {"checkpoint": checkpoint_name(checkpoint), "checkpoint_hash": checkpoint_hash(checkpoint)}
+    _require_same(about, folder)
+    if not Path(checkpoint).is_dir():
+        checkpoint = snapshot_download(checkpoint)
+    asked = {"budgets": [budget_of(str(budget)) for budget in part.budgets], "questions": part.questions}
+    if part.reducers:
+        reducers = [parse_reducer(reducer) for reducer in part.reducers]
+        return evaluate_checkpoint(checkpoint, DIGIT_SCENES, reducers=reducers, output=folder / "run", **asked)
+    runs = {}
+    for name, settings in part.variants.items():
+        own = folder / re.sub(r"[^\w+-]+", "_", name)
+        trained = train_variant(experiment, part, name, checkpoint, own)
+        reducers = [settings.get("reducer", "adaptive")]
+        runs[name] = evaluate_checkpoint(str(trained), DIGIT_SCENES, reducers=reducers, output=own / "run", **asked)
+    for name in part.controls:
+        own = folder / "controls" / name / "run"
+        reducers = [parse_reducer(name)]
+        runs[name] = evaluate_checkpoint(checkpoint, DIGIT_SCENES, reducers=reducers, output=own, **asked)
+    return join_variants(runs, folder / "run", about | {"command": command})
+
+
+def _require_same(about: dict[str, str], folder: Path) -> None:
+    """That what is in a folder belongs to this checkpoint; a new folder is marked as its own."""
+    path = folder / CHECKPOINT
+    if path.is_file() and (begun := json.loads(path.read_text())) != about:
+        raise ValueError(
+            f"{folder} was begun with another checkpoint, {begun['checkpoint']} with hash "
+            f"{begun['checkpoint_hash'][:16]}; choose another folder with --work, or delete that one."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(about))
+
+
+def checkpoint_name(checkpoint: str) -> str:
+    """What reports call a checkpoint: a folder's name, or the repository's."""
+    return Path(checkpoint).name if Path(checkpoint).is_dir() else checkpoint

@@ -1,0 +1,176 @@
+"""`adavtp flops`: what a model costs at a budget, counted from its configuration alone."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from .console import console, parse_reducer, refusals_shown
+from .evaluate import budget_for
+
+if TYPE_CHECKING:
+    from ..configuration.configuration_adavtp import AdaVTPConfig
+    from ..evaluation.flops import Flops
+
+
+def flops(
+    preset: Annotated[
+        str | None, typer.Option(help="A well-known shape, such as llava-1.5-7b or llava-1.5-13b.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Checkpoint folder in its place; only its config.json is read.")
+    ] = None,
+    visual_tokens: Annotated[
+        int | None, typer.Option(help="Patches of an image, a square. Default: the preset's own.")
+    ] = None,
+    text_tokens: Annotated[int, typer.Option(help="Text tokens of the prompt.", min=0)] = 60,
+    images: Annotated[int, typer.Option(help="Images in the prompt.", min=0)] = 1,
+    budget: Annotated[
+        str | None, typer.Option(help="Token budget, a fraction or a number. Default: the reducer's own rule, or all.")
+    ] = None,
+    reducer: Annotated[
+        str | None,
+        typer.Option(help="Reducer as in fastv:layer=2, or a stack as in tome,adaptive; full keeps everything."),
+    ] = None,
+    convention: Annotated[str, typer.Option(help="How to count: adavtp, fastv, prumerge or adallava.")] = "adavtp",
+    latency: Annotated[
+        float | None, typer.Option(help="AdaLLaVA's latency budget: the share of the decoder that runs, from 0 to 1.")
+    ] = None,
+    latency_unit: Annotated[str, typer.Option(help="What it runs or skips: layer or head.")] = "layer",
+    new_tokens: Annotated[int, typer.Option(help="Generated tokens, for the total.", min=1)] = 1,
+    dtype: Annotated[str | None, typer.Option(help="Of the cache. Default: the configuration's.")] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="Published figures beside ours, and nothing else.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Count FLOPs of vision tower, reducer, projector, prefill and decode, without allocating weights."""
+    with refusals_shown():
+        if published:
+            _print_published(as_json)
+            return
+        from ..evaluation.flops import count_flops
+        from ..evaluation.flops_conventions import latency_plan
+        from ..evaluation.model_shape import DecoderShape
+        from ..evaluation.settings import FULL
+
+        config = model_config(preset, checkpoint, visual_tokens)
+        token_budget = None if budget is None else budget_for(budget, config.num_patches)
+        asked = None if reducer is None else reducer if reducer == FULL else parse_reducer(reducer)
+        plan = None if latency is None else latency_plan(latency, DecoderShape.of(config), latency_unit)
+        counted = count_flops(
+            config,
+            text_tokens,
+            token_budget=token_budget,
+            reducer=asked,
+            num_images=images,
+            new_tokens=new_tokens,
+            dtype=dtype,
+            convention=convention,
+            plan=plan,
+        )
+    settings = {
+        "model": preset or str(checkpoint),
+        "reducer_name": reducer or config.reducer,
+        "budget": token_budget,
+        "visual_tokens": config.num_patches,
+        "text_tokens": text_tokens,
+        "images": images,
+        "latency": latency,
+    }
+    if as_json:
+        typer.echo(json.dumps({**counted.as_dict(), **settings}))
+    else:
+        console.print(_table(counted, settings))
+
+
+def model_config(preset: str | None, checkpoint: Path | None, visual_tokens: int | None) -> "AdaVTPConfig":
+    from ..evaluation.flops_presets import preset_config
+
+    if (preset is None) == (checkpoint is None):
+        raise ValueError("Give one of `--preset` and `--checkpoint`.")
+    if preset is not None:
+        return preset_config(preset, visual_tokens)
+    from ..configuration.configuration_adavtp import AdaVTPConfig
+
+    if not (checkpoint / "config.json").is_file():
+        raise ValueError(f"`checkpoint` is '{checkpoint}'; a folder with a config.json is needed.")
+    config = AdaVTPConfig.from_pretrained(checkpoint)
+    if visual_tokens not in (None, config.num_patches):
+        raise ValueError(
+            f"`visual_tokens` is {visual_tokens}; this checkpoint's images have {config.num_patches}. Leave it out."
+        )
+    return config
+
+
+def _table(counted: "Flops", settings: dict[str, Any]) -> Table:
+    from ..evaluation.flops_conventions import CONVENTIONS, NOT_COUNTED
+
+    is_ours = counted.convention == "adavtp"
+    says = "1 MAC = 2 FLOPs; products, convolutions, attention" if is_ours else CONVENTIONS[counted.convention].says
+    asked = "its own rule or all" if settings["budget"] is None else f"budget {settings['budget']}"
+    table = Table(
+        title=escape(
+            f"{settings['model']}: {settings['images']} x {settings['visual_tokens']} visual and "
+            f"{settings['text_tokens']} text tokens, {settings['reducer_name']}, {asked}"
+        ),
+        caption=escape(f"convention {counted.convention}: {says}"),
+    )
+    table.add_column("part")
+    table.add_column("FLOPs", justify="right", no_wrap=True)
+    table.add_column("")
+    meaning = {
+        "vision": "tower, up to the feature layer",
+        "reducer": "choosing and merging",
+        "projector": "on the tokens that reach it",
+        "prefill": "decoder on the prompt, head on the last position",
+        "decode_per_token": "the first; each further one a little more",
+    }
+    for part, note in meaning.items():
+        excluded = not is_ours and part in NOT_COUNTED
+        table.add_row(part, scaled(getattr(counted, part)), "the paper does not count it" if excluded else note)
+    tokens = "1 new token" if counted.new_tokens == 1 else f"{counted.new_tokens} new tokens"
+    table.add_row("total", scaled(counted.total), f"with {tokens}", end_section=True)
+    if counted.convention == "fastv":
+        table.add_row("prefill per layer", scaled(counted.prefill_per_layer), "as the paper's table prints it")
+    table.add_row("kv_bytes", f"{counted.kv_bytes / 1e6:.1f} MB", "keys and values of the prompt")
+    table.add_row("mean_visual_tokens", f"{counted.mean_visual_tokens:.1f}", "that a decoder layer sees of an image")
+    return table
+
+
+def scaled(number: float) -> str:
+    """A number of FLOPs in tera, giga or mega."""
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if number >= size:
+            return f"{number / size:.3f} {letter}"
+    return f"{number:.0f}"
+
+
+def _print_published(as_json: bool) -> None:
+    from ..evaluation.flops_conventions import published_rows
+
+    rows = published_rows()
+    if as_json:
+        typer.echo(json.dumps([row.as_dict() for row in rows]))
+        return
+    table = Table(title="Published FLOPs of LLaVA-1.5-7B, and ours in the same convention")
+    for column in ("paper", "setting", "unit", "published", "ours", "ratio", "within 3 %", "note"):
+        table.add_column(column, justify="right" if column in ("published", "ours", "ratio") else "left")
+    notes = list(dict.fromkeys(row.reason for row in rows))
+    for row in rows:
+        table.add_row(
+            row.paper,
+            escape(row.setting),
+            row.unit,
+            f"{row.published:g}",
+            "-" if row.ours is None else f"{row.ours:.4g}",
+            "-" if row.ratio is None else f"{row.ratio:.3f}",
+            "yes" if row.is_reproduced else "no",
+            str(notes.index(row.reason) + 1),
+        )
+    console.print(table)
+    for number, note in enumerate(notes, start=1):
+        console.print(f"{number}: {escape(note)}", highlight=False)

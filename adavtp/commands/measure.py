@@ -1,0 +1,149 @@
+"""`adavtp measure`: what each reducer and budget costs on this machine, read off the clock."""
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from .console import command_as_typed, console, load_checkpoint, parse_reducer, progress, refusals_shown
+from .evaluate import budget_for
+
+if TYPE_CHECKING:
+    from ..evaluation.measurements import Measurement
+    from ..evaluation.settings import Setting
+
+# As many as load at least; one question of each kind.
+NUM_QUESTIONS = 6
+
+
+def measure(
+    checkpoint: Annotated[
+        str | None, typer.Argument(help="Checkpoint folder or Hub repository. Default: the digit-scenes reference.")
+    ] = None,
+    budgets: Annotated[
+        list[str], typer.Option("--budgets", "--budget", help="Fraction such as 0.4, or number of tokens.")
+    ] = ["0.2", "0.4"],  # noqa: B006
+    reducers: Annotated[
+        list[str],
+        typer.Option(
+            "--reducers", "--reducer", help="Reducer as in fastv:layer=2, a stack as in tome,adaptive, or full."
+        ),
+    ] = ["full", "adaptive"],  # noqa: B006
+    batch_size: Annotated[int, typer.Option(help="Questions answered together.", min=1)] = 1,
+    new_tokens: Annotated[int, typer.Option(help="Tokens generated for each, whatever the model says.", min=2)] = 32,
+    repeats: Annotated[int, typer.Option(help="Rounds that are timed.", min=1)] = 7,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Such as bfloat16. Default: the checkpoint's.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """
+    Measure time to first token, tokens per second, peak memory and keys and values, at each reducer and budget.
+
+    The questions are of the digit-scenes test split; `full` keeps everything, and ratios are to it. Settings take
+    turns; what is printed is the median over repeats, with quartiles.
+    """
+    import torch
+
+    from ..evaluation.accuracy import circumstances
+    from ..evaluation.measurements import as_rows
+    from ..evaluation.measurements import measure as measured
+
+    with refusals_shown():
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model, processor = load_checkpoint(checkpoint)
+        model.to(device=torch.device(device), dtype=_dtype(dtype) or model.dtype)
+        inputs = _inputs(processor, batch_size).to(model.device)
+        settings, unreachable = reachable_settings(model, inputs, reducers, budgets)
+        rounds = iter if as_json else progress("Measuring ...")
+        measurements = measured(model, inputs, settings, new_tokens, repeats, progress=rounds)
+    if as_json:
+        rows = {"measurements": as_rows(measurements), "unreachable": unreachable}
+        print(json.dumps({"command": command_as_typed(), **circumstances(), **rows}, indent=1))
+        return
+    console.print(measurement_table(measurements))
+    for row in unreachable:
+        console.print(f"{row['reducer']} at {row['budget']:g}: {row['reason']}", style="dim", markup=False)
+
+
+def _dtype(name: str | None) -> Any:
+    import torch
+
+    dtype = getattr(torch, name) if name and hasattr(torch, name) else None
+    if name and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"`dtype` is {name!r}; allowed are torch's floating-point types, such as 'bfloat16'.")
+    return dtype
+
+
+def _inputs(processor: Any, batch_size: int) -> Any:
+    from ..tasks.digit_scenes import load_digit_questions
+
+    rows = load_digit_questions("test", max(batch_size, NUM_QUESTIONS))[:batch_size]
+    return processor.of_questions([images[0] for images in rows["images"]], rows["question"])
+
+
+def reachable_settings(
+    model: Any, inputs: Any, reducers: list[str], budgets: list[str]
+) -> tuple[list["Setting"], list[dict[str, Any]]]:
+    """
+    Every reducer at every budget, `full` once at 1.0.
+
+    Args:
+        model: in evaluation mode.
+        inputs: of the prompts that are measured.
+        reducers, budgets: as they were typed.
+
+    Returns:
+        The settings that can be met; and `reducer`, `budget` and `reason` of the others.
+
+    Raises:
+        ValueError: if there is no such reducer, a budget is none, or no setting is left.
+    """
+    from ..evaluation.settings import FULL, Setting, reason_unreachable
+
+    asked, values = [], [budget_for(text, model.config.num_patches) for text in budgets]
+    for reducer in map(parse_reducer, reducers):
+        asked += [Setting(FULL)] if reducer == FULL else [Setting(reducer, budget) for budget in values]
+    reasons = [reason_unreachable(model, inputs, setting) for setting in asked]
+    reachable = [setting for setting, reason in zip(asked, reasons, strict=True) if reason is None]
+    unreachable = [
+        {"reducer": setting.label, "budget": setting.budget, "reason": reason}
+        for setting, reason in zip(asked, reasons, strict=True)
+        if reason is not None
+    ]
+    if not reachable:
+        raise ValueError("; ".join(f"{row['reducer']} at {row['budget']:g}: {row['reason']}" for row in unreachable))
+    return reachable, unreachable
+
+
+def measurement_table(measurements: list["Measurement"]) -> Table:
+    """Measurements as a table narrow enough for any terminal: medians and, below them, quartiles."""
+    first = measurements[0]
+    table = Table(
+        title=f"{first.device}, {first.dtype}, batch of {first.batch_size}, {first.new_tokens} new tokens, "
+        f"{first.repeats} repeats; weights {first.weight_bytes / 2**20:.1f} MiB",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("reducer", overflow="fold")
+    for column in ("budget", "first\ntoken, ms", "\nof full", "\ntokens/s", "\nof full", "peak\nMiB", "K-V\nMiB"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in measurements:
+        table.add_row(
+            row.reducer,
+            "-" if row.budget is None else f"{row.budget:g}",
+            _shown(row, "time_to_first_token_ms", 1),
+            _shown(row, "time_to_first_token_ratio", 2),
+            _shown(row, "tokens_per_second", 0),
+            _shown(row, "tokens_per_second_ratio", 2),
+            f"{row.peak_memory_bytes / 2**20:.2f}",
+            f"{row.kv_bytes / 2**20:.2f}",
+        )
+    return table
+
+
+def _shown(measurement: "Measurement", name: str, digits: int) -> str:
+    median, low, high = (getattr(measurement, name + end) for end in ("", "_low", "_high"))
+    return "-" if median is None else f"{median:.{digits}f}\n{low:.{digits}f}-{high:.{digits}f}"

@@ -1,0 +1,211 @@
+"""`adavtp plan`: what a training run will need, memory and hours, before a GPU is rented."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from .console import command_as_typed, console, refusals_shown
+from .flops import model_config
+
+if TYPE_CHECKING:
+    from ..evaluation.training_costs import MeasuredChoice, MeasuredStep, Run
+
+ALL_BUT_VISION, LOSSES = ["controller", "projector", "decoder"], ["lm"]
+BUDGET_RANGE, UTILISATIONS = [0.2, 1.0], [0.25, 0.35, 0.45]
+MEASURED = Path("benchmarks/results/training.json")
+
+
+def plan(
+    preset: Annotated[
+        str | None, typer.Option(help="A well-known shape, such as llava-1.5-7b or llava-1.5-13b.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Checkpoint folder in its place; only its config.json is read.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(help="Number of GPUs.", min=1)] = 8,
+    gpu_memory: Annotated[float, typer.Option(help="Of one, in GiB.", min=1)] = 80,
+    strategy: Annotated[str, typer.Option(help="ddp, zero2, zero3 or fsdp2.")] = "zero3",
+    train_parts: Annotated[
+        list[str], typer.Option("--train-parts", help="Several of controller, projector, vision and decoder.")
+    ] = ALL_BUT_VISION,
+    lora: Annotated[int | None, typer.Option(help="Rank of adapters that train in the decoder's place.")] = None,
+    quantize: Annotated[bool, typer.Option("--nf4", help="The decoder's frozen weights in four bits.")] = False,
+    budget_range: Annotated[
+        list[float], typer.Option("--budget-range", help="Two: lowest and highest budget.")
+    ] = BUDGET_RANGE,
+    per: Annotated[str, typer.Option(help="A budget for each batch or for each sample.")] = "batch",
+    gates: Annotated[
+        str, typer.Option(help="Where the choice gets its gradient: features or attention.")
+    ] = "features",
+    loss: Annotated[list[str], typer.Option("--loss", help="Several of lm, distillation and relevance.")] = LOSSES,
+    checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing.")] = True,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="Samples on a GPU at once. Default: as many as fit, of 1, 2, 4 ... 32.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Of an epoch, each with one image.")] = 665_000,
+    text_tokens: Annotated[int, typer.Option(help="Of a sample, on average.")] = 200,
+    longest: Annotated[int, typer.Option(help="Columns of the longest sample at full budget.")] = 2048,
+    peak: Annotated[float, typer.Option(help="TFLOPs a second of a GPU; 312 is an A100's in bfloat16.")] = 312.0,
+    utilisation: Annotated[
+        list[float], typer.Option("--utilisation", help="Several: shares of the peak that are reached.")
+    ] = UTILISATIONS,
+    reserve: Annotated[float, typer.Option(help="GiB for context, libraries and fragmentation.", min=0)] = 4.0,
+    measured: Annotated[
+        Path | None, typer.Option(help="Result of benchmarks/training.py, whose overhead is added.")
+    ] = None,
+    document: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the plan for LLaVA-1.5 7B and 13B on 8 GPUs here, in place of one run's. Of the other options "
+            "it takes --utilisation, --text-tokens, --longest, --reserve and --measured.",
+            dir_okay=False,
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Plan a training run: memory on each GPU by part, FLOPs of a sample, hours of an epoch, plain LLaVA beside it."""
+    from ..evaluation.training_costs import GIB, Run, as_dict, largest_micro_batch
+    from ..evaluation.training_flops import Step, Trained
+    from ..evaluation.training_memory import Layout
+
+    with refusals_shown():
+        found = _measured(measured)
+        if document is not None:
+            if preset is not None or checkpoint is not None:
+                raise ValueError("`--document` has its own models; leave `--preset` and `--checkpoint` out.")
+            from ..evaluation.training_plan_page import plan_page
+
+            asked = (utilisation, text_tokens, longest, reserve)
+            document.parent.mkdir(parents=True, exist_ok=True)
+            document.write_text(plan_page(command_as_typed(), found, _choice(measured), *asked), encoding="utf-8")
+            console.print(f"Page: {document}")
+            return
+        run = Run(
+            config=model_config(preset, checkpoint, None),
+            step=Step(Trained.of(train_parts, lora), checkpointing, gates, tuple(loss)),
+            layout=Layout(strategy, gpus, reserve * GIB),
+            budget_range=_low_and_high(budget_range),
+            per=per,
+            samples=samples,
+            text_tokens=text_tokens,
+            longest=longest,
+            quantize=quantize,
+        )
+        if micro_batch is None:
+            micro_batch = largest_micro_batch(run, gpu_memory * GIB) or 1
+        run = replace(run, micro_batch=micro_batch)
+        rows = _hours(run, peak * 1e12, utilisation, found)
+        counted = as_dict(run)
+    if as_json:
+        overhead = None if found is None else found.overhead
+        typer.echo(
+            json.dumps(counted | {"hours": rows, "micro_batch": micro_batch, "overhead": overhead, "gpus": gpus})
+        )
+        return
+    console.print(_memory_table(run, gpu_memory * GIB))
+    console.print(_flops_table(run))
+    console.print(_hours_table(rows, run, peak, found))
+
+
+def _low_and_high(budgets: list[float]) -> tuple[float, float]:
+    if len(budgets) != 2:
+        raise ValueError(f"`budget_range` is {budgets}; two are allowed, the lowest and the highest budget.")
+    return budgets[0], budgets[1]
+
+
+def _measured(path: Path | None) -> "MeasuredStep | None":
+    """The measured overhead: of the file that is named, or of the repository's, where the command runs in one."""
+    from ..evaluation.training_costs import MeasuredStep
+
+    if path is not None:
+        return MeasuredStep.of_file(path)
+    return MeasuredStep.of_file(MEASURED) if MEASURED.is_file() else None
+
+
+def _choice(path: Path | None) -> "MeasuredChoice | None":
+    """What choosing tokens was measured to cost, where its file lies beside the other."""
+    from ..evaluation.training_costs import MeasuredChoice
+
+    beside = (MEASURED if path is None else path).with_name("overhead.json")
+    return MeasuredChoice.of_file(beside) if beside.is_file() else None
+
+
+def _hours(
+    run: "Run", peak: float, shares: list[float], measured: "MeasuredStep | None"
+) -> list[dict[str, float | None]]:
+    """For each utilisation, hours of an epoch: by count, with the measured overhead, and of plain LLaVA."""
+    from ..evaluation.training_costs import hours
+
+    ours, plain = run.flops.total, run.plain_flops.total if run.trains_like_plain else None
+    asked = (run.samples, run.layout.gpus, peak)
+    return [
+        {
+            "utilisation": share,
+            "counted": hours(ours, *asked, share),
+            "with_overhead": None if measured is None else hours(ours, *asked, share, measured.overhead),
+            "plain": None if plain is None else hours(plain, *asked, share),
+        }
+        for share in shares
+    ]
+
+
+def _memory_table(run: "Run", gpu_memory: float) -> Table:
+    from ..evaluation.training_costs import GIB
+
+    memory = run.memory
+    fits = "fits" if memory.total <= gpu_memory else "DOES NOT FIT"
+    table = Table(
+        title=f"Memory on each of {run.layout.gpus} GPUs, {run.layout.strategy}, {run.micro_batch} sample(s) at once",
+        caption=f"{fits} into {gpu_memory / GIB:g} GiB; at the longest samples, {run.longest} columns at full budget",
+    )
+    table.add_column("what")
+    table.add_column("GiB", justify="right")
+    for name, size in memory.parts.items():
+        table.add_row(name, f"{size / GIB:.2f}")
+    table.add_section()
+    table.add_row("total", f"{memory.total / GIB:.2f}")
+    return table
+
+
+def _flops_table(run: "Run") -> Table:
+    low, high = run.budget_range
+    table = Table(
+        title=f"TFLOPs of a sample with {run.text_tokens} text tokens, budgets U[{low:g}, {high:g}] per {run.per}",
+        caption="forward; its way back; what checkpointing runs again",
+    )
+    for column in ("part", "forward", "backward", "again", "total"):
+        table.add_column(column, justify="left" if column == "part" else "right", no_wrap=True)
+    flops = run.flops
+    for name, part in flops.parts.items():
+        amounts = (part.forward, part.backward, part.recomputed, part.total)
+        table.add_row(name, *(f"{amount / 1e12:.3f}" for amount in amounts))
+    table.add_section()
+    table.add_row("total", "", "", "", f"{flops.total / 1e12:.3f}")
+    if run.trains_like_plain:
+        plain = run.plain_flops.total
+        table.add_row("plain LLaVA", "", "", "", f"{plain / 1e12:.3f}")
+        table.add_row("ratio", "", "", "", f"{plain / flops.total:.3f}")
+    return table
+
+
+def _hours_table(
+    rows: list[dict[str, float | None]], run: "Run", peak: float, measured: "MeasuredStep | None"
+) -> Table:
+    says = "no measured overhead: no benchmarks/results/training.json here, name one with --measured"
+    if measured is not None:
+        says = escape(f"overhead {measured.overhead:.3f} from {measured.file}: {measured.command}")
+    table = Table(
+        title=f"Hours of an epoch of {run.samples} samples on {run.layout.gpus} GPUs of {peak:g} TFLOPs a second",
+        caption=f"utilisation is an assumption; {says}",
+    )
+    for column in ("utilisation", "by count", "with measured overhead", "plain LLaVA, full tokens"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        shown = (row[name] for name in ("counted", "with_overhead", "plain"))
+        table.add_row(f"{row['utilisation']:g}", *("-" if hours is None else f"{hours:.1f}" for hours in shown))
+    return table

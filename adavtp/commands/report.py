@@ -1,0 +1,67 @@
+"""`adavtp report`: from runs to tables, curves, and a page to open."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import command_as_typed, console, refusals_shown
+
+
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Folders of `adavtp evaluate`.", exists=True, file_okay=False),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("report"),
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Reducer that all others are compared with, as in fastv:layer=2. Default: adaptive, where it was "
+            "measured."
+        ),
+    ] = None,
+    title: Annotated[str, typer.Option(help="Heading of the report.")] = "Accuracy against FLOPs",
+) -> None:
+    """
+    Write what runs came to: report.md, report.json, curves.png, curves.svg and index.html.
+
+    Runs of one checkpoint on the same data are joined, and have to agree where they answered the same. Several
+    checkpoints stand beside each other, with their mean and spread.
+    """
+    with refusals_shown():
+        write_report(runs, output, against, title, command_as_typed())
+
+
+def write_report(folders: Sequence[Path], output: Path, against: str | None, title: str, command: str) -> None:
+    """
+    What `adavtp report` does.
+
+    Args:
+        folders: of runs.
+        output: folder to write.
+        against: reducer that all others are compared with; `None` is `"adaptive"`, where it was measured.
+        title, command: of the report.
+
+    Raises:
+        ValueError: if a folder has no finished run, runs do not agree, or `against` was not measured.
+    """
+    from ..evaluation.report import report_markdown
+    from ..evaluation.report_curves import save_curves
+    from ..evaluation.report_numbers import join_runs, report_numbers
+    from ..evaluation.report_page import report_page
+    from ..evaluation.runs import Run
+
+    with console.status("Reading answers ..."):
+        measured = join_runs([Run.open(folder) for folder in folders])
+        numbers = report_numbers(measured, against, title, command)
+    output.mkdir(parents=True, exist_ok=True)
+    with console.status("Writing ..."):
+        (output / "report.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+        (output / "report.md").write_text(report_markdown(numbers), encoding="utf-8")
+        save_curves(numbers, output)
+        page = report_page(numbers, measured, (output / "curves.svg").read_text(encoding="utf-8"))
+        (output / "index.html").write_text(page, encoding="utf-8")
+    console.print(f"Report: {output / 'report.md'}, page: {output / 'index.html'}")

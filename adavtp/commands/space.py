@@ -1,0 +1,118 @@
+"""`adavtp space`: the page of the Hub Space on this machine, or its folder for upload."""
+
+import importlib.util
+import os
+import runpy
+import socket
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import console, reference_checkpoint, refusals_shown
+
+
+def space(
+    checkpoint: Annotated[
+        str | None, typer.Argument(help="Checkpoint folder or Hub repository. Default: the digit-scenes reference.")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port of the page. Default: the first free one from 7860.", min=1, max=65535)
+    ] = None,
+    share: Annotated[bool, typer.Option(help="Also make a public link, through Gradio's server.")] = False,
+    export: Annotated[
+        Path | None, typer.Option(help="Write the Space of CHECKPOINT, a repository id, here instead; start nothing.")
+    ] = None,
+    examples: Annotated[
+        Path | None,
+        typer.Option(
+            help="For --export: folder with images and questions.json, pairs of image file and question. Default: "
+            "those that are there already, else digit scenes.",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
+) -> None:
+    """
+    Open a page with an image, a question, and a slider for the budget; it shows answer, kept patches and cost.
+
+    An exported folder is uploaded with `hf upload OWNER/SPACE FOLDER --repo-type space`.
+    """
+    if export is not None:
+        _export(export, checkpoint, examples)
+        return
+    if examples is not None:
+        raise typer.BadParameter("`--examples` goes with `--export`; the page that runs here has digit scenes.")
+    _require_gradio()
+    checkpoint = checkpoint or str(reference_checkpoint())
+    with refusals_shown():
+        _require_free(port)
+    try:
+        run_space(checkpoint, port, share)
+    except OSError as error:
+        raise typer.BadParameter(f"`checkpoint` is {checkpoint!r}, which could not be loaded: {error}") from error
+
+
+def run_space(checkpoint: str, port: int | None = None, share: bool = False) -> None:
+    """
+    Serves the page until it is interrupted. Nothing is sent anywhere, unless `share` asks for it.
+
+    Args:
+        checkpoint: folder or Hub repository.
+        port: of the page on localhost; by default the first free one from 7860.
+        share: whether Gradio makes a public link.
+
+    Raises:
+        OSError: if there is no such checkpoint, or the port is taken.
+    """
+    from ..hub_cards.space_folder import SPACE
+
+    os.environ["ADAVTP_CHECKPOINT"] = str(Path(checkpoint).resolve()) if Path(checkpoint).exists() else checkpoint
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_SHARE"] = str(share)
+    if port is not None:
+        # This one or none, where Gradio would go on to the next.
+        os.environ |= {"GRADIO_SERVER_PORT": str(port), "GRADIO_NUM_PORTS": "1"}
+    # As `python app.py` does it, which is what the Hub runs.
+    sys.path.insert(0, str(SPACE))
+    runpy.run_path(str(SPACE / "app.py"), run_name="__main__")
+
+
+def _require_free(port: int | None) -> None:
+    """Before the checkpoint is loaded, which can take minutes."""
+    if port is None:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ValueError(f"`port` is {port}, which cannot be used: {error.strerror}. Name another.") from error
+
+
+def _export(folder: Path, checkpoint: str | None, examples: Path | None) -> None:
+    from ..hub_cards.space_folder import SPACE, space_folder
+
+    if checkpoint is None:
+        raise typer.BadParameter("`--export` needs CHECKPOINT, the id of a repository that the Space is to load.")
+    if Path(checkpoint).is_dir():
+        raise typer.BadParameter(
+            f"`checkpoint` is {checkpoint!r}, a folder on this machine, where a Space cannot reach it; publish it and "
+            "name its repository, 'owner/name'."
+        )
+    there = folder / "examples"
+    with refusals_shown():
+        space_folder(folder, checkpoint, examples or (there if there.is_dir() else SPACE / "examples"))
+    console.print(
+        f"{folder}: upload it with `hf upload OWNER/SPACE {folder} --repo-type space`", highlight=False, soft_wrap=True
+    )
+
+
+def _require_gradio() -> None:
+    if importlib.util.find_spec("gradio") is None:
+        console.print(
+            "The page needs Gradio, which is not installed: [bold]pip install 'gradio>=6.31,<7'[/bold], or this "
+            "package with its extra \\[space]."
+        )
+        raise typer.Exit(2)

@@ -1,0 +1,399 @@
+"""From a LLaVA checkpoint to an AdaVTP folder, without ever holding a model.
+
+Which tensor goes where, and that nothing is left over or left out, is settled from names and shapes alone. Then every
+weight file is opened, its tensors are given their new names and written, and it is closed again: what is in memory is
+at most one file, and the new modules, which join the last one. They get the values that `from_pretrained` would give
+them. The folder appears when it is whole.
+"""
+
+import json
+import re
+import resource
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import GenerationConfig
+
+from ...configuration.configuration_adavtp import AdaVTPConfig
+from ...modeling.hub.loading import new_module_of
+from ...modeling.hub.saving import AUTO_MAP, without_auto_class
+from ...modeling.modeling_adavtp import AdaVTPForConditionalGeneration
+from .llava_files import OpenTensors, checkpoint_folder, open_tensors
+from .llava_names import LANGUAGE, Dropped, Layout, target_name
+from .llava_original import ORIGINAL_MODEL_TYPES, read_original_checkpoint
+from .llava_source import LlavaSource
+from .llava_tokens import new_rows
+from .llava_transformers import read_transformers_checkpoint
+
+RECORD = "conversion.json"
+EMBEDDINGS, HEAD = f"{LANGUAGE}embed_tokens.weight", "lm_head.weight"
+_SHOWN = 5
+
+Progress = Callable[[list["Shard"]], Iterable["Shard"]]
+
+
+@dataclass
+class Shard:
+    """
+    A weight file of the target.
+
+    Attributes:
+        path: the source's file that it is made from.
+        layout: of the names in it.
+        names: name in the source -> name in the target.
+    """
+
+    path: Path
+    layout: Layout
+    names: dict[str, str]
+
+
+@dataclass
+class Conversion:
+    """
+    What was done.
+
+    Attributes:
+        source: repository id, or the folder's name.
+        layout: `"transformers"`, `"llava_next"` or `"original"`.
+        vision_tower: what `mm_vision_tower` named or was given in its place, of an original checkpoint.
+        seed: of the new modules' values, and of the rows of tokens that were added.
+        dtype: of the target.
+        files: weight files that were written.
+        tensors: how many were taken from the source.
+        converted: how many of them changed their dtype.
+        bytes: of all weights.
+        largest_file: bytes of the largest file.
+        new_parameters: of the new modules, by module.
+        new_rows: rows that the embeddings, and the head, have more than the source's.
+        dropped_tensors, dropped_fields: what has no place in the target, with reasons.
+        notes: what a user should know, a sentence each.
+        peak_memory: bytes by which the process's resident size grew at most; pages of the source that were mapped and
+            not yet given back are among them.
+    """
+
+    source: str
+    layout: Layout
+    vision_tower: str | None
+    seed: int
+    dtype: str
+    files: int
+    tensors: int
+    converted: int
+    bytes: int
+    largest_file: int
+    new_parameters: dict[str, int]
+    new_rows: int
+    dropped_tensors: list[Dropped]
+    dropped_fields: list[Dropped]
+    notes: list[str]
+    peak_memory: int
+
+
+def convert_checkpoint(
+    source: str | Path,
+    output_dir: str | Path,
+    vision_tower: str | None = None,
+    fields: dict[str, Any] | None = None,
+    chat_template: str | None = None,
+    seed: int = 0,
+    revision: str | None = None,
+    progress: Progress = iter,
+) -> Conversion:
+    """
+    Writes an AdaVTP folder with a LLaVA checkpoint's weights.
+
+    The folder has the source's weight files with AdaVTP's names in them and the dtypes as they were, configuration,
+    processor and code, so that `AutoModel.from_pretrained(output_dir, trust_remote_code=True)` loads it anywhere, and
+    `conversion.json`, which is what this function returns.
+
+    Args:
+        source: folder or Hub repository: LLaVA or LLaVA-NeXT as transformers writes them, or as LLaVA's own code does.
+        output_dir: where to write; a new or an empty folder, and not the current one.
+        vision_tower: folder or repository of the CLIP tower of an original checkpoint; by default the one it names.
+        fields: of [`AdaVTPConfig`], beyond those that LLaVA has, such as `{"budget_attention": "mutual"}`.
+        chat_template: Jinja text in place of the source's, or of the one for its kind of model.
+        seed: of the values of the new modules and rows.
+        revision: of a repository.
+        progress: wraps the list of files while they are written.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ValueError: if `output_dir` is not empty, or the source has a field or a tensor that the target cannot take, or
+            lacks one that it needs; the message names it.
+        OSError: if the source is not there, or one of its files is damaged.
+    """
+    output_dir, memory = Path(output_dir).absolute(), _begin_peak()
+    _check_output(output_dir)
+    llava = _read_source(checkpoint_folder(str(source), revision=revision), fields or {}, vision_tower)
+    if chat_template is not None:
+        llava.processor.chat_template, llava.template_note = chat_template, None
+    model = _empty_model(llava)
+    shards, dropped = _plan(llava, model)
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    # Beside it, so that the folder moves into place by renaming.
+    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as temporary:
+        folder = Path(temporary) / output_dir.name
+        folder.mkdir()
+        done = Conversion(
+            source=_public_name(str(source)),
+            layout=llava.layout,
+            vision_tower=None if llava.vision_tower is None else _public_name(llava.vision_tower),
+            seed=seed,
+            dtype=str(llava.config.dtype).removeprefix("torch."),
+            files=len(shards),
+            **_write_weights(folder, llava, model, shards, seed, progress),
+            dropped_tensors=dropped,
+            dropped_fields=llava.dropped,
+            notes=[note for note in (llava.template_note, *llava.notes) if note is not None],
+            peak_memory=_resident_size("VmHWM") - memory,
+        )
+        _write_the_rest(folder, llava, model)
+        (folder / RECORD).write_text(json.dumps(_record(done), indent=1) + "\n", encoding="utf-8")
+        folder.replace(output_dir)
+    return done
+
+
+def _check_output(output_dir: Path) -> None:
+    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
+        raise ValueError(f"`output_dir` is '{output_dir}', which is not empty; allowed: a new or empty folder.")
+    if output_dir.resolve() == Path.cwd():
+        # A folder that is renamed takes its place, and whoever stands in the old one sees nothing.
+        raise ValueError(f"`output_dir` is '{output_dir}', the current folder; allowed: another, new or empty.")
+
+
+def _public_name(checkpoint: str) -> str:
+    """A repository's id as it is, a folder's name without the way to it."""
+    return Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else checkpoint
+
+
+def _read_source(folder: Path, fields: dict[str, Any], vision_tower: str | None) -> LlavaSource:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise OSError(f"There is no config.json in {str(folder)!r}; a checkpoint needs one beside its weights.")
+    said = json.loads(file.read_text(encoding="utf-8"))
+    kind = said.get("model_type")
+    if kind in ORIGINAL_MODEL_TYPES and ("mm_vision_tower" in said or kind != "llava"):
+        return read_original_checkpoint(folder, fields, vision_tower)
+    if kind not in ("llava", "llava_next"):
+        allowed = ", ".join(map(repr, ("llava", "llava_next", *ORIGINAL_MODEL_TYPES[1:])))
+        raise ValueError(f"`model_type` is {kind!r} in {str(file)!r}; allowed are {allowed}.")
+    if vision_tower is not None:
+        raise ValueError(
+            f"`vision_tower` is {vision_tower!r}, and the source has its own tower's weights; it is for folders of "
+            "LLaVA's own code, which may lack them."
+        )
+    return read_transformers_checkpoint(folder, fields)
+
+
+def _empty_model(llava: LlavaSource) -> AdaVTPForConditionalGeneration:
+    """The target without values, in the target's dtype."""
+    config = llava.config
+    if config.dtype is None:
+        config.dtype = _embeddings(llava).dtype
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(config.dtype)
+    try:
+        with torch.device("meta"):
+            return AdaVTPForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _embeddings(llava: LlavaSource) -> torch.Tensor:
+    """The source's input embeddings, `[vocab_size, hidden_size]`."""
+    for path, layout in llava.files:
+        with open_tensors(path) as tensors:
+            for name in tensors.names():
+                if target_name(name, layout) == EMBEDDINGS:
+                    return tensors.tensor(name).clone()
+    raise ValueError(f"The source has no tensor for `{EMBEDDINGS}`; a LLaVA checkpoint has its input embeddings.")
+
+
+def _plan(llava: LlavaSource, model: AdaVTPForConditionalGeneration) -> tuple[list[Shard], list[Dropped]]:
+    """
+    Where every tensor of the source goes.
+
+    Raises:
+        ValueError: if one has no place, another shape than its place, or a place that is taken; or if a place stays
+            empty that is not a new module's.
+    """
+    places = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    tied = model.all_tied_weights_keys
+    shards, dropped, filled = [], [], {}
+    for path, layout in llava.files:
+        shard = Shard(path, layout, {})
+        with open_tensors(path) as tensors:
+            for name in sorted(tensors.names()):
+                target = target_name(name, layout)
+                if isinstance(target, str) and target in tied:
+                    target = _dropped_as_tied(tensors, name, llava)
+                if isinstance(target, Dropped):
+                    dropped.append(target)
+                    continue
+                _check_place(name, target, path, tensors.shape(name), places, filled, llava)
+                filled[target], shard.names[name] = name, target
+        if shard.names:
+            shards.append(shard)
+    empty = [name for name in places if name not in filled and name not in tied and new_module_of(name) is None]
+    if empty:
+        raise ValueError(
+            f"The source lacks {len(empty)} tensor(s) that every LLaVA checkpoint has, in AdaVTP's names "
+            f"{', '.join(empty[:_SHOWN])}; get the complete checkpoint."
+        )
+    return shards, dropped
+
+
+def _check_place(
+    name: str,
+    target: str,
+    path: Path,
+    shape: torch.Size,
+    places: dict[str, torch.Size],
+    filled: dict[str, str],
+    llava: LlavaSource,
+) -> None:
+    where = f"{path.name!r} of the source has the tensor `{name}`"
+    if target not in places or new_module_of(target) is not None:
+        raise ValueError(f"{where}, for which a LLaVA of its configuration has no place.")
+    if target in filled:
+        raise ValueError(f"{where}, and `{filled[target]}` is the same tensor of the model; expected is one of them.")
+    expected = tuple(places[target])
+    if target in (EMBEDDINGS, HEAD):
+        expected = (llava.vocab_size, *expected[1:])
+    if tuple(shape) != expected:
+        raise ValueError(f"{where} of shape {tuple(shape)}; its configuration asks for {expected}.")
+
+
+def _dropped_as_tied(tensors: OpenTensors, name: str, llava: LlavaSource) -> Dropped:
+    if not torch.equal(tensors.tensor(name), _embeddings(llava)):
+        raise ValueError(
+            f"`tie_word_embeddings` is True in the source's configuration, and its `{name}` differs from its input "
+            "embeddings; expected is the same tensor, or the field False."
+        )
+    return Dropped(name, "is the input embeddings (tie_word_embeddings)")
+
+
+def _write_weights(
+    folder: Path,
+    llava: LlavaSource,
+    model: AdaVTPForConditionalGeneration,
+    shards: list[Shard],
+    seed: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Writes the weight files and their index; returns the figures of [`Conversion`]."""
+    new, place, sizes, counted = _new_tensors(model, seed), {}, {}, {"tensors": 0, "converted": 0}
+    rows, more = _rows_to_add(llava, seed), {}
+    for number, shard in enumerate(progress(shards), start=1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        if number == len(shards):
+            more = new
+        with open_tensors(shard.path) as source:
+            tensors = {target: source.tensor(name_there) for name_there, target in shard.names.items()}
+            counted["tensors"] += len(tensors)
+            if shard.layout == "clip":
+                counted["converted"] += sum(tensor.dtype != llava.config.dtype for tensor in tensors.values())
+                tensors = {target: tensor.to(llava.config.dtype) for target, tensor in tensors.items()}
+            for target in rows.keys() & tensors.keys():
+                tensors[target] = torch.cat([tensors[target], rows[target].to(tensors[target].dtype)])
+            tensors = {target: tensor.contiguous() for target, tensor in (tensors | more).items()}
+            save_file(tensors, folder / name, metadata={"format": "pt"})
+            place |= dict.fromkeys(tensors, name)
+            sizes[name] = sum(tensor.nbytes for tensor in tensors.values())
+            del tensors
+    total = sum(sizes.values())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(place.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return counted | {
+        "bytes": total,
+        "largest_file": max(sizes.values()),
+        "new_parameters": _counted_by_module(new),
+        "new_rows": llava.config.text_config.vocab_size - llava.vocab_size,
+    }
+
+
+def _new_tensors(model: AdaVTPForConditionalGeneration, seed: int) -> dict[str, torch.Tensor]:
+    """
+    The new modules' tensors by name, with the values that `from_pretrained` gives to what a checkpoint lacks.
+
+    They alone get memory; all others stay without, marked as loaded, which is how transformers tells them apart.
+    """
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if new_module_of(name) is None:
+            tensor._is_hf_initialized = True
+            continue
+        module_name, _, own_name = name.rpartition(".")
+        module, values = model.get_submodule(module_name), torch.empty_like(tensor, device="cpu")
+        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        setattr(module, own_name, torch.nn.Parameter(values, tensor.requires_grad) if is_parameter else values)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.initialize_weights()
+    return {name: tensor for name, tensor in model.state_dict().items() if new_module_of(name) is not None}
+
+
+def _rows_to_add(llava: LlavaSource, seed: int) -> dict[str, torch.Tensor]:
+    """New tokens' rows of the embeddings and, where it is not tied to them, the head; see [`new_rows`]."""
+    num_new = llava.config.text_config.vocab_size - llava.vocab_size
+    if num_new == 0:
+        return {}
+    embeddings, generator = _embeddings(llava), torch.Generator().manual_seed(seed)
+    return {name: new_rows(embeddings, num_new, generator) for name in (EMBEDDINGS, HEAD)}
+
+
+def _counted_by_module(new: dict[str, torch.Tensor]) -> dict[str, int]:
+    counted: dict[str, int] = {}
+    for name, tensor in new.items():
+        module = str(new_module_of(name))
+        counted[module] = counted.get(module, 0) + tensor.numel()
+    return counted
+
+
+def _write_the_rest(folder: Path, llava: LlavaSource, model: AdaVTPForConditionalGeneration) -> None:
+    """Configuration, generation's defaults, code and processor."""
+    config: AdaVTPConfig = model.config
+    config.auto_map, config.architectures = AUTO_MAP, [type(model).__name__]
+    with without_auto_class(type(config)):
+        config.save_pretrained(folder)
+    if llava.generation:
+        # As it is: transformers refuses to write some of what published checkpoints have.
+        text = json.dumps(llava.generation, indent=2) + "\n"
+        (folder / "generation_config.json").write_text(text, encoding="utf-8")
+    else:
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
+    model.save_code(folder)
+    llava.processor.save_pretrained(folder)
+
+
+def _record(done: Conversion) -> dict[str, Any]:
+    """What the folder says of its making: the same on every machine."""
+    return {name: value for name, value in asdict(done).items() if name != "peak_memory"}
+
+
+def _begin_peak() -> int:
+    """Begins to watch the process's resident size; returns what it is, in bytes."""
+    # Where this is not allowed, the largest size since the process began will count.
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return _resident_size("VmRSS")
+
+
+def _resident_size(field: str) -> int:
+    """`"VmRSS"`: the process's resident size; `"VmHWM"`: the largest that it has had. In bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return 1024 * int(re.search(rf"^{field}:\s+(\d+) kB$", status.read_text(), re.MULTILINE)[1])
+    # Systems without it tell only the largest.
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else 1024 * largest

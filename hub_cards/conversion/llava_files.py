@@ -1,0 +1,187 @@
+"""The files of a published checkpoint: where they are, and its weights a tensor at a time.
+
+A checkpoint is a local folder or a repository on the Hub. Its weights lie in one file or in several with an index
+beside them, as safetensors or as pickles. Both are mapped into memory and not read into it, so that a tensor costs
+nothing before somebody asks for it, and a file no more than the tensors that are held.
+"""
+
+import json
+import pickle
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+
+from ..publish import HTTPError
+
+# In the order in which transformers looks for them.
+_LAYOUTS = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+_WEIGHTS = (["model*.safetensors"], ["pytorch_model*.bin"])
+_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "chat_templates/*"]
+_SHOWN = 5
+
+
+class OpenTensors(Protocol):
+    """An open weight file."""
+
+    def names(self) -> list[str]:
+        """The names of its tensors."""
+
+    def shape(self, name: str) -> torch.Size:
+        """The shape of a tensor, which is not read."""
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor, on the CPU."""
+
+
+class _Safetensors:
+    def __init__(self, file: safe_open) -> None:
+        self.file = file
+
+    def names(self) -> list[str]:
+        return list(self.file.keys())
+
+    def shape(self, name: str) -> torch.Size:
+        return torch.Size(self.file.get_slice(name).get_shape())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.file.get_tensor(name)
+
+
+class _Pickle:
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.tensors = tensors
+
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    def shape(self, name: str) -> torch.Size:
+        return self.tensors[name].shape
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[OpenTensors]:
+    """
+    Opens a weight file, mapped into memory.
+
+    Args:
+        path: a safetensors file, or a pickle that `torch.save` wrote, of which only tensors are read.
+
+    Raises:
+        OSError: if the file is damaged, or a pickle of something else than tensors by name.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            file = safe_open(path, framework="pt", device="cpu")
+        except SafetensorError as error:
+            raise OSError(f"{str(path)!r} is not a whole safetensors file ({error}); download it again.") from error
+        with file:
+            yield _Safetensors(file)
+        return
+    try:
+        # Pickles from before torch 1.6 are no zip files, and can only be read whole.
+        tensors = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+        raise OSError(f"{str(path)!r} cannot be read as a pickle of tensors: {error}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        raise OSError(f"{str(path)!r} holds a {type(tensors).__name__}; expected are tensors by name.")
+    yield _Pickle(tensors)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """
+    The weight files of a folder, in the order of their names.
+
+    Args:
+        folder: with `model.safetensors` or `pytorch_model.bin`, or the shards that an index of that name lists.
+
+    Raises:
+        OSError: if there are none, or a file or a tensor that the index lists is missing.
+    """
+    for single, index in _LAYOUTS:
+        if (folder / index).is_file():
+            return _indexed_files(folder / index)
+        if (folder / single).is_file():
+            return [folder / single]
+    expected = ", ".join(repr(name) for names in _LAYOUTS for name in names)
+    raise OSError(
+        f"{str(folder)!r} has no weights; expected is one of {expected}. Merge an adapter into its base first."
+    )
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    place = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    files = [index.parent / name for name in sorted(set(place.values()))]
+    if absent := [path.name for path in files if not path.is_file()]:
+        raise OSError(f"{str(index)!r} lists files that are not beside it: {', '.join(absent[:_SHOWN])}.")
+    for path in files:
+        with open_tensors(path) as tensors:
+            lost = sorted({name for name, file in place.items() if file == path.name} - set(tensors.names()))
+        if lost:
+            raise OSError(f"{str(path)!r} lacks tensors that the index says it has: {', '.join(lost[:_SHOWN])}.")
+    return files
+
+
+def checkpoint_folder(source: str, weights: bool = True, revision: str | None = None) -> Path:
+    """
+    A checkpoint as a local folder. From the Hub, only what is needed is downloaded: configuration, tokenizer, image
+    processor, and of the weights the safetensors files where there are some.
+
+    Args:
+        source: a folder or a repository id.
+        weights: whether its weights are needed.
+        revision: branch, tag or commit, on the Hub.
+
+    Raises:
+        OSError: if there is neither such a folder nor such a repository, or the Hub is out of reach and an earlier
+            download is not there either.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        patterns = _SMALL_FILES + (_weight_patterns(source, revision) if weights else [])
+        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise OSError(f"{source!r} is neither a folder nor a repository on the Hub that can be read.") from error
+    except HfHubHTTPError:
+        raise
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError, HTTPError) as unreachable:
+        try:
+            return _cached_folder(source, weights, revision)
+        except LocalEntryNotFoundError:
+            raise OSError(
+                f"{source!r} is no folder here, and the Hub cannot be asked for it: {unreachable}"
+            ) from unreachable
+
+
+def _weight_patterns(source: str, revision: str | None) -> list[str]:
+    names = HfApi().list_repo_files(source, revision=revision)
+    return _WEIGHTS[0] if any(name in names for name in _LAYOUTS[0]) else _WEIGHTS[1]
+
+
+def _cached_folder(source: str, weights: bool, revision: str | None) -> Path:
+    """What an earlier download left, where the Hub is out of reach: safetensors files if they are there."""
+    for patterns in _WEIGHTS if weights else [[]]:
+        wanted = _SMALL_FILES + patterns
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=wanted, local_files_only=True))
+        if any(path for pattern in patterns for path in folder.glob(pattern)):
+            break
+    return folder

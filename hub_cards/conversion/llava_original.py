@@ -1,0 +1,241 @@
+"""LLaVA checkpoints as its own repository writes them, such as liuhaotian/llava-v1.5-7b and -v1.6-mistral-7b.
+
+There the configuration is the text model's with LLaVA's fields among it, the vision tower is named and not described,
+its weights are in the folder only where it was trained, the tokenizer knows no image, and the prompt's form is in the
+code. What is missing is taken from the tower's own folder and from what that code does.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    AutoTokenizer,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from ...modeling.processing_adavtp import AdaVTPProcessor
+from .llava_files import checkpoint_folder, open_tensors, weight_files
+from .llava_names import TOWER, Dropped, target_name
+from .llava_prompts import MISTRAL, VICUNA
+from .llava_source import OF_THE_FOLDER, LlavaSource, adavtp_config, fit_processor
+from .llava_tokens import IMAGE_TOKEN, add_image_and_pad_tokens, rows_for
+from .llava_transformers import one_tile
+
+_TEXT_CONFIGS = {"llava": LlamaConfig, "llava_llama": LlamaConfig, "llava_mistral": MistralConfig}
+ORIGINAL_MODEL_TYPES = tuple(_TEXT_CONFIGS)
+
+_SELECT = {"patch": "default", "cls_patch": "full"}
+_PROJECTOR = "mlp2x_gelu"
+_SQUARES = (None, "square")
+
+_TAKEN_OVER = ("mm_vision_tower", "mm_hidden_size", "mm_projector_type", "image_aspect_ratio", "dtype", "torch_dtype")
+_TAKEN_OVER += ("mm_vision_select_layer", "mm_vision_select_feature", "vocab_size", "pad_token_id")
+_OF_TILES = ("image_grid_pinpoints", "image_crop_resolution", "image_split_resolution", "mm_patch_merge_type")
+_OF_TRAINING = (
+    *("freeze_backbone", "freeze_mm_mlp_adapter", "freeze_mm_vision_resampler", "mm_projector_lr", "mm_tunable_parts"),
+    *("mm_use_im_patch_token", "mm_vision_tower_lr", "pretrain_mm_mlp_adapter", "tokenizer_model_max_length"),
+    *("tokenizer_padding_side", "tune_mm_mlp_adapter", "tune_mm_vision_resampler", "tune_mm_vision_tower"),
+    *("unfreeze_mm_vision_tower", "use_mm_proj"),
+)
+_OF_ROTATION = ("rope_scaling", "rope_theta")
+
+
+@dataclass
+class _Tower:
+    folder: Path
+    config: CLIPVisionConfig
+    image_processor: CLIPImageProcessorPil
+
+
+def read_original_checkpoint(
+    folder: Path, adavtp_fields: dict[str, Any], vision_tower: str | None = None
+) -> LlavaSource:
+    """
+    Reads a folder of LLaVA's own code.
+
+    Args:
+        folder: configuration, tokenizer and weights.
+        adavtp_fields: fields of [`AdaVTPConfig`] that LLaVA's does not have.
+        vision_tower: folder or repository of the CLIP tower; by default what `mm_vision_tower` names.
+
+    Raises:
+        ValueError: if a field has a value that AdaVTP cannot represent or that is not known, or tower and
+            configuration do not agree.
+        OSError: if weights, tokenizer or tower are missing.
+    """
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    _check_fields(fields)
+    files = weight_files(folder)
+    has_tower = _has_tower(files)
+    tower = _read_tower(vision_tower or fields["mm_vision_tower"], fields, weights=not has_tower)
+    text_config, dropped = _text_config(fields)
+    tokenizer = _read_tokenizer(folder, text_config)
+    vocab_size, added = text_config.vocab_size, add_image_and_pad_tokens(tokenizer)
+    text_config.vocab_size = rows_for(tokenizer, vocab_size)
+    text_config.pad_token_id = tokenizer.pad_token_id
+    config = adavtp_config(
+        {
+            "text_config": _without_dtype(text_config),
+            "vision_config": _without_dtype(tower.config),
+            "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+            "image_seq_length": (tower.config.image_size // tower.config.patch_size) ** 2,
+            "vision_feature_layer": fields["mm_vision_select_layer"],
+            "vision_feature_select_strategy": _SELECT[fields.get("mm_vision_select_feature", "patch")],
+            "projector_hidden_act": "gelu",
+            "multimodal_projector_bias": True,
+            "pad_token_id": tokenizer.pad_token_id,
+            "tie_word_embeddings": fields.get("tie_word_embeddings", False),
+            "dtype": fields.get("dtype", fields.get("torch_dtype")),
+        },
+        adavtp_fields,
+    )
+    is_mistral = fields["model_type"] == "llava_mistral"
+    image_processor, of_images = _image_processor(fields, tower)
+    processor = AdaVTPProcessor(image_processor, tokenizer, chat_template=MISTRAL if is_mistral else VICUNA)
+    fit_processor(processor, config)
+    form = "Mistral's" if is_mistral else "Vicuna's"
+    notes = [f"Tokens {' and '.join(added)} were added."] if added else []
+    return LlavaSource(
+        layout="original",
+        config=config,
+        processor=processor,
+        files=[(path, "original") for path in files]
+        + [(path, "clip") for path in ([] if has_tower else weight_files(tower.folder))],
+        vocab_size=vocab_size,
+        generation=_generation(folder, fields) | {"pad_token_id": tokenizer.pad_token_id},
+        vision_tower=vision_tower or fields["mm_vision_tower"],
+        dropped=dropped,
+        template_note=f"The source has no chat template; {form} was written, as LLaVA's code asks such a model.",
+        notes=notes + of_images,
+    )
+
+
+def _check_fields(fields: dict[str, Any]) -> None:
+    """Refuses, by name, what the target cannot represent."""
+    layer = fields.get("mm_vision_select_layer")
+    allowed = {
+        "mm_vision_tower": (isinstance(fields.get("mm_vision_tower"), str), "the name of a CLIP tower"),
+        "mm_projector_type": (fields.get("mm_projector_type", "linear") == _PROJECTOR, repr(_PROJECTOR)),
+        "mm_vision_select_layer": (isinstance(layer, int), "one layer's number"),
+        "mm_vision_select_feature": (fields.get("mm_vision_select_feature", "patch") in _SELECT, list(_SELECT)),
+        "mm_resampler_type": (fields.get("mm_resampler_type") is None, None),
+        "mm_use_im_start_end": (not fields.get("mm_use_im_start_end"), False),
+        "s2": (not fields.get("s2"), False),
+        "quantization_config": (not fields.get("quantization_config"), None),
+    }
+    for name, (is_allowed, expected) in allowed.items():
+        if not is_allowed:
+            raise ValueError(f"`{name}` is {fields.get(name)!r} in the source's configuration; supported: {expected}.")
+
+
+def _text_config(fields: dict[str, Any]) -> tuple[PreTrainedConfig, list[Dropped]]:
+    """The text model's configuration, and the fields that found no place in it."""
+    config_class = _TEXT_CONFIGS[fields["model_type"]]
+    of_text = set(config_class().to_dict()) | set(_OF_ROTATION) | {"dtype", "torch_dtype"}
+    dropped, unknown = [], []
+    for name, value in fields.items():
+        if name in of_text or name in _TAKEN_OVER or name in OF_THE_FOLDER:
+            continue
+        if name in _OF_TRAINING:
+            dropped.append(Dropped(name, "says how it was trained"))
+        elif name in _OF_TILES:
+            dropped.append(Dropped(name, "tiles are not used"))
+        elif name in _generation_fields():
+            dropped.append(Dropped(name, "moved to generation_config.json"))
+        elif not value:
+            dropped.append(Dropped(name, "not in use"))
+        else:
+            unknown.append(f"`{name}` ({value!r})")
+    if unknown:
+        raise ValueError(
+            f"The source's configuration has fields that are not known here: {', '.join(unknown)}. Take out of its "
+            "config.json those that do not change what the model computes."
+        )
+    kept = {name: value for name, value in fields.items() if name in of_text and name not in OF_THE_FOLDER}
+    return config_class(**kept), dropped
+
+
+def _without_dtype(config: PreTrainedConfig) -> dict[str, Any]:
+    # The tower's may differ from the checkpoint's, to which its weights are converted.
+    return {name: value for name, value in config.to_dict().items() if name not in ("dtype", "torch_dtype")}
+
+
+def _generation_fields() -> set[str]:
+    return set(vars(GenerationConfig()))
+
+
+def _generation(folder: Path, fields: dict[str, Any]) -> dict[str, Any]:
+    """What the configuration says of generation, older checkpoints' way, and over it generation_config.json."""
+    file = folder / "generation_config.json"
+    said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    old = {name: value for name, value in fields.items() if name in _generation_fields()}
+    return {name: value for name, value in old.items() if name not in OF_THE_FOLDER} | said
+
+
+def _has_tower(files: Iterable[Path]) -> bool:
+    for path in files:
+        with open_tensors(path) as tensors:
+            targets = [target_name(name, "original") for name in tensors.names()]
+        if any(isinstance(target, str) and target.startswith(TOWER) for target in targets):
+            return True
+    return False
+
+
+def _read_tower(name: str, fields: dict[str, Any], weights: bool) -> _Tower:
+    folder = checkpoint_folder(name, weights=weights)
+    said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if said.get("model_type") not in ("clip", "clip_vision_model"):
+        raise ValueError(
+            f"The vision tower {name!r} is of `model_type` {said.get('model_type')!r}; supported: 'clip' and "
+            "'clip_vision_model'."
+        )
+    config = CLIPVisionConfig.from_pretrained(folder)
+    if fields.get("mm_hidden_size", config.hidden_size) != config.hidden_size:
+        raise ValueError(
+            f"`mm_hidden_size` is {fields['mm_hidden_size']} in the source's configuration, and the features of "
+            f"{name!r} have {config.hidden_size}; expected is the tower that it was trained with."
+        )
+    return _Tower(folder, config, CLIPImageProcessorPil.from_pretrained(folder))
+
+
+def _read_tokenizer(folder: Path, text_config: PreTrainedConfig) -> PreTrainedTokenizerBase:
+    file, options = folder / "tokenizer_config.json", {}
+    if not (folder / "tokenizer.json").is_file():
+        said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        # What LLaVA's code takes it for; transformers 5 adds nothing unless it is told.
+        options["add_bos_token"] = said.get("add_bos_token", True)
+    try:
+        return AutoTokenizer.from_pretrained(folder, config=text_config, **options)
+    except (ImportError, ValueError) as error:
+        raise OSError(
+            f"The tokenizer in {str(folder)!r} cannot be read: {error}. A tokenizer.model without a "
+            "tokenizer.json needs the packages sentencepiece and protobuf."
+        ) from error
+
+
+def _image_processor(fields: dict[str, Any], tower: _Tower) -> tuple[Any, list[str]]:
+    """The image processor that does what LLaVA's code does with an image, and what a user should know of it."""
+    ratio, said = fields.get("image_aspect_ratio"), tower.image_processor.to_dict()
+    if ratio in _SQUARES:
+        return tower.image_processor, []
+    if ratio == "pad":
+        padded = {name: value for name, value in said.items() if not name.endswith(("processor_type", "class"))}
+        return LlavaImageProcessorPil(**(padded | {"do_pad": True})), [
+            "Images are padded to a square, as in the source."
+        ]
+    if str(ratio).startswith("anyres"):
+        note = "LLaVA-NeXT's tiles are left out: the model sees the whole image in one square."
+        return one_tile(said, tower.config.image_size), [note]
+    raise ValueError(
+        f"`image_aspect_ratio` is {ratio!r} in the source's configuration; supported: 'square', 'pad' and 'anyres'."
+    )

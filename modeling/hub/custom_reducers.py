@@ -1,0 +1,201 @@
+"""Reducers of a user in a saved folder.
+
+A checkpoint may be made for reducers that do not come with AdaVTP. Their code goes into the folder in one file,
+`own_reducers_adavtp.py`, which in the package itself is empty. Where the package is absent, the folder's model imports
+it; where it is installed, it runs as a module of the package when somebody trusts the folder's code.
+"""
+
+import hashlib
+import importlib.util
+import sys
+from os import PathLike
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Self
+
+from transformers import PreTrainedConfig
+from transformers.dynamic_module_utils import get_cached_module_file
+from transformers.utils import HF_MODULES_CACHE
+
+from ...configuration.configuration_adavtp import AdaVTPConfig, reducer_entries
+from ..reducers.base import REDUCERS, TokenReducer, register_reducer
+from ..reducers.published import PUBLISHED_REDUCERS
+from .class_source import FlatSource
+from .custom_reducer_classes import OWN_REDUCERS
+from .saving import code_files
+
+OWN = "own_reducers_adavtp"
+_PACKAGE = __name__.rpartition(".")[0]
+_HEADER = '"""Reducers of this checkpoint that do not come with AdaVTP, by name. Saving a model writes this file."""'
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only")
+
+
+class OwnReducersMixin:
+    """Gives a model class folders that bring the user's reducers with them. It stands before `SelfContainedMixin`."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | PathLike[str] | None,
+        *model_args: Any,
+        config: PreTrainedConfig | str | PathLike[str] | None = None,
+        **kwargs: Any,
+    ) -> Self | tuple[Self, dict[str, Any]]:
+        """
+        Loads a model, and with `trust_remote_code=True` the reducers that its folder brings.
+
+        Raises:
+            ValueError: if the configuration names a reducer that is registered neither here nor there.
+        """
+        names = _names_in_use(cls.config_class, pretrained_model_name_or_path, config, kwargs)
+        load_own_reducers(pretrained_model_name_or_path, names, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+
+    def save_code(self, folder: Path) -> None:
+        """Writes the model's code, with the classes of the reducers that its configuration names."""
+        super().save_code(folder)
+        reducers = getattr(self.base_model, "reducers", {})
+        classes = {}
+        for name in _names_of(self.config.reducers, self.config.trained_reducers):
+            registered, used = REDUCERS.get(name), type(reducers[name]) if name in reducers else None
+            # Sharding (FSDP) makes subclasses of classes on the spot.
+            cls = registered if used is None or (registered and issubclass(used, registered)) else used
+            if cls is not None and is_own(cls):
+                classes[name] = cls
+        (folder / f"{OWN}.py").write_text(own_reducers_source(classes), encoding="utf-8")
+
+
+def is_own(reducer_class: type[TokenReducer]) -> bool:
+    """Whether a reducer does not come with AdaVTP."""
+    return not _is_package(reducer_class.__module__)
+
+
+def own_reducers_source(classes: dict[str, type[TokenReducer]]) -> str:
+    """
+    The file that brings reducers which do not come with AdaVTP.
+
+    Args:
+        classes: by the names that they are registered under.
+
+    Returns:
+        Python code for a flat folder with this package's modules.
+
+    Raises:
+        ValueError: if the code of a class cannot stand in a file.
+    """
+    if not classes:
+        return f"{_HEADER}\n\nOWN_REDUCERS = {{}}\n"
+    # The model's own file is the one that imports the reducers.
+    siblings = {Path(name).stem for name in code_files(Path(__file__))} - {OWN, "own_code_adavtp"}
+    source, entries = FlatSource(_is_package, siblings), []
+    source.import_sibling("reducers_adavtp", "register_reducer")
+    published = {published.__qualname__ for published in PUBLISHED_REDUCERS}
+    for name, reducer_class in sorted(classes.items()):
+        try:
+            if reducer_class.__qualname__ in published:
+                raise ValueError("AdaVTP has a reducer of that class name; give the class and the reducer another")
+            # A class that is registered by a call, or under a second name, has no decorator that says so.
+            entries.append(f'    "{name}": register_reducer("{name}")({source.take_class(reducer_class)}),\n')
+        except ValueError as error:
+            raise ValueError(
+                f"Reducer {name!r} ({reducer_class.__qualname__}) does not come with AdaVTP, and its code cannot go "
+                f"into the folder: {error}. Weights and configuration are saved. Put the class, and what it uses, "
+                "into a module file of its own, import it from there, and save again."
+            ) from error
+    return f"{_HEADER}\n\n{source.text()}\n\n\nOWN_REDUCERS = {{\n{''.join(entries)}}}\n"
+
+
+def load_own_reducers(
+    source: str | PathLike[str] | None, names: list[str], trust_remote_code: bool | None = None, **kwargs: Any
+) -> None:
+    """
+    Registers the reducers that a folder brings, if it is trusted and there are some.
+
+    A class of the same qualified name that is registered already is replaced, as when a notebook's cell runs again.
+
+    Args:
+        source: a folder, or a repository on the Hub.
+        names: reducers that the checkpoint uses.
+        trust_remote_code: whether the folder's code may run.
+        kwargs: those of `from_pretrained`.
+
+    Raises:
+        ValueError: if a name stays unknown, or a class of another name holds it.
+    """
+    own = [name for name in names if name not in REDUCERS or is_own(REDUCERS[name])]
+    if source is None or not own:
+        return
+    if trust_remote_code:
+        file = _own_file(source, {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs})
+        for name, reducer_class in (_module_of(file).OWN_REDUCERS if file else {}).items():
+            register_reducer(name)(reducer_class)
+    if unknown := ", ".join(repr(name) for name in own if name not in REDUCERS):
+        raise ValueError(
+            f"The configuration of {str(source)!r} names the reducer(s) {unknown}, which do not come with AdaVTP. "
+            f"A folder that was saved with them brings their code in {OWN}.py: pass `trust_remote_code=True` to run "
+            "it, or import the module that registers them."
+        )
+
+
+def _names_in_use(
+    config_class: type[PreTrainedConfig],
+    source: str | PathLike[str] | None,
+    config: PreTrainedConfig | str | PathLike[str] | None,
+    kwargs: dict[str, Any],
+) -> list[str]:
+    """The reducers that a model will be built with."""
+    if isinstance(config, PreTrainedConfig):
+        return _names_of(getattr(config, "reducers", None), getattr(config, "trained_reducers", None))
+    if config is None and source is None:
+        return []
+    hub_kwargs = {key: value for key, value in kwargs.items() if key not in ("trust_remote_code", "model_type")}
+    fields = config_class.get_config_dict(config or source, **hub_kwargs)[0]
+    # What is asked for while loading goes before what is written down, which older folders have as one `reducer`.
+    asked = [given[key] for given in (kwargs, fields) for key in ("reducers", "reducer") if given.get(key) is not None]
+    return _names_of(asked[0] if asked else [], kwargs.get("trained_reducers", fields.get("trained_reducers")))
+
+
+def _names_of(*entries: Any) -> list[str]:
+    given = [entry for some in entries for entry in reducer_entries(some or [])]
+    names = [entry if isinstance(entry, str) else entry["name"] for entry in given]
+    return [name for name in dict.fromkeys(names) if name != "adaptive"]
+
+
+def _is_package(module: str) -> bool:
+    """Whether a module is part of AdaVTP, or of the folder whose copy of it this file is."""
+    root = _PACKAGE.removesuffix(".modeling")
+    return (module == root or module.startswith(f"{root}.")) and not module.rpartition(".")[2].startswith(OWN)
+
+
+def _own_file(source: str | PathLike[str], hub_kwargs: dict[str, Any]) -> Path | None:
+    """The file of a folder or a repository, in the cache where transformers keeps code that it runs."""
+    try:
+        return Path(HF_MODULES_CACHE) / get_cached_module_file(source, f"{OWN}.py", **hub_kwargs)
+    except OSError:
+        return None
+
+
+def _module_of(file: Path) -> ModuleType:
+    """
+    The file as a module beside this one, so that its classes are subclasses of these base classes, whichever copy of
+    them stands in its own folder.
+    """
+    content = file.read_bytes()
+    beside = sys.modules[f"{_PACKAGE}.{OWN}"]
+    if Path(beside.__file__).read_bytes() == content:
+        return beside
+    name = f"{_PACKAGE}.{OWN}_{hashlib.sha256(content).hexdigest()[:16]}"
+    if name not in sys.modules:
+        # Where the package is installed, its configuration does not lie beside its models, as the file has it.
+        sys.modules.setdefault(f"{_PACKAGE}.configuration_adavtp", sys.modules[AdaVTPConfig.__module__])
+        spec = importlib.util.spec_from_file_location(name, file)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(sys.modules[name])
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+__all__ = ["OWN_REDUCERS", "OwnReducersMixin", "is_own", "load_own_reducers", "own_reducers_source"]

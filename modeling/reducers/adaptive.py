@@ -1,0 +1,118 @@
+"""The learned reducer: which patches are worth the budget.
+
+How many tokens stay is said by the budget, exactly. Which ones is said here, by a score for every patch that may
+depend on the patch, on the budget and, through the budget token, on the question. Training samples K patches by
+Gumbel top-K and lets the gradient through; evaluation keeps the K best.
+"""
+
+import torch
+from torch import nn
+
+from ...configuration.configuration_adavtp import AdaVTPConfig
+from ..budget.selection import Selection
+from ..budget.top_k import sample_top_k, top_k_mask
+from ..vision.encode import patch_width
+from ..vision.features import VisionFeatures
+from .base import ScoringReducer, register_reducer
+from .divprune import cosine_distances, farthest_first, first_picks
+
+
+@register_reducer("adaptive")
+class VisionTokenController(ScoringReducer):
+    """
+    Scores every patch and keeps the best K.
+
+    The head is one of
+
+    - `"budget_token"`: one linear map from the budget token's output to all N scores;
+    - `"patch"`: a linear score of each patch alone;
+    - `"patch_budget"`: a two-layer score of each patch beside the budget token's output. One linear layer would add
+      the same number to every patch's score, and the budget and question could not change the choice;
+    - `"dot"`: the scaled dot product of projected patch and projected budget token.
+
+    Args:
+        config: the model's configuration.
+    """
+
+    trained = True
+
+    def __init__(self, config: AdaVTPConfig) -> None:
+        super().__init__(config)
+        hidden_size, width = config.vision_config.hidden_size, patch_width(config)
+        head = config.controller_head
+        # A patch alone says nothing of the budget, except where the patches themselves have seen it.
+        patches_see_budget = config.budget_fusion == "encoder" and config.budget_attention == "mutual"
+        self.needs = ("budget",) if head != "patch" or patches_see_budget else ()
+        self.patch_norm = nn.LayerNorm(width) if head != "budget_token" else None
+        self.budget_norm = nn.LayerNorm(hidden_size) if head != "patch" else None
+        if head == "budget_token":
+            self.score = nn.Linear(hidden_size, config.num_patches)
+        elif head == "patch":
+            self.score = nn.Linear(width, 1)
+        else:
+            self.patch_proj = nn.Linear(width, hidden_size)
+            self.budget_proj = nn.Linear(hidden_size, hidden_size)
+            if head == "patch_budget":
+                self.score = nn.Linear(hidden_size, 1)
+
+    def scores(self, features: VisionFeatures) -> torch.Tensor:
+        """
+        Unnormalised log-probabilities of keeping each patch.
+
+        Args:
+            features: with `budget` if it is in `needs`.
+
+        Returns:
+            `[num_images, num_patches]`.
+        """
+        head = self.config.controller_head
+        if head == "budget_token":
+            return self.score(self.budget_norm(features.budget)).gather(1, features.positions)
+        patches = self.patch_norm(features.patches)
+        if head == "patch":
+            return self.score(patches)[..., 0]
+        key, query = self.patch_proj(patches), self.budget_proj(self.budget_norm(features.budget))
+        if head == "patch_budget":
+            # A linear layer of patch and budget side by side is the sum of one of each; the budget's is the same for
+            # all patches.
+            return self.score(nn.functional.gelu(key + query[:, None]))[..., 0]
+        return (key @ query[..., None])[..., 0] / query.shape[-1] ** 0.5
+
+    def forward(self, features: VisionFeatures, num_keep: torch.Tensor) -> Selection:
+        """
+        See [`TokenReducer.forward`]. While the controller trains, the choice is sampled and the selection has gates. A
+        frozen one chooses in training as it does in evaluation, so that what trains meets the choice it will get.
+        """
+        if not (self.training and any(parameter.requires_grad for parameter in self.parameters())):
+            if self.config.controller_choice == "best":
+                return super().forward(features, num_keep)
+            return Selection.from_keep(spread_choice(self.scores(features).float(), features.patches, num_keep))
+        return Selection.from_keep(
+            *sample_top_k(self.scores(features), num_keep, self.config.controller_temperature, training=True)
+        )
+
+
+def spread_choice(scores: torch.Tensor, patches: torch.Tensor, num_keep: torch.Tensor) -> torch.Tensor:
+    """
+    Tokens that are worth keeping and do not repeat each other.
+
+    The K best scores often belong to neighbours that show the same thing. Here the sqrt(K N) best tokens (as many
+    times more than K as N is more than they) are a pool; the best of them is kept, and then, one after another, the
+    one that is farthest from those kept, by the cosine distance of their features: DivPrune's greedy choice
+    (arXiv 2503.02175) among what the question is about.
+
+    Args:
+        scores: `[num_images, num_tokens]` float32.
+        patches: `[num_images, num_tokens, hidden_size]`.
+        num_keep: `[num_images]` int64.
+
+    Returns:
+        `torch.BoolTensor` `[num_images, num_tokens]` with exactly `num_keep` true entries per row.
+    """
+    num_tokens = scores.shape[-1]
+    num_keep = num_keep.to(scores.device)
+    pool_size = (num_keep.double() * num_tokens).sqrt().ceil().long().clamp(max=num_tokens)
+    order = farthest_first(
+        cosine_distances(patches.detach()), int(num_keep.max()), top_k_mask(scores, pool_size), scores.argmax(dim=-1)
+    )
+    return first_picks(order, num_keep, num_tokens)

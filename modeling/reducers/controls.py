@@ -1,0 +1,64 @@
+"""The controls that every comparison needs: choices that look at nothing.
+
+A method is worth something where it beats them. They are strong, because a tower's tokens have seen each other.
+"""
+
+import torch
+
+from ...configuration.configuration_adavtp import AdaVTPConfig
+from ..budget.selection import Selection
+from ..budget.top_k import top_k_mask
+from ..vision.features import VisionFeatures
+from .base import TokenReducer, register_reducer
+
+
+@register_reducer("random")
+class RandomReducer(TokenReducer):
+    """
+    Keeps a uniformly random set of tokens.
+
+    In training every call draws anew. In evaluation the draw depends on the image's own pixels and `seed` alone, so
+    that it is repeatable, differs between images, and does not change with what shares the batch.
+
+    Args:
+        seed: of the draw in evaluation.
+    """
+
+    needs = ("pixel_values",)
+
+    def __init__(self, config: AdaVTPConfig, seed: int = 0) -> None:
+        super().__init__(config)
+        self.seed = seed
+
+    def forward(self, features: VisionFeatures, num_keep: torch.Tensor) -> Selection:
+        """See [`TokenReducer.forward`]."""
+        num_images, num_tokens, _ = features.patches.shape
+        if self.training:
+            scores = torch.rand(num_images, num_tokens, device=features.patches.device)
+        else:
+            scores = torch.stack([self._scores_of(image, num_tokens) for image in features.pixel_values])
+        return Selection.from_keep(top_k_mask(scores.to(features.patches.device), num_keep))
+
+    def _scores_of(self, image: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        # The sum of the bit patterns is exact, so that it does not depend on the order of addition.
+        fingerprint = int(image.float().contiguous().view(torch.int32).long().sum())
+        generator = torch.Generator().manual_seed((fingerprint + self.seed * 1_000_003) % 2**63)
+        return torch.rand(num_tokens, generator=generator)
+
+
+@register_reducer("grid")
+class GridReducer(TokenReducer):
+    """
+    Keeps tokens at a uniform stride: of n tokens in raster order those at floor((i + 1/2) n / K), i = 0 .. K - 1.
+    """
+
+    def forward(self, features: VisionFeatures, num_keep: torch.Tensor) -> Selection:
+        """See [`TokenReducer.forward`]."""
+        num_tokens = features.patches.shape[1]
+        num_keep = num_keep.to(features.patches.device)[:, None]
+        step = torch.arange(num_tokens, device=features.patches.device)[None]
+        # Integer arithmetic: a float stride would miss by one for some n and K.
+        index = ((2 * step + 1) * num_tokens) // (2 * num_keep)
+        index = index.masked_fill(step >= num_keep, 0)
+        keep = torch.zeros(len(num_keep), num_tokens, dtype=torch.long, device=index.device)
+        return Selection.from_keep(keep.scatter_add(1, index, (step < num_keep).long()) > 0)

@@ -1,0 +1,132 @@
+"""Spatial pooling to any number of tokens: the plainest way to merge.
+
+The square grid of patches is cut into K rectangles of nearly the same size, and each becomes the mean (or the maximum)
+of its patches. Where K is a square whose root divides the grid's side, this is ordinary average pooling.
+"""
+
+import math
+
+import torch
+
+from ...configuration.configuration_adavtp import AdaVTPConfig
+from ..budget.selection import Selection
+from ..vision.features import VisionFeatures
+from .base import TokenReducer, register_reducer
+
+
+@register_reducer("pool")
+class PoolReducer(TokenReducer):
+    """
+    Pools the grid of patches to exactly K cells that cover every patch once; see [`cell_of_patch`] for how it is cut.
+    A cell stands at the patch in its middle, and the output is in raster order.
+
+    Args:
+        kind: `"average"` or `"max"`, which takes the largest value of each channel.
+
+    Raises:
+        ValueError: if `kind` is neither.
+    """
+
+    one_count = True
+
+    def __init__(self, config: AdaVTPConfig, kind: str = "average") -> None:
+        super().__init__(config)
+        if kind not in ("average", "max"):
+            raise ValueError(f"`kind` is {kind!r}; allowed are 'average' and 'max'.")
+        self.kind = kind
+
+    def forward(self, features: VisionFeatures, num_keep: torch.Tensor) -> Selection:
+        """
+        See [`TokenReducer.forward`].
+
+        Raises:
+            ValueError: if the tokens are not the whole of a square grid.
+        """
+        patches, num_cells = features.patches, int(num_keep[0])
+        num_images, num_tokens, _ = patches.shape
+        side = math.isqrt(num_tokens)
+        if num_tokens != features.num_patches or side * side != num_tokens:
+            raise ValueError(
+                f"Reducer 'pool' needs the whole square grid of patches and got {num_tokens} of "
+                f"{features.num_patches} tokens; it has to come first."
+            )
+        cell = cell_of_patch(side, num_cells, patches.device)
+        pooled = (
+            cell_means(patches, cell, num_cells) if self.kind == "average" else cell_maxima(patches, cell, num_cells)
+        )
+        middle = middle_of_cells(cell, side, num_cells)
+        return Selection.from_tokens(pooled, middle.expand(num_images, -1), num_tokens)
+
+
+def num_bands(num_cells: int) -> int:
+    """
+    The bands of rows that a grid is cut into for K cells: h, the whole number nearest to sqrt(K).
+
+    No band has more cells than the grid has columns: K <= h (h + 1) for the nearest h, and a side of more than h, as
+    it is unless K = h^2, makes h times side at least that.
+    """
+    root = math.isqrt(num_cells)
+    # sqrt(K) is nearer to root + 1 where K > (root + 1/2)^2 = root^2 + root + 1/4.
+    return root + int(num_cells > root * (root + 1))
+
+
+def cell_of_patch(side: int, num_cells: int, device: torch.device) -> torch.Tensor:
+    """
+    Cuts the grid into h bands of rows, and band i into w_i cells.
+
+    Band i is rows floor(i side / h) to floor((i + 1) side / h) - 1, it starts at cell o_i = floor(i K / h) and has
+    w_i = o_{i + 1} - o_i cells, which differ by at most one and add up to K. Its cell j is columns floor(j side / w_i)
+    to floor((j + 1) side / w_i) - 1. Read backwards, x is in part ((x + 1) p - 1) // side of p parts.
+
+    Args:
+        side: of the square grid.
+        num_cells: K, from 1 to side * side.
+        device: of the result.
+
+    Returns:
+        The cell of each patch, `[side * side]` int64, cells numbered in raster order.
+    """
+    bands = num_bands(num_cells)
+    line = torch.arange(side, device=device)
+    band = ((line + 1) * bands - 1) // side
+    first_cell = band * num_cells // bands
+    width = (band + 1) * num_cells // bands - first_cell
+    cell_in_band = ((line + 1) * width[:, None] - 1) // side
+    return (first_cell[:, None] + cell_in_band).flatten()
+
+
+def middle_of_cells(cell: torch.Tensor, side: int, num_cells: int) -> torch.Tensor:
+    """The patch in the middle of each rectangle of `cell` `[side * side]`, of four the upper left: `[num_cells]`."""
+    patch = torch.arange(len(cell), device=cell.device)
+    corners = patch.new_zeros(2, num_cells)
+    # Of a rectangle in raster order the first patch is its upper left corner, and the last its lower right.
+    for corner, which in zip(corners, ("amin", "amax"), strict=True):
+        corner.scatter_reduce_(0, cell, patch, which, include_self=False)
+    row, column = (corners // side).sum(dim=0) // 2, (corners % side).sum(dim=0) // 2
+    return row * side + column
+
+
+def cell_means(patches: torch.Tensor, cell: torch.Tensor, num_cells: int) -> torch.Tensor:
+    """
+    The mean of each cell's patches, summed in float32.
+
+    A product with the matrix of cells and not an `index_add`, whose order of addition on a GPU is chance.
+
+    Args:
+        patches: `[num_images, num_patches, hidden_size]`.
+        cell: `[num_patches]` int64.
+        num_cells: K.
+
+    Returns:
+        `[num_images, num_cells, hidden_size]`.
+    """
+    is_member = (cell == torch.arange(num_cells, device=cell.device)[:, None]).float()
+    sums = is_member @ patches.float()
+    return (sums / is_member.sum(dim=-1, keepdim=True)).to(patches.dtype)
+
+
+def cell_maxima(patches: torch.Tensor, cell: torch.Tensor, num_cells: int) -> torch.Tensor:
+    """The largest value of each channel in each cell. As [`cell_means`]."""
+    num_images, _, width = patches.shape
+    pooled = patches.new_zeros(num_images, num_cells, width)
+    return pooled.scatter_reduce(1, cell[None, :, None].expand_as(patches), patches, "amax", include_self=False)

@@ -1,0 +1,54 @@
+"""All reducers that come with AdaVTP, one method a file; importing this registers them."""
+
+from .aim import AimReducer
+from .cdpruner import CDPrunerReducer
+from .cls_attention import CLSAttentionReducer
+from .controls import GridReducer, RandomReducer
+from .dart import DARTLayerReducer, DARTReducer
+from .depth import DepthReducer
+from .divprune import DivPruneReducer
+from .downsample import DownsampleReducer
+from .dynamicvit import DynamicViTReducer
+from .fastv import FastVReducer
+from .head_threshold import HeadThresholdReducer
+from .hired import HiREDReducer
+from .pool import PoolReducer
+from .prumerge import PruMergePlusReducer, PruMergeReducer
+from .pyramiddrop import PyramidDropReducer
+from .query import QueryReducer
+from .resampler import ResamplerReducer
+from .sparsevlm import SparseVLMReducer
+from .token_fusion import TokenFusionReducer
+from .tome import ToMeReducer
+from .visionzip import VisionZipReducer
+from .vispruner import VisPrunerReducer
+from .vtw import VTWReducer
+
+PUBLISHED_REDUCERS = (
+    AimReducer,
+    CDPrunerReducer,
+    CLSAttentionReducer,
+    GridReducer,
+    RandomReducer,
+    DARTLayerReducer,
+    DARTReducer,
+    DepthReducer,
+    DivPruneReducer,
+    DownsampleReducer,
+    DynamicViTReducer,
+    FastVReducer,
+    HeadThresholdReducer,
+    HiREDReducer,
+    PoolReducer,
+    PruMergePlusReducer,
+    PruMergeReducer,
+    PyramidDropReducer,
+    QueryReducer,
+    ResamplerReducer,
+    SparseVLMReducer,
+    TokenFusionReducer,
+    ToMeReducer,
+    VisPrunerReducer,
+    VisionZipReducer,
+    VTWReducer,
+)

@@ -1,0 +1,158 @@
+"""A learned resampler: a few queries read the image, and what they read replaces the patches.
+
+Perceiver-style cross-attention as in Flamingo (arXiv 2204.14198), whose number of queries is fixed. As in the
+Matryoshka Query Transformer (arXiv 2405.19315) there are as many queries as patches and a budget of K uses the first
+K, so that one set of weights serves every budget and training at random budgets puts what matters most into the first
+queries.
+"""
+
+import torch
+from torch import nn
+
+from ...configuration.configuration_adavtp import AdaVTPConfig
+from ..budget.selection import Selection
+from ..vision.encode import patch_width
+from ..vision.features import VisionFeatures
+from .base import TokenReducer, register_reducer
+
+
+@register_reducer("resampler")
+class ResamplerReducer(TokenReducer):
+    """
+    The first K of N learned queries, each having read the image's patches in a few layers of cross-attention.
+
+    Flamingo's queries also attend to each other. Here each reads the patches alone, so that a token is the same at
+    every budget that has it: the tokens of a smaller budget are the first ones of a larger. They have no place in the
+    image; they stand in the order of the queries at a uniform stride, token i at patch floor((i + 1/2) n / K).
+
+    What leaves the last layer is normalised and then given the mean and the standard deviation that each channel has
+    over the image's patches, so that from the first step on the projector sees the scale that it knows.
+
+    Args:
+        num_layers: 1 or more.
+        num_heads: heads of the attention; the tower's number by default.
+
+    Raises:
+        ValueError: if `num_layers` is below 1, or the heads do not divide the width of a patch feature.
+    """
+
+    trained = True
+    paper = "Perceiver resampler (arXiv 2204.14198) with nested queries (arXiv 2405.19315)"
+
+    def __init__(self, config: AdaVTPConfig, num_layers: int = 2, num_heads: int | None = None) -> None:
+        super().__init__(config)
+        width = patch_width(config)
+        num_heads = config.vision_config.num_attention_heads if num_heads is None else num_heads
+        if num_layers < 1:
+            raise ValueError(f"`num_layers` is {num_layers}; at least 1 is needed.")
+        if num_heads < 1 or width % num_heads:
+            raise ValueError(f"`num_heads` is {num_heads}; it must divide {width}, the width of a patch feature.")
+        self.queries = nn.Embedding(config.num_patches, width)
+        # Whatever the embedding's initial scale, queries must differ as much as what they will read.
+        self.query_norm = nn.LayerNorm(width)
+        self.layers = nn.ModuleList(ResamplerLayer(width, num_heads) for _ in range(num_layers))
+        self.output_norm = nn.LayerNorm(width)
+
+    def forward(self, features: VisionFeatures, num_keep: torch.Tensor) -> Selection:
+        """See [`TokenReducer.forward`]."""
+        patches, num_keep = features.patches, num_keep.to(features.patches.device)
+        num_images, num_tokens, width = patches.shape
+        step = torch.arange(int(num_keep.max()), device=patches.device)
+        latents = self.query_norm(self.queries(step)).expand(num_images, -1, -1)
+        places = grid_encoding(features.positions, self.config.num_patches, width).to(patches.dtype)
+        for layer in self.layers:
+            latents = layer(latents, patches, places)
+        tokens = at_the_scale_of(patches, self.output_norm(latents))
+        return standing_at_a_stride(tokens, num_keep, num_tokens)
+
+
+class ResamplerLayer(nn.Module):
+    """
+    Pre-norm cross-attention from queries to patches, then an MLP, each added to its input.
+
+    Args:
+        width: of queries and patches.
+        num_heads: a divisor of `width`.
+    """
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.latent_norm = nn.LayerNorm(width)
+        self.patch_norm = nn.LayerNorm(width)
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, latents: torch.Tensor, patches: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            latents: `[num_images, num_queries, width]`.
+            patches: `[num_images, num_tokens, width]`.
+            places: `[num_images, num_tokens, width]`, added to the normalised patches.
+
+        Returns:
+            `[num_images, num_queries, width]`; none depends on another.
+        """
+        patches = self.patch_norm(patches) + places
+        query = self._heads(self.q_proj(self.latent_norm(latents)))
+        key, value = self._heads(self.k_proj(patches)), self._heads(self.v_proj(patches))
+        read = nn.functional.scaled_dot_product_attention(query, key, value)
+        latents = latents + self.out_proj(read.transpose(1, 2).flatten(2))
+        return latents + self.mlp(latents)
+
+    def _heads(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`[batch, tokens, width]` -> `[batch, heads, tokens, head_dim]`."""
+        return hidden_states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+def grid_encoding(positions: torch.Tensor, num_patches: int, width: int) -> torch.Tensor:
+    """
+    Sinusoidal encoding of where in the square grid each token stands: one half of the channels for its row, the other
+    for its column, each as in the Transformer (arXiv 1706.03762).
+
+    Args:
+        positions: `[num_images, num_tokens]` int64, patches in raster order.
+        num_patches: of the whole grid.
+        width: of the encoding.
+
+    Returns:
+        `[num_images, num_tokens, width]` float32, in [-1, 1].
+    """
+    side = round(num_patches**0.5)
+    num_frequencies = -(-width // 4)
+    frequency = 10_000.0 ** -(torch.arange(num_frequencies, device=positions.device) / num_frequencies)
+    lines = torch.stack([positions // side, positions % side], dim=-1)
+    angle = lines[..., None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(-2)[..., :width]
+
+
+def at_the_scale_of(patches: torch.Tensor, normalised: torch.Tensor) -> torch.Tensor:
+    """
+    Gives normalised tokens `[num_images, num_queries, width]` the mean and standard deviation that each channel has
+    over the image's own patches `[num_images, num_tokens, width]`.
+    """
+    deviation, mean = torch.std_mean(patches.float(), dim=1, correction=0, keepdim=True)
+    return (mean + deviation * normalised.float()).to(normalised.dtype)
+
+
+def standing_at_a_stride(tokens: torch.Tensor, num_keep: torch.Tensor, num_tokens: int) -> Selection:
+    """
+    A selection of the first K tokens of each image at positions floor((i + 1/2) n / K), i = 0 .. K - 1.
+
+    Args:
+        tokens: `[num_images, max_keep, width]`.
+        num_keep: K, `[num_images]` int64.
+        num_tokens: n, of the tokens that they replace.
+    """
+    step = torch.arange(tokens.shape[1], device=tokens.device)
+    is_kept = step < num_keep[:, None]
+    # Integer arithmetic: a float stride would miss by one for some n and K.
+    positions = (2 * step + 1) * num_tokens // (2 * num_keep[:, None])
+    places = torch.zeros(len(tokens), num_tokens, dtype=torch.long, device=tokens.device)
+    places.scatter_add_(1, positions.masked_fill(~is_kept, 0), is_kept.long())
+    return Selection(places > 0, positions.masked_fill(~is_kept, -1), features=tokens)

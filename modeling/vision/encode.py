@@ -1,0 +1,322 @@
+"""The vision tower with a budget token, stopped at the feature layer.
+
+CLIP, SigLIP and DINOv2 towers of transformers share a shape: embeddings, a list of layers that map hidden states to
+hidden states, and a final norm that LLaVA does not use. We run that list ourselves, because the budget token has to
+enter between embeddings and layers, and because the layers above the feature layer need not run at all.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ...configuration.configuration_adavtp import AdaVTPConfig
+from ..budget.token_budget import BudgetEmbedding
+from ..reducers.base import feature_layer_index
+from .features import VisionFeatures
+from .tower import TowerAttention, attention_half, mlp_half, takes_mask, tower_layers
+
+
+class BudgetToken(nn.Module):
+    """
+    The vector that carries the budget, and if the model is question-aware the question, to the image.
+
+    Args:
+        config: the model's configuration.
+    """
+
+    def __init__(self, config: AdaVTPConfig) -> None:
+        super().__init__()
+        hidden_size = config.vision_config.hidden_size
+        self.budget_embedding = BudgetEmbedding(hidden_size)
+        self.question_proj = nn.Linear(config.text_config.hidden_size, hidden_size) if config.question_aware else None
+        self.question_norm = config.question_norm
+        in_encoder = config.budget_fusion == "encoder" and config.budget_position == "learned"
+        self.position_embedding = nn.Embedding(1, hidden_size) if in_encoder else None
+        self.cross_attention = BudgetCrossAttention(config) if config.budget_fusion == "post" else None
+
+    def forward(self, budget: torch.Tensor, question: torch.Tensor | None) -> torch.Tensor:
+        """
+        Args:
+            budget: `[num_images]`, the kept fraction K / N.
+            question: `[num_images, text_hidden_size]`, the mean embedding of the prompt that asks about each image.
+
+        Returns:
+            `[num_images, hidden_size]`, without a position.
+        """
+        token = self.budget_embedding(budget)
+        if self.question_proj is None:
+            return token
+        if self.question_norm:
+            question = nn.functional.layer_norm(question, question.shape[-1:])
+        return token + self.question_proj(question)
+
+
+class BudgetCrossAttention(nn.Module):
+    """
+    One cross-attention after the tower, the budget as query and the patches as keys and values ("Option B").
+
+    Args:
+        config: the model's configuration.
+    """
+
+    def __init__(self, config: AdaVTPConfig) -> None:
+        super().__init__()
+        hidden_size, width = config.vision_config.hidden_size, patch_width(config)
+        self.num_heads = config.vision_config.num_attention_heads
+        self.query_norm = nn.LayerNorm(hidden_size)
+        self.patch_norm = nn.LayerNorm(width)
+        self.q_proj = nn.Linear(hidden_size, hidden_size)
+        self.k_proj = nn.Linear(width, hidden_size)
+        self.v_proj = nn.Linear(width, hidden_size)
+        self.out_proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, budget_token: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            budget_token: `[num_images, hidden_size]`.
+            patches: `[num_images, num_patches, patch_width]`.
+
+        Returns:
+            `[num_images, hidden_size]`: the budget token plus what it read from the patches.
+        """
+        patches = self.patch_norm(patches)
+        query = self._heads(self.q_proj(self.query_norm(budget_token)[:, None]))
+        key, value = self._heads(self.k_proj(patches)), self._heads(self.v_proj(patches))
+        read = nn.functional.scaled_dot_product_attention(query, key, value)
+        return budget_token + self.out_proj(read.transpose(1, 2).flatten(1))
+
+    def _heads(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`[batch, tokens, hidden_size]` -> `[batch, heads, tokens, head_dim]`."""
+        return hidden_states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+def patch_width(config: AdaVTPConfig) -> int:
+    """Width of a patch feature: the tower's, times the number of feature layers."""
+    layers = config.vision_feature_layer
+    return config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
+
+
+class TowerPass:
+    """
+    One pass of images through the vision tower, up to the feature layer.
+
+    The sequence is the tower's own, CLS (where there is one) and patches, with the budget token in front or behind if
+    it takes part.
+
+    Args:
+        tower: a CLIP, SigLIP or DINOv2 vision model.
+        config: the model's configuration.
+        budget_token: the module that made `token`, if the budget goes through the tower.
+        token: `[num_images, hidden_size]`, the budget token.
+    """
+
+    def __init__(
+        self,
+        tower: PreTrainedModel,
+        config: AdaVTPConfig,
+        budget_token: BudgetToken | None = None,
+        token: torch.Tensor | None = None,
+    ) -> None:
+        self.tower, self.config = tower, config
+        self.layers = list(tower_layers(tower))[: feature_layer_index(config)]
+        self.budget_token, self.token = budget_token, token
+        self.budget_is_first = token is not None and config.budget_token_place == "first"
+        self.num_before = int(config.has_cls) + int(self.budget_is_first)
+        self.num_after = int(token is not None and not self.budget_is_first)
+        if token is not None and config.budget_attention == "read_only":
+            _require_mask(tower)
+
+    def embed(self, pixel_values: torch.Tensor, of_any_size: bool = False) -> torch.Tensor:
+        """
+        The input of the first layer.
+
+        Args:
+            pixel_values: `[num_images, channels, height, width]`.
+            of_any_size: whether height and width may differ from the tower's; its positions are then interpolated.
+
+        Returns:
+            `[num_images, num_before + num_patches + num_after, hidden_size]`.
+        """
+        weight = next(self.tower.parameters())
+        pixel_values = pixel_values.to(weight.device, weight.dtype)
+        # DINOv2 always interpolates and has no such argument.
+        resize = (
+            {"interpolate_pos_encoding": True}
+            if of_any_size and self.config.vision_config.model_type != "dinov2"
+            else {}
+        )
+        hidden_states = self.tower.embeddings(pixel_values, **resize)
+        if hasattr(self.tower, "pre_layrnorm"):  # the misspelling is CLIP's own
+            hidden_states = self.tower.pre_layrnorm(hidden_states)
+        if self.token is None:
+            return hidden_states
+        if self.budget_token.position_embedding is not None:
+            position = self.budget_token.position_embedding(torch.tensor(0, device=hidden_states.device))
+        else:
+            position = _last_patch_position(self.tower)
+        token = (self.token + position).to(hidden_states.dtype)[:, None]
+        parts = [token, hidden_states] if self.budget_is_first else [hidden_states, token]
+        return torch.cat(parts, dim=1)
+
+    def run_layer(self, index: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Layer `index`, whole."""
+        mask = self._mask(hidden_states, None)
+        return self.layers[index](hidden_states, *((mask,) if takes_mask(self.layers[index]) else ()))
+
+    def attend(self, index: int, hidden_states: torch.Tensor, key_bias: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        The attention half of layer `index`.
+
+        Args:
+            index: of the layer.
+            hidden_states: `[num_images, num_tokens, hidden_size]`.
+            key_bias: `[num_images, num_tokens]`, added to every attention logit of the key it belongs to, or
+                `[num_images, num_tokens, num_tokens]`, added to each row's own.
+        """
+        return attention_half(self.layers[index], hidden_states, self._mask(hidden_states, key_bias))
+
+    def finish(self, index: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The MLP half of layer `index`."""
+        return mlp_half(self.layers[index], hidden_states)
+
+    def patches(self, sequence: torch.Tensor) -> torch.Tensor:
+        """The patches' part of `[num_images, num_before + num_patches + num_after, ...]`."""
+        return sequence[:, self.num_before : sequence.shape[1] - self.num_after]
+
+    def with_patches(self, sequence: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+        """`sequence` with other patches, of any number."""
+        return torch.cat(
+            [sequence[:, : self.num_before], patches, sequence[:, sequence.shape[1] - self.num_after :]], dim=1
+        )
+
+    def cls(self, sequence: torch.Tensor) -> torch.Tensor | None:
+        """CLS `[num_images, 1, hidden_size]`, or `None`."""
+        return sequence[:, self.num_before - 1 : self.num_before] if self.config.has_cls else None
+
+    def budget(self, sequence: torch.Tensor) -> torch.Tensor | None:
+        """The budget token `[num_images, hidden_size]`, or `None`."""
+        return None if self.token is None else sequence[:, 0 if self.budget_is_first else -1]
+
+    def without_budget(self, sequence: torch.Tensor) -> torch.Tensor:
+        """CLS and patches."""
+        return sequence[:, int(self.budget_is_first) : sequence.shape[1] - self.num_after]
+
+    def _mask(self, hidden_states: torch.Tensor, key_bias: torch.Tensor | None) -> torch.Tensor | None:
+        """Additive mask: what `key_bias` says, and that no other token sees a read-only budget token."""
+        bias = None
+        if key_bias is not None:
+            bias = (key_bias[:, None] if key_bias.dim() == 3 else key_bias[:, None, None]).to(hidden_states.dtype)
+        if self.token is None or self.config.budget_attention == "mutual":
+            return bias
+        num_tokens = hidden_states.shape[1]
+        index = 0 if self.budget_is_first else num_tokens - 1
+        mask = hidden_states.new_zeros(num_tokens, num_tokens)
+        mask[:, index] = torch.finfo(mask.dtype).min
+        mask[index, index] = 0.0
+        return mask[None, None] if bias is None else bias + mask
+
+
+def encode_image(
+    tower: PreTrainedModel,
+    pixel_values: torch.Tensor,
+    config: AdaVTPConfig,
+    budget_token: BudgetToken | None = None,
+    budget: torch.Tensor | None = None,
+    question: torch.Tensor | None = None,
+    attention_layers: Sequence[int] = (),
+) -> VisionFeatures:
+    """
+    Runs the vision tower up to its feature layer, with the budget beside the patches or after them.
+
+    Args:
+        tower: a CLIP, SigLIP or DINOv2 vision model.
+        pixel_values: `[num_images, channels, height, width]`.
+        config: the model's configuration.
+        budget_token: the module that makes the token; without it the tower runs alone.
+        budget: `[num_images]`, kept fractions, with `budget_token`.
+        question: `[num_images, text_hidden_size]` or `None`.
+        attention_layers: tower layers, from 0, whose queries and keys are wanted: any that runs, and the one above.
+
+    Returns:
+        `VisionFeatures` with patches, positions, CLS, attention and, with `budget_token`, budget.
+
+    Raises:
+        ValueError: if the tower's attention cannot hide a read-only budget token, or a layer is not there.
+    """
+    tower_pass, token = start_pass(tower, config, budget_token, budget, question)
+    hidden_states = tower_pass.embed(pixel_values)
+    wanted = _feature_layers(config)
+    _require_layers(attention_layers, feature_layer_index(config), config.vision_config.num_hidden_layers)
+    states, attention = {}, {}
+    for index in range(feature_layer_index(config) + 1):
+        if index in wanted:
+            states[index] = hidden_states
+        if index in attention_layers:
+            entering = tower_pass.without_budget(hidden_states)
+            attention[index] = TowerAttention.of_layer(tower_layers(tower)[index], entering, config.has_cls)
+        if index < len(tower_pass.layers):
+            hidden_states = tower_pass.run_layer(index, hidden_states)
+    patches = torch.cat([tower_pass.patches(states[index]) for index in wanted], dim=-1)
+    cls = torch.cat([tower_pass.cls(states[index]) for index in wanted], dim=-1) if config.has_cls else None
+    # The budget is read where the tower's run ends, however many feature layers there are.
+    budget_state = tower_pass.budget(hidden_states)
+    if token is not None and config.budget_fusion == "post":
+        budget_state = budget_token.cross_attention(token, patches)
+    positions = torch.arange(patches.shape[1], device=patches.device).expand(len(patches), -1)
+    return VisionFeatures(
+        patches, positions, cls=cls, budget=budget_state, attention=attention, num_patches=patches.shape[1]
+    )
+
+
+def start_pass(
+    tower: PreTrainedModel,
+    config: AdaVTPConfig,
+    budget_token: BudgetToken | None,
+    budget: torch.Tensor | None,
+    question: torch.Tensor | None,
+) -> tuple[TowerPass, torch.Tensor | None]:
+    """A pass through the tower, and the budget token `[num_images, hidden_size]` wherever it will meet the image."""
+    token = None if budget_token is None else budget_token(budget, question)
+    in_tower = token if config.budget_fusion == "encoder" else None
+    return TowerPass(tower, config, budget_token, in_tower), token
+
+
+def _last_patch_position(tower: PreTrainedModel) -> torch.Tensor:
+    """Position vector of the tower's last patch, `[hidden_size]`."""
+    embeddings = tower.embeddings
+    if not hasattr(embeddings, "position_embedding"):
+        return embeddings.position_embeddings[0, -1]
+    table = embeddings.position_embedding
+    # Called and not read: where parameters are sharded, a module's are whole only while it runs.
+    return table(torch.tensor(table.num_embeddings - 1, device=tower.device))
+
+
+def _require_mask(tower: PreTrainedModel) -> None:
+    implementation = tower.config._attn_implementation
+    if implementation not in ("eager", "sdpa") or not takes_mask(tower_layers(tower)[0]):
+        raise ValueError(
+            f"`budget_attention` is 'read_only', which hides the budget token from the patches with an attention "
+            f"mask, and the vision tower ({type(tower).__name__}, attention {implementation!r}) takes none here. Load "
+            "the model with attn_implementation={'vision_config': 'sdpa'} and a newer transformers, or use "
+            "budget_attention='mutual' or budget_fusion='post'."
+        )
+
+
+def _feature_layers(config: AdaVTPConfig) -> list[int]:
+    """Feature layers as indices from 0, the embeddings, in the order asked for."""
+    layers, num_layers = config.vision_feature_layer, config.vision_config.num_hidden_layers
+    wanted = [layers] if isinstance(layers, int) else layers
+    if any(not -num_layers - 1 <= index <= num_layers for index in wanted):
+        raise ValueError(
+            f"`vision_feature_layer` is {layers}; a tower of {num_layers} layers has hidden states "
+            f"{-num_layers - 1} to {num_layers}."
+        )
+    return [index if index >= 0 else num_layers + 1 + index for index in wanted]
+
+
+def _require_layers(attention_layers: Sequence[int], highest: int, num_layers: int) -> None:
+    top = min(highest, num_layers - 1)
+    if any(not 0 <= layer <= top for layer in attention_layers):
+        raise ValueError(f"`attention_layers` is {tuple(attention_layers)}; this tower's layers are 0 to {top}.")

@@ -1,0 +1,57 @@
+"""What a reducer is shown of an image."""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from .tower import TowerAttention
+
+
+@dataclass
+class VisionFeatures:
+    """
+    Images as a reducer sees them. Only `patches` and `positions` are always there; the rest is there if the reducer
+    `needs` it.
+
+    Attributes:
+        patches: `[num_images, num_tokens, hidden_size]`, the tokens to choose from: the tower's patch features (with
+            several feature layers, side by side), or at stage `"projector"` their projections.
+        positions: `[num_images, num_tokens]` int64, ascending: the patch of the image that each token stands for.
+            `0, 1, ..., N - 1` unless another reducer came before.
+        cls: `[num_images, 1, hidden_size]`, the tower's CLS token; at stage `"projector"` its projection.
+        tower_patches: `[num_images, num_tokens, tower's feature width]`, at stage `"projector"` what the tokens were
+            before their projection.
+        budget: `[num_images, tower's hidden_size]`, the budget as it came out of its meeting with the image.
+        question: `[num_images, text_hidden_size]`, the mean embedding of the text of the prompt that shows the image.
+        question_ids: `[num_images, sequence]` int64, the ids of that text, -1 in all other columns.
+        pixel_values: `[num_images, channels, height, width]`.
+        attention: of the tower layers that the reducer's `attention_layers` names.
+        sample: `[num_images]` int64, the prompt that each image belongs to.
+        num_patches: N of a whole image.
+    """
+
+    patches: torch.Tensor
+    positions: torch.Tensor
+    cls: torch.Tensor | None = None
+    tower_patches: torch.Tensor | None = None
+    budget: torch.Tensor | None = None
+    question: torch.Tensor | None = None
+    question_ids: torch.Tensor | None = None
+    pixel_values: torch.Tensor | None = None
+    attention: dict[int, TowerAttention] = field(default_factory=dict)
+    sample: torch.Tensor | None = None
+    num_patches: int = 0
+
+    def images(self, rows: torch.Tensor, num_tokens: int) -> "VisionFeatures":
+        """Only the images at `rows`, of which each has `num_tokens` tokens; columns behind those are cut off."""
+        return replace(
+            self,
+            patches=self.patches[rows, :num_tokens],
+            positions=self.positions[rows, :num_tokens],
+            tower_patches=None if self.tower_patches is None else self.tower_patches[rows, :num_tokens],
+            attention={layer: attention.images(rows, num_tokens) for layer, attention in self.attention.items()},
+            **{
+                name: None if getattr(self, name) is None else getattr(self, name)[rows]
+                for name in ("cls", "budget", "question", "question_ids", "pixel_values", "sample")
+            },
+        )

@@ -1,0 +1,148 @@
+"""The command line, run on the reference checkpoint as the README says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from adavtp.command_line import app
+from adavtp.commands.console import parse_reducer
+from adavtp.evaluation.accuracy import reducer_label
+from adavtp.modeling.reducers.base import REDUCERS
+from adavtp.tasks.digit_scenes import draw_scene
+
+# Brightness of a patch that none, one, ... and all four of the reference's decoder layers see.
+LEVELS = (0.18, 0.385, 0.59, 0.795, 1.0)
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Path:
+    path = tmp_path / "scene.png"
+    draw_scene("test", 0).image.save(path)
+    return path
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_demo_prints_five_budgets_and_writes_two_pictures(tmp_path: Path) -> None:
+    result = run("demo", "--questions", 12, "--output", tmp_path)
+    assert result.exit_code == 0, result.output
+    for tokens in ("144", "115", "86", "57", "28"):
+        assert tokens in result.output
+    for name in ("kept_patches.png", "accuracy.png"):
+        assert min(Image.open(tmp_path / name).size) > 300
+
+
+@pytest.mark.parametrize(("budget", "kept"), [("1.0", 144), ("0.4", 57), ("30", 30)])
+def test_ask_answers_within_the_budget_and_shows_what_it_kept(
+    scene: Path, tmp_path: Path, budget: str, kept: int
+) -> None:
+    result = run("ask", scene, "how many digits are there ?", "--budget", budget, "--show", tmp_path / "kept.png")
+    assert result.exit_code == 0, result.output
+    assert result.output.split()[0] in "23456"
+    assert f"{kept} of 144 visual tokens" in result.output
+    assert Image.open(tmp_path / "kept.png").size == (288, 288)
+
+
+@pytest.mark.parametrize("budget", ["1", "1.5", "-0.1", "nan", "much"])
+def test_ask_refuses_a_budget_that_is_none(scene: Path, budget: str) -> None:
+    result = run("ask", scene, "how many digits are there ?", "--budget", budget)
+    assert result.exit_code == 2
+    assert budget in result.output
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("tome", "tome"),
+        ("fastv:layer=2", {"name": "fastv", "layer": 2}),
+        ("fastv:layer=2:rows=last:ratio=0.25", {"name": "fastv", "layer": 2, "rows": "last", "ratio": 0.25}),
+        ("prumerge+, fastv:layer=2", ["prumerge+", {"name": "fastv", "layer": 2}]),
+        (
+            "pyramiddrop:layers=[1,2]:ratios=[0.5,0.25]",
+            {"name": "pyramiddrop", "layers": [1, 2], "ratios": [0.5, 0.25]},
+        ),
+    ],
+)
+def test_a_reducer_is_written_as_it_is_labelled(written: str, meant: Any) -> None:
+    stack = parse_reducer(written)
+    assert stack in (meant, [meant])
+    assert reducer_label(stack) == written
+
+
+def test_ask_shows_how_many_layers_see_a_patch(scene: Path, tmp_path: Path) -> None:
+    levels = {}
+    for reducers in (["fastv:layer=2"], ["grid", "vtw:layer=2"]):
+        options = [word for reducer in reducers for word in ("--reducer", reducer)]
+        result = run(
+            *("ask", scene, "how many digits are there ?", "--budget", 0.6, *options, "--show", tmp_path / "kept.png")
+        )
+        assert result.exit_code == 0, result.output
+        assert "86 of 144 visual tokens, mean over decoder layers" in result.output
+        picture = np.asarray(Image.open(tmp_path / "kept.png").convert("L"), dtype=float)
+        original = np.asarray(Image.open(scene).convert("L").resize(picture.shape), dtype=float)
+        share = (picture.reshape(12, 24, 12, 24).sum((1, 3)) / original.reshape(12, 24, 12, 24).sum((1, 3))).flatten()
+        levels[reducers[0]] = [int((abs(share - level) < 0.05).sum()) for level in LEVELS]
+    # FastV shows all patches to two layers of four, and 28 to all: 144 * 2 + 28 * 2 = 86 * 4.
+    assert levels["fastv:layer=2"] == [0, 0, 116, 0, 28]
+    # The grid leaves 111, the root of the budget's share; 111 * 3 + 11 = 86 * 4.
+    assert levels["grid"] == [33, 0, 0, 100, 11]
+
+
+@pytest.mark.parametrize(
+    ("budget", "reducer", "reason"),
+    [("0.1", "fastv:layer=2", "cannot go below"), ("0.5", "fastv:depth=2", "depth"), ("0.5", "nosuch", "nosuch")],
+)
+def test_ask_refuses_what_a_reducer_cannot_do(scene: Path, budget: str, reducer: str, reason: str) -> None:
+    result = run("ask", scene, "how many digits are there ?", "--budget", budget, "--reducer", reducer)
+    assert result.exit_code == 2
+    assert reason in " ".join(result.output.split())
+
+
+def test_reducers_lists_every_one() -> None:
+    rows = json.loads(run("reducers", "--json").output)
+    assert {row["name"] for row in rows} == set(REDUCERS)
+    table = run("reducers").output
+    assert all(name in table for name in REDUCERS)
+
+
+def test_ask_refuses_a_file_that_is_no_image(tmp_path: Path) -> None:
+    path = tmp_path / "text.png"
+    path.write_text("not an image")
+    assert run("ask", path, "how many digits are there ?").exit_code == 2
+
+
+def test_compare_writes_a_page_two_pictures_and_the_measurements(tmp_path: Path) -> None:
+    chosen = ("--reducer", "adaptive", "--reducer", "vtw", "--budget", 0.1, "--budget", 0.6)
+    result = run("compare", "--questions", 12, *chosen, "--output", tmp_path)
+    assert result.exit_code == 0, result.output
+    names = {"reducers.md", "reducers.json", "reducers_accuracy.png", "reducers_gallery.png"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    page, record = (tmp_path / "reducers.md").read_text(), json.loads((tmp_path / "reducers.json").read_text())
+    assert "| `vtw` | 0.1 | `token_budget` asks for" in page and "(reducers_gallery.png)" in page
+    assert record["budgets"] == [0.1, 0.6] and record["command"] in page
+    assert str(tmp_path.parent) not in record["checkpoint"]
+
+
+@pytest.mark.parametrize("budget", [1.0, 1.5])
+def test_compare_refuses_a_budget_that_is_nothing_to_compare(tmp_path: Path, budget: float) -> None:
+    result = run("compare", "--questions", 12, "--budget", budget, "--output", tmp_path)
+    assert result.exit_code == 2 and str(budget) in result.output
+
+
+def test_gallery_draws_chosen_reducers(tmp_path: Path) -> None:
+    result = run("gallery", "--reducer", "tome", "--reducer", "grid,fastv", "--output", tmp_path / "new" / "all.png")
+    assert result.exit_code == 0, result.output
+    assert min(Image.open(tmp_path / "new" / "all.png").size) > 200
+
+
+@pytest.mark.parametrize("command", ["demo --checkpoint", "evaluate", "measure", "compare"])
+def test_a_checkpoint_that_is_not_there_is_refused_without_a_traceback(command: str, tmp_path: Path) -> None:
+    result = run(*command.split(), tmp_path / "nowhere")
+    assert result.exit_code == 2 and "nowhere" in result.output and "Traceback" not in result.output

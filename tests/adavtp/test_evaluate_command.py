@@ -1,0 +1,258 @@
+"""`adavtp evaluate` on the reference checkpoint: as it is typed, killed, shared by processes, and read by others."""
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from adavtp.commands.evaluate import ManyValues, budget_of, evaluate, evaluate_checkpoint, repeated_options
+from adavtp.evaluation.runs import Run
+from forked_processes import Forks, as_launched
+
+# The settings that most tests run, as they are typed; 58 of 144 is what 230 of 576 is.
+ASKED = ["--budgets", "0.1", "230/576", "576", "--reducers", "full", "prumerge", "fastv:layer=1", "adaptive"]
+SIZES = ["--questions", "24", "--batch-size", "4", "--max-new-tokens", "4"]
+
+# Of the command, what it imports as it goes along.
+IMPORTS = """
+import evaluate
+from sklearn import datasets
+from adavtp.command_line import app
+from adavtp.evaluation import answering, run_results
+from adavtp.trainer import digit_scenes
+"""
+
+
+def run(*arguments: str | Path) -> Result:
+    app = typer.Typer()
+    app.command(cls=ManyValues)(evaluate)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    result = run(*ASKED, *SIZES, "--output", folder)
+    assert result.exit_code == 0, result.output
+    return Run.open(folder)
+
+
+def untimed(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(text) for text in (folder / "answers.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "ms"} for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("x --budgets 1 2 --reducers a b", "x --budgets 1 --budgets 2 --reducers a --reducers b"),
+        ("--budgets 1 --budgets 2 3", "--budgets 1 --budgets 2 --budgets 3"),
+        ("--budgets=1 2 --data d", "--budgets=1 --budgets 2 --data d"),
+        ("--data d x --budget 1 2", "--data d x --budget 1 --budget 2"),
+        ("x", "x"),
+    ],
+)
+def test_several_values_may_follow_one_name(typed: str, meant: str) -> None:
+    several = {"--budgets", "--budget", "--reducers", "--reducer"}
+    assert repeated_options(typed.split(), several) == meant.split()
+
+
+def test_budgets_are_fractions_counts_and_exact_fractions() -> None:
+    assert [budget_of(text) for text in ("0.4", "115", "115/576", "1.0")] == [0.4, 115, Fraction(115, 576), 1.0]
+    assert isinstance(budget_of("115"), int) and isinstance(budget_of("1.0"), float)
+    for text in ("115/0", "a/b", "much"):
+        with pytest.raises(typer.BadParameter):
+            budget_of(text)
+
+
+def test_every_setting_answers_every_question_once(whole: Run) -> None:
+    reached = [(setting["reducer"], setting["budget"], setting["num_keep"]) for setting in whole.header["settings"]]
+    exact = 230 / 576
+    assert reached == [
+        ("full", 1.0, 144),
+        ("prumerge", 0.1, 14),
+        ("prumerge", exact, 57),
+        ("fastv:layer=1", exact, 57),
+        ("adaptive", 0.1, 14),
+        ("adaptive", exact, 57),
+    ]
+    assert [(row["reducer"], row["budget"]) for row in whole.header["unreachable"]] == [("fastv:layer=1", 0.1)]
+    lines = untimed(whole.folder)
+    assert [(line["reducer"], line["budget"], line["index"]) for line in lines] == [
+        (reducer, budget, index) for reducer, budget, _ in reached for index in range(24)
+    ]
+    full = [line["score"] for line in lines if line["reducer"] == "full"]
+    assert sum(full) / len(full) > 0.7
+    assert {line["category"] for line in lines} >= {"count", "relation", "largest"}
+
+
+def test_the_header_says_what_was_measured_with_what(whole: Run) -> None:
+    header = whole.header
+    assert (header["data"], header["split"], header["metric"]) == ("digit-scenes", "test", "exact_match")
+    assert (header["num_examples"], header["num_patches"], header["num_layers"], header["shown"]) == (24, 144, 4, 12)
+    assert header["checkpoint"] == "adavtp-digits" and len(header["checkpoint_hash"]) == 64
+    assert {"command", "versions", "machine", "data_hash", "max_new_tokens", "batch_size"} <= set(header)
+    total_ms = sum(line["ms"] for line in whole.answers())
+    assert header["model_seconds"] == pytest.approx(total_ms / 1000, rel=0.01)
+    assert header["seconds"] > header["model_seconds"] + header["evaluation_seconds"] > 0
+
+
+def test_the_summary_is_printed_and_a_model_card_reads_it(whole: Run, tmp_path: Path) -> None:
+    result = run(*ASKED, *SIZES, "--output", whole.folder)
+    assert result.exit_code == 0, result.output
+    full = [line["score"] for line in whole.answers() if line["reducer"] == "full"]
+    assert f"{100 * sum(full) / len(full):.1f}" in result.output and "GFLOPs" in result.output
+    assert "cannot go below" in " ".join(result.output.split())
+    from adavtp.commands.console import reference_checkpoint
+    from adavtp.hub_cards.licence import Origin
+    from adavtp.hub_cards.model_card import model_card
+    from adavtp.hub_cards.training_record import TrainingRecord
+
+    path = whole.folder / "evaluation.json"
+    report = json.loads(path.read_text())
+    rows = {(row["reducer"], row["budget"]): row for row in report["rows"]}
+    assert rows["full", 1.0]["accuracy"] == sum(full) / len(full)
+    assert report["num_questions"] == 24 and report["split"] == "test"
+    record = TrainingRecord.found_in(reference_checkpoint(), evaluations=[path])
+    card = str(model_card(reference_checkpoint(), "adavtp-digits", record, Origin(None, "apache-2.0")))
+    assert "prumerge" in card and f"{100 * rows['adaptive', 0.1]['accuracy']:.1f}" in card
+
+
+def test_a_finished_run_answers_nothing_again_and_new_settings_are_added(whole: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole.folder, folder)
+    before = (folder / "answers.jsonl").read_bytes()
+    assert run(*ASKED, *SIZES, "--output", folder).exit_code == 0
+    assert (folder / "answers.jsonl").read_bytes() == before
+    assert run("--budget", 0.2, "--reducer", "random", *SIZES, "--output", folder).exit_code == 0
+    assert (folder / "answers.jsonl").read_bytes().startswith(before)
+    added = Run.open(folder).answers()[len(before.splitlines()) :]
+    assert [(line["reducer"], line["budget"], line["index"]) for line in added] == [
+        ("random", 0.2, index) for index in range(24)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [
+        (["--questions", "23"], "data_hash"),
+        (["--split", "validation"], "data_hash"),
+        (["--max-new-tokens", "5"], "max_new_tokens"),
+        (["--metric", "anls"], "metric"),
+    ],
+)
+def test_another_run_s_folder_is_refused(whole: Run, changed: list[str], name: str) -> None:
+    result = run(*ASKED, *SIZES, *changed, "--output", whole.folder)
+    assert result.exit_code == 2 and name in " ".join(result.output.split())
+
+
+def test_another_checkpoint_s_folder_is_refused(whole: Run, tmp_path: Path) -> None:
+    from adavtp.commands.console import reference_checkpoint
+
+    other = tmp_path / "other"
+    shutil.copytree(reference_checkpoint(), other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"token_budget": 0.5}))
+    result = run(other, *ASKED, *SIZES, "--output", whole.folder)
+    assert result.exit_code == 2 and "checkpoint_hash" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ("--budgets 1.5", "1.5"),
+        ("--budgets 0.4 much", "much"),
+        ("--reducers nosuch", "nosuch"),
+        ("--metric nosuch", "nosuch"),
+        ("--data nothing.json", "nothing.json"),
+        ("--data gqa:nothing", "no folder"),
+    ],
+)
+def test_what_is_not_allowed_is_refused_with_the_reason(arguments: str, reason: str, tmp_path: Path) -> None:
+    result = run(*arguments.split(), "--questions", 6, "--output", tmp_path / "run")
+    assert result.exit_code == 2 and reason in " ".join(result.output.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_benchmark_s_files_are_evaluated_with_its_metric(tmp_path: Path) -> None:
+    folder = tmp_path / "pope"
+    (folder / "coco").mkdir(parents=True)
+    (folder / "val2014").mkdir()
+    rows = []
+    for number in range(4):
+        name = f"COCO_val2014_{number:012d}.jpg"
+        Image.new("RGB", (120, 80), (60 * number, 30, 90)).save(folder / "val2014" / name)
+        rows.append({"question_id": number, "image": name, "text": f"is there a {number} ?", "category": "random"})
+    labels = [row | {"label": ["yes", "no"][place % 2]} for place, row in enumerate(rows)]
+    (folder / "llava_pope_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "coco" / "coco_pope_random.json").write_text("".join(json.dumps(row) + "\n" for row in labels))
+    options = ["--reducers", "full", "--output", tmp_path / "run", "--latency-repeats", 1]
+    result = run("--data", f"pope:{folder}", *options)
+    assert result.exit_code == 0, result.output
+    finished = Run.open(tmp_path / "run")
+    assert finished.header["metric"] == "pope"
+    for line, label in zip(finished.answers(), labels, strict=True):
+        says_no = bool({"No", "no", "not"} & set(line["prediction"].split()))
+        assert line["score"] == float(says_no == (label["label"] == "no"))
+    said_yes = [not {"No", "no", "not"} & set(line["prediction"].split()) for line in finished.answers()]
+    right = sum(said and label["label"] == "yes" for said, label in zip(said_yes, labels, strict=True))
+    (row,) = finished.header["figures"]
+    assert row["figures"]["yes_ratio"] == sum(said_yes) / 4 and row["figures"]["recall"] == right / 2
+    (measured,) = finished.header["measurements"]
+    assert measured["reducer"] == "full" and measured["time_to_first_token_ms"] > 0
+
+
+def test_where_nothing_can_be_measured_that_is_an_error(tmp_path: Path) -> None:
+    result = run("--budgets", "0.1", "--reducers", "fastv:layer=1", "--questions", "6", "--output", tmp_path / "run")
+    assert result.exit_code == 2 and "cannot go below" in " ".join(result.output.split())
+    assert not (tmp_path / "run").exists()
+
+
+def lines_of_processes(folder: Path) -> Iterator[int]:
+    return (path.read_bytes().count(b"\n") for path in folder.glob("answers_of_process_*.jsonl"))
+
+
+def test_two_processes_killed_and_begun_again_leave_the_same_file_as_one(whole: Run, tmp_path: Path) -> None:
+    folder, printed = tmp_path / "two", tmp_path / "printed"
+    command = ["adavtp", "evaluate", *ASKED, *SIZES, "--output", str(folder)]
+    with Forks(IMPORTS, "app()") as forks:
+        processes = forks.begin(command, printed, as_launched(2))
+        while sum(lines_of_processes(folder)) < 24 or len(list(lines_of_processes(folder))) < 2:
+            assert not forks.are_over(0.005), printed.read_text()
+        for process in processes:
+            os.kill(process, signal.SIGKILL)
+        assert forks.exit_codes() == [-signal.SIGKILL] * 2
+        assert 24 <= sum(lines_of_processes(folder)) < len(untimed(whole.folder))
+        assert len(list(lines_of_processes(folder))) == 2
+        shutil.copytree(folder, tmp_path / "one")
+        printed.unlink()
+
+        forks.begin(command, printed, as_launched(2))
+        assert forks.exit_codes() == [0, 0], printed.read_text()
+    assert untimed(folder) == untimed(whole.folder)
+    assert not list(lines_of_processes(folder))
+    assert printed.read_text().count("95% CI") == 1
+
+    result = run(*ASKED, *SIZES, "--output", tmp_path / "one")
+    assert result.exit_code == 0, result.output
+    assert untimed(tmp_path / "one") == untimed(whole.folder)
+    for finished in (folder, tmp_path / "one"):
+        assert Run.open(finished).kept() == whole.kept()
+        names = {path.name for path in (finished / "pictures").iterdir()}
+        assert names == {"kept.jsonl", *(f"{index}.png" for index in range(12))}
+
+
+def test_python_gets_the_finished_run(tmp_path: Path) -> None:
+    finished = evaluate_checkpoint(
+        None, "digit-scenes", [0.5], ["adaptive"], output=tmp_path / "run", questions=6, max_new_tokens=2
+    )
+    assert [line["reducer"] for line in finished.answers()] == ["adaptive"] * 6

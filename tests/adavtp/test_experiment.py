@@ -1,0 +1,217 @@
+"""Experiments: what variants start from, that they go on where they stopped, and that reports say what runs say."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from adavtp.command_line import app
+from adavtp.commands.console import reference_checkpoint
+from adavtp.commands.experiment_runs import Experiment, named_experiments, write_start
+from adavtp.evaluation.runs import Run
+from adavtp.evaluation.variant_runs import join_variants
+
+EXPERIMENT = """
+title: A small experiment
+budgets: [58/576, 230/576]
+seed: 3
+parts:
+  - name: methods
+    asks: Which method?
+    against: adaptive
+    questions: 12
+    reducers: [full, adaptive, random]
+  - name: heads
+    asks: Which head?
+    against: dot head
+    questions: 12
+    controls: [grid]
+    fresh_controller: true
+    stage:
+      kind: conversations
+      data: {path: digit-scenes, split: train, num_questions: 12, seed: 5}
+      budgets: {budget_range: [0.1, 0.4]}
+      training: {max_steps: 1, per_device_train_batch_size: 6, train_parts: [controller], save_steps: 1,
+                 logging_steps: 1, loss_weights: {relevance: 1.0}}
+    variants:
+      dot head: {model: {controller_head: dot}}
+      by chance: {reducer: random}
+"""
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def carried_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("experiment")
+    (folder / "small.yaml").write_text(
+        EXPERIMENT.replace("by chance: {reducer: random}", "patch head: {model: {controller_head: patch}}")
+    )
+    result = run("experiment", folder / "small.yaml", "--output", folder / "reports", "--work", folder / "work")
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def test_every_part_has_a_report_and_one_page_says_all_in_short(carried_out: Path) -> None:
+    for part in ("methods", "heads"):
+        files = {path.name for path in (carried_out / "reports" / part).iterdir()}
+        assert files == {"report.md", "report.json", "curves.png", "curves.svg", "index.html"}
+    page = (carried_out / "reports" / "report.md").read_text()
+    assert page.startswith("# A small experiment") and "Which method?" in page and "Which head?" in page
+    assert "methods/curves.png" in page and "`dot head`" in page
+
+
+def test_a_report_s_scores_are_those_of_its_run(carried_out: Path) -> None:
+    numbers = json.loads((carried_out / "reports" / "heads" / "report.json").read_text())
+    answers = Run.open(carried_out / "work" / "adavtp-digits" / "heads" / "run").answers()
+    (checkpoint,) = numbers["checkpoints"]
+    assert {row["reducer"] for row in checkpoint["settings"]} == {"dot head", "patch head", "grid"}
+    for row in checkpoint["settings"]:
+        own = [
+            line["score"]
+            for line in answers
+            if (line["reducer"], line["num_keep"]) == (row["reducer"], row["num_keep"])
+        ]
+        assert len(own) == 12 and row["score"] == pytest.approx(sum(own) / 12)
+
+
+def test_controls_are_those_of_the_checkpoint_as_it_is(carried_out: Path) -> None:
+    heads = carried_out / "work" / "adavtp-digits" / "heads"
+    joined = [line["prediction"] for line in Run.open(heads / "run").answers() if line["reducer"] == "grid"]
+    output = carried_out / "grid"
+    result = run(
+        "evaluate",
+        reference_checkpoint(),
+        "--budgets",
+        "58/576",
+        "230/576",
+        "--reducers",
+        "grid",
+        "--questions",
+        12,
+        "--output",
+        output,
+    )
+    assert result.exit_code == 0, result.output
+    assert joined == [line["prediction"] for line in Run.open(output).answers()]
+
+
+def test_a_variant_is_what_it_says(carried_out: Path) -> None:
+    for variant, head in (("dot_head", "dot"), ("patch_head", "patch")):
+        folder = carried_out / "work" / "adavtp-digits" / "heads" / variant / "heads"
+        assert json.loads((folder / "config.json").read_text())["controller_head"] == head
+
+
+def test_variants_keep_the_llava_that_they_start_from(carried_out: Path) -> None:
+    start = load_file(reference_checkpoint() / "model.safetensors")
+    trained = load_file(carried_out / "work/adavtp-digits/heads/dot_head/heads/model.safetensors")
+    llava = [
+        name for name in start if "controller" not in name and "budget_token" not in name and "reducers" not in name
+    ]
+    assert all((start[name] == trained[name]).all() for name in llava)
+    assert any("controller" in name for name in trained)
+
+
+def test_asked_again_nothing_is_trained_or_answered_again(carried_out: Path) -> None:
+    made = [
+        *carried_out.rglob("*.safetensors"),
+        *(carried_out / "work").rglob("adavtp-digits/methods/run/answers.jsonl"),
+    ]
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()[:1000]) for path in made}
+    result = run(
+        "experiment", carried_out / "small.yaml", "--output", carried_out / "reports", "--work", carried_out / "work"
+    )
+    assert result.exit_code == 0, result.output
+    for path, (time, start) in before.items():
+        assert path.read_bytes()[:1000] == start
+        assert path.suffix == ".jsonl" or path.stat().st_mtime_ns == time
+
+
+def test_a_start_has_no_weights_for_choosing(tmp_path: Path) -> None:
+    start = load_file(write_start(reference_checkpoint(), tmp_path / "start") / "model.safetensors")
+    whole = load_file(reference_checkpoint() / "model.safetensors")
+    missing = set(whole) - set(start)
+    assert missing == {
+        name for name in whole if any(part in name for part in ("controller.", "budget_token.", "reducers."))
+    }
+    assert missing and all((start[name] == whole[name]).all() for name in start)
+
+
+def test_runs_of_other_questions_are_not_joined(carried_out: Path, tmp_path: Path) -> None:
+    heads = carried_out / "work" / "adavtp-digits" / "heads"
+    runs = {name: Run.open(heads / name / "run") for name in ("dot_head", "patch_head")}
+    runs["patch_head"].header["data_hash"] = "other"
+    with pytest.raises(ValueError, match="'patch_head'.*data_hash 'other'"):
+        join_variants(runs, tmp_path / "joined", {})
+
+
+def test_experiment_1_is_what_the_plan_asks_for() -> None:
+    experiment = Experiment.from_file(named_experiments()["1"])
+    assert [str(budget) for budget in experiment.budgets][2:] == [
+        f"{count}/576" for count in (115, 230, 345, 460, 576)
+    ]
+    parts = {part.name: part for part in experiment.parts}
+    assert {"full", "prumerge", "prumerge+", "fastv", "adaptive", "random", "grid", "downsample"} <= set(
+        parts["methods"].reducers
+    )
+    fields = [variant.get("model", {}) for variant in parts["controller"].variants.values()]
+    assert {} in fields and {"budget_fusion": "post"} in fields and {"budget_attention": "mutual"} in fields
+    assert {field["controller_head"] for field in fields if "controller_head" in field} == {
+        "budget_token",
+        "patch",
+        "dot",
+    }
+    forms = [variant["model"].get("selection_output") for variant in parts["gradient"].variants.values()]
+    assert {"gather", "mask"} <= set(forms)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("questions: 12\n    reducers", "question: 12\n    reducers", "unknown field.*question"),
+        ("reducers: [full, adaptive, random]", "reducers: []", "'methods'.*needs reducers alone, or variants"),
+        ("{reducer: random}", "{reduce: random}", "'by chance'.*unknown field.*reduce"),
+        ("title: A small experiment", "", "missing field.*title"),
+    ],
+)
+def test_what_is_written_wrong_is_refused_by_name(tmp_path: Path, old: str, new: str, message: str) -> None:
+    (tmp_path / "wrong.yaml").write_text(EXPERIMENT.replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        Experiment.from_file(tmp_path / "wrong.yaml")
+
+
+def test_another_checkpoint_under_the_same_name_is_refused(carried_out: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(reference_checkpoint(), tmp_path / "adavtp-digits")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"controller_choice": "best"}))
+    options = ("--checkpoint", other, "--output", tmp_path / "reports", "--work", carried_out / "work")
+    result = run("experiment", carried_out / "small.yaml", *options)
+    assert result.exit_code == 2 and "another checkpoint" in " ".join(result.output.split())
+
+
+def test_two_checkpoints_of_one_name_are_refused(tmp_path: Path) -> None:
+    other = shutil.copytree(reference_checkpoint(), tmp_path / "adavtp-digits")
+    result = run("experiment", "1", "--checkpoints", reference_checkpoint(), other, "--output", tmp_path / "reports")
+    assert result.exit_code == 2 and "last names" in " ".join(result.output.split())
+
+
+def test_a_variant_that_was_trained_otherwise_is_refused(carried_out: Path, tmp_path: Path) -> None:
+    changed = (carried_out / "small.yaml").read_text().replace("controller_head: dot", "controller_head: patch")
+    (tmp_path / "small.yaml").write_text(changed)
+    options = ("--output", tmp_path / "reports", "--work", carried_out / "work", "--part", "heads")
+    result = run("experiment", tmp_path / "small.yaml", *options)
+    said = " ".join(result.output.split())
+    assert result.exit_code == 2 and "trained with other settings" in said and "'controller_head': 'dot'" in said
+
+
+def test_an_experiment_or_a_part_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    result = run("experiment", "seven", "--output", tmp_path)
+    assert result.exit_code == 2 and "'seven'" in result.output
+    result = run("experiment", "1", "--parts", "nothing", "--output", tmp_path)
+    assert result.exit_code == 2 and "'nothing'" in result.output and "methods" in result.output

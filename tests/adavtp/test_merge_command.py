@@ -1,0 +1,199 @@
+"""`adavtp merge` makes a checkpoint like any other, or says why it cannot and leaves nothing behind."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner, Result
+
+from adavtp import AdaVTPForConditionalGeneration, AdaVTPProcessor
+from adavtp.command_line import app
+from tiny_adapters import adapted_model, adapter_trainer, base_checkpoint, trained_adapter
+from tiny_conversations import picture
+from tiny_models import tiny_text_config
+
+QUESTION = "which digit is red ?"
+
+# Neither this package nor PEFT can be imported.
+WITHOUT_BOTH = """
+import sys
+class Absent:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        absent = name.partition(".")[0] in ("adavtp", "peft")
+        return None if absent else self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+sys.meta_path[:] = [Absent(finder) for finder in sys.meta_path]
+for name in ("adavtp", "peft"):
+    try:
+        __import__(name)
+    except ModuleNotFoundError:
+        continue
+    raise RuntimeError(f"{name} is there")
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+folder, image, output = sys.argv[1:]
+model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+inputs = AutoProcessor.from_pretrained(folder, trust_remote_code=True).of_questions(Image.open(image), QUESTION)
+with torch.no_grad():
+    logits = [model(**inputs, token_budget=budget).logits for budget in (1.0, 0.4)]
+answer = model.generate(Image.open(image), QUESTION, token_budget=0.4, max_new_tokens=6)
+torch.save({"logits": logits, "answer": answer}, output)
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint, `base`, and its `adapter`."""
+    folder = tmp_path_factory.mktemp("place")
+    trained_adapter(folder / "adapter", base_checkpoint(folder / "base"))
+    return folder
+
+
+def merge(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, ["merge", *map(str, arguments)])
+
+
+def refused(*arguments: str | Path) -> str:
+    """What the command says, on one line, when it is refused."""
+    result = merge(*arguments)
+    assert result.exit_code == 2, result.output
+    return " ".join(result.output.replace("│", " ").split())
+
+
+def copy_of_adapter(place: Path, folder: Path, **changes: Any) -> Path:
+    shutil.copytree(place / "adapter", folder, ignore=shutil.ignore_patterns("run"))
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def test_the_merged_checkpoint_needs_neither_this_package_nor_peft(place: Path, tmp_path: Path) -> None:
+    result = merge(place / "adapter", tmp_path / "merged")
+    assert result.exit_code == 0 and "MB of weights" in " ".join(result.output.split()), result.output
+    assert not list((tmp_path / "merged").glob("adapter_*"))
+    picture(0).save(tmp_path / "image.png")
+    script = f"QUESTION = {QUESTION!r}\n{WITHOUT_BOTH}"
+    arguments = [tmp_path / "merged", tmp_path / "image.png", tmp_path / "output"]
+    done = subprocess.run([sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    elsewhere = torch.load(tmp_path / "output")
+
+    model = AdaVTPForConditionalGeneration.from_pretrained(place / "base")
+    from peft import PeftModel
+
+    adapted = PeftModel.from_pretrained(model, place / "adapter").eval()
+    processor = AdaVTPProcessor.from_pretrained(place / "base")
+    inputs = processor.of_questions(picture(0), QUESTION)
+    with torch.no_grad():
+        for logits, budget in zip(elsewhere["logits"], (1.0, 0.4), strict=True):
+            assert torch.allclose(logits, adapted(**inputs, token_budget=budget).logits, atol=1e-5)
+    assert elsewhere["answer"] == adapted.generate(picture(0), QUESTION, token_budget=0.4, max_new_tokens=6)
+
+
+def test_the_base_may_be_named_from_here_from_the_adapter_or_by_hand(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(place / "base", tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    merged = []
+    for name, base, option in (
+        ("from here", "base", []),
+        ("from the adapter", "../../base", []),
+        ("from above the adapter", f"{tmp_path.name}/base", []),
+        ("by hand", "gone", ["--base", "base"]),
+    ):
+        adapter = copy_of_adapter(place, tmp_path / name / "adapter", base_model_name_or_path=base)
+        result = merge(adapter, tmp_path / name / "merged", *option)
+        assert result.exit_code == 0, result.output
+        merged.append(load_file(tmp_path / name / "merged" / "model.safetensors"))
+    assert all(torch.equal(value, other[name]) for other in merged[1:] for name, value in merged[0].items())
+
+
+def test_a_base_that_is_gone_is_an_error_that_says_how_to_name_it(place: Path, tmp_path: Path) -> None:
+    adapter = copy_of_adapter(place, tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "gone"))
+    message = refused(adapter, tmp_path / "merged")
+    assert "gone" in message and "--base" in message
+    nameless = copy_of_adapter(place, tmp_path / "nameless", base_model_name_or_path=None)
+    assert "--base" in refused(nameless, tmp_path / "merged")
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "nameless"}
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ({"hidden_size": 64}, "hidden_size"),
+        # The adapter's layers are all there, and one more.
+        ({"num_layers": 3}, "num_hidden_layers"),
+        ({"text": "qwen2"}, "model_type"),
+    ],
+)
+def test_an_adapter_of_another_model_is_an_error(
+    place: Path, tmp_path: Path, text: dict[str, Any], named: str
+) -> None:
+    vocabulary = len(AdaVTPProcessor.from_pretrained(place / "base").tokenizer)
+    other = base_checkpoint(tmp_path / "other", text_config=tiny_text_config(**text, vocab_size=vocabulary))
+    message = refused(place / "adapter", tmp_path / "merged", "--base", other)
+    assert "does not fit" in message and named in message
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_that_peft_wrote_alone_is_refused_where_its_weights_do_not_fit(place: Path, tmp_path: Path) -> None:
+    adapter = copy_of_adapter(place, tmp_path / "adapter")
+    (adapter / "adavtp_config.json").unlink()
+    vocabulary = len(AdaVTPProcessor.from_pretrained(place / "base").tokenizer)
+    text = tiny_text_config(hidden_size=64, vocab_size=vocabulary)
+    other = base_checkpoint(tmp_path / "other", text_config=text)
+    assert "does not fit" in refused(adapter, tmp_path / "merged", "--base", other)
+    assert merge(adapter, tmp_path / "merged").exit_code == 0
+
+
+def test_nothing_is_merged_into_a_folder_with_something_in_it(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "mine.txt").write_text("mine")
+    assert "output_dir" in refused(place / "adapter", tmp_path / "merged")
+    assert [path.name for path in (tmp_path / "merged").iterdir()] == ["mine.txt"]
+
+
+def test_what_is_no_whole_adapter_is_an_error(place: Path, tmp_path: Path) -> None:
+    assert "adapter_config.json" in refused(place / "base", tmp_path / "merged")
+    cut = copy_of_adapter(place, tmp_path / "cut")
+    weights = (cut / "adapter_model.safetensors").read_bytes()
+    (cut / "adapter_model.safetensors").write_bytes(weights[:-100])
+    assert "not whole" in refused(cut, tmp_path / "merged")
+    fewer = copy_of_adapter(place, tmp_path / "fewer")
+    weights = load_file(fewer / "adapter_model.safetensors")
+    # PEFT would only warn, and leave it at its first value.
+    del weights[next(name for name in weights if name.endswith(".lora_B.weight"))]
+    save_file(weights, fewer / "adapter_model.safetensors")
+    assert "does not fit" in refused(fewer, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_llava_base_will_do_if_the_adapter_brings_the_rest(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "base", tmp_path / "llava")
+    config = json.loads((tmp_path / "llava" / "config.json").read_text()) | {"model_type": "llava"}
+    (tmp_path / "llava" / "config.json").write_text(json.dumps(config))
+    weights = load_file(tmp_path / "llava" / "model.safetensors")
+    of_llava = {
+        name: value for name, value in weights.items() if "budget_token" not in name and "controller" not in name
+    }
+    save_file(of_llava, tmp_path / "llava" / "model.safetensors", metadata={"format": "pt"})
+    assert merge(place / "adapter", tmp_path / "merged", "--base", tmp_path / "llava").exit_code == 0
+    assert merge(place / "adapter", tmp_path / "expected").exit_code == 0
+    merged, expected = [load_file(tmp_path / name / "model.safetensors") for name in ("merged", "expected")]
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in merged.items())
+
+    decoder_alone = adapted_model(tmp_path / "llava", ["decoder"])
+    adapter_trainer(tmp_path / "run", decoder_alone, train_parts=["decoder"]).save_model(str(tmp_path / "decoder"))
+    assert "adavtp convert" in refused(tmp_path / "decoder", tmp_path / "not merged")

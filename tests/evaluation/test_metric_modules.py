@@ -1,0 +1,161 @@
+"""Metrics as modules of `evaluate`: loaded from this package's folder, offline, by several processes at once."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from configparser import ConfigParser
+from fnmatch import fnmatch
+from pathlib import Path
+
+import evaluate
+import pytest
+
+from adavtp.evaluation.metric_modules import METRICS, SCORED_TOGETHER, load_metric, score_examples
+from repository import ROOT
+
+# Four examples on which no metric is all right or all wrong.
+PREDICTIONS = ["yes", "no", "Yes, 12", "a red cat"]
+COLUMNS = {
+    "pope": {"references": [["yes"], ["yes"], ["yes"], ["no"]]},
+    "mme": {
+        "references": [["yes"], ["yes"], ["yes"], ["no"]],
+        "images": ["1", "1", "2", "2"],
+        "categories": ["OCR"] * 4,
+    },
+    "multiple_choice": {"references": [["A"], ["A"], ["yes"], ["B"]], "choices": [["yes", "no"]] * 4},
+}
+COLUMNS["scienceqa_accuracy"] = COLUMNS["multiple_choice"] | {"references": [["A"], ["A"], ["A"], ["B"]]}
+OTHERS = {"references": [["yes"] * 10, ["yes"] * 10, ["yes"] * 10, ["a red cat"] * 10]}
+
+
+def columns(name: str) -> dict[str, list]:
+    predictions = ["A", "B", "E", "B"] if name == "scienceqa_accuracy" else PREDICTIONS
+    return {"predictions": predictions} | COLUMNS.get(name, OTHERS)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_the_figure_under_its_own_name_is_the_mean_of_the_examples_scores(name: str) -> None:
+    given = columns(name)
+    scores = score_examples(name, given["predictions"], given["references"], given.get("choices"))
+    result = load_metric(name).compute(**given)
+    assert 0 < sum(scores) < 10 * len(scores)
+    assert result["accuracy" if name == "mme" else name] == pytest.approx(sum(scores) / len(scores))
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_batches_give_what_all_at_once_give(name: str) -> None:
+    given = columns(name)
+    in_batches = load_metric(name)
+    for start, end in ((0, 1), (1, 4)):
+        in_batches.add_batch(**{column: values[start:end] for column, values in given.items()})
+    assert in_batches.compute() == load_metric(name).compute(**given)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_examples_score_the_same_alone_unless_scored_together(name: str) -> None:
+    given = columns(name)
+    alone = [
+        score_examples(
+            name,
+            [given["predictions"][place]],
+            [given["references"][place]],
+            given.get("choices", [None] * 4)[place:][:1],
+        )[0]
+        for place in range(4)
+    ]
+    together = score_examples(name, given["predictions"], given["references"], given.get("choices"))
+    assert (alone == together) == (name not in SCORED_TOGETHER)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_nothing_to_score(name: str) -> None:
+    choices = [] if "choices" in columns(name) else None
+    assert score_examples(name, [], [], choices) == []
+    with pytest.raises(ValueError, match="predictions is empty"):
+        load_metric(name).compute(**dict.fromkeys(columns(name), []))
+
+
+def test_what_is_not_a_metric_or_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="no metric 'accuracy'; there are exact_match, "):
+        load_metric("accuracy")
+    with pytest.raises(ValueError, match="needs references for each of 2 predictions; there are 1"):
+        score_examples("anls", ["a", "b"], [["a"]])
+    with pytest.raises(ValueError, match="needs choices for each of 1 predictions; there are none"):
+        score_examples("multiple_choice", ["A"], [["A"]])
+    with pytest.raises(ValueError, match=r"choices\[1\] is None; it has to be a list of strings"):
+        score_examples("multiple_choice", ["A", "A"], [["A"], ["A"]], [["red", "blue"], None])
+    # A string is no list of answers: its letters would be taken for them.
+    with pytest.raises(ValueError, match=r"references\[1\] is 'red'; it has to be a list of strings"):
+        score_examples("exact_match", ["a", "r"], [["a"], "red"])
+
+
+@pytest.mark.parametrize("name", ["exact_match", "vqa_accuracy", "multiple_choice"])
+def test_a_folder_alone_is_the_metric_and_refuses_other_configurations(name: str, tmp_path: Path) -> None:
+    copy = shutil.copytree(METRICS[name], tmp_path / METRICS[name].name)
+    metric = evaluate.load(str(copy), keep_in_memory=True)
+    assert metric.compute(**columns(name)) == load_metric(name).compute(**columns(name))
+    with pytest.raises(ValueError, match="config_name is 'squad'; allowed are"):
+        evaluate.load(str(copy), "squad")
+
+
+LOAD_ALL = """
+import json, multiprocessing, socket, sys
+
+def refuse(*arguments, **options):
+    raise AssertionError("the network was asked for")
+
+socket.socket.connect = socket.getaddrinfo = refuse
+# No metric needs it, and `evaluate` is loaded faster where there is none.
+sys.modules["transformers"] = None
+
+import evaluate
+
+del sys.modules["transformers"]
+
+def load_all(metrics, given, all_are_here, results):
+    all_are_here.wait()
+    loaded = {name: evaluate.load(folder, name) for name, folder in metrics.items()}
+    results.put({name: metric.compute(**given[name]) for name, metric in loaded.items()})
+
+fork = multiprocessing.get_context("fork")
+all_are_here, results = fork.Barrier(4), fork.SimpleQueue()
+arguments = (*map(json.loads, sys.argv[1:]), all_are_here, results)
+processes = [fork.Process(target=load_all, args=arguments) for _ in range(4)]
+for process in processes:
+    process.start()
+for process in processes:
+    process.join()
+    assert process.exitcode == 0
+print(json.dumps([results.get() for _ in processes]))
+"""
+
+
+def test_four_processes_load_at_once_offline_into_an_empty_cache(tmp_path: Path) -> None:
+    metrics = json.dumps({name: str(folder) for name, folder in METRICS.items()})
+    given = json.dumps({name: columns(name) for name in METRICS})
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD_ALL, metrics, given],
+        env=os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout) == [{name: load_metric(name).compute(**columns(name)) for name in METRICS}] * 4
+
+
+def test_nothing_that_is_added_is_written_to_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", str(tmp_path))
+    metric = load_metric("exact_match")
+    metric.add_batch(predictions=["red"], references=[["red"]])
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_the_package_installs_the_folders() -> None:
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    patterns = setup["options.package_data"]["adavtp.evaluation"].replace(",", " ").split()
+    files = [path.relative_to(ROOT / "evaluation") for path in (ROOT / "evaluation" / "metrics").rglob("*.py")]
+    assert {file.parent.name for file in files} == {folder.name for folder in METRICS.values()}
+    assert all(any(fnmatch(file.as_posix(), pattern) for pattern in patterns) for file in files)

@@ -1,0 +1,544 @@
+"""What a report says of runs: its numbers worked out here, its sentences from its numbers, its tables from both."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from adavtp.commands.report import report
+from adavtp.evaluation.report import compared_checkpoints, report_markdown, unit_of
+from adavtp.evaluation.report_curves import save_curves
+from adavtp.evaluation.report_findings import Finding, findings, findings_over_checkpoints
+from adavtp.evaluation.report_numbers import join_runs, report_numbers
+from adavtp.evaluation.runs import Run
+from run_folders import FULL_FLOPS, measurement, write_run
+
+NUM_EXAMPLES = 40
+
+
+def right(number: int) -> list[float]:
+    """The first ones right, the others wrong."""
+    return [1.0] * number + [0.0] * (NUM_EXAMPLES - number)
+
+
+def wrong(number: int) -> list[float]:
+    """The first ones wrong, the others right."""
+    return [0.0] * number + [1.0] * (NUM_EXAMPLES - number)
+
+
+SCORES = {
+    ("full", 1.0): right(38),
+    ("adaptive", 0.25): right(36),
+    ("adaptive", 0.5): right(37),
+    ("random", 0.25): right(20),
+    ("random", 0.5): right(26),
+    ("grid", 0.25): right(22),
+    ("grid", 0.5): right(25),
+    ("fastv:layer=2", 0.5): right(37),
+}
+UNREACHABLE = [{"reducer": "fastv:layer=2", "budget": 0.25, "reason": "2 of 4 layers see all tokens."}]
+
+
+def numbers_of(*folders: Path, against: str | None = None) -> dict[str, Any]:
+    return report_numbers(join_runs([Run.open(folder) for folder in folders]), against, "A title", "adavtp report RUN")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    categories = ["count"] * 10 + ["colour"] * 30
+    measurements = [measurement("full", 1.0, 80.0), measurement("adaptive", 0.25, 20.0)]
+    return write_run(
+        *(tmp_path_factory.mktemp("runs") / "one", SCORES),
+        **{"categories": categories, "unreachable": UNREACHABLE, "measurements": measurements},
+        tokens_off_by=lambda reducer, budget, index: -0.5 if reducer.startswith("fastv") and index < 4 else 0.0,
+    )
+
+
+@pytest.fixture(scope="module")
+def numbers(folder: Path) -> dict[str, Any]:
+    return numbers_of(folder)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(numbers: dict[str, Any]) -> dict[str, Any]:
+    return numbers["checkpoints"][0]
+
+
+def setting(checkpoint: dict[str, Any], reducer: str, num_keep: int) -> dict[str, Any]:
+    (row,) = [row for row in checkpoint["settings"] if (row["reducer"], row["num_keep"]) == (reducer, num_keep)]
+    return row
+
+
+# Numbers of one checkpoint.
+
+
+def test_a_score_is_the_mean_over_examples_with_its_cost(checkpoint: dict[str, Any]) -> None:
+    row = setting(checkpoint, "adaptive", 4)
+    assert row["score"] == 36 / 40
+    assert row["low"] < 0.9 < row["high"]
+    assert row["flops"] == FULL_FLOPS * (0.5 + 0.5 * 4 / 16)
+    assert row["milliseconds"] == 41.0
+    assert row["visual_tokens"] == 4.0
+
+
+def test_a_difference_is_on_the_same_examples_and_at_the_same_budget(checkpoint: dict[str, Any]) -> None:
+    one = setting(checkpoint, "random", 8)["against"]
+    assert one["other"] == "adaptive"
+    assert one["difference"] == pytest.approx((26 - 37) / 40)
+    assert one["low"] < one["difference"] < one["high"] < 0
+    assert one["p"] == pytest.approx(2 / 2**11)
+
+
+def test_the_same_answers_are_not_told_apart(checkpoint: dict[str, Any]) -> None:
+    one = setting(checkpoint, "fastv:layer=2", 8)["against"]
+    assert (one["difference"], one["low"], one["high"], one["p"]) == (0, 0, 0, 1)
+
+
+def test_corrected_p_values_count_the_differences_of_their_kind(checkpoint: dict[str, Any]) -> None:
+    own = [row["against"] for row in checkpoint["settings"] if "against" in row]
+    assert len(own) == 5
+    smallest = min(own, key=lambda one: one["p"])
+    assert smallest["p_holm"] == pytest.approx(5 * smallest["p"])
+
+
+def test_the_best_control_is_found_at_each_budget(checkpoint: dict[str, Any]) -> None:
+    best = {one["num_keep"]: one["reducer"] for one in checkpoint["best_controls"]}
+    assert best == {4: "grid", 8: "random"}
+    assert setting(checkpoint, "adaptive", 4)["control"]["difference"] == pytest.approx((36 - 22) / 40)
+    assert setting(checkpoint, "adaptive", 8)["control"]["difference"] == pytest.approx((37 - 26) / 40)
+    assert "control" not in setting(checkpoint, "grid", 8)
+
+
+def test_everything_kept_is_compared_with_every_budget(checkpoint: dict[str, Any]) -> None:
+    assert setting(checkpoint, "adaptive", 4)["full"]["difference"] == pytest.approx((36 - 38) / 40)
+    assert setting(checkpoint, "random", 8)["full"]["difference"] == pytest.approx((26 - 38) / 40)
+
+
+def test_categories_have_their_own_examples(checkpoint: dict[str, Any]) -> None:
+    assert checkpoint["categories"] == {"colour": 30, "count": 10}
+    own = setting(checkpoint, "random", 4)["categories"]
+    assert own["count"]["score"] == 1.0
+    assert own["colour"]["score"] == pytest.approx(10 / 30)
+    assert own["count"]["against"]["difference"] == 0
+    assert own["colour"]["against"]["difference"] == pytest.approx((10 - 26) / 30)
+
+
+def test_tokens_that_layers_saw_are_held_against_the_budget(checkpoint: dict[str, Any]) -> None:
+    row = setting(checkpoint, "fastv:layer=2", 8)
+    assert row["off_by_mean"] == pytest.approx(-0.5 * 4 / 40)
+    assert row["off_by_most"] == 0.5
+    assert setting(checkpoint, "adaptive", 8)["off_by_most"] == 0
+
+
+def test_a_question_without_a_picture_is_not_off_its_budget(tmp_path: Path) -> None:
+    off_by = {"tokens_off_by": lambda reducer, budget, index: -8.0 if index == 3 else 0.25}
+    (one,) = numbers_of(write_run(tmp_path / "run", {("adaptive", 0.5): right(3)}, **off_by))["checkpoints"]
+    assert (one["settings"][0]["off_by_mean"], one["settings"][0]["off_by_most"]) == (0.25, 0.25)
+
+
+def test_an_area_is_the_mean_score_over_the_flops_that_all_cover(checkpoint: dict[str, Any]) -> None:
+    """All reach from K = 8 to everything kept; those that reach K = 4 too have a second, wider area."""
+    narrow, wide = checkpoint["areas"]
+    assert (narrow["low_flops"], narrow["high_flops"]) == (0.75 * FULL_FLOPS, FULL_FLOPS)
+    areas = {row["reducer"]: row["area"] for row in narrow["rows"]}
+    assert areas["random"] == pytest.approx((26 + 38) / 2 / 40)
+    assert areas["fastv:layer=2"] == pytest.approx((37 + 38) / 2 / 40)
+    assert wide["low_flops"] == 0.625 * FULL_FLOPS
+    areas = {row["reducer"]: row["area"] for row in wide["rows"]}
+    assert set(areas) == {"adaptive", "random", "grid"}
+    assert areas["random"] == pytest.approx(((20 + 26) / 2 * 1 + (26 + 38) / 2 * 2) / 3 / 40)
+
+
+def test_areas_are_compared_in_pairs(checkpoint: dict[str, Any]) -> None:
+    pairs = {(pair["reducer"], pair["other"]): pair for pair in checkpoint["areas"][0]["pairs"]}
+    assert len(pairs) == 4 * 3 / 2
+    assert pairs["adaptive", "random"]["difference"] == pytest.approx((37 - 26) / 2 / 40)
+    assert pairs["adaptive", "random"]["low"] > 0
+    assert pairs["adaptive", "fastv:layer=2"]["low"] == pairs["adaptive", "fastv:layer=2"]["high"] == 0
+
+
+def test_without_a_common_range_there_is_no_area(tmp_path: Path) -> None:
+    scores = {
+        ("adaptive", 0.25): right(3),
+        ("adaptive", 0.5): right(4),
+        ("tome", 0.6): right(3),
+        ("tome", 0.9): right(4),
+    }
+    numbers = numbers_of(write_run(tmp_path / "run", scores))
+    assert numbers["checkpoints"][0]["areas"] == []
+    assert "No range of FLOPs is covered by all" in report_markdown(numbers)
+
+
+def test_scores_that_are_no_shares_are_written_as_they_are(tmp_path: Path) -> None:
+    scores = {("adaptive", 0.5): [0.5, 2.25, 1.0, 3.25], ("random", 0.5): [0.5, 1.0, 1.0, 1.0]}
+    numbers = numbers_of(write_run(tmp_path / "run", scores, metric="cider"))
+    row = setting(numbers["checkpoints"][0], "adaptive", 8)
+    assert not numbers["checkpoints"][0]["is_share"]
+    assert row["low"] < row["score"] == 1.75 < row["high"]
+    assert "| `adaptive` | vision |  | 1.750 (" in report_markdown(numbers)
+
+
+# Joining runs.
+
+
+def split(tmp_path: Path, second: dict[tuple[str, float | int], list[float]], **how: Any) -> list[Path]:
+    first = {key: own for key, own in SCORES.items() if key[0] in ("full", "adaptive")}
+    return [write_run(tmp_path / "a", first), write_run(tmp_path / "b", second, **how)]
+
+
+def test_reducers_measured_in_different_runs_are_one_measurement(
+    tmp_path: Path, folder: Path, checkpoint: dict[str, Any]
+) -> None:
+    categories = ["count"] * 10 + ["colour"] * 30
+    first = {key: own for key, own in SCORES.items() if key[0] in ("full", "adaptive")}
+    others = {key: own for key, own in SCORES.items() if key not in first}
+    folders = [
+        write_run(tmp_path / "a", first, categories=categories),
+        write_run(
+            *(tmp_path / "b", others),
+            **{"categories": categories, "unreachable": UNREACHABLE},
+            tokens_off_by=lambda reducer, budget, index: -0.5 if reducer.startswith("fastv") and index < 4 else 0.0,
+        ),
+    ]
+    (joined,) = numbers_of(*folders)["checkpoints"]
+    for name in ("settings", "areas", "best_controls", "categories", "unreachable"):
+        assert joined[name] == checkpoint[name]
+    assert [run["folder"] for run in joined["runs"]] == ["a", "b"]
+
+
+def test_what_was_answered_twice_alike_counts_once(tmp_path: Path) -> None:
+    (one,) = numbers_of(*split(tmp_path, {("adaptive", 0.5): right(37), ("random", 0.5): right(26)}))["checkpoints"]
+    assert [row["reducer"] for row in one["settings"]] == ["full", "adaptive", "adaptive", "random"]
+
+
+def test_what_was_answered_twice_differently_is_refused_by_name(tmp_path: Path) -> None:
+    folders = split(tmp_path, {("adaptive", 0.5): right(36), ("random", 0.5): right(26)})
+    with pytest.raises(ValueError, match="'adaptive' with 8 tokens was answered twice and differs: example 'q36'"):
+        numbers_of(*folders)
+
+
+def test_a_fraction_and_a_count_of_the_same_tokens_are_one_setting(tmp_path: Path) -> None:
+    (one,) = numbers_of(*split(tmp_path, {("adaptive", 8): right(37), ("random", 8): right(26)}))["checkpoints"]
+    assert setting(one, "adaptive", 8)["asked"] == [0.5, 8]
+    assert setting(one, "random", 8)["against"]["other"] == "adaptive"
+    assert one["budgets"][1] == {"num_keep": 8, "asked": [0.5, 8]}
+
+
+def test_what_one_run_could_not_reach_and_another_did_is_not_unreachable(tmp_path: Path) -> None:
+    unreachable = [{"reducer": "adaptive", "budget": 0.5, "reason": "then"}, *UNREACHABLE]
+    folders = split(tmp_path, {("random", 0.5): right(26)}, unreachable=unreachable)
+    assert numbers_of(*folders)["checkpoints"][0]["unreachable"] == UNREACHABLE
+
+
+def rewrite_header(folder: Path, **changes: Any) -> None:
+    header = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(header | changes))
+
+
+@pytest.mark.parametrize(("name", "value"), [("metric", "anls"), ("num_patches", 20), ("max_new_tokens", 9)])
+def test_runs_of_one_checkpoint_that_measured_something_else_are_refused(
+    tmp_path: Path, name: str, value: object
+) -> None:
+    folders = split(tmp_path, {("random", 0.5): right(26)})
+    rewrite_header(folders[1], **{name: value})
+    with pytest.raises(ValueError, match=f"differ in '{name}'"):
+        numbers_of(*folders)
+
+
+def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", {("adaptive", 0.5): right(3), ("random", 0.5): right(2)})
+    lines = (folder / "answers.jsonl").read_text().splitlines(keepends=True)
+    (folder / "answers.jsonl").write_text("".join(lines[:-1]))
+    with pytest.raises(ValueError, match="not finished: 'random' at 0.5 has 39 of 40 examples"):
+        numbers_of(folder)
+    (folder / "answers.jsonl").write_text("".join(lines[:NUM_EXAMPLES]))
+    with pytest.raises(ValueError, match="not finished: 'random' at 0.5 has 0 of 40 examples"):
+        numbers_of(folder)
+
+
+def test_a_run_whose_answers_are_not_scored_yet_is_refused(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", {("adaptive", 0.5): right(3)})
+    text = (folder / "answers.jsonl").read_text()
+    (folder / "answers.jsonl").write_text(text.replace('"score": 1.0', '"score": null'))
+    with pytest.raises(ValueError, match="not finished: 'adaptive' at 0.5 has no scores yet"):
+        numbers_of(folder)
+
+
+def test_other_examples_under_the_same_hash_are_refused(tmp_path: Path) -> None:
+    folders = split(tmp_path, {("random", 0.5): right(26)})
+    text = (folders[1] / "answers.jsonl").read_text()
+    (folders[1] / "answers.jsonl").write_text(text.replace('"q7"', '"q99"'))
+    with pytest.raises(ValueError, match="has the example 7 'q99', where another run of the same data has 7 'q7'"):
+        numbers_of(*folders)
+
+
+def test_no_runs_and_an_unmeasured_reducer_to_compare_with_are_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="`runs` is empty"):
+        numbers_of()
+    with pytest.raises(ValueError, match="`against` is 'tome'; measured were full, adaptive, random"):
+        numbers_of(folder, against="tome")
+
+
+def test_another_reducer_may_be_the_one_to_compare_with(folder: Path) -> None:
+    (one,) = numbers_of(folder, against="random")["checkpoints"]
+    assert setting(one, "adaptive", 4)["against"] | {"other": "random"} == setting(one, "adaptive", 4)["against"]
+    assert setting(one, "adaptive", 4)["against"]["difference"] == pytest.approx((36 - 20) / 40)
+
+
+# Sentences.
+
+
+def sentences(found: Sequence[Finding]) -> list[str]:
+    return [line for one in found for line in (one.text, *one.details)]
+
+
+def found_with(tmp_path: Path, adaptive: list[float], random: list[float]) -> list[str]:
+    scores = {("adaptive", 0.5): adaptive, ("random", 0.5): random}
+    return sentences(findings(numbers_of(write_run(tmp_path, scores))["checkpoints"][0]))
+
+
+def test_sentences_follow_the_numbers_when_they_are_turned_round(tmp_path: Path) -> None:
+    above = found_with(tmp_path / "above", right(37), right(20))
+    below = found_with(tmp_path / "below", right(20), right(37))
+    even = found_with(tmp_path / "even", right(37), right(36))
+    assert "K = 8: the highest score of 2 measured is 92.5%, of `adaptive`." in above
+    assert "K = 8: the highest score of 2 measured is 92.5%, of `random`." in below
+    assert "Above the best control, `random`: `adaptive` (1 of 1 also after Holm's correction)." in above
+    assert "Below the best control, `random`: `adaptive` (1 of 1 also after Holm's correction)." in below
+    assert "Below `adaptive`: `random` (1 of 1 also after Holm's correction)." in above
+    assert "Above `adaptive`: `random` (1 of 1 also after Holm's correction)." in below
+    assert "Not told apart from the best control, `random`: `adaptive`." in even
+    assert not any(line.startswith(("Above", "Below")) for line in even)
+
+
+def test_what_only_a_single_interval_tells_apart_is_said_to_be_that(tmp_path: Path) -> None:
+    """5 answers better and none worse: the interval leaves out 0, and the exact test has p = 1/16."""
+    found = found_with(tmp_path / "run", right(25), right(20))
+    assert "Above the best control, `random`: `adaptive` (0 of 1 also after Holm's correction)." in found
+
+
+def test_every_reducer_is_said_to_be_on_exactly_one_side(checkpoint: dict[str, Any]) -> None:
+    (at_8,) = [one for one in findings(checkpoint) if one.text.startswith("K = 8:")]
+    full = [line for line in at_8.details if "everything kept" in line]
+    named = re.findall(r"`([^`]+)`", " ".join(full))
+    assert sorted(named) == ["adaptive", "fastv:layer=2", "grid", "random"]
+
+
+def test_without_a_control_that_is_said(tmp_path: Path) -> None:
+    (one,) = numbers_of(write_run(tmp_path / "run", {("adaptive", 0.5): right(3)}))["checkpoints"]
+    assert "No control (`random`, `grid`, `downsample`) was measured." in sentences(findings(one))[0]
+
+
+def test_the_largest_area_stands_beside_what_is_not_told_apart_from_it(checkpoint: dict[str, Any]) -> None:
+    narrow = [one for one in findings(checkpoint) if one.text.startswith("Area")][0]
+    assert (
+        narrow.text
+        == "Area under the score-FLOPs curve, 4 reducers: the largest is that of `adaptive`, `fastv:layer=2`."
+    )
+    assert narrow.details == [
+        "Told apart below `adaptive`: `random`, `grid`.",
+    ]
+
+
+def test_a_control_with_the_largest_area_is_called_one(tmp_path: Path) -> None:
+    scores = {key: wrong(sum(map(int, own))) if key[0] != "full" else own for key, own in SCORES.items()}
+    found = findings(numbers_of(write_run(tmp_path / "run", scores))["checkpoints"][0])
+    (area,) = [one for one in found if one.text.startswith("Area under the score-FLOPs curve, 4 reducers")]
+    assert area.text.endswith("the largest is that of `grid` (control).")
+    assert area.details == [
+        "Not told apart from `grid`: `random`.",
+        "Told apart below `grid`: `fastv:layer=2`, `adaptive`.",
+    ]
+
+
+# Several checkpoints.
+
+
+@pytest.fixture(scope="module")
+def over_two(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> dict[str, Any]:
+    scores = dict(SCORES) | {("adaptive", 0.5): right(33), ("fastv:layer=2", 0.5): wrong(30), ("grid", 0.5): right(32)}
+    del scores["grid", 0.25]
+    return numbers_of(folder, write_run(tmp_path_factory.mktemp("runs") / "two", scores, checkpoint="second"))
+
+
+def test_checkpoints_keep_their_own_figures_beside_mean_and_spread(over_two: dict[str, Any]) -> None:
+    assert [one["checkpoint"] for one in over_two["checkpoints"]] == ["first", "second"]
+    (over,) = over_two["over_checkpoints"]
+    (row,) = [row for row in over["settings"] if (row["reducer"], row["num_keep"]) == ("adaptive", 8)]
+    assert row["values"] == [37 / 40, 33 / 40]
+    assert (row["mean"], row["lowest"], row["highest"]) == pytest.approx((35 / 40, 33 / 40, 37 / 40))
+    assert ("grid", 4) not in {(row["reducer"], row["num_keep"]) for row in over["settings"]}
+    assert over["not_in_all"] == 1
+
+
+def test_the_order_of_methods_is_compared_by_kendalls_tau(over_two: dict[str, Any]) -> None:
+    """At K = 8: 37, 26, 25, 37 and 33, 26, 32, 10. Of six pairs one is tied in the first; 2 agree, 3 do not."""
+    (over,) = over_two["over_checkpoints"]
+    (at_8,) = [row for row in over["agreement"] if row["num_keep"] == 8]
+    assert at_8["tau"] == pytest.approx([(2 - 3) / (5 * 6) ** 0.5])
+
+
+def test_what_holds_for_every_checkpoint_is_said_of_all(over_two: dict[str, Any]) -> None:
+    found = sentences(findings_over_checkpoints(over_two["over_checkpoints"][0], over_two["checkpoints"]))
+    at_8 = [line for line in found if line.startswith("K = 8: below `adaptive` in each of the 2 checkpoints")]
+    assert len(at_8) == 1 and at_8[0].endswith(": `random`.")
+
+
+def test_checkpoints_are_compared_on_the_same_examples(over_two: dict[str, Any]) -> None:
+    ((*rows,),) = over_two["over_checkpoints"][0]["beside_first"]
+    compared = {(row["reducer"], row["num_keep"]): row for row in rows}
+    assert compared["adaptive", 8]["difference"] == pytest.approx((33 - 37) / 40)
+    assert compared["adaptive", 8]["low"] < compared["adaptive", 8]["high"] <= 0
+    assert compared["adaptive", 4]["low"] == compared["adaptive", 4]["high"] == 0
+    assert compared["grid", 8]["p"] == pytest.approx(2 / 2**7)
+    assert compared["grid", 8]["p_holm"] == pytest.approx(6 * 2 / 2**7)
+    assert "| `grid` (control) | – | **+17.5** (" in report_markdown(over_two)
+
+
+def test_checkpoints_of_the_same_name_are_told_apart_by_their_hash(tmp_path: Path, folder: Path) -> None:
+    other = write_run(tmp_path / "other", SCORES, checkpoint="second")
+    rewrite_header(other, checkpoint="first")
+    names = [one["checkpoint"] for one in numbers_of(folder, other)["checkpoints"]]
+    assert names == ["first (hash of )"] * 2
+
+
+def test_checkpoints_on_other_data_are_not_averaged(tmp_path: Path, folder: Path) -> None:
+    other = write_run(tmp_path / "other", SCORES, checkpoint="second", data="photographs")
+    assert numbers_of(folder, other)["over_checkpoints"] == []
+
+
+# The pages.
+
+
+def test_every_row_of_every_table_has_a_cell_for_every_column(over_two: dict[str, Any]) -> None:
+    for line in report_markdown(over_two).splitlines():
+        if line.startswith("| ") and "---" not in line:
+            columns = line.count("|")
+        elif line.startswith("|"):
+            assert line.count("|") == columns
+
+
+def test_the_tables_have_the_numbers(numbers: dict[str, Any], checkpoint: dict[str, Any]) -> None:
+    text = report_markdown(numbers)
+    row = setting(checkpoint, "adaptive", 4)
+    assert f"90.0 ({100 * row['low']:.1f} to {100 * row['high']:.1f})" in text
+    one = setting(checkpoint, "random", 4)["against"]
+    assert f"**-40.0**\\* ({100 * one['low']:+.1f} to {100 * one['high']:+.1f})" in text
+    assert "Everything kept (K = 16): 95.0" in text
+    assert "| `fastv:layer=2` | 0.25 | 2 of 4 layers see all tokens. |" in text
+    assert "differ by at most 0.5 tokens (`fastv:layer=2`, K = 8)" in text
+    assert (
+        "| `adaptive` | 0.25 | 90.0" in text and "| 20.0 (18.0 to 22.0) | 50.0 (45.0 to 55.0) | 25.0 | 3.30 |" in text
+    )
+    assert "adavtp evaluate first --data questions" in text and "adavtp report RUN" in text
+    assert "answering took 3.0% more time than `generate` alone" in text
+    assert "x86_64, 1 threads" in text and "torch 2.13.0" in text and "hash of questions" in text
+
+
+def test_a_bar_in_a_reason_does_not_end_its_cell(tmp_path: Path) -> None:
+    unreachable = [{"reducer": "vtw", "budget": 0.1, "reason": "a | b"}]
+    text = report_markdown(
+        numbers_of(write_run(tmp_path / "run", {("adaptive", 0.5): right(3)}, unreachable=unreachable))
+    )
+    assert "| `vtw` | 0.1 | a \\| b |" in text
+
+
+def test_units_follow_the_largest_value() -> None:
+    assert unit_of([2.5e12, 1.0], "FLOPs") == ("TFLOPs", 1e12)
+    assert unit_of([2.5e9], "FLOPs") == ("GFLOPs", 1e9)
+    assert unit_of([999.0], "B") == ("B", 1.0)
+
+
+def test_the_same_numbers_draw_the_same_file(tmp_path: Path, numbers: dict[str, Any]) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        save_curves(numbers, tmp_path / name)
+    first, second = ((tmp_path / name / "curves.svg").read_bytes() for name in ("a", "b"))
+    assert first == second
+    assert b"<dc:date>" not in first
+    assert (tmp_path / "a" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_reducer_is_named_in_the_curves_and_controls_are_called_so(
+    tmp_path: Path, numbers: dict[str, Any]
+) -> None:
+    save_curves(numbers, tmp_path)
+    words = re.findall(r">([^<>]+)</text>", (tmp_path / "curves.svg").read_text())
+    for label in ("adaptive", "fastv:layer=2", "random (control)", "grid (control)", "everything kept"):
+        assert label in words
+    assert "GFLOPs an example" in words and "visual tokens kept, of 16" in words
+
+
+def test_many_reducers_are_drawn_by_stage(tmp_path: Path) -> None:
+    names = ["tome", "dynamicvit", "visionzip", "prumerge", "pool", "dart", "divprune", "cdpruner", "fastv", "vtw"]
+    scores = {(name, 0.5): right(20 + place) for place, name in enumerate([*names, "adaptive", "random"])}
+    save_curves(numbers_of(write_run(tmp_path / "run", scores)), tmp_path)
+    words = re.findall(r">([^<>]+)</text>", (tmp_path / "curves.svg").read_text())
+    stages = [word for word in words if word.startswith("stage: ")]
+    assert stages == ["stage: encoder", "stage: vision", "stage: projector", "stage: decoder"]
+    assert [words.count(name) for name in names] == [1] * len(names)
+
+
+# The command.
+
+
+def run_command(*arguments: str | Path) -> Any:
+    app = typer.Typer()
+    app.command()(report)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_the_command_writes_tables_curves_numbers_and_a_page(tmp_path: Path, folder: Path) -> None:
+    done = run_command(folder, "--output", tmp_path / "out", "--title", "Ours")
+    assert done.exit_code == 0, done.output
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"report.md", "report.json", "curves.png", "curves.svg", "index.html"}
+    assert (tmp_path / "out" / "report.md").read_text().startswith("# Ours\n")
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["checkpoints"][0]["num_examples"] == NUM_EXAMPLES
+
+
+def test_the_command_says_why_it_refuses(tmp_path: Path, folder: Path) -> None:
+    done = run_command(folder, "--output", tmp_path / "out", "--against", "tome")
+    assert done.exit_code == 2 and "measured were" in done.output
+    assert not (tmp_path / "out").exists()
+    done = run_command(tmp_path, "--output", tmp_path / "out")
+    assert done.exit_code == 2 and "run.json" in done.output
+
+
+def test_checkpoints_scored_by_different_metrics_are_not_compared(tmp_path: Path) -> None:
+    scores = {("adaptive", 0.5): [1.0, 0.0, 1.0, 1.0], ("random", 0.5): [0.0, 0.0, 1.0, 1.0]}
+    runs = [
+        write_run(tmp_path / name, scores, checkpoint=name, metric=metric)
+        for name, metric in (("first", "exact_match"), ("second", "exact_match"), ("third", "anls"))
+    ]
+    numbers = numbers_of(*runs)
+    (over,) = numbers["over_checkpoints"]
+    assert [one["checkpoint"] for one in compared_checkpoints(numbers, over)] == ["first", "second"]
+    assert "each of the 3" not in report_markdown(numbers)
+
+
+def test_a_run_in_which_nothing_could_be_measured_is_refused(tmp_path: Path) -> None:
+    entry = {"reducer": "fastv", "budget": 0.1, "reason": "out of reach"}
+    with pytest.raises(ValueError, match="run has no setting that could be measured"):
+        numbers_of(write_run(tmp_path / "run", {}, unreachable=[entry]))
+
+
+def test_other_figures_of_a_metric_have_a_table_of_their_own(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", {("full", 1.0): [1.0, 0.0]}, metric="pope")
+    header = json.loads((folder / "run.json").read_text())
+    figures = {"pope": 0.5, "f1": 0.625, "yes_ratio": 0.25}
+    row = {
+        "reducer": "full",
+        "budget": 1.0,
+        "figures": figures,
+        "by_category": {"random": {"pope": 0.75, "f1": 0.875}},
+    }
+    (folder / "run.json").write_text(json.dumps(header | {"figures": [row]}))
+    page = report_markdown(numbers_of(folder))
+    assert "| reducer | budget | pope | f1 | yes_ratio |" in page and "| `full` | 1 | 0.5 | 0.625 | 0.25 |" in page
+    assert "Figures of pope, random" in page and "| `full` | 1 | 0.75 | 0.875 |" in page

@@ -1,0 +1,204 @@
+"""The page of a report: one file that needs nothing else, with every table, and what was kept of every picture."""
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adavtp.evaluation.report import Table, report_sections
+from adavtp.evaluation.report_numbers import join_runs, report_numbers
+from adavtp.evaluation.report_page import report_page
+from adavtp.evaluation.runs import Run
+from run_folders import NUM_LAYERS, NUM_PATCHES, write_run
+
+SVG = '<?xml version="1.0"?>\n<svg width="72pt" height="36pt" viewBox="0 0 72 36"><text>adaptive</text></svg>\n'
+NASTY = "Is </script><b>this</b> & `that` \"a\" 'test'?"
+SCORES = {
+    ("full", 1.0): [1.0, 1.0, 0.0, 1.0],
+    ("adaptive", 0.25): [1.0, 0.5, 0.0, 1.0],
+    ("random", 0.25): [0.0, 1.0, 0.0, 1.0],
+}
+EMPTY = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}
+
+
+class Page(HTMLParser):
+    """What is in a page: its elements in order, the text of each kind, and whether they are properly nested."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.open: list[str] = []
+        self.text: dict[str, list[str]] = {}
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {name: value or "" for name, value in attributes}))
+        if tag not in EMPTY:
+            self.open.append(tag)
+            self.text.setdefault(tag, []).append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, f"</{tag}> where something else is open"
+
+    def handle_data(self, data: str) -> None:
+        for tag in set(self.open):
+            self.text[tag][-1] += data
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def page_of(*folders: Path) -> tuple[str, dict[str, Any]]:
+    measured = join_runs([Run.open(folder) for folder in folders])
+    numbers = report_numbers(measured, None, "Accuracy & <FLOPs>", "adavtp report RUN")
+    return report_page(numbers, measured, SVG), numbers
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(
+        *(tmp_path_factory.mktemp("runs") / "one", SCORES),
+        **{"categories": ["count", "count", "colour", "colour"], "questions": [NASTY, "b?", "c?", "d?"], "shown": 3},
+        unreachable=[{"reducer": "vtw", "budget": 0.1, "reason": "<b>Out</b> of reach & `such`."}],
+    )
+
+
+@pytest.fixture(scope="module")
+def written(folder: Path) -> tuple[str, dict[str, Any]]:
+    return page_of(folder)
+
+
+@pytest.fixture(scope="module")
+def page(written: tuple[str, dict[str, Any]]) -> Page:
+    return Page(written[0])
+
+
+@pytest.fixture(scope="module")
+def viewed(page: Page) -> dict[str, Any]:
+    """What the page shows of the first checkpoint's examples."""
+    (text,) = [text for text in page.text["script"] if text.startswith("{")]
+    return json.loads(text)["checkpoints"][0]
+
+
+def test_the_page_loads_nothing(written: tuple[str, dict[str, Any]], page: Page) -> None:
+    for tag, attributes in page.elements:
+        for name in ("src", "href", "xlink:href", "srcset", "action", "data", "poster"):
+            assert attributes.get(name, "#").startswith(("#", "data:")), f"<{tag} {name}={attributes[name]!r}>"
+        assert tag not in ("link", "iframe", "object", "embed")
+    assert not re.search(r"@import|url\((?!#)|fetch\(|XMLHttpRequest|https?://", written[0])
+
+
+def test_elements_are_closed_in_their_order(page: Page) -> None:
+    assert page.open == []
+
+
+def test_links_lead_to_places_in_the_page(page: Page) -> None:
+    names = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(names) == len(set(names))
+    links = [attributes["href"].removeprefix("#") for attributes in page.all("a")]
+    links += [attributes["aria-labelledby"] for _, attributes in page.elements if "aria-labelledby" in attributes]
+    assert len(links) > 8 and set(links) <= set(names)
+
+
+def test_every_table_is_in_the_page_with_all_its_cells(written: tuple[str, dict[str, Any]], page: Page) -> None:
+    blocks = [block for section in report_sections(written[1]) for block in section.blocks]
+    expected = [block for block in blocks if isinstance(block, Table)]
+    assert len(expected) >= 6
+    # One more for the examples, which the script fills.
+    assert len(page.text["caption"]) == len(expected) + 1
+    cells = [len(block.rows) * (len(block.columns) - 1) for block in expected]
+    assert len(page.all("td")) == sum(cells)
+    assert [row["scope"] for row in page.all("th")].count("row") == sum(len(block.rows) for block in expected)
+    assert [row["scope"] for row in page.all("th")].count("col") == sum(len(block.columns) for block in expected)
+
+
+def test_numbers_are_sorted_by_themselves_and_not_by_how_they_are_written(
+    written: tuple[str, dict[str, Any]], page: Page
+) -> None:
+    values = {float(cell["data-value"]) for cell in page.all("td") if "data-value" in cell}
+    rows = written[1]["checkpoints"][0]["settings"]
+    for name in ("score", "flops", "visual_tokens", "num_keep"):
+        assert {row[name] for row in rows} <= values
+
+
+def test_what_scrolls_can_be_reached_by_keyboard_and_has_a_name(page: Page) -> None:
+    scrolling = [one for one in page.all("div") if one.get("class") == "scroll"]
+    assert scrolling and all(one["tabindex"] == "0" and one["aria-labelledby"] for one in scrolling)
+
+
+def test_every_choice_has_a_label(written: tuple[str, dict[str, Any]], page: Page) -> None:
+    labels = re.findall(r"<label>.*?</label>", written[0], flags=re.DOTALL)
+    assert len(labels) == len(page.all("select")) == sum("<select" in label for label in labels)
+
+
+def test_curves_are_inside_and_take_their_size_from_the_page(written: tuple[str, dict[str, Any]], page: Page) -> None:
+    (svg,) = page.all("svg")
+    assert svg["viewbox"] == "0 0 72 36" and "width" not in svg and "height" not in svg
+    assert page.text["text"] == ["adaptive"]
+    assert "<?xml" not in written[0]
+
+
+def test_words_of_the_data_are_words_and_no_markup(page: Page, viewed: dict[str, Any]) -> None:
+    assert viewed["examples"][0]["question"] == NASTY
+    assert page.all("b") == []
+    assert "<b>Out</b> of reach & such." in page.text["td"]
+    assert page.text["h1"] == page.text["title"] == ["Accuracy & <FLOPs>"]
+
+
+def test_the_first_examples_are_shown_with_every_answer(viewed: dict[str, Any]) -> None:
+    assert [one["id"] for one in viewed["examples"]] == ["q0", "q1", "q2"]
+    second = {one["reducer"]: one for one in viewed["examples"][1]["answered"]}
+    assert {name: (one["score"], one["prediction"]) for name, one in second.items()} == {
+        "full": (1.0, "yes"),
+        "adaptive": (0.5, "yes"),
+        "random": (1.0, "yes"),
+    }
+    assert viewed["examples"][1]["category"] == "count"
+    assert (viewed["reducers"], viewed["budgets"]) == (["full", "adaptive", "random"], [4, 16])
+
+
+def test_kept_patches_are_those_of_the_run(viewed: dict[str, Any], folder: Path) -> None:
+    lines = [json.loads(line) for line in (folder / "pictures" / "kept.jsonl").read_text().splitlines()]
+    shown = {(one["reducer"], index): one for index in range(3) for one in viewed["examples"][index]["answered"]}
+    assert len(lines) == len(shown) == 9
+    for line in lines:
+        layers = base64.b64decode(shown[line["reducer"], line["index"]]["layers"])
+        assert list(layers) == line["layers_seen"]
+    assert (viewed["num_layers"], viewed["side"] ** 2) == (NUM_LAYERS, NUM_PATCHES)
+
+
+def test_a_picture_is_in_the_page_once(
+    written: tuple[str, dict[str, Any]], viewed: dict[str, Any], folder: Path
+) -> None:
+    assert written[0].count("data:image/png;base64,") == 3
+    encoded = viewed["examples"][2]["picture"].removeprefix("data:image/png;base64,")
+    assert base64.b64decode(encoded) == (folder / "pictures" / "2.png").read_bytes()
+
+
+def test_pictures_may_come_from_another_run_of_the_same(tmp_path: Path, folder: Path) -> None:
+    other = write_run(tmp_path / "run", {("grid", 0.25): [1.0] * 4}, questions=[NASTY, "b?", "c?", "d?"], shown=2)
+    (text,) = [text for text in Page(page_of(folder, other)[0]).text["script"] if text.startswith("{")]
+    examples = json.loads(text)["checkpoints"][0]["examples"]
+    drawn = [[one["reducer"] for one in example["answered"] if one["layers"]] for example in examples]
+    assert drawn == [[*("full", "adaptive", "random"), "grid"]] * 2 + [["full", "adaptive", "random"]]
+
+
+def test_patches_that_are_no_square_are_not_drawn(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", {("adaptive", 0.25): [1.0, 0.0]}, shown=1)
+    line = json.loads((folder / "pictures" / "kept.jsonl").read_text())
+    line["layers_seen"] += line["layers_seen"]
+    (folder / "pictures" / "kept.jsonl").write_text(json.dumps(line) + "\n")
+    (text,) = [text for text in Page(page_of(folder)[0]).text["script"] if text.startswith("{")]
+    assert json.loads(text)["checkpoints"][0]["examples"][0]["answered"][0]["layers"] is None
+
+
+def test_without_pictures_there_are_no_examples_to_look_at(tmp_path: Path) -> None:
+    page = Page(page_of(write_run(tmp_path / "run", SCORES))[0])
+    assert "examples" not in [attributes.get("id") for _, attributes in page.elements]
+    assert page.all("select") == []
+    assert page.open == []

@@ -1,0 +1,592 @@
+"""The Space: what its page shows in a real browser, what it counts, and the folder that goes to the Hub."""
+
+import ast
+import importlib.util
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from importlib.metadata import version
+from io import BytesIO
+from math import floor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from packaging.requirements import Requirement
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor
+from typer.testing import CliRunner
+
+from adavtp.command_line import app
+from adavtp.hub_cards.space_folder import SPACE, space_folder
+from adavtp.modeling.budget.selection import Selection
+from counted_flops import ON_A_CPU
+from repository import ROOT
+
+CHECKPOINT = ROOT / "hub_cards" / "adavtp-digits"
+SCENE = ROOT / "docs" / "scene.png"
+QUESTION = "Which digit is red?"
+NUM_PATCHES, PATCH_SIZE, DROPPED = 144, 8, 0.18
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM_FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update"),
+)
+NEEDS_GRADIO = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="gradio is not installed")
+# Milliseconds that the page may take for anything.
+PATIENCE = 20_000
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Served:
+    """The running page, and the socket that every connection to elsewhere would have to go through."""
+
+    address: str
+    proxy: socket.socket
+
+
+@dataclass
+class Visit:
+    """A browser's page, and what it asked the network for and complained about."""
+
+    page: Any
+    address: str
+    requests: list[str] = field(default_factory=list)
+    complaints: list[str] = field(default_factory=list)
+
+    def upload(self, path: Path) -> None:
+        self.page.set_input_files("#image input[type=file]", path)
+        self.page.wait_for_selector("#image img", timeout=PATIENCE)
+
+    def ask(self, question: str) -> None:
+        self.page.get_by_label("Question").fill(question)
+        self.page.get_by_role("button", name="Ask").click()
+
+    def drag_to(self, fraction: float) -> float:
+        """Drags the slider's handle there, and returns the budget that it then says."""
+        box = self.page.locator("#budget input[type=range]").bounding_box()
+        middle = box["y"] + box["height"] / 2
+        budget = self.budget()
+        # Handles do not overhang: they move between half their width from either end.
+        x = [box["x"] + 8 + where * (box["width"] - 16) for where in (budget, fraction)]
+        self.page.mouse.move(x[0], middle)
+        self.page.mouse.down()
+        self.page.mouse.move(x[1], middle, steps=5)
+        self.page.mouse.up()
+        return self.budget()
+
+    def budget(self) -> float:
+        return float(self.page.input_value("#budget input[type=number]"))
+
+    def wait_for_cost_of(self, tokens: int) -> None:
+        """Until cost and picture are those of so many tokens, and nothing moves any more."""
+        self.page.wait_for_function(
+            """([tokens, all]) => {
+                const picture = document.querySelector("#picture img");
+                const cell = document.querySelector("#cost tbody td");
+                const is_shown = picture?.complete && picture.alt.includes(`all but ${tokens} of ${all} `);
+                return is_shown && cell?.innerText === `${tokens}`;
+            }""",
+            arg=[tokens, NUM_PATCHES],
+            timeout=PATIENCE,
+        )
+
+    def answer(self) -> str:
+        return self.page.input_value("#answer textarea")
+
+    def cost(self) -> dict[str, list[str]]:
+        """The table of costs: a row's name and its cells."""
+        rows = self.page.locator("#cost tbody tr").all()
+        return {row.locator("th").inner_text(): row.locator("td").all_inner_texts() for row in rows}
+
+    def picture(self) -> bytes:
+        return self.page.request.get(self.page.get_attribute("#picture img", "src")).body()
+
+    def sentence(self) -> str:
+        return self.page.get_by_role("alert").filter(has_text=".").inner_text(timeout=PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    """`adavtp space` in a process of its own, where the way to anywhere but this machine is a socket of ours."""
+    for module in ("gradio", "playwright"):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"the page is tested with {module}, which is not installed")
+    if CHROMIUM is None:
+        pytest.skip("the page is tested in Chromium, and there is no chromium, chromium-browser or google-chrome")
+    with socket.create_server(("127.0.0.1", 0)) as proxy, socket.create_server(("127.0.0.1", 0)) as free:
+        port, elsewhere = free.getsockname()[1], f"http://127.0.0.1:{proxy.getsockname()[1]}"
+        free.close()
+        proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), elsewhere)
+        own = {"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "adavtp.command_line", "space", "--port", str(port)]
+        # Outside the repository: the page must not live on what lies around.
+        process = subprocess.Popen(
+            command, env=os.environ | proxies | own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        try:
+            address = f"http://127.0.0.1:{port}/"
+            _wait_for(address, process)
+            yield Served(address, proxy)
+        finally:
+            process.terminate()
+            process.wait(timeout=20)
+
+
+def _wait_for(address: str, process: subprocess.Popen) -> None:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    # A machine that is busy with other tests takes its time.
+    for _ in range(1200):
+        if process.poll() is not None:
+            pytest.fail(f"`adavtp space` ended with {process.returncode}: {process.stdout.read()}")
+        try:
+            opener.open(address, timeout=5).close()
+            return
+        except OSError:
+            time.sleep(0.1)
+    pytest.fail("`adavtp space` serves no page after two minutes.")
+
+
+@pytest.fixture(scope="module")
+def browser(served: Served) -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser: Any, served: Served) -> Iterator[Visit]:
+    """The page as a visitor first meets it. Whatever is done there, the browser has nothing to complain about."""
+    context = browser.new_context(viewport={"width": 1100, "height": 900})
+    visit = Visit(context.new_page(), served.address)
+    visit.page.on("request", lambda request: visit.requests.append(request.url))
+    visit.page.on("console", lambda said: visit.complaints.append(said.text) if said.type == "error" else None)
+    visit.page.on("pageerror", lambda error: visit.complaints.append(str(error)))
+    visit.page.goto(served.address)
+    visit.page.wait_for_selector("#budget", timeout=PATIENCE)
+    yield visit
+    context.close()
+    assert visit.complaints == []
+
+
+@pytest.fixture(scope="module")
+def reference() -> tuple[Any, Any]:
+    """Model and processor, as any user loads them."""
+    model = AutoModel.from_pretrained(CHECKPOINT, trust_remote_code=True).eval()
+    return model, AutoProcessor.from_pretrained(CHECKPOINT, trust_remote_code=True)
+
+
+def tokens_of(budget: float) -> int:
+    """K = floor(b N), and one at least."""
+    return max(1, floor(Fraction(str(budget)) * NUM_PATCHES))
+
+
+def picture_of(keep: torch.Tensor) -> np.ndarray:
+    """The scene, of the size that the model wants, with its dropped patches dark: `[96, 96, 3]`."""
+    scene = np.asarray(Image.open(SCENE).convert("RGB"), dtype=np.float64)
+    return scene * np.kron(np.where(keep.reshape(12, 12), 1.0, DROPPED), np.ones((PATCH_SIZE, PATCH_SIZE)))[..., None]
+
+
+def test_moving_the_slider_changes_answer_picture_and_cost(visit: Visit, reference: tuple[Any, Any]) -> None:
+    model, processor = reference
+    image = Image.open(SCENE)
+    inputs = processor.of_questions(image, QUESTION)
+    visit.upload(SCENE)
+    visit.ask(QUESTION)
+    visit.wait_for_cost_of(tokens_of(visit.budget()))
+
+    shown = []
+    for where in (1.0, 0.3, 0.0):
+        budget = visit.drag_to(where)
+        assert budget == pytest.approx(where, abs=0.03)
+        tokens = tokens_of(budget)
+        visit.wait_for_cost_of(tokens)
+        assert visit.answer() == model.generate(image, QUESTION, token_budget=budget, do_sample=False)
+        keep = model.select_tokens(**inputs, token_budget=budget).keep[0]
+        assert keep.sum() == tokens
+        picture = visit.picture()
+        pixels = np.asarray(Image.open(BytesIO(picture)), dtype=np.float64)
+        assert pixels.shape == (480, 480, 3)
+        # Every pixel of the image is a square of 5 x 5 of the picture; what is shown is rounded.
+        np.testing.assert_allclose(pixels, picture_of(keep).repeat(5, axis=0).repeat(5, axis=1), atol=1.0)
+        assert f"{tokens} of {NUM_PATCHES}" in visit.page.inner_text("#kept")
+        shown.append((visit.answer(), picture))
+
+    assert [answer for answer, _ in shown] == ["1", "1", "2"]
+    assert len({picture for _, picture in shown}) == 3
+
+
+def test_cost_stands_beside_that_of_the_full_budget(visit: Visit, reference: tuple[Any, Any]) -> None:
+    model, processor = reference
+    visit.upload(SCENE)
+    visit.ask(QUESTION)
+    visit.wait_for_cost_of(57)
+    length = processor.of_questions(Image.open(SCENE), QUESTION)["input_ids"].shape[1]
+    cost = visit.cost()
+    assert cost["Visual tokens"] == ["57", "144", "40%"]
+    assert cost["Prompt, tokens"] == [str(length - 87), str(length), f"{100 * (length - 87) / length:.0f}%"]
+    here, full = (torch_flops(model.config.text_config, columns) for columns in (length - 87, length))
+    assert cost["Prefill, FLOPs"][2] == f"{100 * here / full:.0f}%"
+    assert cost["Prefill, FLOPs"][0] == f"{here / 1e6:.3g} M"
+    assert all(float(milliseconds) > 0 for milliseconds in cost["Time, ms"][:2])
+    assert "At full budget the answer is: 1" in visit.page.inner_text("#cost")
+
+
+def test_what_is_missing_or_out_of_reach_is_said_in_a_sentence(visit: Visit) -> None:
+    visit.page.get_by_role("button", name="Ask").click()
+    assert visit.sentence() == "There is no image yet. Upload one first."
+    visit.upload(SCENE)
+    visit.ask("  ")
+    visit.page.get_by_text("There is no question yet.").wait_for(timeout=PATIENCE)
+    visit.ask(QUESTION)
+    visit.wait_for_cost_of(57)
+    assert visit.page.inner_text("#message").strip() == ""
+    # Of four layers the first sees everything, so that a twentieth cannot be had.
+    visit.page.locator("#reducer input").click()
+    visit.page.get_by_role("option", name="fastv").click()
+    visit.drag_to(0.05)
+    visit.page.get_by_text("'fastv' cannot go below").wait_for(timeout=PATIENCE)
+    assert visit.page.locator("#cost table").count() == 0
+    assert visit.page.locator("#picture img").count() == 0
+
+
+def test_another_reducer_keeps_other_patches(visit: Visit, reference: tuple[Any, Any]) -> None:
+    model, processor = reference
+    visit.upload(SCENE)
+    visit.ask(QUESTION)
+    visit.wait_for_cost_of(57)
+    before = visit.picture()
+    visit.page.locator("#reducer input").click()
+    visit.page.get_by_role("option", name="grid").click()
+    visit.page.wait_for_function(
+        "(src) => ![null, src].includes(document.querySelector('#picture img')?.src ?? null)",
+        arg=visit.page.get_attribute("#picture img", "src"),
+        timeout=PATIENCE,
+    )
+    after = visit.picture()
+    assert after != before
+    inputs = processor.of_questions(Image.open(SCENE), QUESTION)
+    keep = model.select_tokens(**inputs, token_budget=0.4, reducer="grid").keep[0]
+    pixels = np.asarray(Image.open(BytesIO(after)), dtype=np.float64)
+    np.testing.assert_allclose(pixels[2::5, 2::5], picture_of(keep), atol=1.0)
+
+
+def test_the_keyboard_will_do(visit: Visit) -> None:
+    visit.page.get_by_role("button", name="Which digit is red?").press("Enter")
+    visit.wait_for_cost_of(57)
+    assert visit.answer() == "8"
+    slider = visit.page.get_by_role("slider", name="Token budget")
+    slider.press("ArrowRight")
+    visit.wait_for_cost_of(tokens_of(0.41))
+    slider.press("End")
+    visit.wait_for_cost_of(NUM_PATCHES)
+    question = visit.page.get_by_label("Question")
+    question.fill("How many digits are there?")
+    # What is shown belongs to the question above it.
+    visit.page.wait_for_selector("#cost table", state="detached", timeout=PATIENCE)
+    assert visit.answer() == ""
+    question.press("Enter")
+    visit.page.get_by_text("How many digits are there? Budget 1").wait_for(timeout=PATIENCE)
+    assert visit.answer() == "3"
+    number = visit.page.get_by_role("spinbutton", name="Token budget")
+    number.fill("0.29")
+    number.press("Enter")
+    visit.wait_for_cost_of(41)
+
+
+def test_requests_do_not_pile_up(visit: Visit) -> None:
+    visit.upload(SCENE)
+    visit.ask(QUESTION)
+    visit.wait_for_cost_of(57)
+    before = sum("queue/join" in url for url in visit.requests)
+    visit.page.evaluate(
+        """async () => {
+            const slider = document.querySelector("#budget input[type=range]");
+            for (const budget of [0.9, 0.8, 0.7, 0.6, 0.5, 0.25]) {
+                slider.value = budget;
+                slider.dispatchEvent(new Event("input", { bubbles: true }));
+                slider.dispatchEvent(new PointerEvent("pointerup", { bubbles: true }));
+                await new Promise(requestAnimationFrame);
+            }
+        }"""
+    )
+    visit.wait_for_cost_of(36)
+    visit.page.wait_for_timeout(500)
+    assert visit.cost()["Visual tokens"][0] == "36"
+    # The first, and the last that came while it ran.
+    assert sum("queue/join" in url for url in visit.requests) - before == 2
+
+
+def test_what_the_slider_says_is_floor_of_budget_times_tokens(visit: Visit, served: Served) -> None:
+    config = visit.page.request.get(f"{served.address}config").json()
+    (script,) = [event["js"] for event in config["dependencies"] if "visual tokens" in (event["js"] or "")]
+    # Of 100 tokens, 0.29 are 29, where a product of floats says 28.
+    for num_patches in (NUM_PATCHES, 100, 576):
+        function = script.replace(str(NUM_PATCHES), str(num_patches))
+        said = visit.page.evaluate(f"[...Array(101).keys()].map((percent) => ({function})(percent / 100))")
+        tokens = [int(re.search(rf">(\d+) of {num_patches}", text)[1]) for text in said]
+        assert tokens == [max(1, percent * num_patches // 100) for percent in range(101)]
+    assert "from 0 to 1" in visit.page.evaluate(f"({script})(5)")
+
+
+def test_on_a_phone_nothing_hangs_over_the_edge(visit: Visit) -> None:
+    visit.page.set_viewport_size({"width": 360, "height": 740})
+    visit.page.get_by_role("button", name="How many digits are there?").click()
+    visit.wait_for_cost_of(57)
+    assert visit.page.evaluate("document.documentElement.scrollWidth") <= 360
+    wide = "(e) => [...e.querySelectorAll('table, img, input, textarea, button')].map(e => e.getBoundingClientRect())"
+    boxes = visit.page.locator("body").evaluate(wide)
+    assert all(box["x"] >= 0 and box["x"] + box["width"] <= 360 for box in boxes if box["width"])
+
+
+def test_nothing_is_asked_of_any_other_machine(visit: Visit, served: Served) -> None:
+    visit.upload(SCENE)
+    visit.ask(QUESTION)
+    visit.wait_for_cost_of(57)
+    assert visit.requests
+    assert all(url.startswith((served.address, "data:", "blob:")) for url in visit.requests)
+    # Since the page was started: whoever leaves this machine knocks here.
+    served.proxy.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        served.proxy.accept()
+
+
+# -- what it counts and draws -----------------------------------------------------------------------------------------
+
+
+def module_of(folder: Path) -> ModuleType:
+    """A Space's own file `looking.py`, which is no part of the package."""
+    spec = importlib.util.spec_from_file_location("looking", folder / "looking.py")
+    module = importlib.util.module_from_spec(spec)
+    # Where its dataclass looks for its own module.
+    sys.modules["looking"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def looking() -> ModuleType:
+    return module_of(SPACE)
+
+
+def torch_flops(text_config: Any, columns: int) -> int:
+    """What torch counts while a stock language model reads a prompt and says what comes next."""
+    model = AutoModelForCausalLM.from_config(text_config)
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=ON_A_CPU) as counter:
+        model(torch.zeros(1, columns, dtype=torch.long), logits_to_keep=1, use_cache=False)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_prefill_flops_are_what_torch_counts(looking: ModuleType, family: str) -> None:
+    from tiny_models import tiny_text_config
+
+    # No two widths alike, so that none is taken for another.
+    config = tiny_text_config(family, hidden_size=40, intermediate_size=104, head_dim=12, num_layers=3)
+    assert looking.prefill_flops(config, [23, 23, 23]) == torch_flops(config, 23)
+
+
+def test_layers_count_the_tokens_that_they_see(looking: ModuleType) -> None:
+    keep = torch.tensor([[True, False, True, True]])
+    assert looking.layers_that_see(Selection.from_keep(keep), 6).tolist() == [[6, 0, 6, 6]]
+    inside = Selection.from_keep(torch.ones(1, 4, dtype=torch.bool))
+    inside.depth = torch.tensor([[6, 2, 2, 6]])
+    assert looking.layers_that_see(inside, 6).tolist() == [[6, 2, 2, 6]]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(looking: ModuleType) -> Any:
+    return looking.Checkpoint(str(CHECKPOINT))
+
+
+def test_a_reducer_inside_the_decoder_costs_what_its_layers_see(checkpoint: Any, reference: tuple[Any, Any]) -> None:
+    look = checkpoint.look(Image.open(SCENE), QUESTION, 0.4, "fastv")
+    model, processor = reference
+    inputs = processor.of_questions(Image.open(SCENE), QUESTION)
+    depth = model.select_tokens(**inputs, token_budget=0.4, reducer="fastv").depth[0]
+    num_text, num_layers = inputs["input_ids"].shape[1] - NUM_PATCHES, model.config.text_config.num_hidden_layers
+    assert look.visual_tokens == pytest.approx(57, abs=1)
+    assert look.visual_tokens == depth.sum().item() / num_layers
+    # Each layer alone, as a language model of one layer whose head was counted elsewhere.
+    one_layer = type(model.config.text_config).from_dict(model.config.text_config.to_dict() | {"num_hidden_layers": 1})
+    head = 2 * one_layer.hidden_size * one_layer.vocab_size
+    columns = [num_text + (depth > layer).sum().item() for layer in range(num_layers)]
+    assert len(set(columns)) > 1
+    assert look.prefill_flops == sum(torch_flops(one_layer, count) - head for count in columns) + head
+
+
+def test_only_reducers_that_the_checkpoint_can_do_are_offered(checkpoint: Any) -> None:
+    assert next(iter(checkpoint.reducers)) == "adaptive"
+    assert {"resampler", "dynamicvit", "token_fusion", "random", "grid"} < set(checkpoint.reducers)
+    for reducer in checkpoint.reducers.values():
+        assert checkpoint.look(Image.open(SCENE), QUESTION, 0.5, reducer).visual_tokens == pytest.approx(72, abs=1)
+
+
+def test_dropped_patches_are_dark_and_half_seen_ones_half_so(looking: ModuleType) -> None:
+    # Patches of two pixels do not fill five by seven.
+    picture = looking.draw_kept_patches(torch.ones(3, 5, 7), torch.tensor([[1.0, 0.0, 1.0], [0.5, 1.0, 0.0]]), 2)
+    assert picture.size == (720, 480)
+    patches = np.asarray(picture)[120::240, 120::240, 0]
+    assert patches.tolist() == [[255, round(255 * 0.18), 255], [round(255 * 0.59), 255, round(255 * 0.18)]]
+
+
+# -- the folder and the command ---------------------------------------------------------------------------------------
+
+
+def head_of(readme: Path) -> dict[str, Any]:
+    """The metadata at the head of a card."""
+    return yaml.safe_load(readme.read_text(encoding="utf-8").split("---")[1])
+
+
+def test_the_folder_is_a_space_for_the_checkpoint(tmp_path: Path) -> None:
+    folder = space_folder(tmp_path / "space", "someone/my-llava")
+    head = head_of(folder / "README.md")
+    assert head["sdk"] == "gradio"
+    assert (folder / head["app_file"]).is_file()
+    assert head["models"] == ["someone/my-llava"]
+    assert head["license"] == "apache-2.0"
+    # The Hub refuses more.
+    assert len(head["short_description"]) <= 60
+    for image, question in json.loads((folder / "examples" / "questions.json").read_text()):
+        assert Image.open(folder / "examples" / image).size == (96, 96)
+        assert question.endswith("?")
+    shipped = {
+        path.relative_to(SPACE) for path in SPACE.rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()} == shipped
+
+
+@NEEDS_GRADIO
+def test_the_space_asks_for_the_gradio_that_it_was_tested_with() -> None:
+    assert head_of(SPACE / "README.md")["sdk_version"] == version("gradio")
+
+
+def test_the_space_needs_what_it_says_and_nothing_of_this_package() -> None:
+    files = sorted(SPACE.glob("*.py"))
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in files]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    named = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    named |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    lines = (SPACE / "requirements.txt").read_text().splitlines()
+    required = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    installed = {"PIL" if requirement.name == "pillow" else requirement.name for requirement in required}
+    assert {name.split(".")[0] for name in named} - set(sys.stdlib_module_names) - {path.stem for path in files} == (
+        installed | {"gradio"}
+    )
+    assert all(requirement.specifier.contains(version(requirement.name)) for requirement in required)
+
+
+def test_the_page_loads_the_checkpoint_that_its_card_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = space_folder(tmp_path / "space", "someone/my-llava")
+    looking = module_of(folder)
+    monkeypatch.delenv("ADAVTP_CHECKPOINT", raising=False)
+    assert looking.checkpoint_name() == "someone/my-llava"
+    monkeypatch.setenv("ADAVTP_CHECKPOINT", "someone/another")
+    assert looking.checkpoint_name() == "someone/another"
+
+
+def test_a_space_is_brought_up_to_date_and_nothing_else_is_touched(tmp_path: Path) -> None:
+    folder = space_folder(tmp_path / "space", "someone/first")
+    space_folder(folder, "someone/second", examples=None)
+    assert head_of(folder / "README.md")["models"] == ["someone/second"]
+    assert not (folder / "examples").exists()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "README.md").write_text("mine")
+    with pytest.raises(ValueError, match="holds something else"):
+        space_folder(other, "someone/first")
+    assert (other / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("repo_id", ["my-llava", "hub_cards/adavtp digits", "/home/someone/model", ""])
+def test_a_space_needs_a_repository(tmp_path: Path, repo_id: str) -> None:
+    with pytest.raises(ValueError, match="'owner/name'"):
+        space_folder(tmp_path / "space", repo_id)
+    assert not (tmp_path / "space").exists()
+
+
+def test_examples_of_ones_own_go_along(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    Image.new("RGB", (20, 10)).save(mine / "cat.png")
+    (mine / "questions.json").write_text('[["cat.png", "Is there a cat?"]]')
+    (mine / "secret.txt").write_text("not an example")
+    folder = space_folder(tmp_path / "space", "someone/my-llava", examples=mine)
+    assert sorted(path.name for path in (folder / "examples").iterdir()) == ["cat.png", "questions.json"]
+    (mine / "questions.json").write_text('[["dog.png", "Is there a dog?"]]')
+    with pytest.raises(ValueError, match="'dog.png'"):
+        space_folder(tmp_path / "another", "someone/my-llava", examples=mine)
+    assert not (tmp_path / "another").exists()
+
+
+def test_examples_in_a_space_outlive_its_next_export(tmp_path: Path) -> None:
+    folder = space_folder(tmp_path / "space", "someone/first")
+    examples = folder / "examples"
+    Image.new("RGB", (20, 10)).save(examples / "cat.png")
+    (examples / "questions.json").write_text('[["cat.png", "Is there a cat?"]]')
+    kept = {path.name: path.read_bytes() for path in examples.iterdir()}
+    for more in (["--examples", str(examples)], []):
+        done = CliRunner().invoke(app, ["space", "someone/second", "--export", str(folder), *more])
+        assert done.exit_code == 0, done.output
+        assert {path.name: path.read_bytes() for path in examples.iterdir()} == kept
+    assert head_of(folder / "README.md")["models"] == ["someone/second"]
+
+
+@pytest.mark.parametrize("pair", ['["../cat.png", "Is there a cat?"]', '["cat.png", 7]', '["sub/cat.png", "?"]'])
+def test_an_example_that_the_page_could_not_show_is_refused(tmp_path: Path, pair: str) -> None:
+    mine = tmp_path / "mine"
+    (mine / "sub").mkdir(parents=True)
+    for path in (tmp_path / "cat.png", mine / "cat.png", mine / "sub" / "cat.png"):
+        Image.new("RGB", (20, 10)).save(path)
+    (mine / "questions.json").write_text(f"[{pair}]")
+    with pytest.raises(ValueError, match="`examples` is "):
+        space_folder(tmp_path / "space", "someone/my-llava", examples=mine)
+    assert not (tmp_path / "space").exists()
+
+
+def test_the_command_writes_the_folder_and_says_how_it_is_uploaded(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["space", "someone/my-llava", "--export", str(tmp_path / "space")])
+    assert done.exit_code == 0, done.output
+    assert head_of(tmp_path / "space" / "README.md")["models"] == ["someone/my-llava"]
+    assert "--repo-type space" in " ".join(done.output.split())
+    for here in ([], [str(CHECKPOINT)]):
+        assert CliRunner().invoke(app, ["space", *here, "--export", str(tmp_path / "another")]).exit_code == 2
+    assert not (tmp_path / "another").exists()
+
+
+def test_without_gradio_the_command_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    done = CliRunner().invoke(app, ["space"])
+    assert done.exit_code == 2
+    assert "pip install" in done.output
+    assert "gradio" in done.output
+
+
+@NEEDS_GRADIO
+def test_a_port_that_is_taken_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = CliRunner().invoke(app, ["space", "--port", str(port)])
+    assert done.exit_code == 2
+    assert str(port) in done.output

@@ -1,0 +1,93 @@
+"""What prompts of a batch cost: whose images are whose, how many tokens were new, and what is not known."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from adavtp import AdaVTPConfig, Selection, TokenReducer, VisionFeatures, register_reducer
+from adavtp.commands.console import reference_checkpoint
+from adavtp.evaluation.flops import count_flops
+from adavtp.evaluation.prompt_costs import CountedFlops, num_new_tokens, prompt_costs, selections_of_prompts
+from adavtp.evaluation.settings import Setting
+from adavtp.modeling.reducers.base import REDUCERS
+
+END, PADDING = 2, 0
+
+
+@pytest.mark.parametrize(
+    ("row", "ends", "padding", "length"),
+    [
+        ([5, 6, 7, 8], END, None, 4),
+        ([5, 6, END, PADDING], END, None, 3),
+        ([5, END, 6, END], END, None, 2),
+        ([END, PADDING, PADDING, PADDING], END, None, 1),
+        ([5, 9, 6, END], [END, 9], None, 2),
+        ([5, END, 6, 7], None, None, 4),
+        # A word like any other, unless rows may end without the end of text.
+        ([5, PADDING, 6, 7], END, None, 4),
+        ([5, 6, PADDING, PADDING], END, PADDING, 2),
+        ([5, END, PADDING, PADDING], END, PADDING, 2),
+        ([5, END, END, END], END, END, 2),
+    ],
+)
+def test_new_tokens_are_those_up_to_the_end(
+    row: list[int], ends: int | list[int] | None, padding: int | None, length: int
+) -> None:
+    others = [[5, 6, 7, 8], row, [END, 5, 5, 5]]
+    assert num_new_tokens(torch.tensor(others), ends, padding)[1] == length
+
+
+@pytest.fixture
+def config() -> AdaVTPConfig:
+    return AdaVTPConfig.from_pretrained(reference_checkpoint())
+
+
+def kept_of_each(config: AdaVTPConfig, *num_keep: int) -> Selection:
+    patches = torch.arange(config.num_patches)
+    return Selection.from_keep(patches < torch.tensor(num_keep)[:, None])
+
+
+def test_every_prompt_pays_for_its_own_images_and_words(config: AdaVTPConfig) -> None:
+    setting = Setting("adaptive", 0.4)
+    selections = selections_of_prompts(kept_of_each(config, 40, 50, 60), [1, 0, 2])
+    lengths = torch.tensor([10 + config.num_patches, 12, 14 + 2 * config.num_patches])
+    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    costs = prompt_costs(CountedFlops(config, setting), mask, selections, [3, 1, 2], 0.6)
+    assert [cost.num_keep for cost in costs] == [(40,), (), (50, 60)]
+    assert [cost.visual_tokens for cost in costs] == [40.0, 0.0, 55.0]
+    assert [cost.text_tokens for cost in costs] == [10, 12, 14]
+    assert [cost.milliseconds for cost in costs] == pytest.approx([200.0] * 3)
+    given = {"token_budget": 0.4, "reducer": "adaptive"}
+    both = count_flops(config, 14, **given, selection=kept_of_each(config, 50, 60), num_images=2)
+    none = count_flops(config, 12, **given, num_images=0)
+    assert (costs[2].flops, costs[1].flops) == (both.with_new_tokens(2), none.with_new_tokens(1))
+
+
+def test_a_batch_without_images_has_no_selection() -> None:
+    assert selections_of_prompts(None, [0, 0]) == [None, None]
+
+
+class ReadsAttention(TokenReducer):
+    """A user's reducer that cannot be run to be counted, for it needs the tower's attention, and does not say more."""
+
+    needs = ("attention",)
+
+    def forward(self, features: VisionFeatures, num_keep: torch.Tensor) -> Selection:
+        raise NotImplementedError
+
+
+@pytest.fixture
+def uncounted() -> Iterator[str]:
+    register_reducer("reads_attention")(ReadsAttention)
+    yield "reads_attention"
+    del REDUCERS["reads_attention"]
+
+
+def test_an_unknown_cost_is_an_error_or_said_to_be_unknown(config: AdaVTPConfig, uncounted: str) -> None:
+    setting, selection = Setting(uncounted, 0.5), kept_of_each(config, 72)
+    with pytest.raises(ValueError, match="flops"):
+        CountedFlops(config, setting).of(9, selection)
+    mask = torch.ones(1, 9 + config.num_patches, dtype=torch.long)
+    (cost,) = prompt_costs(CountedFlops(config, setting, may_be_unknown=True), mask, [selection], [1], 0.1)
+    assert cost.flops is None and cost.num_keep == (72,)

@@ -1,0 +1,459 @@
+"""What a training run costs is counted as torch counts it, and weighed as torch allocates it."""
+
+import weakref
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaModel, LlavaConfig, LlavaForConditionalGeneration
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from adavtp import AdaVTPForConditionalGeneration
+from adavtp.evaluation.model_shape import DecoderShape, ModelShape
+from adavtp.evaluation.training_flops import (
+    Step,
+    Trained,
+    TrainingFlops,
+    count_training_flops,
+    longest_counts,
+    mean_training_flops,
+    plain_training_flops,
+)
+from adavtp.evaluation.training_memory import (
+    LOGIT_BYTES,
+    NF4_BYTES,
+    Layout,
+    Weights,
+    activations,
+    decoder_layer_bytes,
+    kept_by_weights,
+    tower_layer_bytes,
+)
+from adavtp.modeling.vision.encode import encode_image
+from adavtp.modeling.vision.features import VisionFeatures
+from adavtp.trainer.controller_targets import full_budget_logits, visual_relevance
+from adavtp.trainer.length_groups import length_groups
+from adavtp.trainer.trained_parts import choose_trained_parts
+from counted_flops import ON_A_CPU, uneven_model
+from tiny_models import GATE_IDS, GATES, targets, tiny_batch
+
+LLAMA = {
+    "vocab_size": 67,
+    "hidden_size": 40,
+    "intermediate_size": 104,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+}
+ALL_PARTS = [["controller"], ["projector"], ["vision"], ["decoder"], ["controller", "projector", "decoder"]]
+
+
+def attention_and_back(_: Any, query: tuple, key: tuple, value: tuple, *__: Any, **___: Any) -> int:
+    """Scores again, and the gradients of weights, values, queries and keys."""
+    batch, heads, rows, width = query
+    return batch * heads * 2 * rows * key[2] * (3 * width + 2 * value[3])
+
+
+COUNTED = ON_A_CPU | {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_and_back}
+
+
+def counter() -> FlopCounterMode:
+    return FlopCounterMode(display=False, custom_mapping=COUNTED)
+
+
+def training_model(parts: list[str], checkpointing: bool = False, **fields: Any) -> AdaVTPForConditionalGeneration:
+    """Every size another, ready to train the parts."""
+    model = uneven_model(**fields).train()
+    choose_trained_parts(model, parts)
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    return model
+
+
+def seen_by_torch(model: AdaVTPForConditionalGeneration, batch: dict[str, torch.Tensor], **asked: Any) -> tuple:
+    """FLOPs of a forward pass, and of the way back with all that runs again."""
+    with counter() as flops:
+        loss = model(**batch, labels=targets(batch), **asked).loss
+        forward = flops.get_total_flops()
+        loss.backward()
+    return forward, flops.get_total_flops() - forward
+
+
+def forward_and_back(counted: TrainingFlops) -> tuple[float, float]:
+    forward = sum(part.forward for part in counted.parts.values())
+    return forward, counted.total - forward
+
+
+def step_of(parts: list[str], gates: str = "features", **others: Any) -> Step:
+    return Step(Trained.of(parts), gates=gates, gates_fused=False, **others)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("parts", ALL_PARTS, ids="+".join)
+@pytest.mark.parametrize("gates", GATES, ids=GATE_IDS)
+def test_every_choice_of_trained_parts_costs_what_torch_counts(
+    gates: dict, parts: list[str], checkpointing: bool
+) -> None:
+    model = training_model(parts, checkpointing, **gates)
+    batch, budget = tiny_batch(model.config, (1, 1), (6, 9)), [0.5, 0.7]
+    step = step_of(parts, gates["gradient_gates"], checkpointing=checkpointing)
+    counted = count_training_flops(model.config, [6, 9], step, token_budget=budget)
+    assert forward_and_back(counted) == pytest.approx(seen_by_torch(model, batch, token_budget=budget), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"budget_fusion": "post"},
+        {"budget_attention": "mutual"},
+        {"question_aware": False},
+        {"controller_head": "dot"},
+        {"controller_head": "patch"},
+        {"controller_head": "budget_token", "controller_choice": "spread"},
+        {"vision": "siglip"},
+        {"vision": "dinov2", "text": "qwen3"},
+        {"vision_feature_select_strategy": "full"},
+        {"vision_feature_layer": [-2, -4]},
+    ],
+    ids=str,
+)
+def test_every_kind_of_model_costs_what_torch_counts(fields: dict[str, Any]) -> None:
+    for parts, checkpointing in ((["controller"], False), (["controller", "vision"], True)):
+        model = training_model(parts, checkpointing, gradient_gates="features", **fields)
+        step = step_of(parts, checkpointing=checkpointing)
+        counted = count_training_flops(model.config, [9], step, token_budget=0.4)
+        seen = seen_by_torch(model, tiny_batch(model.config, (1,), (9,)), token_budget=0.4)
+        assert forward_and_back(counted) == pytest.approx(seen, rel=1e-4)
+
+
+@pytest.mark.parametrize("reducer", ["random", "visionzip", "divprune", "tome", "downsample", "fastv"])
+def test_methods_without_weights_cost_what_torch_counts(reducer: str) -> None:
+    model = training_model(["projector", "decoder"], reducer=reducer)
+    counted = count_training_flops(model.config, [9], step_of(["projector", "decoder"]), token_budget=0.5)
+    seen = seen_by_torch(model, tiny_batch(model.config, (1,), (9,)), token_budget=0.5)
+    assert forward_and_back(counted) == pytest.approx(seen, rel=1e-2)
+
+
+def test_each_part_costs_what_torch_counts_in_it() -> None:
+    model = training_model(["controller", "projector", "decoder"], gradient_gates="features")
+    num_keep, columns, width = 32, 9 + 32, 40
+    question = torch.randn(1, width, requires_grad=True)
+    sequence = torch.randn(1, columns, width, requires_grad=True)
+    budget, pixels = torch.tensor([0.5]), torch.randn(1, 3, 32, 32)
+    inner, seen = model.model, {}
+    controller, decoder = inner.controller, inner.language_model
+    budget_token = inner.budget_token(budget, question)
+    image = VisionFeatures(torch.randn(1, 64, 32, requires_grad=True), torch.arange(64)[None], budget=budget_token)
+    runs = {
+        "projector": lambda: inner.multi_modal_projector(torch.randn(num_keep, 32, requires_grad=True)),
+        "decoder": lambda: decoder(inputs_embeds=sequence).last_hidden_state,
+        "head": lambda: model.lm_head(sequence),
+        "token": lambda: inner.budget_token(budget, question),
+        "controller": lambda: controller(replace(image, budget=budget_token.detach()), torch.tensor([32])).gates,
+        "tower": lambda: (
+            encode_image(inner.vision_tower, pixels, model.config, inner.budget_token, budget, question).patches
+        ),
+    }
+    for part, run in runs.items():
+        with counter() as flops:
+            run().sum().backward()
+        seen[part] = flops.get_total_flops()
+    # The tower's run makes the budget token on its way.
+    seen["vision"] = seen.pop("tower") - seen["token"]
+    seen["reducer"] = seen.pop("token") + seen.pop("controller")
+    step = step_of(["controller", "projector", "decoder"])
+    counted = count_training_flops(model.config, [9], step, token_budget=0.5)
+    assert {part: of.total for part, of in counted.parts.items()} == pytest.approx(seen, rel=1e-3)
+
+
+@pytest.mark.parametrize("gates", GATES, ids=GATE_IDS)
+def test_a_batch_of_text_costs_what_torch_counts(gates: dict) -> None:
+    parts = ["controller", "projector", "decoder"]
+    model = training_model(parts, **gates)
+    step = step_of(parts, gates["gradient_gates"])
+    counted = count_training_flops(model.config, [9, 9], step, token_budget=[0.5, 0.7], num_images=[0, 0])
+    seen = seen_by_torch(model, tiny_batch(model.config, (0, 0), (9, 9)), token_budget=[0.5, 0.7])
+    assert forward_and_back(counted) == pytest.approx(seen, rel=1e-2)
+
+
+def test_several_images_and_none_cost_what_torch_counts() -> None:
+    model = training_model(["controller", "projector", "decoder"], gradient_gates="features")
+    batch = tiny_batch(model.config, (2, 0, 1), (9, 30, 7))
+    step = step_of(["controller", "projector", "decoder"])
+    counted = count_training_flops(model.config, [9, 30, 7], step, token_budget=[0.5, 0.4, 0.7], num_images=[2, 0, 1])
+    seen = seen_by_torch(model, batch, token_budget=[0.5, 0.4, 0.7])
+    assert forward_and_back(counted) == pytest.approx(seen, rel=1e-2)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("others", [[], ["controller", "projector"]], ids=["alone", "with others"])
+def test_adapters_cost_what_torch_counts(others: list[str], checkpointing: bool) -> None:
+    peft = pytest.importorskip("peft")
+    model = training_model(others or ["projector"], gradient_gates="features")
+    model.requires_grad_(False) if not others else None
+    kept = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    maps = r".*language_model\.layers\..*(q|k|v|o|gate|up|down)_proj"
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=maps))
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad_("lora_" in name or name.removeprefix("base_model.model.") in kept)
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    step = Step(Trained.of([*others, "decoder"], lora_rank=3), checkpointing=checkpointing)
+    counted = count_training_flops(model.config, [9], step, token_budget=0.4)
+    seen = seen_by_torch(adapted, tiny_batch(model.config, (1,), (9,)), token_budget=0.4)
+    assert forward_and_back(counted) == pytest.approx(seen, rel=1e-2)
+
+
+def test_passes_at_full_budget_cost_what_torch_counts() -> None:
+    model = training_model(["controller", "projector", "decoder"], gradient_gates="features")
+    batch = tiny_batch(model.config, (1,), (9,))
+    inputs = batch | {"labels": targets(batch)}
+    for loss, run in (("distillation", full_budget_logits), ("relevance", visual_relevance)):
+        with counter() as flops:
+            run(model, inputs)
+        step = step_of(["controller", "projector", "decoder"], losses=("lm", loss))
+        counted = count_training_flops(model.config, [9], step, token_budget=0.5)
+        assert counted.parts["full_budget"].total == pytest.approx(flops.get_total_flops(), rel=1e-3)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+def test_plain_llava_costs_what_torch_counts(checkpointing: bool) -> None:
+    config = uneven_model().config
+    plain = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=config.vision_config,
+            text_config=config.text_config,
+            image_token_index=config.image_token_id,
+            image_seq_length=config.image_seq_length,
+        )
+    ).train()
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_("vision_tower" not in name)
+    if checkpointing:
+        plain.activation_checkpointing_enable()
+    batch = tiny_batch(config, (1, 1), (9, 9))
+    step = Step(Trained.of(["projector", "decoder"]), checkpointing=checkpointing)
+    counted = plain_training_flops(config, [9, 9], step)
+    assert forward_and_back(counted) == pytest.approx(seen_by_torch(plain, batch), rel=1e-2)
+
+
+def test_budgets_are_averaged_as_they_are_drawn() -> None:
+    low, high, patches = 0.2, 0.9, 64
+    generator = torch.Generator().manual_seed(0)
+    for draws in (1, 4):
+        budgets = low + (high - low) * torch.rand(200_000, draws, generator=generator, dtype=torch.float64)
+        drawn = (budgets * patches).floor().long().amax(dim=1).bincount(minlength=patches + 1) / len(budgets)
+        exact = torch.zeros(patches + 1).double()
+        for keep, probability in longest_counts((low, high), patches, draws):
+            exact[keep] = probability
+        assert exact.sum() == pytest.approx(1.0)
+        assert (exact - drawn).abs().max() < 3e-3
+    assert list(longest_counts((0.4, 0.4), 100)) == [(40, 1.0)]
+    with pytest.raises(ValueError, match="`budget_range` is"):
+        list(longest_counts((0.9, 0.2), 100))
+
+
+def test_a_batch_with_a_budget_for_each_sample_is_as_long_as_its_longest() -> None:
+    config, step = uneven_model().config, step_of(["controller", "projector", "decoder"])
+    per_batch, per_sample, full = (
+        mean_training_flops(config, [9] * 4, step, budgets, per=per).parts["decoder"].total
+        for budgets, per in (((0.2, 1.0), "batch"), ((0.2, 1.0), "sample"), ((1.0, 1.0), "batch"))
+    )
+    assert per_batch < per_sample < full
+    with pytest.raises(ValueError, match="`per` is 'token'"):
+        mean_training_flops(config, [9], step, (0.2, 1.0), per="token")
+
+
+def test_grouping_by_length_nearly_makes_up_for_a_budget_for_each_sample() -> None:
+    generator = torch.Generator().manual_seed(0)
+    text = (200 * torch.exp(0.6 * torch.randn(2048, generator=generator))).round()
+    tokens = text + ((0.2 + 0.8 * torch.rand(2048, generator=generator)) * 576).floor()
+    groups = torch.tensor(length_groups(tokens.long().expand(256, -1), 8, generator))
+    as_they_come = tokens.view(-1, 8).amax(dim=1).mean()
+    assert tokens[groups].amax(dim=1).mean() < 1.05 * tokens.mean()
+    assert as_they_come > 1.3 * tokens.mean()
+
+
+# ---------------------------------------------------------------- memory
+
+
+class BytesAlive(TorchDispatchMode):
+    """Adds up the storages that operations make, for as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        given = {storage_of(tensor) for tensor in tensors_of((args, kwargs))}
+        for tensor in tensors_of(result):
+            key = storage_of(tensor)
+            if key not in given and key not in self.sizes:
+                self.sizes[key] = tensor.untyped_storage().nbytes()
+                weakref.finalize(tensor.untyped_storage(), self.sizes.pop, key, None)
+        self.peak = max(self.peak, sum(self.sizes.values()))
+        return result
+
+
+def tensors_of(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def bytes_saved(run: Any, parameters: Any) -> int:
+    """What autograd keeps while `run` runs, each storage once, parameters not among them."""
+    own, kept = {storage_of(parameter) for parameter in parameters}, {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if storage_of(tensor) not in own:
+            kept[storage_of(tensor)] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = run()
+    del result
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["equal", "padded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("parts", ALL_PARTS, ids="+".join)
+def test_activations_are_what_autograd_saves(parts: list[str], dtype: torch.dtype, padded: bool) -> None:
+    model = training_model(parts, gradient_gates="features").to(dtype)
+    batch = tiny_batch(model.config, (1, 1), (40, 35 if padded else 40))
+    inputs = batch | {"labels": targets(batch), "pixel_values": batch["pixel_values"].to(dtype)}
+    saved = bytes_saved(lambda: model(**inputs, token_budget=0.5).loss, model.parameters())
+    sizes = {"rows": 2, "length": 72, "visual_tokens": 32, "padded": padded, "number": dtype.itemsize}
+    counted = activations(model.config, Step(Trained.of(parts)), **sizes)
+    # Of the logits only the log-probabilities are saved.
+    log_probabilities = 4 * 2 * 72 * 67
+    counted["logits or a layer"] = log_probabilities
+    assert sum(counted.values()) == pytest.approx(saved, rel=0.06)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize(
+    "parts", [["projector"], ["controller"], ["controller", "projector", "decoder"]], ids="+".join
+)
+def test_the_worst_moment_is_what_torch_allocates(parts: list[str], checkpointing: bool) -> None:
+    model = training_model(parts, checkpointing, gradient_gates="features").to(torch.bfloat16)
+    batch = tiny_batch(model.config, (1,) * 8, (100,) * 8)
+    inputs = batch | {"labels": targets(batch), "pixel_values": batch["pixel_values"].bfloat16()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with BytesAlive() as alive:
+        model(**inputs, token_budget=0.5).loss.backward()
+    step = Step(Trained.of(parts), checkpointing=checkpointing)
+    counted = activations(model.config, step, rows=8, length=132, visual_tokens=32, padded=False)
+    assert sum(counted.values()) == pytest.approx(alive.peak, rel=0.1)
+
+
+def test_logits_take_what_torch_allocates_for_them() -> None:
+    positions, vocab_size = 512, 997
+    head, hidden = torch.nn.Linear(40, vocab_size, bias=False).bfloat16(), torch.randn(1, positions, 40).bfloat16()
+    labels = torch.randint(0, vocab_size, (1, positions))
+
+    def loss() -> torch.Tensor:
+        return ForCausalLMLoss(head(hidden), labels, vocab_size)
+
+    with BytesAlive() as alive:
+        loss().backward()
+    assert alive.peak == pytest.approx(LOGIT_BYTES * positions * vocab_size, rel=0.05)
+
+
+@pytest.mark.parametrize("vision", ["siglip", "dinov2"])
+def test_activations_of_other_towers_are_what_autograd_saves(vision: str) -> None:
+    model = training_model(["vision"], vision=vision)
+    pixels = torch.randn(2, 3, 32, 32)
+    run = lambda: encode_image(model.model.vision_tower, pixels, model.config).patches  # noqa: E731
+    saved = bytes_saved(run, model.parameters())
+    shape = ModelShape.of(model.config).vision
+    tokens = shape.num_patches + int(shape.has_cls)
+    counted = 2 * shape.num_layers * tower_layer_bytes(model.config, tokens, True, 4)
+    assert counted == pytest.approx(saved, rel=0.06)
+
+
+def test_adapters_keep_what_autograd_saves() -> None:
+    peft = pytest.importorskip("peft")
+    results = {}
+    for layers in (2, 4):
+        decoder = LlamaModel(LlamaConfig(**LLAMA, num_hidden_layers=layers)).bfloat16()
+        maps = r".*(q|k|v|o|gate|up|down)_proj"
+        adapters = peft.LoraConfig(r=3, target_modules=maps, lora_dropout=0.05)
+        adapted = peft.get_peft_model(decoder, adapters, autocast_adapter_dtype=False).train()
+        embeds = torch.randn(2, 50, 40, dtype=torch.bfloat16, requires_grad=True)
+        run = partial(adapted, inputs_embeds=embeds, use_cache=False)
+        results[layers] = bytes_saved(lambda run=run: run().last_hidden_state, adapted.parameters())
+    shape = DecoderShape(2, 40, 104, 67, 4, 2, 12, (None,) * 2)
+    counted = 2 * decoder_layer_bytes(shape, 50, Trained.of(["decoder"], lora_rank=3), 2)
+    # A GPU keeps dropout's masks in bytes, a CPU in numbers of the input's kind.
+    masks = 2 * 50 * (5 * 40 + 48 + 104)
+    assert counted + masks == pytest.approx((results[4] - results[2]) / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("parts", ALL_PARTS, ids="+".join)
+def test_parameters_are_counted_by_what_trains(parts: list[str]) -> None:
+    model = training_model(parts, vision="clip")
+    weights = Weights.of(model.config, Trained.of(parts))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert weights.trained == sum(parameter.numel() for parameter in trained)
+    assert weights.trained + weights.frozen == sum(parameter.numel() for parameter in model.parameters())
+    kept = kept_by_weights(weights, Layout("ddp", 1))
+    optimizer = torch.optim.AdamW(trained)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert kept["optimizer"] == sum(moment.nbytes for moment in moments)
+    assert kept["gradients"] == sum(parameter.grad.nbytes for parameter in trained)
+
+
+def test_adapters_and_four_bits_weigh_what_their_libraries_make() -> None:
+    peft = pytest.importorskip("peft")
+    model = uneven_model()
+    maps = r".*language_model\.layers\..*(q|k|v|o|gate|up|down)_proj"
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=maps))
+    adapters = sum(parameter.numel() for name, parameter in adapted.named_parameters() if "lora_" in name)
+    weights = Weights.of(model.config, Trained.of(["decoder"], lora_rank=3))
+    assert weights.trained == adapters
+    functional = pytest.importorskip("bitsandbytes.functional")
+    quantized, state = functional.quantize_4bit(torch.randn(1024, 512), quant_type="nf4", compress_statistics=True)
+    blocks = [quantized, state.absmax, state.state2.absmax]
+    assert pytest.approx(sum(tensor.nbytes for tensor in blocks), rel=1e-3) == NF4_BYTES * 1024 * 512
+
+
+def test_spread_over_gpus_a_model_takes_its_share_of_each() -> None:
+    weights = Weights(trained=8_000_000_000, frozen=800_000_000, quantized=0, layer=200_000_000, head=130_000_000)
+    states = ("weights", "gradients", "optimizer")
+    # Sixteen bytes for a trained parameter and two for a frozen one, wherever they are.
+    whole = 16 * 8.0 + 2 * 0.8
+    for strategy, on_each in (("zero3", whole / 8), ("fsdp2", whole / 8), ("zero2", 2 * 8.8 + 14 * 8.0 / 8)):
+        kept = kept_by_weights(weights, Layout(strategy, 8))
+        assert sum(kept[name] for name in states) / 1e9 == pytest.approx(on_each)
+    assert sum(kept_by_weights(weights, Layout("ddp", 8))[name] for name in states) / 1e9 == pytest.approx(whole)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Trained.of(["head"]), "`train_parts` is"),
+        (lambda: Trained.of(["controller"], lora_rank=4), "`lora_rank` is 4"),
+        (lambda: Step(Trained.of(["decoder"]), losses=("guess",)), "`losses` is"),
+        (lambda: Layout("zero1", 8), "`strategy` is 'zero1'"),
+        (lambda: Layout("ddp", 0), "`gpus` is 0"),
+        (lambda: Weights.of(uneven_model().config, Trained.of(["decoder"]), quantize=True), "`quantize` is True"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

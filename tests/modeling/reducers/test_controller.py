@@ -1,0 +1,327 @@
+"""What the controller promises: exactly K patches, chosen for image, budget and question, by scores that learn."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from adavtp import AdaVTPForConditionalGeneration, VisionFeatures
+from adavtp.modeling.reducers.adaptive import spread_choice
+from tiny_models import (
+    GATE_IDS,
+    GATES,
+    IMAGE_TOKEN_ID,
+    NUM_PATCHES,
+    alone,
+    padded_on_the_right,
+    targets,
+    tiny_batch,
+    tiny_model,
+)
+
+HEADS = ["budget_token", "patch", "patch_budget", "dot"]
+FUSIONS = [
+    {"budget_fusion": "encoder", "budget_attention": "read_only"},
+    {"budget_fusion": "encoder", "budget_attention": "mutual"},
+    {"budget_fusion": "post"},
+]
+FUSION_IDS = ["read_only", "mutual", "post"]
+
+# What adds the same to every score of a softmax or of a choice changes neither.
+WITHOUT_GRADIENT = {
+    "patch": ("controller.score.bias", "controller.patch_norm.bias"),
+    "patch_budget": ("controller.score.bias",),
+    "dot": ("controller.patch_proj.bias", "controller.patch_norm.bias"),
+    "budget_token": (),
+}
+
+
+def scores_of(
+    model: AdaVTPForConditionalGeneration, batch: dict[str, torch.Tensor], token_budget: Any = 0.4
+) -> torch.Tensor:
+    """The scores by which the controller chooses in this batch."""
+    seen = []
+    handle = model.model.controller.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(**batch, token_budget=token_budget)
+        handle.remove()
+        return model.model.controller.scores(seen[0])
+
+
+def hears_the_budget(head: str, fusion: dict[str, str]) -> bool:
+    """A patch alone says nothing of budget and question, unless the patches have seen the budget token."""
+    return head != "patch" or fusion.get("budget_attention") == "mutual"
+
+
+def normalised(vector: torch.Tensor, weights: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    centred = vector - vector.mean()
+    scale = (centred.square().mean() + 1e-5).sqrt()
+    return centred / scale * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+
+def linear(vector: torch.Tensor, weights: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    return weights[f"{name}.weight"] @ vector + weights[f"{name}.bias"]
+
+
+def score_by_hand(head: str, weights: dict[str, torch.Tensor], patch: torch.Tensor, budget: torch.Tensor) -> float:
+    """One patch's score, written out."""
+    if head == "patch":
+        return linear(normalised(patch, weights, "patch_norm"), weights, "score").item()
+    patch, budget = normalised(patch, weights, "patch_norm"), normalised(budget, weights, "budget_norm")
+    if head == "patch_budget":
+        hidden = linear(patch, weights, "patch_proj") + linear(budget, weights, "budget_proj")
+        hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
+        return linear(hidden, weights, "score").item()
+    return (linear(patch, weights, "patch_proj").dot(linear(budget, weights, "budget_proj")) / 32**0.5).item()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("feature_layer", [-2, [-2, -1]], ids=str)
+@pytest.mark.parametrize("head", HEADS)
+def test_scores_are_the_head_s_formula(head: str, feature_layer: int | list[int]) -> None:
+    model = tiny_model(controller_head=head, vision_feature_layer=feature_layer)
+    controller = model.model.controller
+    generator = torch.Generator().manual_seed(0)
+    for parameter in controller.parameters():
+        parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    width = 32 if feature_layer == -2 else 64
+    features = VisionFeatures(
+        patches=torch.randn(3, NUM_PATCHES, width, generator=generator),
+        positions=torch.arange(NUM_PATCHES).expand(3, -1),
+        budget=torch.randn(3, 32, generator=generator),
+    )
+    scores = controller.scores(features)
+    assert scores.shape == (3, NUM_PATCHES)
+    weights = dict(controller.named_parameters())
+    for image in range(3):
+        budget = features.budget[image]
+        if head == "budget_token":
+            expected = linear(normalised(budget, weights, "budget_norm"), weights, "score")
+        else:
+            expected = torch.tensor([score_by_hand(head, weights, patch, budget) for patch in features.patches[image]])
+        torch.testing.assert_close(scores[image], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("question_aware", [True, False])
+@pytest.mark.parametrize("fusion", FUSIONS, ids=FUSION_IDS)
+@pytest.mark.parametrize("head", HEADS)
+def test_exactly_k_patches_are_kept(head: str, fusion: dict[str, str], question_aware: bool, training: bool) -> None:
+    model = tiny_model(controller_head=head, question_aware=question_aware, **fusion).train(training)
+    batch = tiny_batch(model.config, [1, 2, 0, 1])
+    with torch.no_grad():
+        selection = model(**batch, token_budget=[0.0, 0.4, 0.7, 1.0]).selection
+    assert selection.keep.sum(dim=-1).tolist() == [1, 6, 6, 16]
+    assert (selection.gates is not None) == training
+    for keep, positions in zip(selection.keep, selection.positions, strict=True):
+        kept = keep.nonzero().flatten().tolist()
+        assert positions.tolist() == kept + [-1] * (16 - len(kept))
+
+
+@pytest.mark.parametrize("fusion", FUSIONS, ids=FUSION_IDS)
+@pytest.mark.parametrize("head", HEADS)
+def test_evaluation_keeps_the_best_scores_and_repeats_itself(head: str, fusion: dict[str, str]) -> None:
+    model = tiny_model(controller_head=head, **fusion)
+    batch = tiny_batch(model.config)
+    scores = scores_of(model, batch)
+    outputs = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            outputs.append(model(**batch, token_budget=0.4))
+    assert torch.equal(outputs[0].logits, outputs[1].logits)
+    assert torch.equal(outputs[0].selection.positions, scores.topk(6).indices.sort(dim=-1).values)
+
+
+def test_training_draws_anew_with_every_call() -> None:
+    model = tiny_model().train()
+    batch = tiny_batch(model.config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        drawn = {tuple(model(**batch, token_budget=0.4).selection.keep.flatten().tolist()) for _ in range(6)}
+    assert len(drawn) > 1
+
+
+def spread_by_hand(scores: list[float], patches: torch.Tensor, count: int) -> set[int]:
+    """The best of the sqrt(K N) best scores, then always the one of them that is farthest from all that are kept."""
+    pool_size = math.ceil(math.sqrt(count * len(scores)))
+    pool = sorted(range(len(scores)), key=lambda token: (-scores[token], token))[:pool_size]
+    unit = [patch / patch.norm() for patch in patches]
+    kept = [pool[0]]
+    while len(kept) < count:
+        rest = sorted(set(pool) - set(kept))
+        nearest = [min(1 - float(unit[token] @ unit[other]) for other in kept) for token in rest]
+        kept.append(rest[nearest.index(max(nearest))])
+    return set(kept)
+
+
+def test_a_spread_choice_keeps_good_tokens_that_differ() -> None:
+    torch.manual_seed(0)
+    scores, patches = torch.randn(17, NUM_PATCHES), torch.randn(17, NUM_PATCHES, 8)
+    num_keep = torch.arange(17).clamp(1, NUM_PATCHES)
+    keep = spread_choice(scores, patches, num_keep)
+    assert keep.sum(dim=-1).tolist() == num_keep.tolist()
+    for image, count in enumerate(num_keep.tolist()):
+        expected = spread_by_hand(scores[image].tolist(), patches[image], count)
+        assert set(keep[image].nonzero()[:, 0].tolist()) == expected
+
+
+@torch.no_grad()
+def test_the_configuration_says_whether_the_choice_is_spread() -> None:
+    model = tiny_model(controller_choice="spread")
+    batch = tiny_batch(model.config)
+    spread = model.select_tokens(**batch, token_budget=[0.2, 0.7]).keep
+    model.config.controller_choice = "best"
+    best = model.select_tokens(**batch, token_budget=[0.2, 0.7]).keep
+    assert spread.sum(dim=-1).tolist() == best.sum(dim=-1).tolist() == [3, 11]
+    assert not torch.equal(spread, best)
+
+
+def test_a_frozen_controller_chooses_in_training_as_in_evaluation() -> None:
+    model = tiny_model()
+    batch = tiny_batch(model.config)
+    expected = model.select_tokens(**batch, token_budget=0.4)
+    model.train().model.controller.requires_grad_(False)
+    for _ in range(3):
+        selection = model.select_tokens(**batch, token_budget=0.4)
+        assert torch.equal(selection.keep, expected.keep) and selection.gates is None
+
+
+@pytest.mark.parametrize("fusion", FUSIONS, ids=FUSION_IDS)
+@pytest.mark.parametrize("head", HEADS)
+def test_budget_and_question_change_the_order_of_patches_where_the_head_hears_them(
+    head: str, fusion: dict[str, str]
+) -> None:
+    model = tiny_model(controller_head=head, **fusion)
+    batch = tiny_batch(model.config, [1])
+    other_question = batch["input_ids"].clone()
+    other_question[:, -3:] = 3 + (other_question[:, -3:] + 17) % 50
+    scores = scores_of(model, batch)
+    for changed in (
+        scores_of(model, batch | {"input_ids": other_question}),
+        scores_of(model, batch, token_budget=0.9),
+    ):
+        # The same number added to every score would change nothing.
+        change = (changed - changed.mean()) - (scores - scores.mean())
+        assert (change.abs().max() > 1e-4) == hears_the_budget(head, fusion)
+
+
+def test_a_normalised_question_sounds_the_same_at_any_volume() -> None:
+    token = tiny_model(question_norm=True).model.budget_token
+    budget, question = torch.tensor([0.3, 0.3]), torch.randn(2, 32)
+    heard = token(budget, question) - token.budget_embedding(budget)
+    # Zero mean, variance one, and then the same linear map as without it.
+    centred = question - question.mean(dim=-1, keepdim=True)
+    normal = centred / centred.square().mean(dim=-1, keepdim=True).sqrt()
+    torch.testing.assert_close(heard, token.question_proj(normal), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(token(budget, 5 * question + 3), token(budget, question), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_model_that_does_not_hear_the_question_chooses_the_same_for_all(head: str) -> None:
+    model = tiny_model(controller_head=head, question_aware=False)
+    batch = tiny_batch(model.config, [1])
+    other_question = batch["input_ids"].clone()
+    other_question[:, -3:] = 7
+    assert torch.equal(scores_of(model, batch), scores_of(model, batch | {"input_ids": other_question}))
+
+
+@pytest.mark.parametrize("fusion", FUSIONS, ids=FUSION_IDS)
+@pytest.mark.parametrize("head", HEADS)
+def test_answers_do_not_leak_into_the_choice(head: str, fusion: dict[str, str]) -> None:
+    model = tiny_model(controller_head=head, **fusion)
+    batch = tiny_batch(model.config)
+    labels = targets(batch)
+    other_answer = batch["input_ids"].clone()
+    other_answer[:, -3:] = 3 + (other_answer[:, -3:] + 17) % 50
+    scores = scores_of(model, batch | {"labels": labels})
+    other_labels = targets(batch | {"input_ids": other_answer})
+    torch.testing.assert_close(
+        scores_of(model, batch | {"input_ids": other_answer, "labels": other_labels}), scores, atol=0, rtol=0
+    )
+
+    # Nor does a later turn: what follows the first answer is as unknown as the answer when it is given.
+    two_turns = labels.clone()
+    two_turns[:, -2] = -100
+    torch.testing.assert_close(scores_of(model, batch | {"labels": two_turns}), scores, atol=0, rtol=0)
+
+    # Training chooses as generation will, which sees the prompt and no answer.
+    prompt = {name: batch[name][:, :-3] for name in ("input_ids", "attention_mask")}
+    torch.testing.assert_close(
+        scores_of(model, prompt | {"pixel_values": batch["pixel_values"]}), scores, atol=1e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize("fusion", FUSIONS, ids=FUSION_IDS)
+@pytest.mark.parametrize("head", HEADS)
+def test_padding_and_neighbours_do_not_change_the_choice(head: str, fusion: dict[str, str]) -> None:
+    model = tiny_model(controller_head=head, **fusion)
+    counts = [1, 0, 2]
+    batch = tiny_batch(model.config, counts, lengths=[5, 19, 9])
+    scores = scores_of(model, batch)
+    torch.testing.assert_close(scores_of(model, padded_on_the_right(batch)), scores, atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores_of(model, alone(batch, 0, counts)), scores[:1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores_of(model, alone(batch, 2, counts)), scores[1:], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("gates", GATES, ids=GATE_IDS)
+@pytest.mark.parametrize("question_aware", [True, False])
+@pytest.mark.parametrize("fusion", FUSIONS, ids=FUSION_IDS)
+@pytest.mark.parametrize("head", HEADS)
+def test_every_trained_part_gets_a_gradient(
+    head: str, fusion: dict[str, str], question_aware: bool, gates: dict[str, str]
+) -> None:
+    torch.manual_seed(0)
+    model = tiny_model(controller_head=head, question_aware=question_aware, **fusion, **gates).train()
+    batch = tiny_batch(model.config, [1, 2, 1])
+    model(**batch, labels=targets(batch), token_budget=[0.4, 0.6, 0.2]).loss.backward()
+    trained = ["model.controller.", "model.multi_modal_projector.", "model.language_model.", "lm_head."]
+    if hears_the_budget(head, fusion):
+        trained.append("model.budget_token.")
+    for name, parameter in model.named_parameters():
+        if not name.startswith(tuple(trained)):
+            continue
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        if not name.endswith(("k_proj.bias", *WITHOUT_GRADIENT[head])):
+            assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("gates", GATES, ids=GATE_IDS)
+def test_keeping_everything_trains_the_decoder_and_gives_the_controller_zeros(gates: dict[str, str]) -> None:
+    model = tiny_model(**gates).train()
+    batch = tiny_batch(model.config)
+    model(**batch, labels=targets(batch), token_budget=1.0).loss.backward()
+    for name, parameter in model.named_parameters():
+        if name.startswith(("model.controller.", "model.budget_token.")):
+            assert (parameter.grad == 0).all(), name
+        elif name.startswith(("model.multi_modal_projector.", "model.language_model.")):
+            assert parameter.grad.isfinite().all(), name
+            assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("gates", GATES, ids=GATE_IDS)
+@pytest.mark.parametrize("fusion", FUSIONS, ids=FUSION_IDS)
+@pytest.mark.parametrize("head", HEADS)
+def test_bfloat16_keeps_exactly_k_and_learns(head: str, fusion: dict[str, str], gates: dict[str, str]) -> None:
+    torch.manual_seed(0)
+    model = tiny_model(controller_head=head, **fusion, **gates).to(torch.bfloat16).train()
+    batch = tiny_batch(model.config)
+    output = model(**batch, labels=targets(batch), token_budget=[0.4, 0.7])
+    assert output.logits.dtype == torch.bfloat16
+    assert output.selection.num_keep.tolist() == [6, 11]
+    assert torch.equal(output.selection.gates, output.selection.keep.float())
+    output.loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
+    assert any(parameter.grad.abs().max() > 0 for parameter in model.model.controller.parameters())
+
+
+def test_placeholders_are_no_part_of_the_question() -> None:
+    model = tiny_model()
+    batch = tiny_batch(model.config, [1])
+    scores = scores_of(model, batch)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[IMAGE_TOKEN_ID] += 1.0
+    assert torch.equal(scores_of(model, batch), scores)

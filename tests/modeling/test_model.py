@@ -1,0 +1,483 @@
+"""What the model promises: LLaVA at the full budget, LLaVA on hand-pruned inputs at any other, and clear refusals."""
+
+from collections.abc import Callable
+from decimal import Decimal
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from adavtp import AdaVTPForConditionalGeneration
+from tiny_models import (
+    IMAGE_TOKEN_ID,
+    NUM_PATCHES,
+    TEXT_CONFIGS,
+    VISION_CONFIGS,
+    alone,
+    targets,
+    tiny_batch,
+    tiny_config,
+    tiny_model,
+    tiny_text_config,
+    tiny_vision_config,
+)
+
+NEW_MODULES = ("model.budget_token.", "model.controller.")
+IMAGES = [1, 2, 0]
+
+
+def stock_llava(vision: str = "clip", text: str = "llama", **fields: Any) -> LlavaForConditionalGeneration:
+    """A LLaVA of transformers with random weights, without a line of ours."""
+    config = LlavaConfig(
+        vision_config=tiny_vision_config(vision),
+        text_config=tiny_text_config(text),
+        image_token_index=IMAGE_TOKEN_ID,
+        image_seq_length=NUM_PATCHES,
+        tie_word_embeddings=False,
+        **({"vision_feature_select_strategy": "full"} if vision == "siglip" else {}),
+        **fields,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlavaForConditionalGeneration(config).eval()
+
+
+def pruned_by_hand(
+    stock: LlavaForConditionalGeneration,
+    sample: dict[str, torch.Tensor],
+    keep: list[list[int]],
+    positions: str = "original",
+) -> torch.Tensor:
+    """
+    Logits of one sample from the stock parts alone: every patch is projected, and the text model gets the kept ones.
+
+    Args:
+        sample: unpadded, a batch of one.
+        keep: patches to keep of each image.
+        positions: `"original"` or `"compact"`.
+    """
+    embeds, position, image, placeholder = [], [], 0, 0
+    features = None
+    if "pixel_values" in sample:
+        states = stock.model.vision_tower(sample["pixel_values"], output_hidden_states=True).hidden_states[-2]
+        if stock.config.vision_feature_select_strategy == "default":
+            states = states[:, 1:]
+        features = stock.model.multi_modal_projector(states)
+    for column, token in enumerate(sample["input_ids"][0].tolist()):
+        if token != IMAGE_TOKEN_ID:
+            embeds.append(stock.get_input_embeddings().weight[token])
+            position.append(column)
+            continue
+        if placeholder in keep[image]:
+            embeds.append(features[image, placeholder])
+            position.append(column)
+        placeholder += 1
+        if placeholder == NUM_PATCHES:
+            image, placeholder = image + 1, 0
+    if positions == "compact":
+        position = list(range(len(position)))
+    hidden = stock.model.language_model(
+        inputs_embeds=torch.stack(embeds)[None],
+        attention_mask=torch.ones(1, len(embeds), dtype=torch.int64),
+        position_ids=torch.tensor([position]),
+    ).last_hidden_state
+    return stock.lm_head(hidden)[0]
+
+
+@pytest.fixture(scope="module")
+def stock_and_ours(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Any, Any]]:
+    """Stock LLaVA, and AdaVTP loaded from the folder that stock LLaVA saved."""
+    made = {}
+
+    def make(vision: str = "clip", text: str = "llama") -> tuple[Any, Any]:
+        if (vision, text) not in made:
+            folder = tmp_path_factory.mktemp(f"{vision}-{text}")
+            stock = stock_llava(vision, text)
+            stock.save_pretrained(folder)
+            made[vision, text] = (stock, AdaVTPForConditionalGeneration.from_pretrained(folder).eval())
+        return made[vision, text]
+
+    return make
+
+
+# The full budget is LLaVA
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text", TEXT_CONFIGS)
+@pytest.mark.parametrize("vision", VISION_CONFIGS)
+def test_the_full_budget_is_stock_llava(
+    vision: str, text: str, stock_and_ours: Callable[..., tuple[Any, Any]]
+) -> None:
+    stock, ours = stock_and_ours(vision, text)
+    batch = tiny_batch(ours.config, IMAGES)
+    is_real = batch["attention_mask"].bool()
+    expected = stock(**batch).logits[is_real]
+    assert expected.std() > 0.3
+    for budget in (None, 1.0, NUM_PATCHES, [1.0, 1.0, 1.0]):
+        logits = ours(**batch, token_budget=budget).logits
+        torch.testing.assert_close(logits[is_real], expected, atol=1e-5, rtol=0)
+
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    tokens = stock.generate(**batch, **options)
+    assert torch.equal(ours.generate(**batch, **options), tokens)
+    assert torch.equal(ours.generate(**batch, **options, token_budget=1.0), tokens)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fields", [{"budget_fusion": "post"}, {"budget_token_place": "first"}], ids=str)
+@pytest.mark.parametrize("feature_layer", [-1, [-2, -1]], ids=str)
+def test_the_full_budget_is_stock_llava_however_the_budget_is_told(
+    feature_layer: int | list[int], fields: dict[str, str]
+) -> None:
+    stock = stock_llava(vision_feature_layer=feature_layer)
+    ours = tiny_model(vision_feature_layer=feature_layer, **fields)
+    missing, unexpected = ours.load_state_dict(stock.state_dict(), strict=False)
+    assert all(name.startswith(NEW_MODULES) for name in missing)
+    assert not unexpected
+    batch = tiny_batch(ours.config, [1])
+    torch.testing.assert_close(ours(**batch).logits, stock(**batch).logits, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("vision", ["clip", "dinov2"])
+def test_the_full_budget_is_stock_llava_with_cls(vision: str) -> None:
+    fields = {"vision_feature_select_strategy": "full"}
+    stock, ours = stock_llava(vision, **fields), tiny_model(vision, **fields)
+    ours.load_state_dict(stock.state_dict(), strict=False)
+    assert ours.config.keep_cls
+    batch = tiny_batch(ours.config, [1])
+    assert (batch["input_ids"] == IMAGE_TOKEN_ID).sum() == NUM_PATCHES + 1
+    torch.testing.assert_close(ours(**batch).logits, stock(**batch).logits, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_mutual_budget_token_gives_every_patch_and_need_not_be_llava() -> None:
+    stock, ours = stock_llava(), tiny_model(budget_attention="mutual")
+    ours.load_state_dict(stock.state_dict(), strict=False)
+    batch = tiny_batch(ours.config, [1])
+    output = ours(**batch)
+    assert output.selection.num_keep.tolist() == [NUM_PATCHES]
+    assert output.logits.shape == stock(**batch).logits.shape
+
+
+def test_a_text_only_batch_is_the_text_model_s() -> None:
+    stock, ours = stock_llava(), tiny_model()
+    ours.load_state_dict(stock.state_dict(), strict=False)
+    batch = tiny_batch(ours.config, [0, 0])
+    labels = targets(batch)
+    expected, output = stock(**batch, labels=labels), ours(**batch, labels=labels, token_budget=0.3)
+    assert output.selection is None
+    is_real = batch["attention_mask"].bool()
+    torch.testing.assert_close(output.logits[is_real], expected.logits[is_real], atol=1e-5, rtol=0)
+    torch.testing.assert_close(output.loss, expected.loss, atol=1e-5, rtol=0)
+
+
+def test_the_loss_at_the_full_budget_is_stock_llava_s() -> None:
+    stock, ours = stock_llava(), tiny_model()
+    ours.load_state_dict(stock.state_dict(), strict=False)
+    batch = tiny_batch(ours.config, IMAGES)
+    expected = stock(**batch, labels=targets(batch)).loss
+    torch.testing.assert_close(ours(**batch, labels=targets(batch)).loss, expected, atol=1e-5, rtol=0)
+
+
+# Any other budget is LLaVA on hand-pruned inputs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", ["original", "compact"])
+@pytest.mark.parametrize(
+    ("vision", "text"), [("clip", "llama"), ("siglip", "mistral"), ("dinov2", "qwen2"), ("clip", "qwen3")]
+)
+def test_any_budget_is_the_stock_text_model_on_hand_pruned_inputs(
+    vision: str, text: str, positions: str, stock_and_ours: Callable[..., tuple[Any, Any]]
+) -> None:
+    stock, ours = stock_and_ours(vision, text)
+    batch = tiny_batch(ours.config, IMAGES)
+    ours.config.visual_position_ids = positions
+    for budgets in ([0.0, 0.4, 0.5], [0.7, 0.15, 0.0], [2, 13, 5], [0.95, 0.95, 0.95]):
+        output = ours(**batch, token_budget=budgets)
+        image = 0
+        for row, num_images in enumerate(IMAGES):
+            keep = [keep.nonzero().flatten().tolist() for keep in output.selection.keep[image : image + num_images]]
+            image += num_images
+            expected = pruned_by_hand(stock, alone(batch, row, IMAGES), keep, positions)
+            ours_of_row = output.logits[row, -len(expected) :]
+            torch.testing.assert_close(ours_of_row, expected, atol=1e-5, rtol=0)
+    ours.config.visual_position_ids = "original"
+
+
+@torch.no_grad()
+def test_fifty_budgets_keep_exactly_what_they_say() -> None:
+    model = tiny_model()
+    batch = tiny_batch(model.config, [1])
+    random = Random(0)
+    for trial in range(50):
+        budget = round(random.random(), random.randint(1, 4)) if trial % 3 else random.randint(2, 20)
+        if isinstance(budget, float):
+            num_keep = max(1, int(Decimal(repr(budget)) * NUM_PATCHES))
+        else:
+            num_keep = min(budget, NUM_PATCHES)
+        output = model(**batch, token_budget=budget)
+        assert output.selection.num_keep.tolist() == [num_keep]
+        assert output.selection.positions.shape == (1, num_keep)
+        assert output.logits.shape[1] == batch["input_ids"].shape[1] - NUM_PATCHES + num_keep
+
+
+@torch.no_grad()
+def test_the_configuration_says_the_budget_where_the_call_does_not() -> None:
+    model = tiny_model(token_budget=0.4)
+    batch = tiny_batch(model.config, [1])
+    assert model(**batch).selection.num_keep.tolist() == [6]
+    assert model(**batch, token_budget=1.0).selection.num_keep.tolist() == [16]
+    assert model(**batch, token_budget=0.0).selection.num_keep.tolist() == [1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("selection_output", ["gather", "mask"])
+def test_select_tokens_is_forward_s_choice_without_the_decoder(selection_output: str) -> None:
+    model = tiny_model(selection_output=selection_output)
+    batch = tiny_batch(model.config, IMAGES)
+    labels = targets(batch, num_targets=4)
+    ran = []
+    for layer in [model.model.language_model, *model.model.language_model.layers, model.lm_head]:
+        layer.register_forward_hook(lambda *_: ran.append(True))
+    for extra in ({}, {"labels": labels}):
+        for budget in (0.0, [0.4, 0.7, 0.2], 1.0):
+            selection = model.select_tokens(**batch, **extra, token_budget=budget)
+            assert not ran
+            expected = model(**batch, **extra, token_budget=budget).selection
+            assert ran.pop()
+            ran.clear()
+            assert torch.equal(selection.keep, expected.keep)
+            assert torch.equal(selection.positions, expected.positions)
+
+
+# LLaVA's names
+
+
+@pytest.mark.parametrize("save_original_format", [True, False], ids=["old names", "new names"])
+def test_a_llava_checkpoint_lacks_only_the_new_modules(save_original_format: bool, tmp_path: Path) -> None:
+    stock = stock_llava()
+    stock.save_pretrained(tmp_path, save_original_format=save_original_format)
+    ours, info = AdaVTPForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["missing_keys"]
+    assert all(name.startswith(NEW_MODULES) for name in info["missing_keys"])
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    state = ours.state_dict()
+    for name, tensor in stock.state_dict().items():
+        assert torch.equal(state[name], tensor), name
+    assert set(state) == set(stock.state_dict()) | set(info["missing_keys"])
+
+
+def test_a_llava_checkpoint_of_the_first_layout_loads(tmp_path: Path) -> None:
+    """The names that LLaVA-1.5 was published with, written out."""
+    from safetensors.torch import load_file, save_file
+
+    stock = stock_llava()
+    stock.save_pretrained(tmp_path)
+    first_layout = {}
+    for name, tensor in stock.state_dict().items():
+        if name.startswith("model.language_model."):
+            name = name.replace("model.language_model.", "language_model.model.", 1)
+        elif name.startswith("lm_head."):
+            name = f"language_model.{name}"
+        elif name.startswith("model.vision_tower."):
+            name = name.replace("model.vision_tower.", "vision_tower.vision_model.", 1)
+        else:
+            name = name.removeprefix("model.")
+        first_layout[name] = tensor.contiguous()
+    assert not set(first_layout) & set(stock.state_dict())
+    save_file(first_layout, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert set(load_file(tmp_path / "model.safetensors")) == set(first_layout)
+
+    ours, info = AdaVTPForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert all(name.startswith(NEW_MODULES) for name in info["missing_keys"])
+    assert not info["unexpected_keys"]
+    state = ours.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in stock.state_dict().items())
+
+
+def test_our_checkpoint_loads_into_stock_llava_with_only_the_new_modules_unexpected(tmp_path: Path) -> None:
+    ours = tiny_model()
+    ours.save_pretrained(tmp_path)
+    fields = {"vision_config": tiny_vision_config(), "text_config": tiny_text_config()}
+    stock, info = LlavaForConditionalGeneration.from_pretrained(
+        tmp_path,
+        config=LlavaConfig(**fields, image_token_index=IMAGE_TOKEN_ID, tie_word_embeddings=False),
+        output_loading_info=True,
+    )
+    assert not info["missing_keys"]
+    assert info["unexpected_keys"]
+    assert all(name.startswith(NEW_MODULES) for name in info["unexpected_keys"])
+    batch = tiny_batch(ours.config, [1])
+    with torch.no_grad():
+        torch.testing.assert_close(stock(**batch).logits, ours(**batch).logits, atol=1e-5, rtol=0)
+
+
+def test_our_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
+    ours = tiny_model(controller_head="dot", budget_fusion="post", token_budget=0.3)
+    ours.save_pretrained(tmp_path)
+    again, info = AdaVTPForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert again.config.to_dict().keys() == ours.config.to_dict().keys()
+    for name in ("controller_head", "budget_fusion", "token_budget", "keep_cls", "reducer"):
+        assert getattr(again.config, name) == getattr(ours.config, name)
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+# Refusals
+
+
+def refused_calls() -> dict[str, tuple[Callable[[dict[str, torch.Tensor]], dict[str, Any]], list[str]]]:
+    """Changes to a good batch of one, and what the message has to say."""
+    text_only = {"input_ids": torch.tensor([[1, 5, 6]]), "attention_mask": torch.ones(1, 3, dtype=torch.int64)}
+    square = torch.ones(1, 1, 22, 22, dtype=torch.bool).tril()
+    return {
+        "two images, placeholders of one": (
+            lambda batch: {"pixel_values": batch["pixel_values"].repeat(2, 1, 1, 1)},
+            ["`input_ids`", "[16]", "2 image(s)", "exactly 16"],
+        ),
+        "image without placeholders": (lambda batch: text_only, ["`input_ids`", "[0]", "1 image(s)", "exactly 16"]),
+        "placeholders without image": (
+            lambda batch: {"pixel_values": None},
+            ["`input_ids`", "[16]", "0 image(s)", "exactly 16"],
+        ),
+        "a placeholder too few": (
+            lambda batch: {"input_ids": batch["input_ids"].index_fill(1, torch.tensor([3]), 5)},
+            ["`input_ids`", "[15]", "1 image(s)", "exactly 16"],
+        ),
+        "4-D mask without positions": (
+            lambda batch: {"attention_mask": square},
+            ["`position_ids`", "None", "2-D `attention_mask`"],
+        ),
+        "4-D mask that is not bool": (
+            lambda batch: {"attention_mask": square.long(), "position_ids": torch.arange(22)[None]},
+            ["`attention_mask`", "torch.int64", "(1, 1, 22, 22)", "torch.bool", "(1, 22)"],
+        ),
+        "mask of another length": (
+            lambda batch: {"attention_mask": torch.ones(1, 7, dtype=torch.int64)},
+            ["`attention_mask`", "(1, 7)", "(1, 22)"],
+        ),
+        "unknown selection output": (
+            lambda batch: {"selection_output": "prune"},
+            ["`selection_output`", "'prune'", "'gather'", "'mask'"],
+        ),
+        "budget above 1": (lambda batch: {"token_budget": 1.5}, ["`token_budget`", "1.5", "0.0 to 1.0"]),
+        "budgets for another batch": (
+            lambda batch: {"token_budget": [0.5, 0.5]},
+            ["`token_budget`", "(2,)", "batch of 1", "one per sample"],
+        ),
+        "bad budget for a text-only batch": (
+            lambda batch: text_only | {"pixel_values": None, "token_budget": -1.0},
+            ["`token_budget`", "-1.0", "0.0 to 1.0"],
+        ),
+        "unknown selection output for a text-only batch": (
+            lambda batch: text_only | {"pixel_values": None, "selection_output": "prune"},
+            ["`selection_output`", "'prune'", "'gather'", "'mask'"],
+        ),
+        "ids and embeddings": (
+            lambda batch: {"inputs_embeds": torch.zeros(1, 22, 32)},
+            ["`input_ids`", "`inputs_embeds`"],
+        ),
+        "embeddings and image": (
+            lambda batch: {"input_ids": None, "inputs_embeds": torch.zeros(1, 22, 32)},
+            ["`pixel_values`", "`inputs_embeds`", "`input_ids`"],
+        ),
+    }
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("case", refused_calls())
+def test_a_bad_call_is_refused_and_leaves_the_model_working(case: str, training: bool) -> None:
+    model = tiny_model()
+    batch = tiny_batch(model.config, [1])
+    assert batch["input_ids"].shape == (1, 22)
+    expected = model(**batch, token_budget=0.4).logits
+    change, fragments = refused_calls()[case]
+    with pytest.raises(ValueError) as refusal:
+        model.train(training)(**(batch | {"token_budget": 0.4} | change(batch)))
+    for fragment in fragments:
+        assert fragment in str(refusal.value)
+    assert torch.equal(model.eval()(**batch, token_budget=0.4).logits, expected)
+
+
+def test_an_image_after_a_filled_cache_is_refused() -> None:
+    model = tiny_model()
+    batch = tiny_batch(model.config, [1])
+    cache = model(**tiny_batch(model.config, [0]), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="`pixel_values`.*`past_key_values`"):
+        model(**batch, past_key_values=cache)
+
+
+REFUSED_FIELDS = {
+    "budget above 1": ({"token_budget": 2.5}, ["2.5", "[0, 1]", ">= 2"]),
+    "negative budget": ({"token_budget": -0.1}, ["-0.1", "[0, 1]", ">= 2"]),
+    "the budget 1": ({"token_budget": 1}, ["is 1;", "[0, 1]", ">= 2"]),
+    "budget NaN": ({"token_budget": float("nan")}, ["nan", "[0, 1]", ">= 2"]),
+    "budget True": ({"token_budget": True}, ["True", "float", "int"]),
+    "budget in words": ({"token_budget": "half"}, ["'half'", "float", "int"]),
+    "fusion": ({"budget_fusion": "early"}, ["'early'", "'encoder'", "'post'"]),
+    "attention": ({"budget_attention": "none"}, ["'none'", "'read_only'", "'mutual'"]),
+    "place": ({"budget_token_place": "middle"}, ["'middle'", "'last'", "'first'"]),
+    "position": ({"budget_position": "zero"}, ["'zero'", "'learned'", "'last_patch'"]),
+    "head": ({"controller_head": "mlp"}, ["'mlp'", "'budget_token'", "'patch'", "'patch_budget'", "'dot'"]),
+    "temperature 0": ({"controller_temperature": 0.0}, ["0.0", "above 0"]),
+    "temperature NaN": ({"controller_temperature": float("nan")}, ["nan", "above 0"]),
+    "infinite temperature": ({"controller_temperature": float("inf")}, ["inf", "finite"]),
+    "output": ({"selection_output": "prune"}, ["'prune'", "'gather'", "'mask'"]),
+    "positions": ({"visual_position_ids": "none"}, ["'none'", "'original'", "'compact'"]),
+    "question": ({"question_aware": "yes"}, ["'yes'", "bool"]),
+    "CLS without room": ({"keep_cls": True}, ["True", "`vision_feature_select_strategy`", "'default'", "'full'"]),
+    "room without CLS": (
+        {"keep_cls": False, "vision_feature_select_strategy": "full"},
+        ["False", "`vision_feature_select_strategy`", "'default'", "'full'"],
+    ),
+    "CLS of a tower without": (
+        {"keep_cls": True, "vision": "siglip"},
+        ["True", "no CLS token", "'full'", "keep_cls=False"],
+    ),
+    "cutting a CLS that is not there": (
+        {"vision_feature_select_strategy": "default", "vision": "siglip"},
+        ["'default'", "'siglip_vision_model'", "'full'"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("fields", "fragments"), REFUSED_FIELDS.values(), ids=REFUSED_FIELDS.keys())
+def test_a_configuration_that_cannot_be_is_refused(fields: dict[str, Any], fragments: list[str]) -> None:
+    with pytest.raises(ValueError) as refusal:
+        tiny_config(**fields)
+    for fragment in [f"`{next(iter(fields))}`", *fragments]:
+        assert fragment in str(refusal.value)
+
+
+def test_a_field_that_is_changed_later_is_checked_too() -> None:
+    config = tiny_config()
+    with pytest.raises(ValueError, match="`controller_head` is 'mlp'"):
+        config.controller_head = "mlp"
+    assert config.controller_head == "patch_budget"
+
+
+@pytest.mark.parametrize(
+    ("vision", "fields", "keep_cls"),
+    [
+        ("clip", {}, False),
+        ("clip", {"vision_feature_select_strategy": "full"}, True),
+        ("siglip", {}, False),
+        ("dinov2", {}, False),
+        ("dinov2", {"vision_feature_select_strategy": "full"}, True),
+    ],
+)
+def test_whether_cls_is_kept_follows_from_tower_and_strategy(
+    vision: str, fields: dict[str, str], keep_cls: bool
+) -> None:
+    config = tiny_config(vision, **fields)
+    assert config.keep_cls is keep_cls
+    assert config.num_image_tokens == NUM_PATCHES + keep_cls

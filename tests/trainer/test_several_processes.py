@@ -1,0 +1,300 @@
+"""Several processes train as one does: with the same losses, to checkpoints that load everywhere."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoProcessor
+
+from adavtp import AdaVTPForConditionalGeneration, AdaVTPProcessor, BudgetCollator
+from adavtp.trainer import recipe as recipe_module
+from adavtp.trainer.budget_stream import BudgetStream
+from adavtp.trainer.sharded_models import require_same_modules
+from adavtp.trainer.whole_checkpoints import FILE_LIST, require_whole
+from forked_processes import Forks
+from repository import FIXTURES
+from tiny_conversations import conversation_rows, digit_model, digit_processor
+from training_process import modules_run_by, rows_with_text_on_one_process
+
+SCRIPT = FIXTURES / "training_process.py"
+LAUNCH = Path(recipe_module.__file__).parent / "launch"
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ACCELERATE = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
+# In float32 here, to be compared with one process; the files say bfloat16.
+ACCELERATE += ["--mixed_precision", "no"]
+LAUNCHERS: dict[str, list[str]] = {
+    "ddp": TORCHRUN,
+    "fsdp2": [*ACCELERATE, "--config_file", str(LAUNCH / "fsdp2.yaml")],
+    "zero3": [*ACCELERATE, "--config_file", str(LAUNCH / "zero3.yaml")],
+}
+# What torchrun's processes are told by a training argument, behind their other runs.
+DEEPSPEED_BY_ARGUMENT = ("zero2", "zero3")
+EVERY_PART = ["controller", "projector", "vision", "decoder"]
+# What is trained, in both forms. "gather": rows of other lengths on each process, accumulated over two batches, with
+# clipped gradients, Adam, and layers that are computed again in the backward pass.
+FORMS: dict[str, dict[str, Any]] = {
+    "mask": {"optim": "sgd", "max_steps": 6, "max_grad_norm": 0.0, "learning_rate": 0.01},
+    "gather": {
+        "max_steps": 4,
+        "gradient_accumulation_steps": 2,
+        "gradient_checkpointing": True,
+        "learning_rate": 0.002,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    },
+}
+
+
+# Beside the default: whatever else decides which modules run.
+MODELS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "gates on features": {"gradient_gates": "features"},
+    "mutual": {"budget_attention": "mutual"},
+    "post": {"budget_fusion": "post"},
+    "last patch": {"budget_position": "last_patch"},
+    "two layers": {"vision_feature_layer": [-2, 1]},
+    "head patch": {"controller_head": "patch"},
+    "random": {"reducer": "random"},
+    "divprune": {"reducer": "divprune"},
+}
+
+
+# A bias on all scores, the controller's or attention's, changes nothing; above the feature layer nothing runs.
+NO_GRADIENT = r".*(score|k_proj)\.bias|model\.vision_tower\.(encoder\.layers\.2|post_layernorm)\..*"
+
+
+def runs_in(folder: Path, start: Path, trained_elsewhere: Path, num_processes: int) -> list[dict[str, Any]]:
+    """Both forms; the second once more from its middle; and one that starts from what another launcher trained."""
+
+    def run(name: str, form: str, start_from: Path, **fields: Any) -> dict[str, Any]:
+        common = {"per_device_train_batch_size": 4 // num_processes, "train_parts": EVERY_PART}
+        return {
+            "folder": str(folder / name),
+            "start_from": str(start_from),
+            # Gates inside attention make a dropped token's gradient a thousand times that of its weight, and so its
+            # rounding.
+            "model": {"selection_output": form, "gradient_gates": "features"},
+            "arguments": FORMS[form] | common,
+        } | fields
+
+    runs = [
+        *(run(form, form, start) for form in FORMS),
+        run("resumed", "gather", start, resume=str(folder / "gather" / "checkpoint-2")),
+        run("handed_on", "mask", trained_elsewhere),
+    ]
+    # As the recipe for LLaVA begins: the controller alone, with gates inside attention.
+    runs.append(run("controller", "mask", start))
+    runs[-1]["model"] = {"gradient_gates": "attention"}
+    runs[-1]["arguments"] = runs[-1]["arguments"] | {"train_parts": ["controller"]}
+    for stage in DEEPSPEED_BY_ARGUMENT if folder.name == "ddp" else ():
+        runs.append(run(stage, "mask", start))
+        runs[-1]["arguments"] = runs[-1]["arguments"] | {"deepspeed": str(LAUNCH / f"{stage}.json")}
+    return runs
+
+
+def launch(launcher: list[str], runs: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, *launcher, str(SCRIPT), str(runs)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-8000:]
+
+
+def train_alone(runs: Path) -> None:
+    # In a process of its own, for what it does to torch.
+    said = runs.with_suffix(".txt")
+    with Forks(f"import {SCRIPT.stem}", f"{SCRIPT.stem}.train_all(sys.argv[1])", folder=SCRIPT.parent) as forks:
+        forks.begin(["", str(runs)], said)
+        assert forks.exit_codes(300) == [0], said.read_text()[-5000:]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything that one process left, under `alone`, and that two did, under their launcher's name."""
+    folder = tmp_path_factory.mktemp("several")
+    processor = digit_processor()
+    digit_model(processor).save_pretrained(folder / "start")
+    processor.save_pretrained(folder / "start")
+    for name in ("alone", *LAUNCHERS):
+        runs = runs_in(folder / name, folder / "start", folder / "alone/gather", 1 if name == "alone" else 2)
+        (folder / f"{name}.json").write_text(json.dumps(runs))
+    train_alone(folder / "alone.json")
+    for name, launcher in LAUNCHERS.items():
+        launch(launcher, folder / f"{name}.json")
+    return folder
+
+
+def log_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "log.json").read_text())
+
+
+def told_by(run: Path) -> list[dict[str, Any]]:
+    return [json.loads((run / f"process_{rank}.json").read_text()) for rank in range(2)]
+
+
+def weights_in(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model.safetensors")
+
+
+# Losses
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("run", ["mask", "gather", "handed_on", "controller"])
+def test_two_processes_have_the_losses_of_one(folder: Path, launcher: str, run: str) -> None:
+    alone, together = log_of(folder / "alone" / run), log_of(folder / launcher / run)
+    assert len(alone["losses"]) == FORMS["gather" if run == "gather" else "mask"]["max_steps"]
+    assert together["losses"] == pytest.approx(alone["losses"], abs=1e-4)
+    assert together["evaluated"] == pytest.approx(alone["evaluated"], abs=1e-4)
+    assert len(set(alone["losses"])) == len(alone["losses"])
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_end_with_the_weights_of_one(folder: Path, launcher: str) -> None:
+    """Of SGD without clipping, whose steps are the gradients: each parameter's is that of all samples together."""
+    alone, together = (weights_in(folder / name / "mask") for name in ("alone", launcher))
+    for name, value in weights_in(folder / "start").items():
+        torch.testing.assert_close(together[name], alone[name], atol=1e-6, rtol=0, msg=name)
+        # So small a difference says something of the smallest steps, too.
+        moved = (alone[name] - value).abs().max()
+        assert moved > 2e-6 or re.fullmatch(NO_GRADIENT, name), name
+
+
+@pytest.mark.parametrize("run", DEEPSPEED_BY_ARGUMENT)
+def test_deepspeed_by_a_training_argument_has_the_losses_of_one_process_too(folder: Path, run: str) -> None:
+    alone, together = log_of(folder / "alone" / "mask"), log_of(folder / "ddp" / run)
+    assert together["losses"] == pytest.approx(alone["losses"], abs=1e-4)
+    assert together["evaluated"] == pytest.approx(alone["evaluated"], abs=1e-4)
+    whole = sum(value.numel() for value in weights_in(folder / "start").values())
+    share = {"zero2": 1.0, "zero3": 0.5}[run]
+    assert told_by(folder / "ddp" / run)[0]["numbers_held"] == pytest.approx(share * whole, rel=0.02)
+
+
+def test_the_runs_had_budgets_and_texts_that_differ_between_processes() -> None:
+    rows, budgets = rows_with_text_on_one_process(), BudgetStream((0.2, 1.0), "sample", seed=5)
+    num_images = [len(row.get("images", [])) for row in rows]
+    of_first, of_second = ([sum(num_images[start : start + 2]) for start in range(first, 24, 4)] for first in (0, 2))
+    assert 0 not in of_first and of_second[::2] == [0, 0, 0] and 0 not in of_second[1::2]
+    drawn = budgets.of_batch(0, 0, 4).tolist()
+    assert len(set(drawn)) == 4
+
+
+# What runs where
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("run", ["mask", "gather"])
+def test_both_processes_run_the_same_modules_in_the_same_order(folder: Path, launcher: str, run: str) -> None:
+    first, second = (told["modules"] for told in told_by(folder / launcher / run))
+    assert first == second
+    assert any(name.startswith("model.vision_tower") for name in first)
+
+
+@pytest.mark.parametrize(("launcher", "share"), [("ddp", 1.0), ("fsdp2", 0.5), ("zero3", 0.5)])
+def test_each_process_holds_its_share_of_the_parameters(folder: Path, launcher: str, share: float) -> None:
+    whole = sum(value.numel() for value in weights_in(folder / "start").values())
+    for told in told_by(folder / launcher / "mask"):
+        # Odd sizes are filled up.
+        assert told["numbers_held"] == pytest.approx(share * whole, rel=0.02)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_training_batch_runs_the_same_modules_whatever_its_budgets_and_images(name: str, form: str) -> None:
+    processor = digit_processor()
+    model = digit_model(processor, selection_output=form, **MODELS[name]).train()
+    called = modules_run_by(model)
+
+    def order(images_per_row: tuple[int, ...], budgets: list[float]) -> list[str]:
+        called.clear()
+        batch = BudgetCollator(processor)(conversation_rows(2, images_per_row))
+        model(**batch | {"token_budget": budgets})
+        return list(called)
+
+    expected = order((1,), [0.2, 0.7])
+    assert any(name.startswith("model.vision_tower") for name in expected)
+    for images_per_row in ((1,), (2, 0), (0,)):
+        for budgets in ([0.2, 0.2], [1.0, 1.0], [1.0, 0.0]):
+            assert order(images_per_row, budgets) == expected
+
+
+@pytest.mark.parametrize(
+    ("reducers", "on_fsdp", "on_zero3"),
+    [
+        (["adaptive"], True, True),
+        (["divprune"], True, True),
+        (["cls_attention"], False, True),
+        (["tome"], False, False),
+        (["visionzip"], False, False),
+        (["pool", "adaptive"], False, False),
+        (["fastv"], False, False),
+    ],
+)
+def test_a_model_that_would_let_processes_wait_for_each_other_is_refused(
+    reducers: list[str], on_fsdp: bool, on_zero3: bool
+) -> None:
+    model = digit_model(digit_processor(), reducers=reducers).model
+    for is_fsdp, is_allowed in ((True, on_fsdp), (False, on_zero3)):
+        if is_allowed:
+            require_same_modules(model, is_fsdp)
+        else:
+            with pytest.raises(ValueError, match=f"`reducer`.*{reducers[0]}.*DDP or ZeRO-2"):
+                require_same_modules(model, is_fsdp)
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_what_two_processes_save_one_loads_and_it_says_the_same(folder: Path, launcher: str) -> None:
+    batch = BudgetCollator(digit_processor())(conversation_rows(3)) | {"token_budget": 0.4}
+    logits = []
+    for name in ("alone", launcher):
+        model = AdaVTPForConditionalGeneration.from_pretrained(folder / name / "gather")
+        with torch.no_grad():
+            logits.append(model(**batch).logits)
+    assert (logits[0] - logits[1]).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_what_two_processes_save_is_the_folder_that_one_saves(folder: Path, launcher: str) -> None:
+    """The same files: weights, configuration, processor, and the code that `trust_remote_code` runs."""
+    alone, together = folder / "alone" / "mask", folder / launcher / "mask"
+    written = ("process_", "log.json")
+    names = {path.name for path in alone.iterdir() if not path.name.startswith(written)}
+    assert names == {path.name for path in together.iterdir() if not path.name.startswith(written)}
+    assert {"modeling_adavtp.py", "processing_adavtp.py", "configuration_adavtp.py"} <= names
+    for name in sorted(names):
+        if name.endswith((".py", ".json", ".jinja")) and name != "training_log.json":
+            assert (together / name).read_text() == (alone / name).read_text(), name
+    assert isinstance(AutoModel.from_pretrained(together), AdaVTPForConditionalGeneration)
+    assert isinstance(AutoProcessor.from_pretrained(together), AdaVTPProcessor)
+
+
+@pytest.mark.parametrize("launcher", ["alone", *LAUNCHERS])
+def test_a_resumed_run_ends_with_the_weights_of_one_without_a_break(folder: Path, launcher: str) -> None:
+    whole, resumed = (weights_in(folder / launcher / run) for run in ("gather", "resumed"))
+    start = weights_in(folder / "start")
+    assert any(not torch.equal(value, start[name]) for name, value in whole.items())
+    for name, value in whole.items():
+        assert torch.equal(resumed[name], value), name
+
+
+@pytest.mark.parametrize("launcher", ["alone", *LAUNCHERS])
+def test_a_checkpoint_of_training_is_marked_as_whole_and_any_process_can_start_from_it(
+    folder: Path, launcher: str
+) -> None:
+    checkpoint = folder / launcher / "gather" / "checkpoint-4"
+    require_whole(checkpoint)
+    files = json.loads((checkpoint / FILE_LIST).read_text())["files"]
+    assert len([name for name in files if "rng_state" in name]) == (1 if launcher == "alone" else 2)
+    final = weights_in(folder / launcher / "gather")
+    loaded = AdaVTPForConditionalGeneration.from_pretrained(checkpoint).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in final.items())
