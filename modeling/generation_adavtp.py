@@ -19,8 +19,15 @@ from transformers.utils import ModelOutput
 
 from .budget.schedule import StackBudget
 from .budget.token_budget import TokenBudget, budget_values, num_tokens_to_keep
-from .decoder.loop import DecoderPlan, has_layer_columns
-from .decoder.pruned_cache import NewColumns, PrunedHistory, new_columns, with_prompt
+from .decoder.plan import DecoderPlan
+from .decoder.pruned_cache import (
+    NewColumns,
+    PrunedHistory,
+    has_layer_columns,
+    new_columns,
+    pruned_cache,
+    with_prompt,
+)
 from .prompt import Prompt
 
 if TYPE_CHECKING:
@@ -191,7 +198,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
     @staticmethod
     def _with_selection(outputs: "GenerateOutput | torch.LongTensor") -> "GenerateOutput | torch.LongTensor":
         if isinstance(outputs, ModelOutput):
-            history = getattr(outputs.past_key_values, "pruned_history", None)
+            history = pruned_cache(outputs.past_key_values).prompt
             outputs["selection"] = None if history is None else history.selection
         return outputs
 
@@ -241,7 +248,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
         cache = model_kwargs.get("past_key_values")
         # A static cache counts in a tensor, which would be unreadable in error messages.
         past_length = 0 if cache is None else int(cache.get_seq_length())
-        history = getattr(cache, "pruned_history", None) if past_length else None
+        history = pruned_cache(cache).prompt if past_length else None
         if pixel_values is None and history is None:
             return model_kwargs, None, None
         if model_kwargs.get("inputs_embeds") is not None:
@@ -318,8 +325,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
             # Also where there is none: a cache may be reset and used again, and must not keep an old history.
-            cache.pruned_history = history
-            cache.decoder_plan = plan
+            pruned_cache(cache).prompt, pruned_cache(cache).policy = history, plan
 
     @staticmethod
     def create_masks_for_generate(
@@ -333,8 +339,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
         See [`transformers.masking_utils.create_masks_for_generate`], which makes the decoder's mask ahead of a forward
         that may be compiled. Where layers hold different columns there is no one mask, and the loop makes each.
         """
-        is_planned = getattr(past_key_values, "decoder_plan", None) is not None
-        if is_planned or has_layer_columns(past_key_values):
+        if pruned_cache(past_key_values).policy is not None or has_layer_columns(past_key_values):
             return attention_mask
         return create_masks_for_generate(
             config=config,
@@ -347,7 +352,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
         # Processors match `input_ids`, so the mask that they get has to be that of the full prompt.
         model_kwargs = kwargs.get("model_kwargs") or {}
-        history = getattr(model_kwargs.get("past_key_values"), "pruned_history", None)
+        history = pruned_cache(model_kwargs.get("past_key_values")).prompt
         if history is not None:
             kwargs["model_kwargs"] = model_kwargs | {"attention_mask": history.full_mask}
         return super()._get_logits_processor(*args, **kwargs)
@@ -376,7 +381,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
         See [`GenerationMixin.prepare_inputs_for_generation`]. At the first step of assisted decoding the candidate
         tokens are only in `input_ids`; their embeddings join the pruned prompt's.
         """
-        history = getattr(past_key_values, "pruned_history", None)
+        history = pruned_cache(past_key_values).prompt
         if history is not None and attention_mask is not None:
             # Assisted decoding stretches or cuts the mask to the length of `input_ids`, which is not the cache's.
             attention_mask = history.mask_of(kwargs["position_ids"].shape[-1])

@@ -22,7 +22,9 @@ from transformers.utils import can_return_tuple
 from ..configuration.configuration_adavtp import AdaVTPConfig, reducer_entries
 from .budget.schedule import BudgetOfStack, StackBudget, Step, reduce_in_tower, reduce_tokens, stack_steps
 from .budget.selection import Selection
-from .decoder.loop import DecoderOutput, DecoderPlan, has_layer_columns, pending_plan, run_decoder
+from .decoder.loop import DecoderOutput, run_decoder
+from .decoder.plan import DecoderPlan
+from .decoder.pruned_cache import has_layer_columns, pending_policy, pruned_cache
 from .decoder.reducer import DecoderReducer
 from .generation_adavtp import AdaVTPGenerationMixin
 from .hub.custom_reducers import OwnReducersMixin
@@ -597,7 +599,7 @@ class AdaVTPModel(AdaVTPPreTrainedModel, LlavaModel):
                 "`pixel_values` was given with a `past_key_values` that already holds tokens; to show an image in a "
                 "later turn call `generate`, which knows which columns the cache holds."
             )
-        selection, plan = None, pending_plan(past_key_values)
+        selection, plan = None, pending_policy(past_key_values)
         if pixel_values is not None:
             prompt, selection, plan = self.prepare_prompt(
                 input_ids, pixel_values, attention_mask, position_ids, labels, token_budget, selection_output, reducer
@@ -626,7 +628,7 @@ class AdaVTPModel(AdaVTPPreTrainedModel, LlavaModel):
                 labels = labels.gather(1, outputs.column_index.clamp(min=0)).masked_fill(~is_column, -100)
             if plan is not None:
                 # In `generate` the prompt was pruned before this call, and its selection waits on the cache.
-                chosen = past_key_values.pruned_history.selection if selection is None else selection
+                chosen = pruned_cache(past_key_values).prompt.selection if selection is None else selection
                 chosen.depth = self._depth(chosen, plan, outputs.depth)
         return AdaVTPModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
@@ -648,9 +650,8 @@ class AdaVTPModel(AdaVTPPreTrainedModel, LlavaModel):
     ) -> BaseModelOutputWithPast:
         """The language model: its own forward, or, where its layers see different columns, our loop over them."""
         if plan is None and not has_layer_columns(past_key_values):
-            if hasattr(past_key_values, "layer_columns"):
-                # They are of what it held before it was reset.
-                del past_key_values.layer_columns
+            # Those that are there are of what the cache held before it was reset.
+            pruned_cache(past_key_values).layers = None
             return self.language_model(
                 inputs_embeds=inputs_embeds,
                 attention_mask=_decoder_mask(attention_mask, inputs_embeds.dtype),
