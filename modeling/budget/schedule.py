@@ -58,8 +58,8 @@ class BudgetSchedule:
     A caller's budget for a stack of reducers, read once.
 
     Args:
-        token_budget: one budget for the whole stack; or a mapping: from reducers' names to theirs, where a reducer that
-            is not named leaves everything, or `{"prompt": n}`, at most n visual tokens for all units of a prompt
+        token_budget: one budget for the whole stack; or a mapping: from reducers' names to theirs, where a reducer
+            that is not named leaves everything, or `{"prompt": n}`, at most n visual tokens for all units of a prompt
             together. `None`, alone or for a reducer, lets a reducer decide by its own rule.
         steps: of the stack.
         batch_size: number of prompts.
@@ -70,9 +70,7 @@ class BudgetSchedule:
             that is not in the stack.
     """
 
-    def __init__(
-        self, token_budget: StackBudget | None, steps: list[Step], batch_size: int, num_layers: int
-    ) -> None:
+    def __init__(self, token_budget: StackBudget | None, steps: list[Step], batch_size: int, num_layers: int) -> None:
         self.steps, self.batch_size, self.num_layers = steps, batch_size, num_layers
         self.names = list(dict.fromkeys(step.name for step in steps))
         self.is_shared = isinstance(token_budget, Mapping) and set(token_budget) == {"prompt"}

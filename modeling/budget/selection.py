@@ -85,6 +85,11 @@ class Selection:
         return cls(torch.ones_like(positions, dtype=torch.bool), positions)
 
     @property
+    def is_token(self) -> torch.Tensor:
+        """`[num_images, num_patches]` bool, false behind the last token of a unit that has fewer."""
+        return (torch.arange(self.keep.shape[1]) < self.sizes[:, None]).to(self.keep.device)
+
+    @property
     def num_keep(self) -> torch.Tensor:
         """Kept tokens per image, `[num_images]` int64."""
         return self.keep.sum(dim=-1)
