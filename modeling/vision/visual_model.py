@@ -194,7 +194,12 @@ class VisualModel:
             features = encode_image(
                 self.tower, pixel_values, self.config, **arguments, attention_layers=attention_layers
             )
-            return features, Selection(features.positions >= 0, features.positions)
+            # What the tower makes beyond a unit's own tokens is none of them.
+            is_token = units.is_token.to(features.positions.device)
+            size = is_token.shape[1]
+            positions = features.positions[:, :size].masked_fill(~is_token, -1)
+            features = replace(features, patches=features.patches[:, :size], positions=positions, num_patches=size)
+            return features, Selection(is_token, positions)
         if attention_layers:
             raise ValueError(
                 f"{steps[0].name!r} changes the tokens inside the tower, and another reducer of this stack reads the "

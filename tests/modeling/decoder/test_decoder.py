@@ -315,7 +315,8 @@ def test_the_configuration_says_whether_there_is_a_cache() -> None:
     for token_budget in (6, 1.0):
         assert model(**batch, token_budget=token_budget).past_key_values is not None
         assert model(**batch, token_budget=token_budget, use_cache=False).past_key_values is None
-        assert len(model(**batch, token_budget=token_budget, return_dict=False)) == 3
+        # As of stock LLaVA: hidden states, cache, image features; and the selection.
+        assert len(model(**batch, token_budget=token_budget, return_dict=False)) == 4
     model.config.text_config.use_cache = False
     assert model(**batch, token_budget=6).past_key_values is None
 
