@@ -282,7 +282,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
         return self.config.token_budget if token_budget is None else token_budget
 
     def _budget_state(self, new: NewColumns, pixel_values: torch.Tensor) -> BudgetState:
-        units = self.family.units(self.config, self.family.placeholders(self.config, new.input_ids), len(pixel_values))
+        units = self.model.units_of(new.input_ids, len(pixel_values))
         return BudgetState(
             step=0,
             num_visual_tokens=self.family.tokens_per_image(self.config),

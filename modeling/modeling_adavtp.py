@@ -371,7 +371,7 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
         schedule = self.resolve_budget(token_budget, reducer, len(input_ids))
         if is_new:
             # A placeholder without an image is refused.
-            self.family.units(self.config, self.family.placeholders(self.config, input_ids), 0)
+            self.units_of(input_ids, 0)
         if not has_to_look:
             return None
         zero = self.zero_of_a_blank_image(input_ids, schedule)

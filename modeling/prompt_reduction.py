@@ -35,6 +35,19 @@ class PromptReductionMixin:
             self.vision_tower, self.multi_modal_projector, self.budget_token, self.config, self.training
         )
 
+    def units_of(self, input_ids: torch.Tensor, num_images: int) -> Units:
+        """
+        The units that a batch of prompts shows.
+
+        Args:
+            input_ids: `[batch, sequence]`.
+            num_images: images that go with them, in the order of their placeholders.
+
+        Raises:
+            ValueError: if placeholders and images do not agree.
+        """
+        return self.family.units(self.config, self.family.placeholders(self.config, input_ids), num_images)
+
     def resolve_budget(self, token_budget: StackBudget | None, reducer: Any, batch_size: int) -> BudgetSchedule:
         """
         Reads a caller's budget.
