@@ -13,6 +13,7 @@ from ..configuration.configuration_adavtp import AdaVTPConfig
 from .budget.schedule import BudgetSchedule, StackBudget, Step
 from .budget.selection import Selection
 from .decoder.plan import DecoderPlan
+from .decoder.pruned_cache import NewColumns, PrunedPrompt
 from .families.base import Family, Units
 from .families.llava import LLAVA
 from .prompt import PreparedInputs, Prompt, is_before_answer, left_padded, without_first_labels
@@ -119,6 +120,22 @@ class PromptReductionMixin:
         if tokens.decoder is not None:
             selection.depth = selection.keep * self.config.text_config.num_hidden_layers
         return PreparedInputs(prompt, features, selection, self._decoder_policy(tokens, prompt, units))
+
+    def pruned_prompt(self, new: NewColumns, prepared: PreparedInputs, num_ids: int) -> PrunedPrompt | None:
+        """
+        What the model reads in place of a caller's columns, and what a cache that it fills then stands for; `None`
+        where a mask over all pairs of columns stands in for a prompt's.
+
+        Args:
+            new: the columns as the caller has them.
+            prepared: as the model reads them.
+            num_ids: columns of the caller's `input_ids`.
+        """
+        if prepared.prompt.attention_mask.dim() != 2:
+            return None
+        num_features = self.family.placeholders(self.config, prepared.prompt.input_ids).sum(dim=-1)
+        is_compact = self.config.visual_position_ids == "compact"
+        return PrunedPrompt.of(new, prepared, num_features, num_ids, is_compact)
 
     def features_of_images(self, pixel_values: torch.Tensor, schedule: BudgetSchedule) -> list[torch.Tensor]:
         """What the decoder gets of each image, asked nothing: a list of `[K, text_hidden_size]`."""

@@ -13,7 +13,7 @@ from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..budget.selection import Selection
-from ..prompt import PreparedInputs, count_positions
+from ..prompt import PreparedInputs, check_attention_mask, count_positions
 from .plan import DecoderPlan
 
 
@@ -205,13 +205,52 @@ class NewColumns:
     past_mask: torch.Tensor
     num_columns: int
 
+    @classmethod
+    def of_prompt(
+        cls, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+    ) -> "NewColumns":
+        """
+        A prompt of which no cache holds anything.
+
+        Raises:
+            ValueError: if the mask does not fit, or is one over pairs of columns and comes without positions.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        check_attention_mask(attention_mask, input_ids.shape)
+        if position_ids is None:
+            if attention_mask.dim() != 2:
+                raise ValueError("`position_ids` is None, which is allowed only with a 2-D `attention_mask`.")
+            position_ids = count_positions(attention_mask)
+        position_ids = position_ids.expand(*position_ids.shape[:-2], *input_ids.shape)
+        begin, none = torch.zeros_like(position_ids[..., 0]), attention_mask.new_zeros(len(input_ids), 0)
+        return cls(input_ids, attention_mask, position_ids, begin, none, input_ids.shape[1])
+
+
+def behind_cache(
+    input_ids: torch.LongTensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    past_key_values: Cache | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Mask and positions of text whose `past_key_values` stand for more columns than they hold."""
+    earlier = None if position_ids is not None else pruned_cache(past_key_values).prompt
+    past_length = 0 if earlier is None else int(past_key_values.get_seq_length())
+    if past_length == 0:
+        return attention_mask, position_ids
+    if attention_mask is None:
+        num_columns = earlier.num_columns + past_length - earlier.mask.shape[1] + input_ids.shape[1]
+        attention_mask = input_ids.new_ones(len(input_ids), num_columns)
+    new = new_columns(input_ids, {"attention_mask": attention_mask}, past_length, earlier)
+    return torch.cat([new.past_mask, new.attention_mask], dim=1), new.position_ids
+
 
 def new_columns(
     input_ids: torch.LongTensor, model_kwargs: dict[str, Any], past_length: int, earlier: PrunedPrompt | None
 ) -> NewColumns:
     """Tells new columns from those in the cache. `input_ids` may be the whole conversation or only what is new."""
     batch_size, device = len(input_ids), input_ids.device
-    position_ids = model_kwargs["position_ids"]
+    position_ids = model_kwargs.get("position_ids")
     full_mask = model_kwargs.get("attention_mask")
     if full_mask is None:
         # transformers drops a mask of ones; positions still have its length.
