@@ -14,7 +14,7 @@ import torch
 from adavtp import AdaVTPForConditionalGeneration
 from adavtp.modeling.reducers.base import REDUCERS, ScoringReducer
 from layered_reader import LayeredReader, as_conversation
-from tiny_models import NUM_PATCHES, alone, targets, tiny_batch, tiny_model, tiny_text_config
+from tiny_models import NUM_PATCHES, WITH_WEIGHTS, alone, targets, tiny_batch, tiny_model, tiny_text_config
 
 NUM_LAYERS = 4
 DECODER_STAGE = sorted(name for name, reducer in REDUCERS.items() if reducer.stage == "decoder")
@@ -25,7 +25,11 @@ Model = AdaVTPForConditionalGeneration
 
 
 def own_model(**fields: Any) -> Model:
-    return as_conversation(tiny_model(text_config=tiny_text_config(num_layers=NUM_LAYERS), **fields))
+    return as_conversation(
+        tiny_model(
+            text_config=tiny_text_config(num_layers=NUM_LAYERS), **({"trained_reducers": WITH_WEIGHTS} | fields)
+        )
+    )
 
 
 @cache
