@@ -374,7 +374,8 @@ class AdaVTPGenerationMixin(GenerationMixin):
             if is_first_iteration or past_key_values is None:
                 input_ids, next_sequence_length = torch.cat([pruned.input_ids, answer], dim=1), None
                 position_ids = torch.cat([pruned.position_ids, position_ids], dim=-1)
-                kwargs["mm_encoder_outputs"] = pruned.encoder_outputs
+                written = answer.masked_fill(~self.family.placeholders(self.config, answer), -1)
+                kwargs["mm_encoder_outputs"] = pruned.encoder_outputs(written, self.get_input_embeddings())
             else:
                 input_ids = answer
             attention_mask = pruned.mask_with(answer.shape[1], needs_mask=past_key_values is None)

@@ -4,6 +4,7 @@ The cache of a pruned turn is shorter than the ids that the caller has. What it 
 the next turn can then tell which ids are new, which columns are padding, and where positions go on.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -143,8 +144,7 @@ class PrunedPrompt:
             return self
         features = self.image_features
         if features is not None:
-            rows = features.split(self.num_features.tolist())
-            features = torch.cat([row for row in rows for _ in range(expand_size)])
+            features = torch.cat([row for row in self.features_of_rows for _ in range(expand_size)])
         return replace(
             self,
             mask=self.mask.repeat_interleave(expand_size, dim=0),
@@ -173,11 +173,28 @@ class PrunedPrompt:
         return self.next_position[..., None] + torch.arange(num_answer, device=self.next_position.device)
 
     @property
-    def encoder_outputs(self) -> dict[str, BaseModelOutputWithPooling] | None:
-        """The features as a family's forward takes what is encoded already."""
+    def features_of_rows(self) -> tuple[torch.Tensor, ...]:
+        """For each row what stands at its placeholders, `[its placeholders, hidden_size]`."""
+        return self.image_features.split(self.num_features.tolist())
+
+    def encoder_outputs(
+        self, written: torch.Tensor, embed: Callable[[torch.Tensor], torch.Tensor]
+    ) -> dict[str, BaseModelOutputWithPooling] | None:
+        """
+        The features as a family's forward takes what is encoded already.
+
+        Args:
+            written: `[batch, num_answer]` int64, tokens behind the prompt that are written like placeholders, -1 for
+                others. They are no images: a model wrote them, or prompt lookup proposes them.
+            embed: makes the embeddings of ids.
+        """
         if self.image_features is None:
             return None
-        return {"image": BaseModelOutputWithPooling(pooler_output=[self.image_features])}
+        rows = [self.image_features]
+        if written.numel() and bool((written >= 0).any()):
+            pairs = zip(self.features_of_rows, written, strict=True)
+            rows = [torch.cat([features, embed(ids[ids >= 0]).to(features.dtype)]) for features, ids in pairs]
+        return {"image": BaseModelOutputWithPooling(pooler_output=rows)}
 
     @cached_property
     def is_unpadded(self) -> bool:
