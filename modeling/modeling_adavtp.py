@@ -25,7 +25,7 @@ from .budget.selection import Selection
 from .decoder.loop import DecoderOutput, DecoderPlan, has_layer_columns, pending_plan, run_decoder
 from .decoder.reducer import DecoderReducer
 from .generation_adavtp import AdaVTPGenerationMixin
-from .hub.custom_reducers import OwnReducersMixin
+from .hub.custom_reducers import CustomReducersMixin
 from .hub.loading import CompleteLoadingMixin
 from .hub.saving import SelfContainedMixin
 from .prompt import Prompt, count_positions, images_per_sample, left_padded, without_first_labels
@@ -97,7 +97,7 @@ class AdaVTPCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
     labels: torch.LongTensor | None = None
 
 
-class AdaVTPPreTrainedModel(CompleteLoadingMixin, OwnReducersMixin, SelfContainedMixin, PreTrainedModel):
+class AdaVTPPreTrainedModel(CompleteLoadingMixin, CustomReducersMixin, SelfContainedMixin, PreTrainedModel):
     """What both model classes share: configuration, loading, and saving with the code beside the weights."""
 
     config: AdaVTPConfig
