@@ -27,7 +27,7 @@ from .decoder.plan import DecoderPlan
 from .decoder.pruned_cache import NewColumns, behind_cache, has_layer_columns, pending_policy, pruned_cache
 from .families.base import Family
 from .generation_adavtp import AdaVTPGenerationMixin
-from .hub.custom_reducers import OwnReducersMixin
+from .hub.custom_reducers import CustomReducersMixin
 from .hub.loading import CompleteLoadingMixin
 from .hub.saving import SelfContainedMixin
 from .prompt import Prompt, additive_mask, count_positions, without_first_labels
@@ -76,7 +76,7 @@ class AdaVTPCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
     labels: torch.LongTensor | None = None
 
 
-class AdaVTPPreTrainedModel(CompleteLoadingMixin, OwnReducersMixin, SelfContainedMixin, PreTrainedModel):
+class AdaVTPPreTrainedModel(CompleteLoadingMixin, CustomReducersMixin, SelfContainedMixin, PreTrainedModel):
     """What both model classes share: configuration, loading, and saving with the code beside the weights."""
 
     config: AdaVTPConfig
