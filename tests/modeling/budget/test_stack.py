@@ -208,7 +208,7 @@ def test_aim_is_taken_apart() -> None:
     model = model_of()
     steps = model.model.steps("aim")
     assert [(step.name, step.reducer.stage) for step in steps] == [("aim", "vision"), ("aim", "decoder")]
-    assert [type(step.reducer).__name__ for step in steps] == ["AIMMergeReducer", "AIMPruneReducer"]
+    assert [type(step.reducer).__name__ for step in steps] == ["AimMerge", "AimPrune"]
     assert steps[0].divides is not None and steps[1].divides is None
 
 
