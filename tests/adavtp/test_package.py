@@ -49,9 +49,9 @@ SPACE = ROOT / "hub_cards" / "space"
 
 
 def room_files(room: str) -> list[Path]:
-    files = (
-        (ROOT / room).glob("**/*.py") if room != "adavtp" else [*(ROOT / room).glob("*.py"), *COMMANDS.glob("*.py")]
-    )
+    # The front door's folder holds links to the other rooms.
+    own = [*(ROOT / room).glob("*.py"), *(ROOT / room / "commands").glob("*.py")]
+    files = own if room == "adavtp" else (ROOT / room).glob("**/*.py")
     return sorted(file for file in files if SPACE not in file.parents and "adavtp_code" not in file.parts)
 
 
