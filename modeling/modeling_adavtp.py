@@ -299,15 +299,14 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
         reducer: ReducerSpec | None,
     ) -> torch.Tensor | None:
         """Embeddings of a prompt of text where something has to be added to them, `None` elsewhere."""
-        is_new = past_key_values is None or past_key_values.get_seq_length() == 0
-        has_to_look = is_new and (self.training or self.is_sharded)
-        if token_budget is None and reducer is None and not has_to_look and not is_new:
-            return None
-        schedule = self.resolve_budget(token_budget, reducer, len(input_ids))
-        if is_new:
+        if past_key_values is None:
             # A placeholder without an image is refused.
             self.units_of(input_ids, 0)
-        if not has_to_look:
+        has_to_look = self.training or self.is_sharded
+        if token_budget is None and reducer is None and not has_to_look:
+            return None
+        schedule = self.resolve_budget(token_budget, reducer, len(input_ids))
+        if not has_to_look or (past_key_values is not None and past_key_values.get_seq_length() > 0):
             return None
         zero = self.zero_of_a_blank_image(input_ids, schedule)
         return self.get_input_embeddings()(input_ids) + zero
