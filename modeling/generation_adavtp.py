@@ -19,11 +19,12 @@ from transformers.utils import ModelOutput
 
 from .budget.schedule import StackBudget
 from .budget.token_budget import TokenBudget, budget_values, num_tokens_to_keep
-from .decoder.plan import DecoderPlan
+from .decoder.loop import layer_masks
+from .decoder.policy import DecoderPolicy
 from .decoder.pruned_cache import (
     NewColumns,
     PrunedHistory,
-    has_layer_columns,
+    leave_on,
     new_columns,
     pruned_cache,
     with_prompt,
@@ -226,18 +227,18 @@ class AdaVTPGenerationMixin(GenerationMixin):
         Prunes the prompt, then expands it. Of the steps that every supported version of transformers takes before the
         decoding loop, this is the one that sees ids, mask and positions together while there is one row per prompt.
         """
-        model_kwargs, history, plan = self._prune_prompt(input_ids, model_kwargs)
+        model_kwargs, history, policy = self._prune_prompt(input_ids, model_kwargs)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         if history is not None:
             model_kwargs["pruned_history"] = history.expand(expand_size)
-            model_kwargs["decoder_plan"] = None if plan is None else plan.expand(expand_size)
+            model_kwargs["decoder_policy"] = None if policy is None else policy.expand(expand_size)
         return input_ids, model_kwargs
 
     def _prune_prompt(
         self, input_ids: torch.LongTensor, model_kwargs: dict[str, Any]
-    ) -> tuple[dict[str, Any], PrunedHistory | None, DecoderPlan | None]:
+    ) -> tuple[dict[str, Any], PrunedHistory | None, DecoderPolicy | None]:
         """Replaces images, budget, mask and positions in `model_kwargs` by the embeddings of the pruned prompt."""
         pixel_values = model_kwargs.pop("pixel_values", None)
         token_budget = model_kwargs.pop("token_budget", None)
@@ -259,7 +260,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
         new = new_columns(input_ids, model_kwargs, past_length, history)
         if history is not None and self.config.visual_position_ids == "compact":
             new.position_ids = new.position_ids - history.num_dropped[:, None]
-        plan, selection = None, None
+        policy, selection = None, None
         if pixel_values is None:
             embeds = self.get_input_embeddings()(new.input_ids)
             prompt = Prompt(embeds, new.attention_mask, new.position_ids)
@@ -268,7 +269,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
                 token_budget = processors(
                     new.input_ids, self._one_budget(token_budget), self._budget_state(new, pixel_values)
                 )
-            prompt, selection, plan = self.model.prepare_prompt(
+            prompt, selection, policy = self.model.prepare_prompt(
                 new.input_ids,
                 pixel_values.to(self.device),
                 new.attention_mask,
@@ -280,7 +281,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
             )
         model_kwargs, history = with_prompt(model_kwargs, prompt, new)
         history.selection = selection
-        return model_kwargs, history, plan
+        return model_kwargs, history, policy
 
     def _one_budget(self, token_budget: StackBudget | None) -> TokenBudget:
         """What budget processors start from."""
@@ -309,7 +310,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
         max_cache_length: int,
     ) -> None:
         history = model_kwargs.pop("pruned_history", None)
-        plan = model_kwargs.pop("decoder_plan", None)
+        policy = model_kwargs.pop("decoder_policy", None)
         if history is not None:
             if generation_config.prefill_chunk_size is not None:
                 raise ValueError(
@@ -324,8 +325,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
         )
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
-            # Also where there is none: a cache may be reset and used again, and must not keep an old history.
-            pruned_cache(cache).prompt, pruned_cache(cache).policy = history, plan
+            leave_on(cache, history, policy)
 
     @staticmethod
     def create_masks_for_generate(
@@ -339,8 +339,11 @@ class AdaVTPGenerationMixin(GenerationMixin):
         See [`transformers.masking_utils.create_masks_for_generate`], which makes the decoder's mask ahead of a forward
         that may be compiled. Where layers hold different columns there is no one mask, and the loop makes each.
         """
-        if pruned_cache(past_key_values).policy is not None or has_layer_columns(past_key_values):
+        if pruned_cache(past_key_values).policy is not None:
             return attention_mask
+        masks = layer_masks(config.get_text_config(), inputs_embeds, attention_mask, past_key_values)
+        if masks is not None:
+            return masks
         return create_masks_for_generate(
             config=config,
             inputs_embeds=inputs_embeds,

@@ -15,17 +15,15 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
 from transformers.utils import can_return_tuple
 
 from ..configuration.configuration_adavtp import AdaVTPConfig, reducer_entries
 from .budget.schedule import BudgetOfStack, StackBudget, Step, reduce_in_tower, reduce_tokens, stack_steps
 from .budget.selection import Selection
-from .decoder.loop import DecoderOutput, run_decoder
-from .decoder.plan import DecoderPlan
-from .decoder.pruned_cache import has_layer_columns, pending_policy, pruned_cache
-from .decoder.reducer import DecoderReducer
+from .decoder.loop import decode
+from .decoder.policy import DecoderPolicy, VisualTokenPolicy
+from .decoder.pruned_cache import pending_policy, pruned_cache
 from .generation_adavtp import AdaVTPGenerationMixin
 from .hub.custom_reducers import OwnReducersMixin
 from .hub.loading import CompleteLoadingMixin
@@ -376,7 +374,7 @@ class AdaVTPModel(AdaVTPPreTrainedModel, LlavaModel):
         token_budget: StackBudget | None = None,
         selection_output: str | None = None,
         reducer: ReducerSpec | None = None,
-    ) -> tuple[Prompt, Selection, DecoderPlan | None]:
+    ) -> tuple[Prompt, Selection, DecoderPolicy | None]:
         """
         Builds the decoder's input from prompts and images: encode, select, project, splice, drop.
 
@@ -444,7 +442,7 @@ class AdaVTPModel(AdaVTPPreTrainedModel, LlavaModel):
             prompt = prompt.without(is_real)
         if seen.decoder is not None:
             selection.depth = selection.keep * config.text_config.num_hidden_layers
-        return prompt, selection, self._plan(seen, prompt, sample)
+        return prompt, selection, self._policy(seen, prompt, sample)
 
     def _questions(
         self,
@@ -475,43 +473,22 @@ class AdaVTPModel(AdaVTPPreTrainedModel, LlavaModel):
             ids = input_ids.masked_fill(~is_text, -1)[sample]
         return mean, ids
 
-    def _plan(self, seen: "Seen", prompt: Prompt, sample: torch.Tensor) -> DecoderPlan | None:
+    def _policy(self, seen: "Seen", prompt: Prompt, sample: torch.Tensor) -> VisualTokenPolicy | None:
         """What a decoder-stage reducer of the stack does with a prompt, or `None` if nothing leaves in the decoder."""
         if seen.decoder is None:
             return None
-        num_layers = self.config.text_config.num_hidden_layers
-        num_visual = (prompt.patches >= 0).sum(dim=-1).cpu()
         num_keep = None
         if seen.decoder_keep is not None:
-            num_keep = torch.zeros_like(num_visual).index_add(0, sample.cpu(), seen.decoder_keep.cpu())
-        counts = [
-            [visual] * num_layers
-            if visual == 0 or (num_keep is not None and int(num_keep[row]) >= visual)
-            else seen.decoder.reducer.layer_counts(
-                visual, None if num_keep is None else int(num_keep[row]), num_layers
-            )
-            for row, visual in enumerate(num_visual.tolist())
-        ]
-        counts = torch.tensor(counts)
-        if not self.training and bool((counts == num_visual[:, None]).all()):
-            return None
-        if prompt.attention_mask.dim() != 2:
-            raise ValueError(
-                f"{seen.decoder.name!r} drops tokens inside the decoder, which needs an `attention_mask` of shape "
-                "[batch, sequence] and no gates inside attention; use gradient_gates='features', or another reducer."
-            )
-        is_real = prompt.attention_mask > 0
-        asks = is_real
-        if prompt.labels is not None:
-            asks = is_real & ((prompt.labels != -100).cumsum(dim=-1) == 0)
-        column = torch.arange(is_real.shape[1], device=is_real.device)
-        last = torch.where(asks, column, -1).amax(dim=-1)
-        return DecoderPlan(seen.decoder.name, counts, prompt.patches, last.clamp(min=0))
-
-    def decoder_reducer(self, plan: DecoderPlan) -> DecoderReducer:
-        """The module that a plan names."""
-        reducer = self.reducers[plan.reducer]
-        return reducer.parts[-1] if hasattr(reducer, "parts") else reducer
+            num_keep = torch.zeros(len(prompt.patches), dtype=torch.long)
+            num_keep.index_add_(0, sample.cpu(), seen.decoder_keep.cpu())
+        return VisualTokenPolicy.of_prompt(
+            seen.decoder.name,
+            seen.decoder.reducer,
+            prompt,
+            num_keep,
+            self.config.text_config.num_hidden_layers,
+            always=self.training,
+        )
 
     def _nothing_from_a_blank_image(
         self, inputs_embeds: torch.Tensor, token_budget: StackBudget | None, reducer: ReducerSpec | None
@@ -599,9 +576,9 @@ class AdaVTPModel(AdaVTPPreTrainedModel, LlavaModel):
                 "`pixel_values` was given with a `past_key_values` that already holds tokens; to show an image in a "
                 "later turn call `generate`, which knows which columns the cache holds."
             )
-        selection, plan = None, pending_policy(past_key_values)
+        selection, policy = None, pending_policy(past_key_values)
         if pixel_values is not None:
-            prompt, selection, plan = self.prepare_prompt(
+            prompt, selection, policy = self.prepare_prompt(
                 input_ids, pixel_values, attention_mask, position_ids, labels, token_budget, selection_output, reducer
             )
             # Without a mask, transformers would take gaps between positions for the ends of packed sequences.
@@ -621,15 +598,23 @@ class AdaVTPModel(AdaVTPPreTrainedModel, LlavaModel):
         if selection is None and labels is not None and attention_mask is not None:
             labels = without_first_labels(labels, attention_mask)
 
-        outputs = self._decode(inputs_embeds, attention_mask, position_ids, past_key_values, plan, kwargs)
-        if isinstance(outputs, DecoderOutput):
+        outputs = decode(
+            self.language_model,
+            inputs_embeds,
+            _decoder_mask(attention_mask, inputs_embeds.dtype),
+            position_ids,
+            past_key_values,
+            policy,
+            compact=self.config.visual_position_ids == "compact",
+            **kwargs,
+        )
+        if policy is not None:
             if labels is not None:
                 is_column = outputs.column_index >= 0
                 labels = labels.gather(1, outputs.column_index.clamp(min=0)).masked_fill(~is_column, -100)
-            if plan is not None:
-                # In `generate` the prompt was pruned before this call, and its selection waits on the cache.
-                chosen = pruned_cache(past_key_values).prompt.selection if selection is None else selection
-                chosen.depth = self._depth(chosen, plan, outputs.depth)
+            # In `generate` the prompt was pruned before this call, and its selection waits on the cache.
+            chosen = pruned_cache(past_key_values).prompt.selection if selection is None else selection
+            chosen.depth = policy.depth(outputs.depth, chosen.keep)
         return AdaVTPModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
@@ -638,46 +623,6 @@ class AdaVTPModel(AdaVTPPreTrainedModel, LlavaModel):
             selection=selection,
             labels=labels,
         )
-
-    def _decode(
-        self,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        past_key_values: Cache | None,
-        plan: DecoderPlan | None,
-        kwargs: dict[str, Any],
-    ) -> BaseModelOutputWithPast:
-        """The language model: its own forward, or, where its layers see different columns, our loop over them."""
-        if plan is None and not has_layer_columns(past_key_values):
-            # Those that are there are of what the cache held before it was reset.
-            pruned_cache(past_key_values).layers = None
-            return self.language_model(
-                inputs_embeds=inputs_embeds,
-                attention_mask=_decoder_mask(attention_mask, inputs_embeds.dtype),
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                **kwargs,
-            )
-        return run_decoder(
-            self.language_model,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            plan=plan,
-            reducer=None if plan is None else self.decoder_reducer(plan),
-            compact=self.config.visual_position_ids == "compact",
-            **kwargs,
-        )
-
-    def _depth(self, selection: Selection, plan: DecoderPlan, depth: torch.Tensor) -> torch.Tensor:
-        """How many layers saw each patch, `[num_images, num_patches]`, from how many saw each column."""
-        of_patch = torch.zeros(selection.keep.numel(), dtype=torch.long, device=depth.device)
-        # Assisted decoding puts its candidates behind the prompt.
-        patches = plan.with_columns(depth.shape[1]).patches
-        is_visual = patches >= 0
-        return of_patch.scatter(0, patches[is_visual], depth[is_visual]).view(selection.keep.shape)
 
 
 def _check_attention_takes_gates(language_model: PreTrainedModel, length: int) -> None:

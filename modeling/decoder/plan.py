@@ -1,6 +1,11 @@
-"""What runs in the decoder: which columns each layer sees."""
+"""What runs in the decoder, prompt by prompt and layer by layer: today, how many visual tokens each layer sees.
 
-from dataclasses import dataclass, replace
+A plan is made before the decoder runs and is known on the host, so that nobody has to ask the device where something
+leaves. What may be turned down there later (layers, heads, groups of MLP units) joins it as one more table with a row
+for each prompt and a column for each layer.
+"""
+
+from dataclasses import dataclass
 
 import torch
 
@@ -11,14 +16,12 @@ class DecoderPlan:
     Which columns of a prompt are visual tokens, and how many of them each layer sees.
 
     Attributes:
-        reducer: name of the decoder-stage reducer that chooses.
-        counts: `[batch, num_layers]` int64.
+        counts: `[batch, num_layers]` int64 on the CPU, never rising along a row.
         patches: `[batch, columns]` int64, for a visual token the patch it shows, counted through all images of the
-            batch (image * N + patch); -1 for every other column.
+            batch; -1 for every other column.
         last: `[batch]` int64, the column that asks: the last one before the answer.
     """
 
-    reducer: str
     counts: torch.Tensor
     patches: torch.Tensor
     last: torch.Tensor
@@ -26,9 +29,4 @@ class DecoderPlan:
     def expand(self, expand_size: int) -> "DecoderPlan":
         """Repeats every row, for beams and for several sequences per prompt."""
         rows = (tensor.repeat_interleave(expand_size, dim=0) for tensor in (self.counts, self.patches, self.last))
-        return DecoderPlan(self.reducer, *rows)
-
-    def with_columns(self, num_columns: int) -> "DecoderPlan":
-        """The plan for a prompt that further text columns follow."""
-        more = num_columns - self.patches.shape[1]
-        return replace(self, patches=torch.nn.functional.pad(self.patches, (0, more), value=-1))
+        return DecoderPlan(*rows)
