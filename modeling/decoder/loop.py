@@ -1,9 +1,8 @@
 """The loop over the language model's layers, for when layers see different numbers of columns.
 
 It is the loop of transformers' own text models, with one question between two layers: a policy may decide that columns
-leave. From then on layers have masks, keys and values of their own, and, where positions are compact, positions.
-Layers between two cuts share all of that. Where no policy acts and a cache holds the same columns in all layers, the
-language model's own forward runs.
+leave. From then on layers have masks, keys and values of their own, and, where positions are compact, positions;
+layers between two cuts share them.
 """
 
 from dataclasses import dataclass
@@ -83,111 +82,74 @@ class PromptColumns:
 @dataclass
 class DecoderOutput(BaseModelOutputWithPast):
     """
-    Output of [`decode`] where a policy acted.
+    Output of [`run_decoder`].
 
     Attributes:
-        column_index: `[batch, columns left]` int64, where each column that is left stood in the prompt; -1 for
-            padding.
-        depth: `[batch, columns]` int64, how many layers saw each column of the prompt.
+        column_index: where a policy acted, `[batch, columns left]` int64, where each column that is left stood in the
+            prompt; -1 for padding.
+        depth: where a policy acted, `[batch, columns]` int64, how many layers saw each column of the prompt.
     """
 
     column_index: torch.Tensor | None = None
     depth: torch.Tensor | None = None
 
 
-def decode(
-    language_model: PreTrainedModel,
-    inputs_embeds: torch.Tensor,
-    attention_mask: Any,
-    position_ids: torch.Tensor | None,
-    past_key_values: Cache | None,
-    policy: DecoderPolicy | None = None,
-    compact: bool = False,
-    **kwargs: Any,
-) -> BaseModelOutputWithPast:
-    """
-    Runs the language model: its own forward, or, where a policy acts or layers hold different columns, our loop.
-
-    Args:
-        language_model: with the layers of Llama, Mistral, Qwen2 or Qwen3, where the loop is to run them.
-        inputs_embeds: `[batch, columns, hidden_size]`.
-        attention_mask: `[batch, columns of layer 0's cache + columns]`, or `None` for ones; as the language model
-            takes it, where its own forward runs; or what [`layer_masks`] made.
-        position_ids: `[batch, columns]` or `None`, as in the whole prompt.
-        past_key_values: whose layers may hold different columns.
-        policy: what decides before each layer.
-        compact: whether the positions of what is left are counted anew behind every cut.
-        kwargs: of the language model's forward.
-
-    Raises:
-        ValueError: if the loop does not run this kind of decoder, or the mask is not two-dimensional.
-    """
-    is_prepared = isinstance(attention_mask, dict) and 0 in attention_mask
-    pruned = pruned_cache(past_key_values)
-    num_cached = 0
-    if past_key_values is not None and not is_prepared and (policy is not None or pruned.layers is not None):
-        num_cached = int(past_key_values.get_seq_length())
-        # Where it was reset since, nothing is left of what its layers held.
-        pruned.layers = pruned.layers if num_cached else None
-    if policy is None and pruned.layers is None:
-        return language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
-    if policy is not None and language_model.config.model_type not in RUNNABLE:
-        raise ValueError(
-            f"{policy.name!r} drops tokens inside the decoder, and this model's is of the kind "
-            f"{language_model.config.model_type!r}; that works with {', '.join(RUNNABLE)}. Use a reducer that acts "
-            "before the decoder."
-        )
-    if not is_prepared and attention_mask is not None and attention_mask.dim() != 2:
-        raise ValueError(
-            f"`attention_mask` has shape {tuple(attention_mask.shape)}; where tokens leave inside the decoder it has "
-            "to be [batch, sequence]. Use a reducer that acts before the decoder."
-        )
-    return run_layers(
-        language_model,
-        inputs_embeds,
-        attention_mask,
-        position_ids,
-        past_key_values,
-        num_cached,
-        policy,
-        compact,
-        **kwargs,
-    )
-
-
 @capture_outputs
-def run_layers(
+def run_decoder(
     language_model: PreTrainedModel,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | dict[int, Any] | None,
     position_ids: torch.Tensor | None,
     past_key_values: Cache | None,
-    num_cached: int,
-    policy: DecoderPolicy | None,
-    compact: bool,
     use_cache: bool | None = None,
+    policy: DecoderPolicy | None = None,
+    compact: bool = False,
     **kwargs: Any,
 ) -> DecoderOutput:
-    """The loop. See [`decode`]; `num_cached` is how many columns layer 0's cache holds."""
+    """
+    Runs a text model where a policy acts, or behind a cache whose layers hold different columns.
+
+    Args:
+        language_model: of a kind in `RUNNABLE`.
+        inputs_embeds: `[batch, columns, hidden_size]`.
+        attention_mask: `[batch, columns of layer 0's cache + columns]`, or `None` for ones; or what [`layer_masks`]
+            made of it.
+        position_ids: `[batch, columns]` or `None`, as in the whole prompt.
+        past_key_values: whose layers may hold different columns.
+        use_cache: whether to make a cache where there is none; by default what the model's configuration says.
+        policy: what decides before each layer; without one nothing leaves.
+        compact: whether the positions of what is left are counted anew behind every cut.
+        kwargs: of the layers.
+
+    Raises:
+        ValueError: if the text model is of another kind, or the mask is not two-dimensional.
+    """
     config = language_model.config
+    if config.model_type not in RUNNABLE:
+        name = "this cache" if policy is None else repr(policy.name)
+        raise ValueError(
+            f"{name} drops tokens inside the decoder, and this model's decoder is of the kind {config.model_type!r}; "
+            f"that works with {', '.join(RUNNABLE)}. Use a reducer that acts before the decoder."
+        )
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() != 2:
+        raise ValueError(
+            f"`attention_mask` has shape {tuple(attention_mask.shape)}; where tokens leave inside the decoder it has "
+            "to be [batch, sequence]. Use a reducer that acts before the decoder."
+        )
     if use_cache is None:
         checkpoints = language_model.training and getattr(language_model, "gradient_checkpointing", False)
         use_cache = config.use_cache and not checkpoints
     if use_cache and past_key_values is None:
         past_key_values = DynamicCache(config=config)
     batch_size, num_new = inputs_embeds.shape[:2]
+    is_prepared = isinstance(attention_mask, dict)
+    num_cached = 0 if past_key_values is None or is_prepared else int(past_key_values.get_seq_length())
     if position_ids is None:
         position_ids = torch.arange(num_new, device=inputs_embeds.device)[None] + num_cached
     cached, columns = pruned_cache(past_key_values).layers, None
     if policy is None:
         masks = attention_mask
-        if not isinstance(masks, dict):
+        if not is_prepared:
             num_behind = cached.note_changes(num_cached, num_new, attention_mask, batch_size)
             masks = cached.masks(config, num_behind, past_key_values, inputs_embeds)
         inputs = AnswerInputs(language_model, inputs_embeds, masks, position_ids, cached, compact)
@@ -291,7 +253,7 @@ def layer_masks(
     past_key_values: Cache | None,
 ) -> dict[int, Any] | None:
     """
-    The masks that [`decode`] would make at a step of an answer, made ahead of a forward that may be compiled.
+    The masks that [`run_decoder`] would make at a step of an answer, made ahead of a forward that may be compiled.
 
     Args:
         config: the text model's.

@@ -17,16 +17,16 @@ class DecoderPlan:
 
     Attributes:
         counts: `[batch, num_layers]` int64 on the CPU, never rising along a row.
-        patches: `[batch, columns]` int64, for a visual token the patch it shows, counted through all images of the
+        visual_index: `[batch, columns]` int64, the visual token that a column shows, counted through all units of the
             batch; -1 for every other column.
         last: `[batch]` int64, the column that asks: the last one before the answer.
     """
 
     counts: torch.Tensor
-    patches: torch.Tensor
+    visual_index: torch.Tensor
     last: torch.Tensor
 
     def expand(self, expand_size: int) -> "DecoderPlan":
         """Repeats every row, for beams and for several sequences per prompt."""
-        rows = (tensor.repeat_interleave(expand_size, dim=0) for tensor in (self.counts, self.patches, self.last))
+        rows = (tensor.repeat_interleave(expand_size, dim=0) for tensor in (self.counts, self.visual_index, self.last))
         return DecoderPlan(*rows)

@@ -10,7 +10,6 @@ from itertools import pairwise
 
 import torch
 
-from ..prompt import Prompt
 from .plan import DecoderPlan
 from .reducer import DecoderReducer, best_visual
 from .view import DecoderView, LayerView
@@ -81,14 +80,15 @@ class VisualTokenPolicy(DecoderPolicy):
         spans = pairwise([*self.cuts, num_layers])
         self._scored = {start for start, end in spans if any(start <= layer < end for layer in falls)}
         self.layers = frozenset(falls) | self._scored
-        self._num_keep = plan.counts.to(plan.patches.device, non_blocking=True)
+        self._num_keep = plan.counts.to(plan.visual_index.device, non_blocking=True)
 
     @classmethod
     def of_prompt(
         cls,
         name: str,
         reducer: DecoderReducer,
-        prompt: Prompt,
+        visual_index: torch.Tensor,
+        asks: torch.Tensor | None,
         num_keep: torch.Tensor | None,
         num_layers: int,
         always: bool = False,
@@ -99,7 +99,9 @@ class VisualTokenPolicy(DecoderPolicy):
         Args:
             name: of the reducer.
             reducer: which says how many leave where.
-            prompt: the prompts, with `patches`.
+            visual_index: `[batch, columns]`, see [`DecoderPlan`].
+            asks: `[batch, columns]` bool, what is no padding and stands before the answer; `None` where the attention
+                mask is not `[batch, sequence]`.
             num_keep: `[batch]` int64, the mean number of visual tokens over layers; `None` for the reducer's own rule.
             num_layers: of the decoder.
             always: whether there is a policy even where nothing leaves, as in training, where every batch has to run
@@ -111,7 +113,7 @@ class VisualTokenPolicy(DecoderPolicy):
         Raises:
             ValueError: if the reducer cannot keep so few, or the attention mask is not `[batch, sequence]`.
         """
-        num_visual = (prompt.patches >= 0).sum(dim=-1).tolist()
+        num_visual = (visual_index >= 0).sum(dim=-1).tolist()
         wanted = [None] * len(num_visual) if num_keep is None else num_keep.tolist()
         counts = torch.tensor(
             [
@@ -123,15 +125,12 @@ class VisualTokenPolicy(DecoderPolicy):
         )
         if not always and bool((counts == counts[:, :1]).all()):
             return None
-        if prompt.attention_mask.dim() != 2:
+        if asks is None:
             raise ValueError(
                 f"{name!r} drops tokens inside the decoder, which needs an `attention_mask` of shape "
                 "[batch, sequence] and no gates inside attention; use gradient_gates='features', or another reducer."
             )
-        asks = prompt.attention_mask > 0
-        if prompt.labels is not None:
-            asks = asks & ((prompt.labels != -100).cumsum(dim=-1) == 0)
-        return cls(name, reducer, DecoderPlan(counts, prompt.patches, _last(asks)))
+        return cls(name, reducer, DecoderPlan(counts, visual_index, _last(asks)))
 
     def _leaving(self, layer: int) -> torch.Tensor:
         """`[batch]` int64 on the CPU, visual tokens that leave before a layer."""
@@ -152,30 +151,31 @@ class VisualTokenPolicy(DecoderPolicy):
         return Decision(keep, num_leaving, hidden_states)
 
     def _seen(self, view: LayerView) -> DecoderView:
-        patches, length = self.plan.patches, self.plan.patches.shape[1]
+        visual_index, length = self.plan.visual_index, self.plan.visual_index.shape[1]
         # Assisted decoding puts its candidates behind the prompt.
         in_prompt = view.is_real & (view.index < length)
-        is_visual = in_prompt & (patches.gather(1, view.index.clamp(0, length - 1)) >= 0)
+        is_visual = in_prompt & (visual_index.gather(1, view.index.clamp(0, length - 1)) >= 0)
         # Where a prompt ends with an image, the column that asks may have left; the last before it asks then.
         may_ask = view.is_real & (view.index <= self.plan.last[:, None])
         return DecoderView(**vars(view), is_visual=is_visual, last=_last(may_ask))
 
-    def depth(self, of_columns: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    def depth_of_tokens(self, is_token: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
         """
-        How many layers saw each patch.
+        How many layers saw each visual token.
 
         Args:
-            of_columns: `[batch, columns]` int64, how many layers saw each column of the prompt.
-            keep: `[num_images, num_patches]` bool, the patches that entered the decoder.
+            is_token: `[num_units, largest N]` bool, see [`Selection`].
+            depth: `[batch, columns]` int64, how many layers saw each column of the prompt.
 
         Returns:
-            `[num_images, num_patches]` int64, 0 for those that did not.
+            `[num_units, largest N]` int64, 0 for tokens that did not enter the decoder.
         """
-        patches, num_patches = self.plan.patches, keep.numel()
-        # What is no patch goes to one place more, which is cut off.
-        place = torch.where(patches >= 0, patches, num_patches).flatten()
-        depth = of_columns[:, : patches.shape[1]].flatten()
-        return depth.new_zeros(num_patches + 1).scatter(0, place, depth)[:-1].view(keep.shape)
+        visual_index, num_tokens = self.plan.visual_index, is_token.numel()
+        # What is no visual token goes to one place more. Assisted decoding puts its candidates behind the prompt.
+        place = torch.where(visual_index >= 0, visual_index, num_tokens).flatten()
+        depth = depth[:, : visual_index.shape[1]].flatten()
+        of_token = depth.new_zeros(num_tokens + 1).scatter(0, place, depth)
+        return torch.zeros_like(is_token, dtype=torch.long).masked_scatter(is_token, of_token)
 
     def expand(self, expand_size: int) -> "VisualTokenPolicy":
         """See [`DecoderPolicy.expand`]."""
