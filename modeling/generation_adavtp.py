@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 
 from .budget.schedule import StackBudget
 from .budget.token_budget import TokenBudget, budget_values, num_tokens_to_keep
+from .decoder.loop import layer_masks
 from .decoder.pruned_cache import (
     NewColumns,
     PrunedCache,
@@ -318,6 +319,8 @@ class AdaVTPGenerationMixin(GenerationMixin):
             # Also where there is none: a cache may be reset and used again, and must not keep an old prompt.
             pruned_cache(cache).prompt = None if prompt is None else prompt.on_cache()
             pruned_cache(cache).policy = policy
+            # Forgets what layers held where the cache was reset.
+            has_layer_columns(cache)
 
     @staticmethod
     def create_masks_for_generate(
@@ -329,10 +332,13 @@ class AdaVTPGenerationMixin(GenerationMixin):
     ) -> Any:
         """
         See [`transformers.masking_utils.create_masks_for_generate`], which makes the decoder's mask ahead of a forward
-        that may be compiled. Where layers hold different columns there is no one mask, and the loop makes each.
+        that may be compiled. Where layers hold different columns each has its own; in prefill the loop makes them.
         """
-        if pruned_cache(past_key_values).policy is not None or has_layer_columns(past_key_values):
+        if pruned_cache(past_key_values).policy is not None:
             return attention_mask
+        masks = layer_masks(config.get_text_config(), inputs_embeds, attention_mask, past_key_values)
+        if masks is not None:
+            return masks
         return create_masks_for_generate(
             config=config,
             inputs_embeds=inputs_embeds,

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from .budget.selection import Selection
-from .decoder.plan import DecoderPlan
+from .decoder.policy import DecoderPolicy
 
 _LEAST_GATE = 1e-3
 
@@ -124,7 +124,7 @@ class PreparedInputs:
     prompt: Prompt
     image_features: torch.Tensor | None = None
     selection: Selection | None = None
-    policy: DecoderPlan | None = None
+    policy: DecoderPolicy | None = None
 
 
 def left_padded(keep: torch.Tensor) -> torch.Tensor:
