@@ -29,10 +29,11 @@ from adavtp import (
 from adavtp.modeling.budget.top_k import sample_top_k, top_k_mask
 from adavtp.modeling.reducers.adaptive import VisionTokenController
 from adavtp.modeling.reducers.base import REDUCERS
-from adavtp.trainer.adapters import add_adapters, load_adapter, merge_adapter, quantization
-from adavtp.trainer.recipe import Recipe, Stage
-from adavtp.trainer.recipe_adapters import whole_checkpoint
-from adavtp.trainer.recipe_run import FINISHED, run_recipe
+from adavtp.trainer.adapter_folders import load_adapter, merge_adapter
+from adavtp.trainer.adapters import add_adapters, quantization
+from adavtp.trainer.recipes.recipe import Recipe, Stage
+from adavtp.trainer.recipes.run import FINISHED, run_recipe
+from adavtp.trainer.recipes.starting_model import whole_checkpoint
 from adavtp.trainer.trained_parts import choose_trained_parts
 from forked_processes import Forks, as_launched
 from repository import FIXTURES

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
 from adavtp import AdaVTPForConditionalGeneration, AdaVTPProcessor, BudgetCollator
-from adavtp.trainer import recipe as recipe_module
-from adavtp.trainer.budget_stream import BudgetStream
+from adavtp.trainer import sharded_models
+from adavtp.trainer.data.budget_stream import BudgetStream
 from adavtp.trainer.sharded_models import require_same_modules
 from adavtp.trainer.whole_checkpoints import FILE_LIST, require_whole
 from forked_processes import Forks
@@ -24,7 +24,7 @@ from tiny_conversations import conversation_rows, digit_model, digit_processor
 from training_process import modules_run_by, rows_with_text_on_one_process
 
 SCRIPT = FIXTURES / "training_process.py"
-LAUNCH = Path(recipe_module.__file__).parent / "launch"
+LAUNCH = Path(sharded_models.__file__).parent / "launch"
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ACCELERATE = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]

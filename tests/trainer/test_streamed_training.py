@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from adavtp import AdaVTPTrainer, AdaVTPTrainingArguments, BudgetCollator
-from adavtp.tasks.digit_processor import build_digit_processor
-from adavtp.trainer.conversation_reader import ConversationReader
-from adavtp.trainer.conversation_sources import load_conversations
-from adavtp.trainer.conversation_stream import ConversationStream
-from adavtp.trainer.recipe import Stage
-from adavtp.trainer.recipe_stages import stage_arguments, stage_trainer
+from adavtp.tasks.digit_scenes.processor import build_digit_processor
+from adavtp.trainer.data.reader import ConversationReader
+from adavtp.trainer.data.sources import load_conversations
+from adavtp.trainer.data.stream import ConversationStream
+from adavtp.trainer.recipes.recipe import Stage
+from adavtp.trainer.recipes.stages import stage_arguments, stage_trainer
 from adavtp.trainer.training_arguments import TRAIN_PARTS
 from forked_processes import Forks, as_launched
 from tiny_conversations import conversation_rows, digit_model, digit_processor

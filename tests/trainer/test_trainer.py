@@ -22,8 +22,8 @@ from adavtp import (
     AdaVTPTrainingArguments,
     BudgetCollator,
 )
-from adavtp.tasks.digit_processor import build_digit_processor
 from adavtp.tasks.digit_scenes import load_digit_questions
+from adavtp.tasks.digit_scenes.processor import build_digit_processor
 from adavtp.trainer.trained_parts import choose_trained_parts
 from adavtp.trainer.training_arguments import TRAIN_PARTS
 from tiny_conversations import conversation_rows, digit_model, digit_processor

@@ -24,7 +24,7 @@ from transformers import (
 
 from adavtp import AdaVTPConfig, AdaVTPForConditionalGeneration, AdaVTPModel, AdaVTPProcessor
 from adavtp.modeling.hub.saving import code_files
-from adavtp.tasks.digit_processor import build_digit_processor
+from adavtp.tasks.digit_scenes.processor import build_digit_processor
 from adavtp.tasks.digit_scenes import draw_scene
 from load_without_package import answers, piped
 from repository import FIXTURES
