@@ -7,12 +7,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 
 from .configuration.configuration_adavtp import AdaVTPConfig
 from .modeling.budget.selection import Selection
-from .modeling.budget.token_budget import BudgetEmbedding
 from .modeling.generation_adavtp import BudgetProcessor, BudgetProcessorList, BudgetState
 from .modeling.modeling_adavtp import AdaVTPForConditionalGeneration, AdaVTPModel
 from .modeling.processing_adavtp import AdaVTPProcessor
 from .modeling.reducers.adaptive import VisionTokenController
 from .modeling.reducers.base import ScoringReducer, TokenReducer, register_reducer
+from .modeling.vision.budget_token import BudgetEmbedding
 from .modeling.vision.features import VisionFeatures
 
 AutoConfig.register("adavtp", AdaVTPConfig, exist_ok=True)

@@ -90,8 +90,7 @@ def reason_unreachable(
     """
     arguments = setting.arguments()
     with reducers_left_alone(model):
-        steps = model.model.steps(arguments["reducer"])
-        model.model.budget_of(arguments["token_budget"], steps, len(inputs["input_ids"]))
+        model.model.resolve_budget(arguments["token_budget"], arguments["reducer"], len(inputs["input_ids"]))
         try:
             model.select_tokens(**inputs, **arguments)
         except ValueError as error:

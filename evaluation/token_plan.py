@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ..configuration.configuration_adavtp import AdaVTPConfig, reducer_entries
-from ..modeling.budget.schedule import BudgetOfStack, StackBudget, Step, stack_steps
+from ..modeling.budget.schedule import BudgetOfUnits, BudgetSchedule, StackBudget, Step, stack_steps
 from ..modeling.budget.selection import Selection
 from ..modeling.decoder.reducer import DecoderReducer
 from ..modeling.modeling_adavtp import ReducerSpec
@@ -124,7 +124,7 @@ def plan_tokens(
         raise ValueError(f"`selection` is of {len(happened.num_keep)} images, and the prompts show {len(sample)}.")
     budget = None
     if happened is None or (token_budget is not None and len(before) > 1):
-        budget = _budget(config, steps, token_budget, len(num_images))
+        budget = _budget(config, steps, token_budget, sample, len(num_images))
     elif len(before) > 1:
         raise ValueError(
             "`selection` says what a stack left, and not what its first reducers did; pass the `token_budget` too."
@@ -132,7 +132,7 @@ def plan_tokens(
     entering, left = torch.full((len(sample),), config.num_patches), []
     for step in before:
         is_last = step is before[-1]
-        wanted = None if budget is None else budget.of_step(step, entering, sample)
+        wanted = None if budget is None else budget.of_step(step, entering)
         if happened is not None and is_last:
             leaving = torch.tensor(happened.num_keep).long()
         else:
@@ -140,7 +140,7 @@ def plan_tokens(
         left.append(StepTokens(step, tuple(entering.tolist()), tuple(leaving.tolist())))
         entering = leaving
     if happened is None and decoder is not None:
-        mean = budget.of_step(decoder, entering, sample)
+        mean = budget.of_step(decoder, entering)
         counts = _decoder_counts(config, decoder, entering, mean, sample, len(num_images))
     else:
         counts = _counts_without_rule(config, happened, entering, sample, len(num_images))
@@ -155,13 +155,14 @@ def plan_tokens(
 
 
 def _budget(
-    config: AdaVTPConfig, steps: list[Step], token_budget: StackBudget | None, batch_size: int
-) -> BudgetOfStack:
-    """As [`AdaVTPModel.budget_of`]."""
+    config: AdaVTPConfig, steps: list[Step], token_budget: StackBudget | None, sample: torch.Tensor, batch_size: int
+) -> BudgetOfUnits:
+    """As [`AdaVTPModel.resolve_budget`]."""
     own_rule = len({step.name for step in steps}) == 1 and (steps[0].divides or steps[0].reducer).has_own_rule
     if token_budget is None and not own_rule:
         token_budget = config.token_budget
-    return BudgetOfStack(token_budget, steps, config.num_patches, batch_size, config.text_config.num_hidden_layers)
+    schedule = BudgetSchedule(token_budget, steps, batch_size, config.text_config.num_hidden_layers)
+    return schedule.of_units(sample, torch.full_like(sample, config.num_patches))
 
 
 def _leaving(step: Step, entering: torch.Tensor, wanted: torch.Tensor | None, sample: torch.Tensor) -> torch.Tensor:

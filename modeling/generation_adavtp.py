@@ -1,9 +1,9 @@
 """`generate` with a token budget.
 
-The prompt is pruned once, before the decoding loop: images are encoded, tokens chosen, and the loop gets the shorter
-prompt as `inputs_embeds` with its mask and positions. `input_ids` stays the full prompt, so that whatever counts or
-matches ids (maximum lengths, penalties, prompt lookup, streamers) works as ever, and every generation mode sees an
-ordinary prompt.
+The prompt is pruned once, before the decoding loop: images are encoded, tokens chosen, and placeholders of dropped
+tokens leave the prompt that the model reads. `input_ids` of the loop stays the caller's, so that whatever counts or
+matches ids (maximum lengths, penalties, prompt lookup, streamers, stopping criteria) works as ever, and the model sees
+an ordinary prompt with fewer placeholders and as many features.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,9 +19,15 @@ from transformers.utils import ModelOutput
 
 from .budget.schedule import StackBudget
 from .budget.token_budget import TokenBudget, budget_values, num_tokens_to_keep
-from .decoder.loop import DecoderPlan, has_layer_columns
-from .decoder.pruned_cache import NewColumns, PrunedHistory, new_columns, with_prompt
-from .prompt import Prompt
+from .decoder.pruned_cache import (
+    NewColumns,
+    PrunedCache,
+    PrunedPrompt,
+    has_layer_columns,
+    new_columns,
+    pruned_cache,
+)
+from .prompt import PreparedInputs, Prompt
 
 if TYPE_CHECKING:
     from transformers.generation.utils import GenerateOutput
@@ -173,7 +179,12 @@ class AdaVTPGenerationMixin(GenerationMixin):
                     f"`inputs` is a {type(inputs).__name__} and there is no prompt; call `generate(image, prompt)` or "
                     "pass tensors."
                 )
-            return self._with_selection(super().generate(inputs, generation_config, *args, **kwargs))
+            # Whoever prunes the prompt leaves it here.
+            pruned: list[PrunedPrompt] = []
+            outputs = super().generate(inputs, generation_config, *args, pruned_prompt=pruned, **kwargs)
+            if isinstance(outputs, ModelOutput):
+                outputs["selection"] = pruned[0].selection if pruned else None
+            return outputs
         if kwargs.get("return_dict_in_generate"):
             raise ValueError(
                 "`return_dict_in_generate` is True, but `generate(image, prompt)` returns text; for scores and caches "
@@ -187,13 +198,6 @@ class AdaVTPGenerationMixin(GenerationMixin):
         answers = [answer.strip() for answer in answers]
         is_single = isinstance(prompt, str) and not isinstance(inputs, list | tuple) and len(answers) == 1
         return answers[0] if is_single else answers
-
-    @staticmethod
-    def _with_selection(outputs: "GenerateOutput | torch.LongTensor") -> "GenerateOutput | torch.LongTensor":
-        if isinstance(outputs, ModelOutput):
-            history = getattr(outputs.past_key_values, "pruned_history", None)
-            outputs["selection"] = None if history is None else history.selection
-        return outputs
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, *args: Any, **kwargs: Any
@@ -219,61 +223,52 @@ class AdaVTPGenerationMixin(GenerationMixin):
         Prunes the prompt, then expands it. Of the steps that every supported version of transformers takes before the
         decoding loop, this is the one that sees ids, mask and positions together while there is one row per prompt.
         """
-        model_kwargs, history, plan = self._prune_prompt(input_ids, model_kwargs)
+        call = model_kwargs.pop("pruned_prompt", None)
+        model_kwargs, pruned = self._prune_prompt(input_ids, model_kwargs)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
-        if history is not None:
-            model_kwargs["pruned_history"] = history.expand(expand_size)
-            model_kwargs["decoder_plan"] = None if plan is None else plan.expand(expand_size)
+        if pruned.prompt is not None:
+            if call is not None:
+                call.append(pruned.prompt)
+            model_kwargs["pruned_prompt"] = pruned.prompt.expand(expand_size)
+            model_kwargs["decoder_policy"] = None if pruned.policy is None else pruned.policy.expand(expand_size)
         return input_ids, model_kwargs
 
     def _prune_prompt(
         self, input_ids: torch.LongTensor, model_kwargs: dict[str, Any]
-    ) -> tuple[dict[str, Any], PrunedHistory | None, DecoderPlan | None]:
-        """Replaces images, budget, mask and positions in `model_kwargs` by the embeddings of the pruned prompt."""
-        pixel_values = model_kwargs.pop("pixel_values", None)
-        token_budget = model_kwargs.pop("token_budget", None)
-        reducer = model_kwargs.pop("reducer", None)
-        self.model.budget_of(token_budget, self.model.steps(reducer), len(input_ids))
-        processors = BudgetProcessorList.of_argument(model_kwargs.pop("budget_processor", None))
-        _require_gather(model_kwargs.pop("selection_output", None))
+    ) -> tuple[dict[str, Any], PrunedCache]:
+        """Takes images and budget out of `model_kwargs`; what the model reads in place of the caller's prompt."""
+        pixel_values, token_budget, reducer, processors, selection_output = (
+            model_kwargs.pop(name, None)
+            for name in ("pixel_values", "token_budget", "reducer", "budget_processor", "selection_output")
+        )
+        schedule = self.model.resolve_budget(token_budget, reducer, len(input_ids))
+        processors = BudgetProcessorList.of_argument(processors)
+        _require_gather(selection_output)
         cache = model_kwargs.get("past_key_values")
         # A static cache counts in a tensor, which would be unreadable in error messages.
         past_length = 0 if cache is None else int(cache.get_seq_length())
-        history = getattr(cache, "pruned_history", None) if past_length else None
-        if pixel_values is None and history is None:
-            return model_kwargs, None, None
+        earlier = pruned_cache(cache).prompt if past_length else None
+        if pixel_values is None and earlier is None:
+            return model_kwargs, PrunedCache()
         if model_kwargs.get("inputs_embeds") is not None:
             raise ValueError(
                 "`inputs_embeds` was given with images, in this turn or an earlier one; images are placed by the "
                 "placeholder tokens in `input_ids`, so pass that."
             )
-        new = new_columns(input_ids, model_kwargs, past_length, history)
-        if history is not None and self.config.visual_position_ids == "compact":
-            new.position_ids = new.position_ids - history.num_dropped[:, None]
-        plan, selection = None, None
-        if pixel_values is None:
-            embeds = self.get_input_embeddings()(new.input_ids)
-            prompt = Prompt(embeds, new.attention_mask, new.position_ids)
-        else:
+        new = new_columns(input_ids, model_kwargs, past_length, earlier)
+        prompt = Prompt(new.input_ids, new.attention_mask, new.position_ids)
+        prepared = PreparedInputs(prompt)
+        if pixel_values is not None:
             if processors:
-                token_budget = processors(
-                    new.input_ids, self._one_budget(token_budget), self._budget_state(new, pixel_values)
-                )
-            prompt, selection, plan = self.model.prepare_prompt(
-                new.input_ids,
-                pixel_values.to(self.device),
-                new.attention_mask,
-                new.position_ids,
-                token_budget=token_budget,
-                reducer=reducer,
-                # The mask form is for training; in a cache its hidden columns would cost what they cost unpruned.
-                selection_output="gather",
-            )
-        model_kwargs, history = with_prompt(model_kwargs, prompt, new)
-        history.selection = selection
-        return model_kwargs, history, plan
+                state = self._budget_state(new, pixel_values)
+                token_budget = processors(new.input_ids, self._one_budget(token_budget), state)
+                schedule = self.model.resolve_budget(token_budget, reducer, len(input_ids))
+            # The mask form is for training; in a cache its hidden columns would cost what they cost unpruned.
+            prepared = self.model.prepare_inputs(prompt, pixel_values.to(self.device), schedule, "gather")
+        pruned = self.model.pruned_prompt(new, prepared, input_ids.shape[1])
+        return model_kwargs, PrunedCache(pruned, policy=prepared.policy)
 
     def _one_budget(self, token_budget: StackBudget | None) -> TokenBudget:
         """What budget processors start from."""
@@ -285,10 +280,11 @@ class AdaVTPGenerationMixin(GenerationMixin):
         return self.config.token_budget if token_budget is None else token_budget
 
     def _budget_state(self, new: NewColumns, pixel_values: torch.Tensor) -> BudgetState:
+        units = self.model.units_of(new.input_ids, len(pixel_values))
         return BudgetState(
             step=0,
-            num_visual_tokens=self.config.num_patches,
-            num_images=(new.input_ids == self.config.image_token_id).sum(dim=-1) // self.config.num_image_tokens,
+            num_visual_tokens=self.family.tokens_per_image(self.config),
+            num_images=torch.bincount(units.sample, minlength=len(new.input_ids)).to(new.input_ids.device),
             prompt_length=new.attention_mask.sum(dim=-1),
             pixel_values=pixel_values,
         )
@@ -301,25 +297,24 @@ class AdaVTPGenerationMixin(GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        history = model_kwargs.pop("pruned_history", None)
-        plan = model_kwargs.pop("decoder_plan", None)
-        if history is not None:
+        prompt, policy = model_kwargs.get("pruned_prompt"), model_kwargs.pop("decoder_policy", None)
+        if prompt is not None:
             if generation_config.prefill_chunk_size is not None:
                 raise ValueError(
                     f"`prefill_chunk_size` is {generation_config.prefill_chunk_size}; a prompt with images is "
                     "prefilled whole. Leave it out, and lower `token_budget` to shorten the prompt."
                 )
-            # transformers does the same for any `inputs_embeds`: without a cache it would feed them at every step.
-            generation_config.use_cache = True
-            max_cache_length -= history.num_columns - history.mask.shape[1]
+            # What leaves inside the decoder is remembered on the cache.
+            generation_config.use_cache = generation_config.use_cache or policy is not None
+            max_cache_length -= prompt.num_columns - prompt.mask.shape[1]
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
-            # Also where there is none: a cache may be reset and used again, and must not keep an old history.
-            cache.pruned_history = history
-            cache.decoder_plan = plan
+            # Also where there is none: a cache may be reset and used again, and must not keep an old prompt.
+            pruned_cache(cache).prompt = None if prompt is None else prompt.on_cache()
+            pruned_cache(cache).policy = policy
 
     @staticmethod
     def create_masks_for_generate(
@@ -333,8 +328,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
         See [`transformers.masking_utils.create_masks_for_generate`], which makes the decoder's mask ahead of a forward
         that may be compiled. Where layers hold different columns there is no one mask, and the loop makes each.
         """
-        is_planned = getattr(past_key_values, "decoder_plan", None) is not None
-        if is_planned or has_layer_columns(past_key_values):
+        if pruned_cache(past_key_values).policy is not None or has_layer_columns(past_key_values):
             return attention_mask
         return create_masks_for_generate(
             config=config,
@@ -344,22 +338,18 @@ class AdaVTPGenerationMixin(GenerationMixin):
             **kwargs,
         )
 
-    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
-        # Processors match `input_ids`, so the mask that they get has to be that of the full prompt.
-        model_kwargs = kwargs.get("model_kwargs") or {}
-        history = getattr(model_kwargs.get("past_key_values"), "pruned_history", None)
-        if history is not None:
-            kwargs["model_kwargs"] = model_kwargs | {"attention_mask": history.full_mask}
-        return super()._get_logits_processor(*args, **kwargs)
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Images are encoded where the prompt is pruned, since what is kept may depend on both."""
+        return model_kwargs
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
-        # An assistant model reads the ids; the pruned prompt is not its own.
-        of_the_prompt = ("inputs_embeds", "attention_mask", "position_ids")
-        model_kwargs = kwargs["model_kwargs"]
-        if model_kwargs.get("inputs_embeds") is not None:
+        # An assistant model reads the caller's ids; the pruned prompt is not its own.
+        model_kwargs = dict(kwargs["model_kwargs"])
+        if model_kwargs.pop("pruned_prompt", None) is not None:
             _require_text_assistant(kwargs["generation_config"], kwargs.get("assistant_model"))
-            kwargs["model_kwargs"] = {key: model_kwargs[key] for key in model_kwargs if key not in of_the_prompt}
-        return super()._get_candidate_generator(*args, **kwargs)
+        return super()._get_candidate_generator(*args, **kwargs | {"model_kwargs": model_kwargs})
 
     def prepare_inputs_for_generation(
         self,
@@ -369,26 +359,27 @@ class AdaVTPGenerationMixin(GenerationMixin):
         attention_mask: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
+        pruned_prompt: PrunedPrompt | list[PrunedPrompt] | None = None,
         budget_processor: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """
-        See [`GenerationMixin.prepare_inputs_for_generation`]. At the first step of assisted decoding the candidate
-        tokens are only in `input_ids`; their embeddings join the pruned prompt's.
+        See [`GenerationMixin.prepare_inputs_for_generation`]. The loop counts in the caller's ids; the model reads the
+        pruned prompt and what was generated (or is a candidate in assisted decoding) behind it.
         """
-        history = getattr(past_key_values, "pruned_history", None)
-        if history is not None and attention_mask is not None:
-            # Assisted decoding stretches or cuts the mask to the length of `input_ids`, which is not the cache's.
-            attention_mask = history.mask_of(kwargs["position_ids"].shape[-1])
-        if inputs_embeds is not None and is_first_iteration:
-            position_ids = kwargs.get("position_ids")
-            num_candidates = 0 if position_ids is None else position_ids.shape[-1] - inputs_embeds.shape[1]
-            if num_candidates > 0:
-                candidates = self.get_input_embeddings()(input_ids[:, -num_candidates:])
-                inputs_embeds = torch.cat([inputs_embeds, candidates], dim=1)
-            past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-            if next_sequence_length is None and past_length:
-                next_sequence_length = inputs_embeds.shape[1] - past_length
+        pruned = pruned_prompt
+        if pruned is not None:
+            answer = input_ids[:, pruned.num_ids :]
+            position_ids = pruned.positions_with(answer.shape[1])
+            if is_first_iteration or past_key_values is None:
+                input_ids, next_sequence_length = torch.cat([pruned.input_ids, answer], dim=1), None
+                position_ids = torch.cat([pruned.position_ids, position_ids], dim=-1)
+                written = answer.masked_fill(~self.family.placeholders(self.config, answer), -1)
+                kwargs["mm_encoder_outputs"] = pruned.encoder_outputs(written, self.get_input_embeddings())
+            else:
+                input_ids = answer
+            attention_mask = pruned.mask_with(answer.shape[1], needs_mask=past_key_values is None)
+            kwargs["position_ids"] = position_ids
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,

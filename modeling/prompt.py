@@ -1,9 +1,12 @@
 """A prompt as columns: what stays, what leaves, and where labels and positions go with it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
+
+from .budget.selection import Selection
+from .decoder.plan import DecoderPlan
 
 _LEAST_GATE = 1e-3
 
@@ -11,48 +14,59 @@ _LEAST_GATE = 1e-3
 @dataclass
 class Prompt:
     """
-    The decoder's input as columns that can be dropped together.
+    What a family's decoder reads, as columns that are dropped together.
 
     Attributes:
-        inputs_embeds: `[batch, sequence, hidden_size]`.
+        input_ids: `[batch, sequence]` int64.
         attention_mask: `[batch, sequence]` int64, 0 for padding and for dropped tokens that stay in place, or
             `[batch, 1, sequence, sequence]`: bool, true where a row may attend to a column, or float, added to the
             attention logits.
-        position_ids: `[batch, sequence]` int64.
+        position_ids: `[..., batch, sequence]` int64; families with several axes of positions have them in front.
         labels: `[batch, sequence]` int64 or `None`.
-        patches: `[batch, sequence]` int64 or `None`; the patch that a column shows, counted through all images of the
-            batch (image * N + patch), -1 for every other column.
+        visual_index: `[batch, sequence]` int64 or `None`; the visual token that a column shows, counted through all
+            units of the batch, -1 for every other column.
+        token_types: further inputs of the family with a column for each token, `[batch, sequence]`, by name.
     """
 
-    inputs_embeds: torch.Tensor
+    input_ids: torch.Tensor
     attention_mask: torch.Tensor
     position_ids: torch.Tensor
     labels: torch.Tensor | None = None
-    patches: torch.Tensor | None = None
+    visual_index: torch.Tensor | None = None
+    token_types: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def without(self, keep: torch.Tensor) -> "Prompt":
+    def without(self, keep: torch.Tensor, pad_token_id: int) -> "Prompt":
         """
         Drops columns; the rows that keep fewer are padded on the left, whatever side they were padded on before.
 
         Args:
             keep: `[batch, sequence]` bool, the columns that stay.
+            pad_token_id: the id of padding, which must not be a placeholder's.
 
         Returns:
             `Prompt` as long as the longest row. A padding column has attention 0, position 0 and label -100.
         """
         index = left_padded(keep)
         is_real = keep.gather(1, index)
-        embeds = self.inputs_embeds.gather(1, index[..., None].expand(-1, -1, self.inputs_embeds.shape[-1]))
-        labels = None
-        if self.labels is not None:
-            labels = self.labels.gather(1, index).masked_fill(~is_real, -100)
+
+        def taken(columns: torch.Tensor | None, fill: int) -> torch.Tensor | None:
+            if columns is None:
+                return None
+            where = index.expand(*columns.shape[:-2], *index.shape)
+            return columns.expand(*columns.shape[:-2], *keep.shape).gather(-1, where).masked_fill(~is_real, fill)
+
         if self.attention_mask.dim() == 4:
-            attention_mask = _gather_rows_and_columns(self.attention_mask, index) & is_real[:, None, None, :]
+            mask = _gather_rows_and_columns(self.attention_mask, index) & is_real[:, None, None, :]
         else:
-            attention_mask = self.attention_mask.gather(1, index) * is_real
-        position_ids = self.position_ids.gather(1, index).masked_fill(~is_real, 0)
-        patches = None if self.patches is None else self.patches.gather(1, index).masked_fill(~is_real, -1)
-        return Prompt(embeds, attention_mask, position_ids, labels, patches)
+            mask = taken(self.attention_mask, 0)
+        return Prompt(
+            taken(self.input_ids, pad_token_id),
+            mask,
+            taken(self.position_ids, 0),
+            taken(self.labels, -100),
+            taken(self.visual_index, -1),
+            {name: taken(types, 0) for name, types in self.token_types.items()},
+        )
 
     def hiding(self, dropped: torch.Tensor) -> "Prompt":
         """
@@ -70,10 +84,10 @@ class Prompt:
         else:
             attention_mask = self.attention_mask.masked_fill(dropped, 0)
         labels = None if self.labels is None else _labels_before_gaps(self.labels, dropped)
-        patches = None if self.patches is None else self.patches.masked_fill(dropped, -1)
-        return Prompt(self.inputs_embeds, attention_mask, self.position_ids, labels, patches)
+        visual_index = None if self.visual_index is None else self.visual_index.masked_fill(dropped, -1)
+        return replace(self, attention_mask=attention_mask, labels=labels, visual_index=visual_index)
 
-    def gating(self, gates: torch.Tensor) -> "Prompt":
+    def gating(self, gates: torch.Tensor, dtype: torch.dtype) -> "Prompt":
         """
         Multiplies the attention that each column gets by a gate, and leaves all columns in place.
 
@@ -83,19 +97,37 @@ class Prompt:
 
         Args:
             gates: `[batch, sequence]` float, 0 or 1 going forward.
+            dtype: of the additive mask, the decoder's.
 
         Returns:
             `Prompt` of the same length, with an additive mask `[batch, 1, sequence, sequence]`.
         """
-        length, device = gates.shape[-1], gates.device
-        own = torch.eye(length, dtype=torch.bool, device=device)
+        own = torch.eye(gates.shape[-1], dtype=torch.bool, device=gates.device)
         visible = self.attention_mask
         if visible.dim() == 2:
             visible = visible.bool()[:, None, None, :] & torch.ones_like(own).tril()
-        bias = torch.where(own, 0.0, torch.log(gates + _LEAST_GATE)[:, None, None, :]).to(self.inputs_embeds.dtype)
-        attention_mask = bias.masked_fill(~visible, torch.finfo(bias.dtype).min)
+        bias = torch.where(own, 0.0, torch.log(gates + _LEAST_GATE)[:, None, None, :]).to(dtype)
+        attention_mask = bias.masked_fill(~visible, torch.finfo(dtype).min)
         labels = None if self.labels is None else _labels_before_gaps(self.labels, gates.detach() == 0)
-        return Prompt(self.inputs_embeds, attention_mask, self.position_ids, labels, self.patches)
+        return replace(self, attention_mask=attention_mask, labels=labels)
+
+
+@dataclass
+class PreparedInputs:
+    """
+    A prompt with images as the family's own class reads it: fewer placeholders, and as many features.
+
+    Attributes:
+        prompt: the columns that are left.
+        image_features: `[placeholders left, hidden_size]`, what stands at them.
+        selection: the visual tokens that are left.
+        policy: what leaves inside the decoder, or `None`.
+    """
+
+    prompt: Prompt
+    image_features: torch.Tensor | None = None
+    selection: Selection | None = None
+    policy: DecoderPlan | None = None
 
 
 def left_padded(keep: torch.Tensor) -> torch.Tensor:
@@ -149,35 +181,35 @@ def without_first_labels(labels: torch.Tensor, attention_mask: torch.Tensor) -> 
     return labels.masked_fill(is_first, -100)
 
 
+def is_before_answer(attention_mask: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    """`[batch, sequence]` bool: what is no padding and stands before the first target, all of it without labels."""
+    is_real = attention_mask > 0
+    return is_real if labels is None else is_real & ((labels != -100).cumsum(dim=-1) == 0)
+
+
 def count_positions(attention_mask: torch.Tensor) -> torch.Tensor:
     """Positions 0, 1, 2, ... of the attended columns of `[batch, sequence]`; 0 for padding."""
     attended = attention_mask.long()
     return (attended.cumsum(dim=-1) - 1).masked_fill(attended == 0, 0)
 
 
-def images_per_sample(
-    input_ids: torch.Tensor, image_token_id: int, num_image_tokens: int, num_images: int
-) -> torch.Tensor:
+def additive_mask(attention_mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """A mask as text models take it: 4-D bool becomes additive, all else stays as it is."""
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 4 or attention_mask.dtype != torch.bool:
+        return attention_mask
+    additive = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
+    return additive.masked_fill(~attention_mask, torch.finfo(dtype).min)
+
+
+def check_attention_mask(attention_mask: torch.Tensor, shape: torch.Size) -> None:
     """
-    How many images each prompt shows, from its placeholder tokens.
-
-    Args:
-        input_ids: `[batch, sequence]`.
-        image_token_id: the placeholder's id.
-        num_image_tokens: placeholders of one image.
-        num_images: images that were given with the batch, in the order of their placeholders.
-
-    Returns:
-        `torch.LongTensor` `[batch]`.
-
     Raises:
-        ValueError: if a prompt's placeholders are not whole images, or their images are not as many as were given.
+        ValueError: if a mask is neither of a prompt's shape nor a bool matrix over its columns.
     """
-    placeholders = (input_ids == image_token_id).sum(dim=-1)
-    if (placeholders % num_image_tokens).any() or int(placeholders.sum()) != num_images * num_image_tokens:
+    batch, sequence = shape
+    is_square = attention_mask.shape == (batch, 1, sequence, sequence) and attention_mask.dtype == torch.bool
+    if attention_mask.shape != shape and not is_square:
         raise ValueError(
-            f"`input_ids` has {placeholders.tolist()} image placeholder tokens (id {image_token_id}) per prompt and "
-            f"`pixel_values` holds {num_images} image(s); every image needs exactly {num_image_tokens} placeholders, "
-            "which the processor writes for each '<image>' in the prompt."
+            f"`attention_mask` is {attention_mask.dtype} of shape {tuple(attention_mask.shape)}; allowed are "
+            f"{tuple(shape)}, the shape of `input_ids`, and torch.bool of shape {(batch, 1, sequence, sequence)}."
         )
-    return placeholders // num_image_tokens

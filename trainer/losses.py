@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from ..modeling.modeling_adavtp import AdaVTPModel
-from ..modeling.prompt import images_per_sample
 from ..modeling.reducers.adaptive import VisionTokenController
 from .data.chat_template import IGNORED
 
@@ -148,10 +147,9 @@ def visual_relevance(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
 
 def targets_per_image(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     """How many targets the prompt has that shows each image, `[num_images]`."""
-    config = adavtp_model_of(model).config
-    input_ids, num_images = inputs["input_ids"], len(inputs["pixel_values"])
-    num_shown = images_per_sample(input_ids, config.image_token_id, config.num_image_tokens, num_images)
-    return (inputs["labels"] != IGNORED).sum(dim=-1).repeat_interleave(num_shown)
+    of_prompt = (inputs["labels"] != IGNORED).sum(dim=-1)
+    sample = adavtp_model_of(model).units_of(inputs["input_ids"], len(inputs["pixel_values"])).sample
+    return of_prompt[sample.to(of_prompt.device)]
 
 
 def relevance_loss(

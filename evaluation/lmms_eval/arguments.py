@@ -186,5 +186,5 @@ def _setting(
         )
     if reason := missing_weights(model.config, arguments["reducer"]):
         raise ValueError(f"`reducer` is {reducer!r}: {reason}")
-    model.model.budget_of(arguments["token_budget"], model.model.steps(arguments["reducer"]), 1)
+    model.model.resolve_budget(arguments["token_budget"], arguments["reducer"], 1)
     return setting

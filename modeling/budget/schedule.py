@@ -6,70 +6,24 @@ says the share, or the number, of every reducer by name.
 """
 
 from collections.abc import Mapping
-from copy import copy
-from dataclasses import dataclass, replace
 
 import torch
-from transformers import PreTrainedModel
 
-from ...configuration.configuration_adavtp import AdaVTPConfig
-from ..reducers.base import STAGES, ScoringReducer, TokenReducer
-from ..vision.encode import BudgetToken, encode_image, start_pass
-from ..vision.encoder_reducer import EncoderReducer
-from ..vision.features import VisionFeatures
-from ..vision.tower import TowerAttention
-from .selection import Selection
-from .token_budget import TokenBudget, budget_values, num_tokens_to_keep
+from ..reducers.bank import Step
+from .token_budget import TokenBudget, budget_values, num_tokens_to_keep, shared_by_units
 
 StackBudget = TokenBudget | Mapping[str, TokenBudget | None]
 
 
-@dataclass
-class Step:
+class BudgetSchedule:
     """
-    One reducer of a stack.
-
-    Attributes:
-        name: the entry of the stack that it belongs to.
-        reducer: the module.
-        divides: the composite reducer that says how many tokens this part of it leaves, if it is not the last part.
-    """
-
-    name: str
-    reducer: TokenReducer
-    divides: TokenReducer | None = None
-
-
-def stack_steps(reducers: Mapping[str, TokenReducer]) -> list[Step]:
-    """
-    The steps of a stack, composite reducers taken apart.
-
-    Raises:
-        ValueError: if the reducers are not in the order of their stages, or two act inside the tower or the decoder.
-    """
-    steps = []
-    for name, reducer in reducers.items():
-        parts = list(getattr(reducer, "parts", [reducer]))
-        steps += [Step(name, part, None if part is parts[-1] else reducer) for part in parts]
-    stages = [step.reducer.stage for step in steps]
-    shown = ", ".join(f"{step.name} ({step.reducer.stage})" for step in steps)
-    if stages != sorted(stages, key=STAGES.index):
-        raise ValueError(f"`reducers` is [{shown}]; reducers act in the order {', '.join(STAGES)}.")
-    for stage in ("encoder", "decoder"):
-        if stages.count(stage) > 1:
-            raise ValueError(f"`reducers` is [{shown}]; one of stage {stage!r} is allowed.")
-    return steps
-
-
-class BudgetOfStack:
-    """
-    How many tokens each step of a stack leaves, in one pass through it.
+    A caller's budget for a stack of reducers, read once.
 
     Args:
-        token_budget: one budget for the whole stack, or a mapping from reducers' names to theirs, where a reducer that
-            is not named leaves everything; `None`, alone or in the mapping, lets a reducer decide by its own rule.
+        token_budget: one budget for the whole stack; or a mapping: from reducers' names to theirs, where a reducer
+            that is not named leaves everything, or `{"prompt": n}`, at most n visual tokens for all units of a prompt
+            together. `None`, alone or for a reducer, lets a reducer decide by its own rule.
         steps: of the stack.
-        num_patches: tokens of a whole image, N.
         batch_size: number of prompts.
         num_layers: of the decoder.
 
@@ -78,30 +32,42 @@ class BudgetOfStack:
             that is not in the stack.
     """
 
-    def __init__(
-        self, token_budget: StackBudget | None, steps: list[Step], num_patches: int, batch_size: int, num_layers: int
-    ) -> None:
-        self.steps, self.num_patches, self.num_layers = steps, num_patches, num_layers
+    def __init__(self, token_budget: StackBudget | None, steps: list[Step], batch_size: int, num_layers: int) -> None:
+        self.steps, self.batch_size, self.num_layers = steps, batch_size, num_layers
         self.names = list(dict.fromkeys(step.name for step in steps))
+        self.is_shared = isinstance(token_budget, Mapping) and set(token_budget) == {"prompt"}
         self.total: torch.Tensor | None = None
         self.own: dict[str, torch.Tensor | None] = dict.fromkeys(self.names)
-        self._settled: dict[str, torch.Tensor | None] = {}
-        if isinstance(token_budget, Mapping):
-            self.own = self._own_budgets(token_budget, batch_size)
+        if self.is_shared:
+            self.total = budget_values(token_budget["prompt"], batch_size)
+            if self.total.is_floating_point():
+                raise ValueError(f"`token_budget` is {token_budget!r}; for a whole prompt it is a number of tokens.")
+        elif isinstance(token_budget, Mapping):
+            self.own = self._own_budgets(token_budget)
         elif token_budget is not None:
-            self.total = num_tokens_to_keep(token_budget, num_patches, batch_size)
+            self.total = budget_values(token_budget, batch_size)
+        for values in (self.total, *self.own.values()):
+            if values is not None:
+                num_tokens_to_keep(values, 1, batch_size)
         if self.total is None:
             self._require_own_rules()
 
-    def anew(self) -> "BudgetOfStack":
-        """The same budget for another pass."""
-        other = copy(self)
-        other._settled = {}
-        return other
+    def of_units(self, sample: torch.Tensor, sizes: torch.Tensor) -> "BudgetOfUnits":
+        """
+        The budget of the units of a batch, for one pass through the stack.
 
-    def _own_budgets(
-        self, budgets: Mapping[str, TokenBudget | None], batch_size: int
-    ) -> dict[str, torch.Tensor | None]:
+        Args:
+            sample: `[num_units]` int64 on the CPU, the prompt of each unit.
+            sizes: `[num_units]` int64 on the CPU, visual tokens of each, N.
+        """
+        total = None
+        if self.is_shared:
+            total = shared_by_units(self.total, sample, sizes)
+        elif self.total is not None:
+            total = num_tokens_to_keep(self.total[sample], sizes, len(sizes))
+        return BudgetOfUnits(self, total, sample, sizes)
+
+    def _own_budgets(self, budgets: Mapping[str, TokenBudget | None]) -> dict[str, torch.Tensor | None]:
         unknown = sorted(set(budgets) - set(self.names))
         if unknown:
             raise ValueError(
@@ -109,255 +75,65 @@ class BudgetOfStack:
                 f"{', '.join(self.names)}."
             )
         own = {name: budgets.get(name, 1.0) for name in self.names}
-        for budget in own.values():
-            if budget is not None:
-                num_tokens_to_keep(budget, self.num_patches, batch_size)
-        return {name: None if budget is None else budget_values(budget, batch_size) for name, budget in own.items()}
+        return {
+            name: None if budget is None else budget_values(budget, self.batch_size) for name, budget in own.items()
+        }
 
     def _require_own_rules(self) -> None:
-        rules = {
-            step.name: (step.divides or step.reducer).has_own_rule for step in self.steps if not self._is_later(step)
-        }
-        for name, has_own_rule in rules.items():
-            if self.own[name] is None and not has_own_rule:
+        for name, own in self.own.items():
+            first = next(step for step in self.steps if step.name == name)
+            if own is None and not (first.divides or first.reducer).has_own_rule:
                 raise ValueError(
                     f"`token_budget` is None for {name!r}, which has no rule of its own for how many tokens to keep; "
                     "give it a budget."
                 )
 
-    def _is_later(self, step: Step) -> bool:
-        """Whether a step is a part of a composite reducer, but not its first."""
-        return any(other.name == step.name for other in self.steps[: self.steps.index(step)])
 
-    def of_step(self, step: Step, entering: torch.Tensor, sample: torch.Tensor) -> torch.Tensor | None:
+class BudgetOfUnits:
+    """
+    How many tokens of each unit every step leaves, in one pass through a stack.
+
+    Args:
+        schedule: what was asked for.
+        total: `[num_units]` int64, what the whole stack leaves, or `None` where reducers have their own budgets.
+        sample, sizes: see [`BudgetSchedule.of_units`].
+    """
+
+    def __init__(
+        self, schedule: BudgetSchedule, total: torch.Tensor | None, sample: torch.Tensor, sizes: torch.Tensor
+    ) -> None:
+        self.schedule, self.total, self.sample, self.sizes = schedule, total, sample, sizes
+        self._settled: dict[str, torch.Tensor | None] = {}
+
+    def of_step(self, step: Step, entering: torch.Tensor) -> torch.Tensor | None:
         """
         Args:
             step: the next one; steps are asked about in their order.
-            entering: `[num_images]` int64, tokens that it gets.
-            sample: `[num_images]` int64, the prompt of each image.
+            entering: `[num_units]` int64, tokens that it gets.
 
         Returns:
-            `[num_images]` int64, the tokens that the step leaves, for one inside the decoder as a mean over layers;
+            `[num_units]` int64, the tokens that the step leaves, for one inside the decoder as a mean over layers;
             `None` if its own rule decides.
         """
         if step.name not in self._settled:
-            self._settled[step.name] = self._of_entry(step.name, entering, sample)
+            self._settled[step.name] = self._of_entry(step.name, entering)
         wanted = self._settled[step.name]
         if step.divides is None:
-            # Inside the decoder what counts is the prompt's sum, whichever of its images the tokens are of.
+            # Inside the decoder what counts is the prompt's sum, whichever of its units the tokens are of.
             is_sum = wanted is None or step.reducer.stage == "decoder"
             return wanted if is_sum else torch.minimum(wanted, entering)
         wanted = [None] * len(entering) if wanted is None else wanted.tolist()
-        pairs = zip(entering.tolist(), wanted, strict=True)
-        return torch.tensor([step.divides.split(tokens, number, self.num_layers) for tokens, number in pairs]).long()
+        pairs, layers = zip(entering.tolist(), wanted, strict=True), self.schedule.num_layers
+        return torch.tensor([step.divides.split(tokens, number, layers) for tokens, number in pairs]).long()
 
-    def _of_entry(self, name: str, entering: torch.Tensor, sample: torch.Tensor) -> torch.Tensor | None:
-        if self.total is not None:
-            total, place = self.total[sample], self.names.index(name) + 1
-            if place == len(self.names):
-                return total
-            share = (total.double() / self.num_patches) ** (place / len(self.names))
-            return torch.maximum((share * self.num_patches).round().long(), total)
-        values = self.own[name]
-        if values is None:
-            return None
-        counts = [
-            num_tokens_to_keep(values[prompt : prompt + 1], tokens, 1)
-            for prompt, tokens in zip(sample.tolist(), entering.tolist(), strict=True)
-        ]
-        return torch.cat(counts) if counts else torch.zeros(0, dtype=torch.int64)
-
-
-def reduce_tokens(
-    name: str, reducer: TokenReducer, features: VisionFeatures, num_keep: torch.Tensor | None
-) -> tuple[VisionFeatures, Selection]:
-    """
-    Lets a reducer choose from the tokens that are left of each image.
-
-    Args:
-        name: of the reducer, for error messages.
-        reducer: of stage `"vision"` or `"projector"`.
-        features: tokens `[num_images, max_tokens, hidden_size]`; images that have fewer end in positions of -1.
-        num_keep: `[num_images]` int64, or `None`.
-
-    Returns:
-        The tokens that are left, and the selection of the image's N patches that they are. In training, where the
-        choice has gates, all tokens are still there.
-
-    Raises:
-        ValueError: if the reducer did not keep exactly as many as it was told.
-    """
-    if "attention" in reducer.needs and not features.attention:
-        raise ValueError(
-            f"Reducer {name!r} reads the tower's attention to each token, and a reducer before it has merged tokens, "
-            "which the tower never attended to; put it first, or use one that does without."
-        )
-    num_tokens = (features.positions >= 0).sum(dim=-1).cpu()
-    # An image that keeps everything is as it was, whatever the others keep. In training every image goes through.
-    keeps_all = torch.zeros_like(num_tokens, dtype=torch.bool)
-    if num_keep is not None and not reducer.training and not reducer.redistributes:
-        keeps_all = num_keep >= num_tokens
-    groups, results = image_groups(num_tokens, keeps_all, num_keep if reducer.one_count else None), []
-    for rows in groups:
-        own = features.images(rows, int(num_tokens[rows[0]]))
-        if keeps_all[rows[0]]:
-            selection = Selection.everything(len(rows), own.patches.shape[1], own.patches.device)
-        else:
-            selection = reducer(own, None if num_keep is None else num_keep[rows].to(own.patches.device))
-            if num_keep is not None:
-                _require_count(name, reducer, selection, num_keep[rows])
-        results.append(_result(own, selection))
-    return _joined(groups, results)
-
-
-def reduce_in_tower(
-    tower: PreTrainedModel,
-    reducer: EncoderReducer,
-    pixel_values: torch.Tensor,
-    config: AdaVTPConfig,
-    num_keep: torch.Tensor,
-    budget_token: BudgetToken | None = None,
-    budget: torch.Tensor | None = None,
-    question: torch.Tensor | None = None,
-) -> tuple[VisionFeatures, Selection]:
-    """
-    Runs the tower with a reducer in it.
-
-    Args:
-        tower: a CLIP, SigLIP or DINOv2 vision model.
-        reducer: of stage `"encoder"`.
-        pixel_values: `[num_images, channels, height, width]`.
-        config: the model's configuration.
-        num_keep: `[num_images]` int64.
-        budget_token, budget, question: see [`encode_image`].
-
-    Returns:
-        The tokens that are left, and the selection of patches that they are.
-    """
-    num_patches = config.num_patches
-    keeps_all = num_keep.cpu() >= num_patches if not reducer.training else torch.zeros(len(num_keep), dtype=torch.bool)
-    groups, results = image_groups(keeps_all, num_keep.cpu() if reducer.one_count else keeps_all), []
-    for rows in groups:
-        images = pixel_values[rows]
-        own = {
-            name: None if value is None else value[rows]
-            for name, value in (("budget", budget), ("question", question))
-        }
-        if keeps_all[rows[0]]:
-            features = encode_image(tower, images, config, budget_token, **own)
-            results.append((features, Selection.everything(len(rows), num_patches, features.patches.device)))
-            continue
-        tower_pass, token = start_pass(tower, config, budget_token, **own)
-        encoded = reducer(tower_pass, images, num_keep[rows])
-        patches = tower_pass.patches(encoded.sequence)
-        selection = reducer.selection(encoded, patches, num_patches)
-        budget_state = tower_pass.budget(encoded.sequence)
-        if token is not None and config.budget_fusion == "post":
-            budget_state = budget_token.cross_attention(token, patches)
-        if selection.features is not None:
-            patches = selection.features
-        elif config.gradient_gates == "features":
-            patches = selection.gather(patches)
-        gates_attention = selection.gates is not None and config.gradient_gates == "attention"
-        positions = encoded.positions if gates_attention else selection.positions
-        cls = tower_pass.cls(encoded.sequence)
-        left = VisionFeatures(patches, positions, cls=cls, budget=budget_state, num_patches=num_patches)
-        results.append((left, selection))
-    return _joined(groups, results)
-
-
-def image_groups(*keys: torch.Tensor | None) -> list[torch.Tensor]:
-    """Indices of images that are alike in every key, `[num_images]` each or `None`."""
-    keys = torch.stack([key.long() for key in keys if key is not None], dim=1)
-    _, group = keys.unique(dim=0, return_inverse=True)
-    return [(group == number).nonzero()[:, 0] for number in range(int(group.max()) + 1)]
-
-
-def _require_count(name: str, reducer: TokenReducer, selection: Selection, num_keep: torch.Tensor) -> None:
-    kept, wanted = selection.num_keep.cpu(), num_keep.cpu()
-    may_add = isinstance(reducer, ScoringReducer) and reducer.config.min_token_entropy > 0
-    if reducer.redistributes:
-        kept, wanted = kept.sum(dim=0, keepdim=True), wanted.sum(dim=0, keepdim=True)
-    is_right = (kept >= wanted).all() if may_add else torch.equal(kept, wanted)
-    if not is_right:
-        raise ValueError(f"Reducer {name!r} kept {kept.tolist()} tokens and was told to keep {wanted.tolist()}.")
-
-
-def _result(features: VisionFeatures, selection: Selection) -> tuple[VisionFeatures, Selection]:
-    """The tokens that a selection leaves, and the selection in terms of the whole image's patches."""
-    index = selection.positions.clamp(min=0)
-    is_token = selection.positions >= 0
-    positions = features.positions.gather(1, index).masked_fill(~is_token, -1)
-    keep = torch.zeros(len(positions), features.num_patches, dtype=torch.bool, device=positions.device)
-    keep.scatter_(1, features.positions, selection.keep)
-    gates = None
-    if selection.gates is not None:
-        gates = selection.gates.new_zeros(keep.shape).scatter(1, features.positions, selection.gates)
-    patches = selection.gather(features.patches)
-    merged = selection.features is not None
-    whole = Selection(keep, positions, gates, patches if merged else None, selection.loss)
-    tower_patches = features.tower_patches
-    if tower_patches is not None:
-        tower_patches = tower_patches.gather(1, index[..., None].expand(-1, -1, tower_patches.shape[-1]))
-    attention = {} if merged else {layer: view.take(index) for layer, view in features.attention.items()}
-    left = replace(features, patches=patches, positions=positions, tower_patches=tower_patches, attention=attention)
-    return left, whole
-
-
-def _joined(
-    groups: list[torch.Tensor], results: list[tuple[VisionFeatures, Selection]]
-) -> tuple[VisionFeatures, Selection]:
-    """The results of all groups in the order of the images, shorter rows padded."""
-    if len(groups) == 1:
-        return results[0]
-    parts, selections = [left for left, _ in results], [selection for _, selection in results]
-    # On the CPU, like `sample`: it may index tensors of any device.
-    order = torch.cat(groups).argsort()
-    longest = max(part.positions.shape[1] for part in parts)
-
-    def joined(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
-        return None if any(tensor is None for tensor in tensors) else torch.cat(tensors)[order]
-
-    def tokens(name: str, fill: float = 0.0) -> torch.Tensor | None:
-        tensors = [getattr(part, name) for part in parts]
-        return None if tensors[0] is None else joined([_lengthened(tensor, longest, fill) for tensor in tensors])
-
-    patches, positions = tokens("patches"), tokens("positions", -1)
-    merged = any(selection.features is not None for selection in selections)
-    pairs = zip(selections, groups, strict=True)
-    losses = [selection.loss * len(rows) for selection, rows in pairs if selection.loss is not None]
-    whole = Selection(
-        joined([selection.keep for selection in selections]),
-        positions,
-        joined([selection.gates for selection in selections]),
-        patches if merged else None,
-        torch.stack(losses).sum() / len(order) if losses else None,
-    )
-    attention = (
-        {}
-        if merged
-        else {
-            layer: TowerAttention.joined([part.attention[layer] for part in parts], longest, order)
-            for layer in parts[0].attention
-        }
-    )
-    left = replace(
-        parts[0],
-        patches=patches,
-        positions=positions,
-        tower_patches=tokens("tower_patches"),
-        attention=attention,
-        **{
-            name: joined([getattr(part, name) for part in parts])
-            for name in ("cls", "budget", "question", "question_ids", "pixel_values", "sample")
-        },
-    )
-    return left, whole
-
-
-def _lengthened(tokens: torch.Tensor, length: int, fill: float) -> torch.Tensor:
-    """`[num_images, num_tokens, ...]` filled up to `length` tokens."""
-    if tokens.shape[1] == length:
-        return tokens
-    rest = tokens.new_full((tokens.shape[0], length - tokens.shape[1], *tokens.shape[2:]), fill)
-    return torch.cat([tokens, rest], dim=1)
+    def _of_entry(self, name: str, entering: torch.Tensor) -> torch.Tensor | None:
+        names = self.schedule.names
+        if self.total is None:
+            values = self.schedule.own[name]
+            return None if values is None else num_tokens_to_keep(values[self.sample], entering, len(entering))
+        place = names.index(name) + 1
+        if place == len(names):
+            return self.total
+        # Of n reducers each leaves the same share of what it gets.
+        share = (self.total.double() / self.sizes) ** (place / len(names))
+        return torch.maximum((share * self.sizes).round().long(), self.total)

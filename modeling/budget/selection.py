@@ -12,10 +12,11 @@ import torch
 @dataclass
 class Selection:
     """
-    The visual tokens that are kept of each image.
+    The visual tokens that are kept of each unit: an image, a tile, a frame.
 
     Attributes:
-        keep: `torch.BoolTensor` `[num_images, num_patches]`, true where the patch is kept.
+        keep: `torch.BoolTensor` `[num_images, num_patches]`, true where the patch is kept. Where units differ in size,
+            the rows of smaller ones end in false.
         positions: `torch.LongTensor` `[num_images, max_keep]`, the kept patch positions in ascending order. Where
             images keep different numbers, the shorter rows end in -1.
         gates: `[num_images, num_patches]` or `None`; exactly 0 or 1, equal to `keep`, and carrying the gradient of the
@@ -25,6 +26,8 @@ class Selection:
         loss: a term that the reducer adds to the training loss, or `None`.
         depth: `[num_images, num_patches]` int64 or `None`; in how many decoder layers each patch is seen, where a
             reducer acts inside the decoder.
+        sizes: `[num_images]` int64 on the CPU, visual tokens of each unit before reduction, N; by default as many as
+            `keep` has columns.
     """
 
     keep: torch.Tensor
@@ -33,6 +36,11 @@ class Selection:
     features: torch.Tensor | None = None
     loss: torch.Tensor | None = None
     depth: torch.Tensor | None = None
+    sizes: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.sizes is None:
+            self.sizes = torch.full((len(self.keep),), self.keep.shape[1])
 
     @classmethod
     def from_keep(cls, keep: torch.Tensor, gates: torch.Tensor | None = None) -> "Selection":
@@ -75,6 +83,11 @@ class Selection:
         """The selection that drops nothing."""
         positions = torch.arange(num_patches, device=device).expand(num_images, -1)
         return cls(torch.ones_like(positions, dtype=torch.bool), positions)
+
+    @property
+    def is_token(self) -> torch.Tensor:
+        """`[num_images, num_patches]` bool, false behind the last token of a unit that has fewer."""
+        return (torch.arange(self.keep.shape[1]) < self.sizes[:, None]).to(self.keep.device)
 
     @property
     def num_keep(self) -> torch.Tensor:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 import torch
-from torch import nn
 
 TokenBudget = float | int | Sequence[float] | Sequence[int] | torch.Tensor
 
@@ -85,13 +84,13 @@ def _require_number(value: object, token_budget: object) -> None:
         )
 
 
-def num_tokens_to_keep(token_budget: TokenBudget, num_tokens: int, batch_size: int) -> torch.Tensor:
+def num_tokens_to_keep(token_budget: TokenBudget, num_tokens: int | torch.Tensor, batch_size: int) -> torch.Tensor:
     """
-    Number of visual tokens K that a budget keeps of each image with `num_tokens` of them.
+    Number of visual tokens K that a budget keeps of units with `num_tokens` of them.
 
     Args:
         token_budget: float in [0, 1] (a fraction), int >= 2 (a count), or one of these per sample.
-        num_tokens: visual tokens of an image before reduction, N.
+        num_tokens: visual tokens before reduction, N; of all, or `[batch]` int64, of each.
         batch_size: number of samples.
 
     Returns:
@@ -102,40 +101,44 @@ def num_tokens_to_keep(token_budget: TokenBudget, num_tokens: int, batch_size: i
             the message names the value and what is allowed.
     """
     values = budget_values(token_budget, batch_size)
+    sizes = num_tokens.tolist() if isinstance(num_tokens, torch.Tensor) else [num_tokens] * batch_size
+    pairs = zip(values.tolist(), sizes, strict=True)
     if values.is_floating_point():
-        keep = [_num_keep_of_ratio(value, num_tokens, values.dtype) for value in values.tolist()]
+        keep = [_num_keep_of_ratio(value, size, values.dtype) for value, size in pairs]
     else:
-        keep = [_num_keep_of_count(value, num_tokens) for value in values.tolist()]
+        keep = [_num_keep_of_count(value, size) for value, size in pairs]
     return torch.tensor(keep, dtype=torch.int64)
 
 
-class BudgetEmbedding(nn.Module):
+def shared_by_units(total: torch.Tensor, sample: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     """
-    A budget as a vector: sinusoids of 2 * pi * b over geometrically spaced frequencies, then an MLP.
-
-    The frequencies are 10000^(-i / num_frequencies), as in AdaLLaVA's latency encoding (arXiv 2503.10905).
+    Shares the tokens of each prompt among its units by Webster's method: unit i's j-th token has priority
+    N_i / (j - 1/2), and every unit gets its first token before any gets a second. With a larger total no unit gets
+    fewer.
 
     Args:
-        hidden_size: width of the result.
-        num_frequencies: number of frequencies; the encoding has a sine and a cosine of each.
+        total: `[batch]` int64, at most so many visual tokens of each prompt.
+        sample: `[num_units]` int64, the prompt of each unit.
+        sizes: `[num_units]` int64, visual tokens of each unit, N.
+
+    Returns:
+        `[num_units]` int64, in [1, N].
+
+    Raises:
+        ValueError: if a prompt has more units than tokens.
     """
-
-    def __init__(self, hidden_size: int, num_frequencies: int = 128) -> None:
-        super().__init__()
-        self.num_frequencies = num_frequencies
-        self.linear_1 = nn.Linear(2 * num_frequencies, hidden_size)
-        self.act = nn.GELU()
-        self.linear_2 = nn.Linear(hidden_size, hidden_size)
-
-    def forward(self, budget: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            budget: `[batch]`, the kept fraction K / N in [0, 1].
-
-        Returns:
-            `[batch, hidden_size]` in the dtype of the weights.
-        """
-        exponent = torch.arange(self.num_frequencies, device=budget.device, dtype=torch.float32) / self.num_frequencies
-        angles = 2 * math.pi * budget.float()[:, None] * 10000.0**-exponent
-        sinusoids = torch.cat([angles.sin(), angles.cos()], dim=-1)
-        return self.linear_2(self.act(self.linear_1(sinusoids.to(self.linear_1.weight.dtype))))
+    counts = torch.ones_like(sizes)
+    for prompt in sample.unique().tolist():
+        units = (sample == prompt).nonzero()[:, 0]
+        if len(units) > int(total[prompt]):
+            raise ValueError(
+                f"`token_budget` is {int(total[prompt])} tokens for a whole prompt, and prompt {prompt} shows "
+                f"{len(units)} images; each needs one token or more."
+            )
+        own = sizes[units]
+        slot = torch.arange(2, int(own.max()) + 1)
+        priority = (own[:, None] / (slot - 0.5)).masked_fill(slot > own[:, None], -1.0).flatten()
+        more = min(int(total[prompt]), int(own.sum())) - len(units)
+        best = priority.sort(descending=True, stable=True).indices[:more]
+        counts[units] += torch.bincount(best // max(len(slot), 1), minlength=len(units))
+    return counts

@@ -16,76 +16,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.output_capturing import capture_outputs
 
 from ..prompt import left_padded
+from .plan import DecoderPlan
+from .pruned_cache import LayerColumns, pruned_cache
 from .reducer import DecoderReducer, DecoderView, best_visual
-
-
-@dataclass
-class DecoderPlan:
-    """
-    Which columns of a prompt are visual tokens, and how many of them each layer sees.
-
-    Attributes:
-        reducer: name of the decoder-stage reducer that chooses.
-        counts: `[batch, num_layers]` int64.
-        patches: `[batch, columns]` int64, for a visual token the patch it shows, counted through all images of the
-            batch (image * N + patch); -1 for every other column.
-        last: `[batch]` int64, the column that asks: the last one before the answer.
-    """
-
-    reducer: str
-    counts: torch.Tensor
-    patches: torch.Tensor
-    last: torch.Tensor
-
-    def expand(self, expand_size: int) -> "DecoderPlan":
-        """Repeats every row, for beams and for several sequences per prompt."""
-        rows = (tensor.repeat_interleave(expand_size, dim=0) for tensor in (self.counts, self.patches, self.last))
-        return DecoderPlan(self.reducer, *rows)
-
-    def with_columns(self, num_columns: int) -> "DecoderPlan":
-        """The plan for a prompt that further text columns follow."""
-        more = num_columns - self.patches.shape[1]
-        return replace(self, patches=torch.nn.functional.pad(self.patches, (0, more), value=-1))
-
-
-@dataclass
-class LayerColumns:
-    """
-    What each decoder layer holds in the cache.
-
-    Attributes:
-        masks: for each layer, `[batch, columns in the layer's cache]` int64, 0 for padding.
-        dropped: for each layer, `[batch]` int64, tokens that left before it. Layers between two cuts share tensors.
-    """
-
-    masks: list[torch.Tensor]
-    dropped: list[torch.Tensor]
-
-    def of_cache(self, lengths: list[int], batch_size: int) -> "LayerColumns":
-        """The same for a cache that was since cut to `lengths`, one for each layer, or repeated for beams."""
-        repeats, made = batch_size // len(self.masks[0]), {}
-
-        def rows(tensor: torch.Tensor, length: int) -> torch.Tensor:
-            if (id(tensor), length) not in made:
-                made[id(tensor), length] = tensor[..., :length].repeat_interleave(repeats, dim=0)
-            return made[id(tensor), length]
-
-        masks = [rows(mask, length) for mask, length in zip(self.masks, lengths, strict=True)]
-        return LayerColumns(masks, [rows(dropped, batch_size) for dropped in self.dropped])
-
-
-def has_layer_columns(past_key_values: Cache | None) -> bool:
-    """Whether a cache holds different columns in different layers."""
-    known = getattr(past_key_values, "layer_columns", None)
-    return known is not None and int(past_key_values.get_seq_length()) > 0
-
-
-def pending_plan(past_key_values: Cache | None) -> DecoderPlan | None:
-    """The plan that was left on a cache for the prompt that fills it next, which is taken off it."""
-    plan = getattr(past_key_values, "decoder_plan", None)
-    if plan is not None:
-        past_key_values.decoder_plan = None
-    return plan
 
 
 @dataclass
@@ -235,7 +168,7 @@ def run_decoder(
         dropped.append(context.dropped)
         depth.scatter_add_(1, columns.index.clamp(min=0), (columns.index >= 0).long())
     if past_key_values is not None:
-        past_key_values.layer_columns = LayerColumns(masks, dropped)
+        pruned_cache(past_key_values).layers = LayerColumns(masks, dropped)
     return DecoderOutput(
         last_hidden_state=language_model.norm(columns.hidden_states),
         past_key_values=past_key_values,
@@ -278,7 +211,7 @@ def _past_columns(
     lengths = [0] * num_layers
     if past_key_values is not None:
         lengths = [int(past_key_values.get_seq_length(layer)) for layer in range(num_layers)]
-    known = getattr(past_key_values, "layer_columns", None) if lengths[0] else None
+    known = pruned_cache(past_key_values).layers if lengths[0] else None
     none_dropped = torch.zeros(batch_size, dtype=torch.long, device=device)
     if known is not None:
         return known.of_cache(lengths, batch_size)

@@ -4,45 +4,202 @@ The cache of a pruned turn is shorter than the ids that the caller has. What it 
 the next turn can then tell which ids are new, which columns are padding, and where positions go on.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
+from transformers import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..budget.selection import Selection
-from ..prompt import Prompt
+from ..prompt import PreparedInputs, check_attention_mask, count_positions
+from .plan import DecoderPlan
 
 
 @dataclass
-class PrunedHistory:
+class LayerColumns:
     """
-    What a cache holds of the turns so far, where it is shorter than the ids that the caller has. It is kept on the
-    cache object, so that a later turn can tell which ids are new.
+    What each decoder layer holds in the cache.
 
     Attributes:
-        mask: `[batch, columns in the cache after prefill]`, 0 for padding.
-        num_columns: columns of `input_ids` that prefill stood for.
-        num_dropped: `[batch]`, visual tokens dropped from each row.
-        full_mask: `[batch, num_columns]`, the mask that belongs to `input_ids`.
+        masks: for each layer, `[batch, columns in the layer's cache]` int64, 0 for padding.
+        dropped: for each layer, `[batch]` int64, tokens that left before it. Layers between two cuts share tensors.
+    """
+
+    masks: list[torch.Tensor]
+    dropped: list[torch.Tensor]
+
+    def of_cache(self, lengths: list[int], batch_size: int) -> "LayerColumns":
+        """The same for a cache that was since cut to `lengths`, one for each layer, or repeated for beams."""
+        repeats, made = batch_size // len(self.masks[0]), {}
+
+        def rows(tensor: torch.Tensor, length: int) -> torch.Tensor:
+            if (id(tensor), length) not in made:
+                made[id(tensor), length] = tensor[..., :length].repeat_interleave(repeats, dim=0)
+            return made[id(tensor), length]
+
+        masks = [rows(mask, length) for mask, length in zip(self.masks, lengths, strict=True)]
+        return LayerColumns(masks, [rows(dropped, batch_size) for dropped in self.dropped])
+
+
+@dataclass
+class PrunedCache:
+    """
+    What our decoding leaves on a cache, as `cache.pruned`.
+
+    Attributes:
+        prompt: what the cache holds of the turns so far, where it is shorter than the ids that the caller has.
+        layers: what each layer holds, where that is not the same in all.
+        policy: what decides in the prompt that fills the cache next.
+    """
+
+    prompt: "PrunedPrompt | None" = None
+    layers: LayerColumns | None = None
+    policy: DecoderPlan | None = None
+
+
+def pruned_cache(past_key_values: Cache | None) -> PrunedCache:
+    """What our decoding left on a cache; nothing of it on one that it has not seen, or on none."""
+    if past_key_values is None:
+        return PrunedCache()
+    if not hasattr(past_key_values, "pruned"):
+        past_key_values.pruned = PrunedCache()
+    return past_key_values.pruned
+
+
+def has_layer_columns(past_key_values: Cache | None) -> bool:
+    """Whether a cache holds different columns in different layers."""
+    return pruned_cache(past_key_values).layers is not None and int(past_key_values.get_seq_length()) > 0
+
+
+def pending_policy(past_key_values: Cache | None) -> DecoderPlan | None:
+    """The policy that was left on a cache for the prompt that fills it next, which is taken off it."""
+    pruned = pruned_cache(past_key_values)
+    policy, pruned.policy = pruned.policy, None
+    return policy
+
+
+@dataclass
+class PrunedPrompt:
+    """
+    A prompt from which columns left, beside the ids that the caller has: what a generation loop, which goes on
+    counting and matching the caller's ids, feeds the model in their place. On a cache it says what the cache holds.
+
+    Attributes:
+        mask: `[batch, columns of the model]`, 0 for padding: what the cache holds once the prompt is in it.
+        num_columns: columns of the caller's conversation that these stand for.
+        num_ids: columns of the `input_ids` that the loop began with, the conversation or only what is new of it.
+        next_position: `[..., batch]` int64, where positions go on behind the prompt.
         selection: the visual tokens kept of the images that came last, or `None` if this turn had none.
+        input_ids: `[batch, new columns]`, what the model reads of this turn.
+        position_ids: `[..., batch, new columns]`, theirs.
+        image_features: `[placeholders left, hidden_size]`, what stands at them, or `None`.
+        num_features: `[batch]` int64, how many of these are each row's.
     """
 
     mask: torch.Tensor
     num_columns: int
-    num_dropped: torch.Tensor
-    full_mask: torch.Tensor
+    num_ids: int
+    next_position: torch.Tensor
     selection: Selection | None = None
+    input_ids: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+    image_features: torch.Tensor | None = None
+    num_features: torch.Tensor | None = None
 
-    def expand(self, expand_size: int) -> "PrunedHistory":
-        """Repeats every row, for beams and for several sequences per prompt."""
-        mask, num_dropped, full_mask = (
-            tensor.repeat_interleave(expand_size, dim=0) for tensor in (self.mask, self.num_dropped, self.full_mask)
+    @classmethod
+    def of(
+        cls, new: "NewColumns", prepared: PreparedInputs, num_features: torch.Tensor, num_ids: int, is_compact: bool
+    ) -> "PrunedPrompt":
+        """
+        What the model reads in place of new columns, and what its cache then stands for.
+
+        Args:
+            new: as the caller has them.
+            prepared: as the model reads them.
+            num_features: `[batch]` int64, placeholders that are left in each row.
+            num_ids: columns of the caller's `input_ids`.
+            is_compact: whether positions behind the prompt are counted without dropped tokens.
+        """
+        prompt = prepared.prompt
+        counted = prompt.position_ids if is_compact else new.position_ids
+        return cls(
+            mask=torch.cat([new.past_mask, prompt.attention_mask], dim=1),
+            num_columns=new.num_columns,
+            num_ids=num_ids,
+            # Behind the last column, whether it was kept or not; a row that ended early goes on where it was.
+            next_position=torch.maximum(counted.amax(dim=-1) + 1, new.begin),
+            selection=prepared.selection,
+            input_ids=prompt.input_ids,
+            position_ids=prompt.position_ids,
+            image_features=prepared.image_features,
+            num_features=num_features,
         )
-        return PrunedHistory(mask, self.num_columns, num_dropped, full_mask, self.selection)
 
-    def mask_of(self, num_columns: int) -> torch.Tensor:
-        """The mask `[batch, num_columns]` of what the cache holds and of generated tokens behind it."""
-        return torch.nn.functional.pad(self.mask, (0, num_columns - self.mask.shape[1]), value=1)
+    def expand(self, expand_size: int) -> "PrunedPrompt":
+        """Repeats every row, for beams and for several sequences per prompt."""
+        if expand_size == 1:
+            return self
+        features = self.image_features
+        if features is not None:
+            features = torch.cat([row for row in self.features_of_rows for _ in range(expand_size)])
+        return replace(
+            self,
+            mask=self.mask.repeat_interleave(expand_size, dim=0),
+            next_position=self.next_position.repeat_interleave(expand_size, dim=-1),
+            input_ids=self.input_ids.repeat_interleave(expand_size, dim=0),
+            position_ids=self.position_ids.repeat_interleave(expand_size, dim=-2),
+            image_features=features,
+            num_features=self.num_features.repeat_interleave(expand_size),
+        )
+
+    def on_cache(self) -> "PrunedPrompt":
+        """What a later turn has to know, without what only prefill reads."""
+        return replace(self, input_ids=None, position_ids=None, image_features=None, num_features=None)
+
+    def mask_with(self, num_answer: int, needs_mask: bool) -> torch.Tensor | None:
+        """
+        The mask of the prompt and of `num_answer` tokens behind it; `None` for ones, except where it is needed:
+        without a cache transformers takes gaps between positions for the ends of packed sequences.
+        """
+        if self.is_unpadded and not needs_mask:
+            return None
+        return torch.nn.functional.pad(self.mask, (0, num_answer), value=1)
+
+    def positions_with(self, num_answer: int) -> torch.Tensor:
+        """Positions `[..., batch, num_answer]` of tokens behind the prompt."""
+        return self.next_position[..., None] + torch.arange(num_answer, device=self.next_position.device)
+
+    @property
+    def features_of_rows(self) -> tuple[torch.Tensor, ...]:
+        """For each row what stands at its placeholders, `[its placeholders, hidden_size]`."""
+        return self.image_features.split(self.num_features.tolist())
+
+    def encoder_outputs(
+        self, written: torch.Tensor, embed: Callable[[torch.Tensor], torch.Tensor]
+    ) -> dict[str, BaseModelOutputWithPooling] | None:
+        """
+        The features as a family's forward takes what is encoded already.
+
+        Args:
+            written: `[batch, num_answer]` int64, tokens behind the prompt that are written like placeholders, -1 for
+                others. They are no images: a model wrote them, or prompt lookup proposes them.
+            embed: makes the embeddings of ids.
+        """
+        if self.image_features is None:
+            return None
+        rows = [self.image_features]
+        if written.numel() and bool((written >= 0).any()):
+            pairs = zip(self.features_of_rows, written, strict=True)
+            rows = [torch.cat([features, embed(ids[ids >= 0]).to(features.dtype)]) for features, ids in pairs]
+        return {"image": BaseModelOutputWithPooling(pooler_output=rows)}
+
+    @cached_property
+    def is_unpadded(self) -> bool:
+        """Whether the mask is one of ones: attention is faster without it."""
+        return bool(self.mask.all())
 
 
 @dataclass
@@ -51,32 +208,72 @@ class NewColumns:
     The part of a prompt that a cache does not hold yet; on a first turn, the whole prompt.
 
     Attributes:
-        input_ids, attention_mask, position_ids: `[batch, new columns]`; positions as in the unpruned conversation.
+        input_ids, attention_mask: `[batch, new columns]`.
+        position_ids: `[..., batch, new columns]`.
+        begin: `[..., batch]`, the position before which nothing of this part stands.
         past_mask: `[batch, columns in the cache]`.
-        full_mask: `[batch, columns of the unpruned conversation]`.
-        num_dropped: `[batch]`, visual tokens dropped in earlier turns.
+        num_columns: of the caller's whole conversation.
     """
 
     input_ids: torch.LongTensor
     attention_mask: torch.Tensor
     position_ids: torch.Tensor
+    begin: torch.Tensor
     past_mask: torch.Tensor
-    full_mask: torch.Tensor
-    num_dropped: torch.Tensor
+    num_columns: int
+
+    @classmethod
+    def of_prompt(
+        cls, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+    ) -> "NewColumns":
+        """
+        A prompt of which no cache holds anything.
+
+        Raises:
+            ValueError: if the mask does not fit, or is one over pairs of columns and comes without positions.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        check_attention_mask(attention_mask, input_ids.shape)
+        if position_ids is None:
+            if attention_mask.dim() != 2:
+                raise ValueError("`position_ids` is None, which is allowed only with a 2-D `attention_mask`.")
+            position_ids = count_positions(attention_mask)
+        position_ids = position_ids.expand(*position_ids.shape[:-2], *input_ids.shape)
+        begin, none = torch.zeros_like(position_ids[..., 0]), attention_mask.new_zeros(len(input_ids), 0)
+        return cls(input_ids, attention_mask, position_ids, begin, none, input_ids.shape[1])
+
+
+def behind_cache(
+    input_ids: torch.LongTensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    past_key_values: Cache | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Mask and positions of text whose `past_key_values` stand for more columns than they hold."""
+    earlier = None if position_ids is not None else pruned_cache(past_key_values).prompt
+    past_length = 0 if earlier is None else int(past_key_values.get_seq_length())
+    if past_length == 0:
+        return attention_mask, position_ids
+    if attention_mask is None:
+        num_columns = earlier.num_columns + past_length - earlier.mask.shape[1] + input_ids.shape[1]
+        attention_mask = input_ids.new_ones(len(input_ids), num_columns)
+    new = new_columns(input_ids, {"attention_mask": attention_mask}, past_length, earlier)
+    return torch.cat([new.past_mask, new.attention_mask], dim=1), new.position_ids
 
 
 def new_columns(
-    input_ids: torch.LongTensor, model_kwargs: dict[str, Any], past_length: int, history: PrunedHistory | None
+    input_ids: torch.LongTensor, model_kwargs: dict[str, Any], past_length: int, earlier: PrunedPrompt | None
 ) -> NewColumns:
     """Tells new columns from those in the cache. `input_ids` may be the whole conversation or only what is new."""
     batch_size, device = len(input_ids), input_ids.device
-    position_ids = model_kwargs["position_ids"]
+    position_ids = model_kwargs.get("position_ids")
     full_mask = model_kwargs.get("attention_mask")
     if full_mask is None:
         # transformers drops a mask of ones; positions still have its length.
         full_mask = torch.ones(batch_size, position_ids.shape[-1], dtype=torch.long, device=device)
     num_columns = full_mask.shape[1]
-    num_old = past_length if history is None else _columns_behind_cache(history, past_length, batch_size)
+    num_old = past_length if earlier is None else _columns_behind_cache(earlier, past_length, batch_size)
     num_new = num_columns - num_old
     if not 0 < num_new <= input_ids.shape[1]:
         raise ValueError(
@@ -84,20 +281,22 @@ def new_columns(
             f"{input_ids.shape[1]} with an `attention_mask` for {num_columns}. Pass the whole conversation as "
             "`input_ids` (the earlier output and the new text), or the new tokens with a mask for the whole."
         )
-    if history is None:
-        past_mask, num_dropped = full_mask[:, :num_old], torch.zeros(batch_size, dtype=torch.long, device=device)
+    new_mask, new_ids = full_mask[:, -num_new:], input_ids[:, -num_new:]
+    if earlier is None:
+        past_mask = full_mask[:, :num_old]
+        position_ids = position_ids[..., -num_new:].expand(*position_ids.shape[:-2], batch_size, -1)
+        begin = torch.zeros_like(position_ids[..., 0])
     else:
-        past_mask = torch.cat([history.mask, full_mask[:, history.num_columns : num_old]], dim=1)
-        num_dropped = history.num_dropped
-    position_ids = position_ids.expand(batch_size, -1)
-    return NewColumns(
-        input_ids[:, -num_new:], full_mask[:, -num_new:], position_ids[:, -num_new:], past_mask, full_mask, num_dropped
-    )
+        answer_mask = full_mask[:, earlier.num_columns : num_old]
+        past_mask = torch.cat([earlier.mask, answer_mask], dim=1)
+        begin = earlier.next_position + answer_mask.sum(dim=-1)
+        position_ids = (begin[..., None] + count_positions(new_mask)).masked_fill(new_mask == 0, 0)
+    return NewColumns(new_ids, new_mask, position_ids, begin, past_mask, num_columns)
 
 
-def _columns_behind_cache(history: PrunedHistory, past_length: int, batch_size: int) -> int:
+def _columns_behind_cache(earlier: PrunedPrompt, past_length: int, batch_size: int) -> int:
     """Columns of the unpruned conversation that the `past_length` columns of a cache stand for."""
-    num_rows, num_prefilled = history.mask.shape
+    num_rows, num_prefilled = earlier.mask.shape
     if batch_size != num_rows:
         raise ValueError(
             f"`past_key_values` holds {num_rows} conversations and `input_ids` has {batch_size}. Continue all of them "
@@ -109,25 +308,4 @@ def _columns_behind_cache(history: PrunedHistory, past_length: int, batch_size: 
             "`input_ids` the rest stands for is not known. Cut off no more than generated tokens, or start anew "
             "without `past_key_values`."
         )
-    return history.num_columns + past_length - num_prefilled
-
-
-def with_prompt(model_kwargs: dict[str, Any], prompt: Prompt, new: NewColumns) -> tuple[dict[str, Any], PrunedHistory]:
-    """`model_kwargs` with the pruned prompt, and what the cache will hold once it is prefilled."""
-    batch_size, past_length = new.past_mask.shape
-    # `generate` cuts off as many columns as the cache holds, so they have to be there to be cut off.
-    past_embeds = prompt.inputs_embeds.new_zeros(batch_size, past_length, prompt.inputs_embeds.shape[-1])
-    mask = torch.cat([new.past_mask, prompt.attention_mask], dim=1)
-    position_ids = torch.cat([prompt.position_ids.new_zeros(batch_size, past_length), prompt.position_ids], dim=1)
-    dropped_now = new.attention_mask.sum(dim=-1) - prompt.attention_mask.sum(dim=-1)
-    history = PrunedHistory(mask, new.full_mask.shape[1], new.num_dropped + dropped_now, new.full_mask)
-    pruned = {
-        "inputs_embeds": torch.cat([past_embeds, prompt.inputs_embeds], dim=1),
-        "position_ids": position_ids,
-    }
-    # As in transformers, attention is faster without a mask than with one of ones. The older of the supported versions
-    # read whatever is there as a tensor, so it has to be left out and not be None.
-    if not mask.all():
-        pruned["attention_mask"] = mask
-    without_mask = {key: value for key, value in model_kwargs.items() if key != "attention_mask"}
-    return without_mask | pruned, history
+    return earlier.num_columns + past_length - num_prefilled

@@ -11,7 +11,7 @@ from torch import nn
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..budget.selection import Selection
 from ..budget.top_k import sample_top_k, top_k_mask
-from ..vision.encode import patch_width
+from ..vision.budget_token import patch_width
 from ..vision.features import VisionFeatures
 from .base import ScoringReducer, register_reducer
 from .divprune import cosine_distances, farthest_first, first_picks

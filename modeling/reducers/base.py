@@ -176,7 +176,9 @@ def build_reducer(name: str, config: AdaVTPConfig, **parameters: Any) -> TokenRe
     """
     if name not in REDUCERS:
         # A model that was loaded before the package runs its folder's copy of this file, with a registry of its own.
-        copies = [module for key, module in list(sys.modules.items()) if key.endswith(".reducers_adavtp")]
+        copies = [
+            module for key, module in list(sys.modules.items()) if key.endswith((".reducers_base", ".reducers.base"))
+        ]
         is_elsewhere = any(name in getattr(copy, "REDUCERS", {}) for copy in copies)
         hint = " Another copy of this code knows it: import adavtp before the model is loaded." if is_elsewhere else ""
         raise ValueError(f"`reducer` is {name!r}; registered reducers: {', '.join(sorted(REDUCERS))}.{hint}")

@@ -11,7 +11,7 @@ from torch import nn
 
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..budget.selection import Selection
-from ..vision.encode import patch_width
+from ..vision.budget_token import patch_width
 from ..vision.features import VisionFeatures
 from .base import TokenReducer, register_reducer
 

@@ -8,94 +8,13 @@ enter between embeddings and layers, and because the layers above the feature la
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from ...configuration.configuration_adavtp import AdaVTPConfig
-from ..budget.token_budget import BudgetEmbedding
 from ..reducers.base import feature_layer_index
+from .budget_token import BudgetToken
 from .features import VisionFeatures
 from .tower import TowerAttention, attention_half, mlp_half, takes_mask, tower_layers
-
-
-class BudgetToken(nn.Module):
-    """
-    The vector that carries the budget, and if the model is question-aware the question, to the image.
-
-    Args:
-        config: the model's configuration.
-    """
-
-    def __init__(self, config: AdaVTPConfig) -> None:
-        super().__init__()
-        hidden_size = config.vision_config.hidden_size
-        self.budget_embedding = BudgetEmbedding(hidden_size)
-        self.question_proj = nn.Linear(config.text_config.hidden_size, hidden_size) if config.question_aware else None
-        self.question_norm = config.question_norm
-        in_encoder = config.budget_fusion == "encoder" and config.budget_position == "learned"
-        self.position_embedding = nn.Embedding(1, hidden_size) if in_encoder else None
-        self.cross_attention = BudgetCrossAttention(config) if config.budget_fusion == "post" else None
-
-    def forward(self, budget: torch.Tensor, question: torch.Tensor | None) -> torch.Tensor:
-        """
-        Args:
-            budget: `[num_images]`, the kept fraction K / N.
-            question: `[num_images, text_hidden_size]`, the mean embedding of the prompt that asks about each image.
-
-        Returns:
-            `[num_images, hidden_size]`, without a position.
-        """
-        token = self.budget_embedding(budget)
-        if self.question_proj is None:
-            return token
-        if self.question_norm:
-            question = nn.functional.layer_norm(question, question.shape[-1:])
-        return token + self.question_proj(question)
-
-
-class BudgetCrossAttention(nn.Module):
-    """
-    One cross-attention after the tower, the budget as query and the patches as keys and values ("Option B").
-
-    Args:
-        config: the model's configuration.
-    """
-
-    def __init__(self, config: AdaVTPConfig) -> None:
-        super().__init__()
-        hidden_size, width = config.vision_config.hidden_size, patch_width(config)
-        self.num_heads = config.vision_config.num_attention_heads
-        self.query_norm = nn.LayerNorm(hidden_size)
-        self.patch_norm = nn.LayerNorm(width)
-        self.q_proj = nn.Linear(hidden_size, hidden_size)
-        self.k_proj = nn.Linear(width, hidden_size)
-        self.v_proj = nn.Linear(width, hidden_size)
-        self.out_proj = nn.Linear(hidden_size, hidden_size)
-
-    def forward(self, budget_token: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            budget_token: `[num_images, hidden_size]`.
-            patches: `[num_images, num_patches, patch_width]`.
-
-        Returns:
-            `[num_images, hidden_size]`: the budget token plus what it read from the patches.
-        """
-        patches = self.patch_norm(patches)
-        query = self._heads(self.q_proj(self.query_norm(budget_token)[:, None]))
-        key, value = self._heads(self.k_proj(patches)), self._heads(self.v_proj(patches))
-        read = nn.functional.scaled_dot_product_attention(query, key, value)
-        return budget_token + self.out_proj(read.transpose(1, 2).flatten(1))
-
-    def _heads(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`[batch, tokens, hidden_size]` -> `[batch, heads, tokens, head_dim]`."""
-        return hidden_states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-
-def patch_width(config: AdaVTPConfig) -> int:
-    """Width of a patch feature: the tower's, times the number of feature layers."""
-    layers = config.vision_feature_layer
-    return config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
 
 
 class TowerPass:

@@ -14,14 +14,16 @@ LEAST_GATE = 1e-3
 
 def random_prompt(gates: torch.Tensor) -> Prompt:
     length = gates.shape[-1]
-    return Prompt(torch.randn(1, length, 4), torch.ones(1, length, dtype=torch.long), torch.arange(length)[None])
+    return Prompt(
+        torch.zeros(1, length, dtype=torch.long), torch.ones(1, length, dtype=torch.long), torch.arange(length)[None]
+    )
 
 
 def test_attention_with_gates_is_dynamicvits_formula() -> None:
     torch.manual_seed(0)
     length, gates = 6, torch.tensor([[1.0, 0.0, 1.0, 0.0, 1.0, 1.0]])
     logits = torch.randn(length, length)
-    weights = (logits + random_prompt(gates).gating(gates).attention_mask[0, 0]).softmax(dim=-1)
+    weights = (logits + random_prompt(gates).gating(gates, torch.float32).attention_mask[0, 0]).softmax(dim=-1)
     for row in range(length):
         terms = [
             torch.exp(logits[row, column]) * (1.0 if column == row else gates[0, column] + LEAST_GATE)
@@ -36,7 +38,7 @@ def test_a_gate_of_padding_stays_shut() -> None:
     gates = torch.ones(1, 4)
     prompt = random_prompt(gates)
     prompt.attention_mask[0, 0] = 0
-    weights = prompt.gating(gates).attention_mask[0, 0].softmax(dim=-1)
+    weights = prompt.gating(gates, torch.float32).attention_mask[0, 0].softmax(dim=-1)
     assert (weights[1:, 0] == 0).all()
 
 

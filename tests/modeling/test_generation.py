@@ -104,7 +104,9 @@ class Reader:
         """Logits `[vocab_size]` of the token after what was read and `answer`."""
         answer = torch.tensor(answer, dtype=torch.long)
         embeds = torch.cat([self.embeds, self.model.get_input_embeddings()(answer)])
-        positions = torch.cat([self.positions, self.positions[-1] + 1 + torch.arange(len(answer))])
+        compact = self.model.config.visual_position_ids == "compact"
+        begin = len(self.positions) if compact else self.num_read
+        positions = torch.cat([self.positions, begin + torch.arange(len(answer))])
         outputs = self.model.model.language_model(
             inputs_embeds=embeds[None],
             position_ids=positions[None],
@@ -576,6 +578,59 @@ def test_assisted_decoding_in_a_later_turn_gives_the_greedy_answer(
         batch["attention_mask"] = (batch["input_ids"] != PAD_TOKEN_ID).long()
         answers, expected = conversation.turn(batch, token_budget, **lookup_or_assistant(model, assistance))
         assert answers == expected, f"turn {turn}"
+
+
+@both_positions
+@both_forms
+@pytest.mark.parametrize("pad", [0, 2], ids=["unpadded", "padded"])
+@torch.no_grad()
+def test_a_cache_that_forward_filled_is_continued_at_its_positions(positions: str, whole: bool, pad: int) -> None:
+    model = model_of(visual_position_ids=positions)
+    batch, token_budget = tiny_batch(model.config, (1, 1), (6, 6 + pad)), [0.4, 0.5]
+    text, mask = torch.tensor([[5, 9], [7, 4]]), batch["attention_mask"]
+    expected = readers(model, batch, token_budget)
+    for row, reader in enumerate(expected):
+        reader.read(text[row].tolist())
+
+    output = model(**batch, token_budget=token_budget, use_cache=True)
+    own_mask = {"attention_mask": torch.cat([mask, torch.ones_like(text)], dim=1)} if whole else {}
+    logits = model(input_ids=text, past_key_values=output.past_key_values, **own_mask).logits[:, -1]
+    torch.testing.assert_close(logits, torch.stack([r.logits() for r in expected]), atol=1e-4, rtol=1e-4)
+
+    output = model(**batch, token_budget=token_budget, use_cache=True)
+    ids, whole_mask = torch.cat([batch["input_ids"], text], dim=1), torch.cat([mask, torch.ones_like(text)], dim=1)
+    inputs = {"input_ids": ids if whole else text, "attention_mask": whole_mask}
+    sequences = generate(model, inputs, past_key_values=output.past_key_values)
+    assert new_tokens(sequences, inputs).tolist() == [reader.greedy() for reader in expected]
+
+
+@both_positions
+@pytest.mark.parametrize("turns", [1, 2])
+def test_an_answer_goes_on_behind_an_image_whether_its_last_patch_was_kept_or_not(positions: str, turns: int) -> None:
+    model = model_of(visual_position_ids=positions, reducer="grid")
+    conversation = Conversation(model, 1, whole=True)
+    for seed in range(turns):
+        batch = tiny_batch(model.config, (1,), (2,), seed=seed)
+        assert batch["input_ids"][0, -1] == IMAGE_TOKEN_ID
+        kept = model.select_tokens(**batch, token_budget=0.2).keep
+        assert not kept[0, -1]
+        answers, expected = conversation.turn(batch, 0.2)
+        assert answers == expected
+
+
+def test_without_a_cache_the_pruned_prompt_is_read_anew_at_every_step() -> None:
+    model = model_of()
+    batch = tiny_batch(model.config, (1, 2), (6, 8))
+    lengths = []
+    handle = model.model.language_model.layers[0].register_forward_hook(
+        lambda _, args, __: lengths.append(args[0].shape[1])
+    )
+    outputs = generate(model, batch, token_budget=5, use_cache=False, return_dict_in_generate=True)
+    handle.remove()
+    assert outputs.past_key_values is None
+    assert lengths == [18 + step for step in range(NUM_NEW_TOKENS)]
+    assert outputs.selection.num_keep.tolist() == [5, 5, 5]
+    assert new_tokens(outputs.sequences, batch).tolist() == greedy_answers(model, batch, 5)
 
 
 def test_a_cache_repeated_for_beams_continues_with_beam_search() -> None:

@@ -14,7 +14,9 @@ from tiny_models import (
     IMAGE_TOKEN_ID,
     NUM_PATCHES,
     alone,
+    embedded,
     padded_on_the_right,
+    prepared_inputs,
     targets,
     tiny_batch,
     tiny_model,
@@ -286,7 +288,7 @@ def test_dropped_patches_never_reach_the_decoder() -> None:
     handle = model.model.multi_modal_projector.register_forward_hook(lambda _, args, __: patches.append(args[0]))
     with torch.no_grad():
         selection = model(**batch, token_budget=0.4).selection
-        hidden = model.model.prepare_prompt(**batch, token_budget=0.4, selection_output="mask")[0]
+        hidden = prepared_inputs(model, **batch, token_budget=0.4, selection_output="mask").prompt
     handle.remove()
     assert patches[0].shape == (1, 6, 32)
     assert (patches[1][0, ~selection.keep[0]] == 0).all()
@@ -330,12 +332,12 @@ def test_attention_gates_weigh_columns_and_spare_each_row_its_own() -> None:
     logits = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
     gates = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0])
     prompt = Prompt(
-        inputs_embeds=torch.zeros(1, 5, 1),
+        input_ids=torch.zeros(1, 5, dtype=torch.long),
         attention_mask=torch.tensor([[0, 1, 1, 1, 1]]),
         position_ids=torch.arange(5)[None],
         labels=torch.tensor([[-100, -100, -100, -100, 14]]),
     )
-    gated = prompt.gating(gates[None])
+    gated = prompt.gating(gates[None], torch.float32)
     assert gated.labels.tolist() == [[-100, -100, -100, 14, -100]]
     weights = (logits + gated.attention_mask[0, 0]).softmax(dim=-1)
     for row in range(1, 5):
@@ -367,13 +369,15 @@ def test_attention_gates_say_what_a_dropped_token_would_have_been_worth() -> Non
     labels = targets(batch)
     placeholder = batch["input_ids"] == IMAGE_TOKEN_ID
     with torch.no_grad():
-        prompt = model.model.prepare_prompt(**batch, labels=labels)[0]
+        prepared = prepared_inputs(model, **batch, labels=labels)
+        inputs_embeds = embedded(model, prepared)
     keep = (torch.arange(NUM_PATCHES) % 3 == 0).double()
 
     def loss_of(gates: torch.Tensor) -> torch.Tensor:
-        gated = prompt.gating(torch.ones(placeholder.shape, dtype=torch.float64).masked_scatter(placeholder, gates))
+        columns = torch.ones(placeholder.shape, dtype=torch.float64).masked_scatter(placeholder, gates)
+        gated = prepared.prompt.gating(columns, torch.float64)
         hidden = model.model.language_model(
-            inputs_embeds=gated.inputs_embeds, attention_mask=gated.attention_mask, position_ids=gated.position_ids
+            inputs_embeds=inputs_embeds, attention_mask=gated.attention_mask, position_ids=gated.position_ids
         ).last_hidden_state
         return torch.nn.functional.cross_entropy(model.lm_head(hidden)[0, :-1], labels[0, 1:])
 
@@ -398,22 +402,22 @@ def test_everything_is_a_selection_too() -> None:
 
 def test_dropping_columns_pads_the_shorter_rows_on_the_left() -> None:
     prompt = Prompt(
-        inputs_embeds=torch.arange(1.0, 9.0).view(2, 4, 1),
+        input_ids=torch.arange(1, 9).view(2, 4),
         attention_mask=torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]),
         position_ids=torch.tensor([[0, 1, 2, 0], [0, 1, 2, 3]]),
         labels=torch.tensor([[10, 11, 12, -100], [13, 14, 15, 16]]),
     )
-    kept = prompt.without(torch.tensor([[True, False, True, False], [True, True, False, True]]))
+    prompt.position_ids = torch.stack([prompt.position_ids, 10 * prompt.position_ids])
+    kept = prompt.without(torch.tensor([[True, False, True, False], [True, True, False, True]]), pad_token_id=9)
     assert kept.attention_mask.tolist() == [[0, 1, 1], [1, 1, 1]]
-    assert kept.position_ids.tolist() == [[0, 0, 2], [0, 1, 3]]
+    assert kept.position_ids.tolist() == [[[0, 0, 2], [0, 1, 3]], [[0, 0, 20], [0, 10, 30]]]
     assert kept.labels.tolist() == [[-100, 10, 12], [13, 14, 16]]
-    assert kept.inputs_embeds[0, 1:, 0].tolist() == [1.0, 3.0]
-    assert kept.inputs_embeds[1, :, 0].tolist() == [5.0, 6.0, 8.0]
+    assert kept.input_ids.tolist() == [[9, 1, 3], [5, 6, 8]]
 
 
 def test_a_label_behind_hidden_columns_is_predicted_by_the_column_before_them() -> None:
     prompt = Prompt(
-        inputs_embeds=torch.zeros(2, 6, 1),
+        input_ids=torch.zeros(2, 6, dtype=torch.long),
         attention_mask=torch.ones(2, 6, dtype=torch.int64),
         position_ids=torch.arange(6).expand(2, -1),
         labels=torch.tensor([[-100, -100, -100, -100, 14, 15], [-100, -100, 22, -100, -100, 25]]),

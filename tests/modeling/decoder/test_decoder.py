@@ -21,7 +21,9 @@ from tiny_models import (
     NUM_PATCHES,
     TEXT_CONFIGS,
     alone,
+    embedded,
     padded_on_the_right,
+    prepared_inputs,
     targets,
     tiny_batch,
     tiny_model,
@@ -313,7 +315,8 @@ def test_the_configuration_says_whether_there_is_a_cache() -> None:
     for token_budget in (6, 1.0):
         assert model(**batch, token_budget=token_budget).past_key_values is not None
         assert model(**batch, token_budget=token_budget, use_cache=False).past_key_values is None
-        assert len(model(**batch, token_budget=token_budget, return_dict=False)) == 3
+        # As of stock LLaVA: hidden states, cache, image features; and the selection.
+        assert len(model(**batch, token_budget=token_budget, return_dict=False)) == 4
     model.config.text_config.use_cache = False
     assert model(**batch, token_budget=6).past_key_values is None
 
@@ -383,10 +386,10 @@ def test_where_a_prompt_ends_with_an_image_the_last_token_that_is_left_asks() ->
     depth = known_depth(NUM_PATCHES, 6)
     last_left = max(number for number in range(NUM_PATCHES) if depth[number] >= 3)
     assert depth[-1] < 3
-    prompt = model.model.prepare_prompt(ids, batch["pixel_values"], batch["attention_mask"], token_budget=6)[0]
+    inputs_embeds = embedded(model, prepared_inputs(model, **batch, token_budget=6))
     first, second = embeds_of_askers(model, batch)
-    torch.testing.assert_close(first, prompt.inputs_embeds[:, -1])
-    torch.testing.assert_close(second, prompt.inputs_embeds[:, last_left - NUM_PATCHES])
+    torch.testing.assert_close(first, inputs_embeds[:, -1])
+    torch.testing.assert_close(second, inputs_embeds[:, last_left - NUM_PATCHES])
 
 
 @torch.no_grad()

@@ -1,0 +1,265 @@
+"""The one place where a budget acts on a prompt: images are encoded and the positions of the full prompt are known.
+
+What leaves, leaves everything that has a column for each token, and the encoder's output; from there on the family's
+own class reads an ordinary prompt with fewer placeholders and as many features.
+"""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..configuration.configuration_adavtp import AdaVTPConfig
+from .budget.schedule import BudgetSchedule, StackBudget
+from .budget.selection import Selection
+from .decoder.plan import DecoderPlan
+from .decoder.pruned_cache import NewColumns, PrunedPrompt
+from .families.base import Family, Units
+from .families.llava import LLAVA
+from .prompt import PreparedInputs, Prompt, is_before_answer, left_padded, without_first_labels
+from .reducers.bank import ReducerSpec, Step
+from .vision.visual_model import VisualModel, VisualTokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class PromptReductionMixin:
+    """Teaches a family's model, in front of which it stands, to read fewer visual tokens than a prompt shows."""
+
+    config: AdaVTPConfig
+    family: Family = LLAVA
+
+    @property
+    def visual(self) -> VisualModel:
+        """The visual half of the model."""
+        return VisualModel(
+            self.vision_tower, self.multi_modal_projector, self.budget_token, self.config, self.training
+        )
+
+    def units_of(self, input_ids: torch.Tensor, num_images: int) -> Units:
+        """
+        The units that a batch of prompts shows.
+
+        Args:
+            input_ids: `[batch, sequence]`.
+            num_images: images that go with them, in the order of their placeholders.
+
+        Raises:
+            ValueError: if placeholders and images do not agree.
+        """
+        return self.family.units(self.config, self.family.placeholders(self.config, input_ids), num_images)
+
+    def resolve_budget(
+        self, token_budget: StackBudget | None, reducer: ReducerSpec | None, batch_size: int
+    ) -> BudgetSchedule:
+        """
+        Reads a caller's budget.
+
+        Args:
+            token_budget, reducer: see [`AdaVTPForConditionalGeneration.forward`].
+            batch_size: number of prompts.
+
+        Raises:
+            ValueError: if the budget or the reducer is not allowed.
+        """
+        steps = self.steps(reducer)
+        has_own_rule = len({step.name for step in steps}) == 1 and (steps[0].divides or steps[0].reducer).has_own_rule
+        if token_budget is None and not has_own_rule:
+            token_budget = self.config.token_budget
+        return BudgetSchedule(token_budget, steps, batch_size, self.config.text_config.num_hidden_layers)
+
+    def prepare_inputs(
+        self,
+        prompt: Prompt,
+        pixel_values: torch.Tensor,
+        schedule: BudgetSchedule,
+        selection_output: str | None = None,
+    ) -> PreparedInputs:
+        """
+        Encodes the images, chooses, and drops the columns of what was not chosen.
+
+        Args:
+            prompt: with one placeholder for each visual token and separator of each image.
+            pixel_values: `[num_images, channels, height, width]`, in the order of their placeholders.
+            schedule: the stack and its budget.
+            selection_output: `"gather"` or `"mask"`; by default the configuration's.
+
+        Raises:
+            ValueError: if placeholders and images do not agree, or a reducer cannot do what it is asked to.
+        """
+        selection_output = self.checked_output(selection_output)
+        placeholders = self.family.placeholders(self.config, prompt.input_ids)
+        units = self.family.units(self.config, placeholders, len(pixel_values))
+        question, question_ids = self._questions(schedule.steps, prompt, placeholders, units)
+        tokens = self.visual.encode_and_reduce(pixel_values, units, schedule, question, question_ids)
+        selection = tokens.selection
+        gates_attention = selection.gates is not None and self.config.gradient_gates == "attention"
+        # Hidden columns would leave in the decoder, and with them the labels that stand at them.
+        is_hidden = selection_output == "mask" and tokens.decoder is None and not gates_attention
+        features, stays = self.visual.embeddings(tokens, units, in_place=is_hidden)
+        keep = torch.ones_like(placeholders).masked_scatter(placeholders, stays)
+        visual_index = torch.full_like(prompt.input_ids, -1).masked_scatter(placeholders, units.token)
+        position_ids, labels = prompt.position_ids, prompt.labels
+        if self.config.visual_position_ids == "compact":
+            seen = keep if not gates_attention else self._at_columns(selection.keep, placeholders, units, True)
+            position_ids = (position_ids - (~seen).long().cumsum(dim=-1)).clamp(min=0)
+        if labels is not None:
+            labels = without_first_labels(labels, prompt.attention_mask)
+        prompt = replace(prompt, position_ids=position_ids, labels=labels, visual_index=visual_index)
+        pad_token_id = int(self.config.image_token_id == 0)
+        if gates_attention:
+            _check_attention_takes_gates(self.language_model, prompt.input_ids.shape[1])
+            gates = self._at_columns(selection.gates, placeholders, units, 1.0)
+            if not bool(keep.all()):
+                gates, prompt = gates.gather(1, left_padded(keep)), prompt.without(keep, pad_token_id)
+            prompt = prompt.gating(gates, self.language_model.dtype)
+        elif not bool(keep.all()):
+            if is_hidden:
+                prompt = prompt.hiding(~keep)
+            else:
+                is_real = keep if prompt.attention_mask.dim() == 4 else keep & prompt.attention_mask.bool()
+                prompt = prompt.without(is_real, pad_token_id)
+        if tokens.decoder is not None:
+            selection.depth = selection.keep * self.config.text_config.num_hidden_layers
+        return PreparedInputs(prompt, features, selection, self._decoder_policy(tokens, prompt, units))
+
+    def pruned_prompt(self, new: NewColumns, prepared: PreparedInputs, num_ids: int) -> PrunedPrompt | None:
+        """
+        What the model reads in place of a caller's columns, and what a cache that it fills then stands for; `None`
+        where a mask over all pairs of columns stands in for a prompt's.
+
+        Args:
+            new: the columns as the caller has them.
+            prepared: as the model reads them.
+            num_ids: columns of the caller's `input_ids`.
+        """
+        if prepared.prompt.attention_mask.dim() != 2:
+            return None
+        num_features = self.family.placeholders(self.config, prepared.prompt.input_ids).sum(dim=-1)
+        is_compact = self.config.visual_position_ids == "compact"
+        return PrunedPrompt.of(new, prepared, num_features, num_ids, is_compact)
+
+    def features_of_images(self, pixel_values: torch.Tensor, schedule: BudgetSchedule) -> list[torch.Tensor]:
+        """What the decoder gets of each image, asked nothing: a list of `[K, text_hidden_size]`."""
+        size = self.family.tokens_per_image(self.config) + int(self.config.keep_cls)
+        placeholders = torch.ones(len(pixel_values), size, dtype=torch.bool, device=self.language_model.device)
+        units = self.family.units(self.config, placeholders, len(pixel_values))
+        tokens = self.visual.encode_and_reduce(pixel_values, units, schedule)
+        features, stays = self.visual.embeddings(tokens, units, in_place=False)
+        return list(features.split(stays.view(placeholders.shape).sum(dim=-1).tolist()))
+
+    def checked_output(self, selection_output: str | None) -> str:
+        """The form in which dropped tokens are gone: what was asked for, or the configuration's."""
+        selection_output = self.config.selection_output if selection_output is None else selection_output
+        if selection_output not in ("gather", "mask"):
+            raise ValueError(f"`selection_output` is {selection_output!r}; allowed are 'gather' and 'mask'.")
+        return selection_output
+
+    def zero_of_a_blank_image(self, input_ids: torch.Tensor, schedule: BudgetSchedule) -> torch.Tensor:
+        """
+        Zero, computed by looking at a blank image in the first prompt. A batch without images then runs the modules
+        that a batch with images runs, in their order: where parameters are sharded, ranks whose modules differ wait
+        for each other forever.
+        """
+        vision, size = self.config.vision_config, self.family.tokens_per_image(self.config)
+        pixels = torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size, device=input_ids.device)
+        one = torch.zeros(1, dtype=torch.long)
+        units = Units(one, one + size, [], torch.arange(size, device=input_ids.device))
+        none = torch.zeros_like(input_ids[:1], dtype=torch.bool)
+        prompt = Prompt(input_ids[:1], torch.ones_like(input_ids[:1]), input_ids[:1])
+        question, question_ids = self._questions(schedule.steps, prompt, none, units)
+        tokens = self.visual.encode_and_reduce(pixels, units, schedule, question, question_ids)
+        used = [self.visual.embeddings(tokens, units, in_place=True)[0], tokens.selection.gates, tokens.selection.loss]
+        return 0.0 * sum(value.sum().to(self.language_model.dtype) for value in used if value is not None)
+
+    def _questions(
+        self, steps: list[Step], prompt: Prompt, placeholders: torch.Tensor, units: Units
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """
+        The text that asks about each unit, up to the first token that is a target: its mean embedding
+        `[num_units, text_hidden_size]` and its ids `[num_units, sequence]`, each if somebody wants it.
+        """
+        needs = {need for step in steps for need in step.reducer.needs}
+        is_text, sample = ~placeholders, units.sample.to(placeholders.device)
+        if prompt.attention_mask.dim() == 2:
+            is_text = is_text & is_before_answer(prompt.attention_mask, prompt.labels)
+        elif prompt.labels is not None:
+            is_text = is_text & is_before_answer(torch.ones_like(prompt.input_ids), prompt.labels)
+        mean = ids = None
+        if "question" in needs or (self.config.question_aware and "budget" in needs):
+            embeds = self.get_input_embeddings()(prompt.input_ids)
+            weight = is_text.to(embeds.dtype)
+            mean = (embeds * weight[..., None]).sum(dim=1) / weight.sum(dim=1, keepdim=True).clamp(min=1)
+            mean = mean[sample]
+        if "question_ids" in needs:
+            ids = prompt.input_ids.masked_fill(~is_text, -1)[sample]
+        return mean, ids
+
+    def _at_columns(
+        self, of_tokens: torch.Tensor, placeholders: torch.Tensor, units: Units, other: float | bool
+    ) -> torch.Tensor:
+        """Values `[num_units, largest N]` of visual tokens in their columns `[batch, sequence]`; `other` elsewhere."""
+        is_token, flat = units.token >= 0, of_tokens[units.is_token.to(of_tokens.device)]
+        at_placeholders = torch.full_like(units.token, other, dtype=flat.dtype).masked_scatter(is_token, flat)
+        return torch.full_like(placeholders, other, dtype=flat.dtype).masked_scatter(placeholders, at_placeholders)
+
+    def _decoder_policy(self, tokens: VisualTokens, prompt: Prompt, units: Units) -> DecoderPlan | None:
+        """What a decoder-stage reducer of the stack does with a prompt, or `None` if nothing leaves in the decoder."""
+        if tokens.decoder is None:
+            return None
+        num_layers, reducer = self.config.text_config.num_hidden_layers, tokens.decoder.reducer
+        num_visual = (prompt.visual_index >= 0).sum(dim=-1).cpu()
+        wanted: list[int | None] = [None] * len(num_visual)
+        if tokens.decoder_keep is not None:
+            wanted = torch.zeros_like(num_visual).index_add(0, units.sample, tokens.decoder_keep).tolist()
+        counts = torch.tensor(
+            [
+                [visual] * num_layers
+                if visual == 0 or (keep is not None and keep >= visual)
+                else reducer.layer_counts(visual, keep, num_layers)
+                for visual, keep in zip(num_visual.tolist(), wanted, strict=True)
+            ]
+        )
+        if not self.training and bool((counts == num_visual[:, None]).all()):
+            return None
+        if prompt.attention_mask.dim() != 2:
+            raise ValueError(
+                f"{tokens.decoder.name!r} drops tokens inside the decoder, which needs an `attention_mask` of shape "
+                "[batch, sequence] and no gates inside attention; use gradient_gates='features', or another reducer."
+            )
+        asks = is_before_answer(prompt.attention_mask, prompt.labels)
+        column = torch.arange(asks.shape[1], device=asks.device)
+        last = torch.where(asks, column, -1).amax(dim=-1)
+        return DecoderPlan(reducer, counts, prompt.visual_index, last.clamp(min=0))
+
+
+def depth_of_tokens(selection: Selection, visual_index: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
+    """
+    How many layers saw each visual token.
+
+    Args:
+        selection: of the prompt's units.
+        visual_index: `[batch, columns]`, see [`Prompt`].
+        depth: `[batch, columns]` int64, how many layers saw each column.
+
+    Returns:
+        `[num_units, largest N]` int64.
+    """
+    is_token, is_visual = selection.is_token, visual_index >= 0
+    of_token = torch.zeros(int(selection.sizes.sum()), dtype=torch.long, device=depth.device)
+    of_token = of_token.scatter(0, visual_index[is_visual], depth[is_visual])
+    return torch.zeros_like(is_token, dtype=torch.long).masked_scatter(is_token, of_token)
+
+
+def _check_attention_takes_gates(language_model: "PreTrainedModel", length: int) -> None:
+    """Gates are a bias on the logits: not every attention takes one, and with one transformers forgets its window."""
+    config = language_model.config
+    window = getattr(config, "sliding_window", None)
+    implementation = config._attn_implementation
+    if implementation not in ("eager", "sdpa") or (window is not None and window < length):
+        raise ValueError(
+            "`gradient_gates` is 'attention', which needs a text model with 'eager' or 'sdpa' attention and no window "
+            f"shorter than the prompt; here attention is {implementation!r}, its window {window} and the prompt "
+            f"{length} tokens. Use gradient_gates='features', or another attention."
+        )

@@ -1,0 +1,215 @@
+"""From the tokens of a batch of units to those that a reducer leaves, exactly as many as the budget says.
+
+Units that differ in size, in how much they keep, or in how many tokens reached the reducer go through it in groups of
+like ones, so that every call sees full rows.
+"""
+
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedModel
+
+from ...configuration.configuration_adavtp import AdaVTPConfig
+from ..budget.selection import Selection
+from ..reducers.base import ScoringReducer, TokenReducer
+from .encode import BudgetToken, encode_image, start_pass
+from .encoder_reducer import EncoderReducer
+from .features import VisionFeatures
+from .tower import TowerAttention
+
+
+def reduce_tokens(
+    name: str, reducer: TokenReducer, features: VisionFeatures, num_keep: torch.Tensor | None
+) -> tuple[VisionFeatures, Selection]:
+    """
+    Lets a reducer choose from the tokens that are left of each image.
+
+    Args:
+        name: of the reducer, for error messages.
+        reducer: of stage `"vision"` or `"projector"`.
+        features: tokens `[num_images, max_tokens, hidden_size]`; images that have fewer end in positions of -1.
+        num_keep: `[num_images]` int64, or `None`.
+
+    Returns:
+        The tokens that are left, and the selection of the image's N patches that they are. In training, where the
+        choice has gates, all tokens are still there.
+
+    Raises:
+        ValueError: if the reducer did not keep exactly as many as it was told.
+    """
+    if "attention" in reducer.needs and not features.attention:
+        raise ValueError(
+            f"Reducer {name!r} reads the tower's attention to each token, and a reducer before it has merged tokens, "
+            "which the tower never attended to; put it first, or use one that does without."
+        )
+    num_tokens = (features.positions >= 0).sum(dim=-1).cpu()
+    # An image that keeps everything is as it was, whatever the others keep. In training every image goes through.
+    keeps_all = torch.zeros_like(num_tokens, dtype=torch.bool)
+    if num_keep is not None and not reducer.training and not reducer.redistributes:
+        keeps_all = num_keep >= num_tokens
+    groups, results = image_groups(num_tokens, keeps_all, num_keep if reducer.one_count else None), []
+    for rows in groups:
+        own = features.images(rows, int(num_tokens[rows[0]]))
+        if keeps_all[rows[0]]:
+            selection = Selection.everything(len(rows), own.patches.shape[1], own.patches.device)
+        else:
+            selection = reducer(own, None if num_keep is None else num_keep[rows].to(own.patches.device))
+            if num_keep is not None:
+                _require_count(name, reducer, selection, num_keep[rows])
+        results.append(_result(own, selection))
+    return _joined(groups, results)
+
+
+def reduce_in_tower(
+    tower: PreTrainedModel,
+    reducer: EncoderReducer,
+    pixel_values: torch.Tensor,
+    config: AdaVTPConfig,
+    num_keep: torch.Tensor,
+    sizes: torch.Tensor,
+    budget_token: BudgetToken | None = None,
+    budget: torch.Tensor | None = None,
+    question: torch.Tensor | None = None,
+) -> tuple[VisionFeatures, Selection]:
+    """
+    Runs the tower with a reducer in it.
+
+    Args:
+        tower: a CLIP, SigLIP or DINOv2 vision model.
+        reducer: of stage `"encoder"`.
+        pixel_values: `[num_images, channels, height, width]`.
+        config: the model's configuration.
+        num_keep: `[num_images]` int64.
+        sizes: `[num_images]` int64, patches of each image, N.
+        budget_token, budget, question: see [`encode_image`].
+
+    Returns:
+        The tokens that are left, and the selection of patches that they are.
+    """
+    num_patches = int(sizes.max())
+    keeps_all = num_keep >= sizes if not reducer.training else torch.zeros(len(num_keep), dtype=torch.bool)
+    groups, results = image_groups(keeps_all, num_keep if reducer.one_count else None), []
+    for rows in groups:
+        images = pixel_values[rows]
+        own = {
+            name: None if value is None else value[rows]
+            for name, value in (("budget", budget), ("question", question))
+        }
+        if keeps_all[rows[0]]:
+            features = encode_image(tower, images, config, budget_token, **own)
+            results.append((features, Selection.everything(len(rows), num_patches, features.patches.device)))
+            continue
+        tower_pass, token = start_pass(tower, config, budget_token, **own)
+        encoded = reducer(tower_pass, images, num_keep[rows])
+        patches = tower_pass.patches(encoded.sequence)
+        selection = reducer.selection(encoded, patches, num_patches)
+        budget_state = tower_pass.budget(encoded.sequence)
+        if token is not None and config.budget_fusion == "post":
+            budget_state = budget_token.cross_attention(token, patches)
+        if selection.features is not None:
+            patches = selection.features
+        elif config.gradient_gates == "features":
+            patches = selection.gather(patches)
+        gates_attention = selection.gates is not None and config.gradient_gates == "attention"
+        positions = encoded.positions if gates_attention else selection.positions
+        cls = tower_pass.cls(encoded.sequence)
+        left = VisionFeatures(patches, positions, cls=cls, budget=budget_state, num_patches=num_patches)
+        results.append((left, selection))
+    return _joined(groups, results)
+
+
+def image_groups(*keys: torch.Tensor | None) -> list[torch.Tensor]:
+    """Indices of images that are alike in every key, `[num_images]` each or `None`."""
+    keys = torch.stack([key.long() for key in keys if key is not None], dim=1)
+    _, group = keys.unique(dim=0, return_inverse=True)
+    return [(group == number).nonzero()[:, 0] for number in range(int(group.max()) + 1)]
+
+
+def _require_count(name: str, reducer: TokenReducer, selection: Selection, num_keep: torch.Tensor) -> None:
+    kept, wanted = selection.num_keep.cpu(), num_keep.cpu()
+    may_add = isinstance(reducer, ScoringReducer) and reducer.config.min_token_entropy > 0
+    if reducer.redistributes:
+        kept, wanted = kept.sum(dim=0, keepdim=True), wanted.sum(dim=0, keepdim=True)
+    is_right = (kept >= wanted).all() if may_add else torch.equal(kept, wanted)
+    if not is_right:
+        raise ValueError(f"Reducer {name!r} kept {kept.tolist()} tokens and was told to keep {wanted.tolist()}.")
+
+
+def _result(features: VisionFeatures, selection: Selection) -> tuple[VisionFeatures, Selection]:
+    """The tokens that a selection leaves, and the selection in terms of the whole image's patches."""
+    index = selection.positions.clamp(min=0)
+    is_token = selection.positions >= 0
+    positions = features.positions.gather(1, index).masked_fill(~is_token, -1)
+    keep = torch.zeros(len(positions), features.num_patches, dtype=torch.bool, device=positions.device)
+    keep.scatter_(1, features.positions, selection.keep)
+    gates = None
+    if selection.gates is not None:
+        gates = selection.gates.new_zeros(keep.shape).scatter(1, features.positions, selection.gates)
+    patches = selection.gather(features.patches)
+    merged = selection.features is not None
+    whole = Selection(keep, positions, gates, patches if merged else None, selection.loss)
+    tower_patches = features.tower_patches
+    if tower_patches is not None:
+        tower_patches = tower_patches.gather(1, index[..., None].expand(-1, -1, tower_patches.shape[-1]))
+    attention = {} if merged else {layer: view.take(index) for layer, view in features.attention.items()}
+    left = replace(features, patches=patches, positions=positions, tower_patches=tower_patches, attention=attention)
+    return left, whole
+
+
+def _joined(
+    groups: list[torch.Tensor], results: list[tuple[VisionFeatures, Selection]]
+) -> tuple[VisionFeatures, Selection]:
+    """The results of all groups in the order of the images, shorter rows padded."""
+    if len(groups) == 1:
+        return results[0]
+    parts, selections = [left for left, _ in results], [selection for _, selection in results]
+    # On the CPU, like `sample`: it may index tensors of any device.
+    order = torch.cat(groups).argsort()
+    longest = max(part.positions.shape[1] for part in parts)
+
+    def joined(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
+        return None if any(tensor is None for tensor in tensors) else torch.cat(tensors)[order]
+
+    def tokens(name: str, fill: float = 0.0) -> torch.Tensor | None:
+        tensors = [getattr(part, name) for part in parts]
+        return None if tensors[0] is None else joined([_lengthened(tensor, longest, fill) for tensor in tensors])
+
+    patches, positions = tokens("patches"), tokens("positions", -1)
+    merged = any(selection.features is not None for selection in selections)
+    pairs = zip(selections, groups, strict=True)
+    losses = [selection.loss * len(rows) for selection, rows in pairs if selection.loss is not None]
+    whole = Selection(
+        joined([selection.keep for selection in selections]),
+        positions,
+        joined([selection.gates for selection in selections]),
+        patches if merged else None,
+        torch.stack(losses).sum() / len(order) if losses else None,
+    )
+    attention = (
+        {}
+        if merged
+        else {
+            layer: TowerAttention.joined([part.attention[layer] for part in parts], longest, order)
+            for layer in parts[0].attention
+        }
+    )
+    left = replace(
+        parts[0],
+        patches=patches,
+        positions=positions,
+        tower_patches=tokens("tower_patches"),
+        attention=attention,
+        **{
+            name: joined([getattr(part, name) for part in parts])
+            for name in ("cls", "budget", "question", "question_ids", "pixel_values", "sample")
+        },
+    )
+    return left, whole
+
+
+def _lengthened(tokens: torch.Tensor, length: int, fill: float) -> torch.Tensor:
+    """`[num_images, num_tokens, ...]` filled up to `length` tokens."""
+    if tokens.shape[1] == length:
+        return tokens
+    rest = tokens.new_full((tokens.shape[0], length - tokens.shape[1], *tokens.shape[2:]), fill)
+    return torch.cat([tokens, rest], dim=1)

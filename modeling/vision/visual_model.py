@@ -1,0 +1,236 @@
+"""Vision tower, budget token, reducers and projector as one model: from pixels to the visual tokens that are left.
+
+There is no text model in it, so that whoever has the prompt elsewhere (a serving engine) uses it as `generate` does.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ...configuration.configuration_adavtp import AdaVTPConfig
+from ..budget.schedule import BudgetOfUnits, BudgetSchedule
+from ..budget.selection import Selection
+from ..families.base import Units
+from ..reducers.bank import Step
+from .budget_token import BudgetToken
+from .encode import encode_image
+from .features import VisionFeatures
+from .reduction import reduce_in_tower, reduce_tokens
+
+
+@dataclass
+class VisualTokens:
+    """
+    What is left of the images when the reducers before the decoder are done.
+
+    Attributes:
+        features: the tokens.
+        selection: which they are.
+        is_projected: whether they are in the decoder's space already.
+        decoder: the step of the stack that acts inside the decoder, or `None`.
+        decoder_keep: `[num_units]`, the mean number of tokens over layers that it is to keep, or `None`.
+    """
+
+    features: VisionFeatures
+    selection: Selection
+    is_projected: bool
+    decoder: Step | None
+    decoder_keep: torch.Tensor | None
+
+
+class VisualModel:
+    """
+    The visual half of a model, whose modules it uses and does not own.
+
+    Args:
+        tower: a CLIP, SigLIP or DINOv2 vision model.
+        projector: from the tower's width to the decoder's.
+        budget_token: the module that makes the budget token.
+        config: the model's configuration.
+        training: whether choices are sampled, with a gradient.
+    """
+
+    def __init__(
+        self,
+        tower: PreTrainedModel,
+        projector: nn.Module,
+        budget_token: BudgetToken,
+        config: AdaVTPConfig,
+        training: bool,
+    ) -> None:
+        self.tower, self.projector, self.budget_token = tower, projector, budget_token
+        self.config, self.training = config, training
+
+    def encode_and_reduce(
+        self,
+        pixel_values: torch.Tensor,
+        units: Units,
+        schedule: BudgetSchedule,
+        question: torch.Tensor | None = None,
+        question_ids: torch.Tensor | None = None,
+    ) -> VisualTokens:
+        """
+        Encodes the images and lets every reducer before the decoder choose.
+
+        Args:
+            pixel_values: `[num_images, channels, height, width]`.
+            units: that they make.
+            schedule: the stack and its budget.
+            question: `[num_units, text_hidden_size]`, the mean embedding of the prompt's text; by default zeros.
+            question_ids: `[num_units, sequence]`, its ids, -1 in other columns.
+
+        Raises:
+            ValueError: if the images do not have the size that the model was made for, or a reducer cannot do what it
+                is asked to.
+        """
+        self._check_images(pixel_values)
+        steps, budget = schedule.steps, schedule.of_units(units.sample, units.sizes)
+        needs = {need for step in steps for need in step.reducer.needs}
+        num_keep = budget.of_step(steps[0], units.sizes)
+        features, selection = self._encode(pixel_values, schedule, units, num_keep, question)
+        features.sample = units.sample
+        features.question = question if "question" in needs else None
+        features.question_ids = question_ids if "question_ids" in needs else None
+        features.pixel_values = pixel_values if "pixel_values" in needs else None
+        is_projected = False
+        for number, step in enumerate(steps):
+            entering = (features.positions >= 0).sum(dim=-1).cpu()
+            if number > 0:
+                num_keep = budget.of_step(step, entering)
+            if step.reducer.stage in ("encoder", "decoder"):
+                continue
+            self._require_no_gates(selection, step)
+            if not self.training and num_keep is not None and bool((num_keep >= entering).all()):
+                continue
+            if step.reducer.stage == "projector" and not is_projected:
+                features, is_projected = self._projected(features, "tower_patches" in needs), True
+            features, selection = self._reduced(step, features, selection, num_keep)
+        selection.sizes = units.sizes
+        decoder = steps[-1] if steps[-1].reducer.stage == "decoder" else None
+        return VisualTokens(features, selection, is_projected, decoder, num_keep if decoder else None)
+
+    def embeddings(self, tokens: VisualTokens, units: Units, in_place: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        What stands at the placeholders of a prompt, in the decoder's space.
+
+        Args:
+            tokens: what is left.
+            units: of the whole images.
+            in_place: whether every visual token has its place, and those that left are zero.
+
+        Returns:
+            The embeddings `[filled placeholders, text_hidden_size]` in the order of their placeholders, and for every
+            placeholder whether it stays, `[num_placeholders]` bool.
+        """
+        features, is_unit_token = tokens.features, units.is_token.to(tokens.features.positions.device)
+        is_left = features.positions >= 0
+        stays = torch.zeros(len(is_left), features.num_patches + 1, dtype=torch.bool, device=is_left.device)
+        stays = stays.scatter(1, features.positions.masked_fill(~is_left, features.num_patches), True)
+        stays = stays[:, :-1]
+        embeds = features.patches.masked_fill(~is_left[..., None], 0.0)
+        if in_place:
+            placed = embeds.new_zeros(*stays.shape, embeds.shape[-1])
+            embeds, is_left = placed.masked_scatter(stays[..., None], embeds[is_left]), is_unit_token
+        column_stays = torch.ones_like(units.token, dtype=torch.bool)
+        is_token = units.token >= 0
+        column_stays = column_stays.masked_scatter(is_token, stays[is_unit_token])
+        if self.config.keep_cls:
+            embeds = torch.cat([features.cls, embeds], dim=1)
+            is_left = nn.functional.pad(is_left, (1, 0), value=True)
+        embeds = embeds if tokens.is_projected else self.projector(embeds)
+        return embeds[is_left], column_stays
+
+    def _check_images(self, pixel_values: torch.Tensor) -> None:
+        size = self.config.vision_config.image_size
+        if tuple(pixel_values.shape[-2:]) != (size, size):
+            raise ValueError(
+                f"`pixel_values` has images of {tuple(pixel_values.shape[-2:])} pixels; this model's images have "
+                f"{size} pixels a side."
+            )
+
+    def _require_no_gates(self, selection: Selection, step: Step) -> None:
+        if selection.gates is not None and self.config.gradient_gates == "attention":
+            raise ValueError(
+                f"`gradient_gates` is 'attention' and {step.name!r} follows a reducer whose choice is in training; "
+                "train with gradient_gates='features', or with the reducer that learns at the end of the stack."
+            )
+
+    def _reduced(
+        self, step: Step, features: VisionFeatures, earlier: Selection, num_keep: torch.Tensor | None
+    ) -> tuple[VisionFeatures, Selection]:
+        """One step between tower and decoder."""
+        left, selection = reduce_tokens(step.name, step.reducer, features, num_keep)
+        if selection.features is None and earlier.features is not None:
+            selection.features = left.patches
+        losses = [loss for loss in (selection.loss, earlier.loss) if loss is not None]
+        selection.loss = torch.stack(losses).sum() if losses else None
+        gates_attention = selection.gates is not None and self.config.gradient_gates == "attention"
+        # With gates inside attention, every token that came here stays in the sequence.
+        return features if gates_attention else left, selection
+
+    def _encode(
+        self,
+        pixel_values: torch.Tensor,
+        schedule: BudgetSchedule,
+        units: Units,
+        num_keep: torch.Tensor | None,
+        question: torch.Tensor | None,
+    ) -> tuple[VisionFeatures, Selection]:
+        """The tower's tokens, reduced on the way if the first step acts there."""
+        steps, first = schedule.steps, schedule.steps[0].reducer
+        fraction, meets_budget = self._budget_fraction(schedule, units)
+        attention_layers = sorted(
+            {layer for step in steps if "attention" in step.reducer.needs for layer in step.reducer.attention_layers}
+        )
+        if question is None and meets_budget and self.config.question_aware:
+            question = fraction.new_zeros(len(fraction), self.config.text_config.hidden_size, dtype=self.tower.dtype)
+        arguments = {
+            "budget_token": self.budget_token if meets_budget else None,
+            "budget": fraction,
+            "question": question if self.config.question_aware else None,
+        }
+        if first.stage != "encoder" or (not self.training and bool((num_keep == units.sizes).all())):
+            features = encode_image(
+                self.tower, pixel_values, self.config, **arguments, attention_layers=attention_layers
+            )
+            # What the tower makes beyond a unit's own tokens is none of them.
+            is_token = units.is_token.to(features.positions.device)
+            size = is_token.shape[1]
+            positions = features.positions[:, :size].masked_fill(~is_token, -1)
+            features = replace(features, patches=features.patches[:, :size], positions=positions, num_patches=size)
+            return features, Selection(is_token, positions)
+        if attention_layers:
+            raise ValueError(
+                f"{steps[0].name!r} changes the tokens inside the tower, and another reducer of this stack reads the "
+                "attention of the whole tower; use one of them."
+            )
+        return reduce_in_tower(self.tower, first, pixel_values, self.config, num_keep, units.sizes, **arguments)
+
+    def _budget_fraction(self, schedule: BudgetSchedule, units: Units) -> tuple[torch.Tensor | None, bool]:
+        """
+        The share of tokens `[num_units]` that the reducer which meets the budget leaves, and whether the budget takes
+        part at all. In training it does whatever its value, so that every rank of a sharded model runs the same.
+        """
+        asking = [number for number, step in enumerate(schedule.steps) if "budget" in step.reducer.needs]
+        if not asking:
+            return None, False
+        # Steps before it are taken to leave what they are told to; a rule of their own may differ a little.
+        planned: BudgetOfUnits = schedule.of_units(units.sample, units.sizes)
+        left = units.sizes
+        for step in schedule.steps[: asking[0] + 1]:
+            count = planned.of_step(step, left)
+            left = left if count is None else count
+        patches_see_budget = self.config.budget_fusion == "encoder" and self.config.budget_attention == "mutual"
+        keeps_everything = not self.training and bool((left == units.sizes).all())
+        fraction = (left.double() / units.sizes).float().to(self.tower.device)
+        return fraction, patches_see_budget or not keeps_everything
+
+    def _projected(self, features: VisionFeatures, with_tower_patches: bool) -> VisionFeatures:
+        """The tokens, and CLS, in the decoder's space."""
+        cls = None if features.cls is None else self.projector(features.cls)
+        patches = self.projector(features.patches)
+        return replace(
+            features, patches=patches, cls=cls, tower_patches=features.patches if with_tower_patches else None
+        )
