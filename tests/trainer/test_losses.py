@@ -1,24 +1,11 @@
 """What a controller learns from its model at full budget: what is relevant, and what would have been answered."""
 
-import os
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_trainer import (
-    EVERY_PART,
-    FULL,
-    PLAIN_STEP,
-    are_equal,
-    model_for_several_processes,
-    tiny_trainer,
-    training_losses,
-    weights_of,
-)
-from torch import multiprocessing, nn
+from torch import nn
 from torch.distributions import Categorical, kl_divergence
 
 from adavtp import AdaVTPForConditionalGeneration, AdaVTPTrainingArguments
@@ -35,6 +22,7 @@ from adavtp.trainer.losses import (
 from adavtp.trainer.trained_parts import choose_trained_parts
 from tiny_conversations import conversation_rows, digit_model, digit_processor
 from tiny_models import IMAGE_SIZE, NUM_PATCHES, PATCH_SIZE, targets, tiny_batch, tiny_model
+from tiny_trainers import EVERY_PART, FULL, PLAIN_STEP, differing, losses_of, tiny_trainer, weights_of
 
 TOWERS: dict[str, dict[str, Any]] = {
     "clip": {},
@@ -262,7 +250,7 @@ def test_the_loss_is_the_weighted_sum(tmp_path: Path) -> None:
             tmp_path, rows, max_steps=1, loss_weights=weights, train_parts=["controller"], dataloader_num_workers=0
         )
         trainer.train()
-        return training_losses(trainer)[0]
+        return losses_of(trainer)[0]
 
     parts = {name: first_loss({name: 1.0}) for name in ALL_LOSSES}
     assert first_loss(ALL_LOSSES) == pytest.approx(sum(ALL_LOSSES[name] * parts[name] for name in parts), rel=1e-4)
@@ -285,7 +273,7 @@ def test_micro_batches_do_together_what_one_batch_does(tmp_path: Path, weights: 
     )
     parts.train()
     expected = weights_of(whole.model)
-    assert not are_equal(expected, weights_of(digit_model(digit_processor())))
+    assert differing(expected, weights_of(digit_model(digit_processor())))
     for name, value in weights_of(parts.model).items():
         torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-4, msg=name)
 
@@ -308,7 +296,7 @@ def test_text_alone_has_the_loss_of_text(tmp_path: Path, selection_output: str) 
         model = digit_model(digit_processor(), selection_output=selection_output)
         trainer = tiny_trainer(tmp_path, rows, model, max_steps=1, train_parts=EVERY_PART, loss_weights=weights)
         trainer.train()
-        return training_losses(trainer)[0]
+        return losses_of(trainer)[0]
 
     assert loss(lm=1.0, relevance=1.0, distillation=1.0) == pytest.approx(loss(lm=1.0))
 
@@ -322,47 +310,3 @@ def test_losses_that_are_not_allowed_are_errors(tmp_path: Path) -> None:
     model = digit_model(digit_processor(), reducer="random")
     with pytest.raises(ValueError, match="'random'"):
         tiny_trainer(tmp_path, [], model, loss_weights={"lm": 1.0, "relevance": 1.0})
-
-
-# Several processes
-
-
-def weights_after_two_steps(folder: Path, batch_size: int, **arguments: Any) -> dict[str, torch.Tensor]:
-    trainer = tiny_trainer(
-        folder,
-        conversation_rows(4),
-        model_for_several_processes(),
-        budgets=FULL,
-        per_device_train_batch_size=batch_size,
-        loss_weights=ALL_LOSSES,
-        **PLAIN_STEP,
-        **arguments,
-    )
-    trainer.train()
-    return weights_of(trainer.model)
-
-
-def one_of_two_processes(rank: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
-    torch.distributed.init_process_group("gloo")
-    arguments = {"ddp_backend": "gloo", "ddp_find_unused_parameters": False}
-    torch.save(weights_after_two_steps(folder / "run", batch_size=1, **arguments), folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.fixture
-def free_port() -> Iterator[int]:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    yield port
-
-
-def test_two_processes_do_together_what_one_does_alone(tmp_path: Path, free_port: int) -> None:
-    multiprocessing.spawn(one_of_two_processes, (free_port, tmp_path), nprocs=2)
-    both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    assert are_equal(both[0], both[1])
-    for name, value in weights_after_two_steps(tmp_path / "alone", batch_size=2).items():
-        torch.testing.assert_close(both[0][name], value, atol=1e-4, rtol=0, msg=name)
