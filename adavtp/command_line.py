@@ -1,7 +1,6 @@
 """The command line. Commands with much to say have files of their own; all are registered here."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +19,7 @@ from .commands.console import (
     refusals_shown,
 )
 from .commands.convert import convert
-from .commands.evaluate import DIGIT_SCENES, ManyValues, evaluate, evaluate_checkpoint
+from .commands.evaluate import ManyValues, evaluate
 from .commands.experiment import experiment
 from .commands.flops import flops
 from .commands.measure import measure
@@ -29,13 +28,27 @@ from .commands.plan import plan
 from .commands.publish import publish, publish_data
 from .commands.report import report
 from .commands.space import space
+from .commands.train import train
 
 app = typer.Typer(
     help="How much a vision-language model looks is a dial you turn at run time.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (convert, evaluate, experiment, flops, measure, merge, plan, publish, publish_data, report, space):
+for command in (
+    convert,
+    evaluate,
+    experiment,
+    flops,
+    measure,
+    merge,
+    plan,
+    publish,
+    publish_data,
+    report,
+    space,
+    train,
+):
     app.command(cls=ManyValues)(command)
 
 DEMO_BUDGETS = (1.0, 0.8, 0.6, 0.4, 0.2)
@@ -196,45 +209,6 @@ def reducers(
         )
     console.print(table)
     console.print("own rule: keeps as many as it sees fit where no budget is given.", style="dim")
-
-
-@app.command()
-def train(
-    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).", exists=True, dir_okay=False)],
-    output: Annotated[Path | None, typer.Option(help="Folder for checkpoints. Default: runs/<recipe>.")] = None,
-) -> None:
-    """
-    Carry out a training recipe, or go on with one that was interrupted.
-
-    Under `accelerate launch` or `torchrun` processes share the work. The recipe's `evaluation` is then left to a
-    command of its own, which is printed.
-    """
-    from accelerate import PartialState
-
-    from .trainer.recipe import Recipe
-    from .trainer.recipe_run import run_recipe
-
-    with refusals_shown():
-        plan = Recipe.from_file(recipe)
-    checkpoint = run_recipe(plan, output or Path("runs") / recipe.stem)
-    if not PartialState().is_main_process:
-        return
-    console.print(f"Checkpoint: {checkpoint}")
-    if plan.evaluation and PartialState().num_processes > 1:
-        # Training may have spread every model that is loaded from now on over the processes.
-        budgets, reducers = (" ".join(map(str, plan.evaluation[name])) for name in ("budgets", "reducers"))
-        console.print(f"Evaluate it: adavtp evaluate {checkpoint} --budgets {budgets} --reducers {reducers}")
-    elif plan.evaluation:
-        measured = evaluate_checkpoint(
-            str(checkpoint),
-            DIGIT_SCENES,
-            plan.evaluation["budgets"],
-            plan.evaluation["reducers"],
-            output=checkpoint / "evaluation",
-            questions=plan.evaluation["questions"],
-        )
-        # Beside the weights, where the model card looks for it.
-        shutil.copy(measured.folder / "evaluation.json", checkpoint)
 
 
 @app.command(cls=ManyValues)
