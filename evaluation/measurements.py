@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput
 
 from ..modeling.budget.schedule import StackBudget
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration, ReducerSpec
-from .settings import FULL, Setting, reducers_left_alone
+from .settings import FULL, Setting
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,19 @@ class StepClock(StoppingCriteria):
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
         return event
+
+
+@contextmanager
+def reducers_left_alone(model: AdaVTPForConditionalGeneration) -> Iterator[None]:
+    """Takes off the model, at the end, the reducers that calls have put there, and puts back those they replaced."""
+    base, config = model.model, model.config
+    modules, in_use, trained = dict(base.reducers.items()), list(config.reducers), list(config.trained_reducers)
+    try:
+        yield
+    finally:
+        base.reducers.clear()
+        base.reducers.update(modules)
+        config.reducers, config.trained_reducers = in_use, trained
 
 
 def measure(
