@@ -6,10 +6,15 @@ PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
 .PHONY: demo test lint clean
 .DEFAULT_GOAL := demo
 
+# Git does not keep the reference checkpoints' code beside their weights.
+REFERENCE_CODE = .venv/bin/python -m adavtp.hub_cards.reference_code
+
 demo: .venv/.installed
+	$(REFERENCE_CODE)
 	.venv/bin/adavtp demo
 
 test: .venv/.installed-with-tests
+	$(REFERENCE_CODE)
 	.venv/bin/python -m pytest
 
 lint: .venv/.installed-with-tests
@@ -17,7 +22,7 @@ lint: .venv/.installed-with-tests
 	.venv/bin/ruff format --check .
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build *.egg-info hub_cards/*/adavtp_code
 
 # The stamps are newer than the two files that say what is installed, or the installation runs again.
 .venv/.installed: setup.cfg constraints.txt pyproject.toml | .venv/bin/python

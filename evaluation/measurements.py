@@ -127,19 +127,6 @@ class StepClock(StoppingCriteria):
         return event
 
 
-@contextmanager
-def reducers_left_alone(model: AdaVTPForConditionalGeneration) -> Iterator[None]:
-    """Takes off the model, at the end, the reducers that calls have put there, and puts back those they replaced."""
-    base, config = model.model, model.config
-    modules, in_use, trained = dict(base.reducers.items()), list(config.reducers), list(config.trained_reducers)
-    try:
-        yield
-    finally:
-        base.reducers.clear()
-        base.reducers.update(modules)
-        config.reducers, config.trained_reducers = in_use, trained
-
-
 def measure(
     model: AdaVTPForConditionalGeneration,
     inputs: Mapping[str, torch.Tensor],
@@ -175,7 +162,7 @@ def measure(
     _check(model, settings, new_tokens, repeats, warmup)
     timings: list[list[Timing]] = [[] for _ in settings]
     order = random.Random(seed)
-    with evaluating(model), reducers_left_alone(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         memories = [measure_memory(model, inputs, setting, new_tokens) for setting in settings]
         for number in progress(range(warmup + repeats)):
             with garbage_kept():

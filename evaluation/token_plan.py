@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from ..configuration.configuration_adavtp import AdaVTPConfig, reducer_entries
-from ..modeling.budget.schedule import BudgetOfUnits, BudgetSchedule, StackBudget, Step, stack_steps
+from ..modeling.budget.schedule import BudgetOfUnits, BudgetSchedule, StackBudget
 from ..modeling.budget.selection import Selection
 from ..modeling.decoder.reducer import DecoderReducer
-from ..modeling.modeling_adavtp import ReducerSpec
 from ..modeling.reducers.aim import merged_count
+from ..modeling.reducers.bank import ReducerSpec, Step, stack_steps
 from ..modeling.reducers.base import ScoringReducer, TokenReducer, build_reducer
 
 

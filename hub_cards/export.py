@@ -9,7 +9,7 @@ from pathlib import Path
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
 from ..modeling.processing_adavtp import AdaVTPProcessor
 from .licence import origin_of
-from .published_folder import CARRIED, KINDS, add_card, files_by_kind
+from .published_folder import CARRIED, FORMER, KINDS, add_card, files_by_kind
 from .training_record import TrainingRecord, is_hub_id
 
 
@@ -80,10 +80,11 @@ def _check_output(output_dir: Path) -> None:
 
 def _move_into(folder: Path, output_dir: Path) -> None:
     """Moves every file, and removes those of an earlier export that have no successor."""
-    output_dir.mkdir(exist_ok=True)
-    names = {path.name for path in folder.iterdir()}
-    for path in [path for kind in KINDS for path in files_by_kind(output_dir)[kind]]:
-        if path.name not in names:
-            path.unlink()
-    for path in folder.iterdir():
-        path.replace(output_dir / path.name)
+    for pattern in [*FORMER, *(pattern for patterns in KINDS.values() for pattern in patterns)]:
+        for path in output_dir.glob(pattern):
+            if not (folder / path.relative_to(output_dir)).exists():
+                path.unlink()
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        place = output_dir / path.relative_to(folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(place)

@@ -16,10 +16,10 @@ from huggingface_hub import CommitInfo, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from .licence import Origin
-from .published_folder import KINDS
+from .published_folder import FORMER, KINDS
 
 # A licence may have been put into the repository by hand, and is never taken away.
-MODEL_FILES = tuple(pattern for kind, patterns in KINDS.items() if kind != "licence" for pattern in patterns)
+MODEL_FILES = (*FORMER, *(pattern for kind, patterns in KINDS.items() if kind != "licence" for pattern in patterns))
 # The class of all errors of the HTTP library that huggingface_hub uses in this version.
 HTTPError = HfHubHTTPError.__bases__[0]
 

@@ -12,9 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..modeling.hub.saving import CODE_FOLDER
 from .curve_picture import save_curve
 from .licence import Origin
 from .model_card import curve_names, model_card
+from .reference_code import led_directly
 from .training_record import CONVERSION, RECIPE, TrainingRecord
 
 # Kind -> patterns of the names that published files have. The last two kinds are written anew each time.
@@ -26,12 +28,14 @@ KINDS: dict[str, tuple[str, ...]] = {
         *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
         *("tokenizer.model", "vocab.json", "merges.txt"),
     ),
-    "code": ("*_adavtp.py",),
+    "code": (f"{CODE_FOLDER}/[a-z]*.py",),
     "licence": ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
     "conversion": (CONVERSION,),
     "record": (RECIPE, "training_log*.json", "evaluation*.json"),
     "card": ("README.md", "budget_curve*.png"),
 }
+# Names of earlier publications, which go with the next one: code lay beside the weights.
+FORMER = ("*_adavtp.py",)
 WRITTEN_ANEW = ("record", "card")
 # What saving a loaded model would not write again.
 CARRIED = ("licence", "conversion")
@@ -92,12 +96,20 @@ def published_folder(
     _require_whole(Path(checkpoint), files_by_kind(Path(checkpoint)))
     checkpoint = Path(checkpoint).resolve()
     files = files_by_kind(checkpoint)
+    (folder / CODE_FOLDER).mkdir()
     for kind, paths in files.items():
         for path in [] if kind in WRITTEN_ANEW else paths:
-            place(path, folder / path.name)
+            place(path, folder / path.relative_to(checkpoint))
+    for path in [folder / "config.json", *folder.glob("processor_config.json")]:
+        text = path.read_text(encoding="utf-8")
+        if led_directly(text) != text:
+            path.unlink()  # It may be a link.
+            path.write_text(led_directly(text), encoding="utf-8")
     add_card(folder, name, record, origin)
-    known = {path for paths in files.values() for path in paths}
-    return PublishedFolder(folder, origin, sorted(path.name for path in checkpoint.iterdir() if path not in known))
+    known = {path.relative_to(checkpoint).parts[0] for paths in files.values() for path in paths}
+    return PublishedFolder(
+        folder, origin, sorted(path.name for path in checkpoint.iterdir() if path.name not in known)
+    )
 
 
 def add_card(folder: Path, name: str, record: TrainingRecord, origin: Origin) -> None:
@@ -129,5 +141,5 @@ def _require_whole(checkpoint: Path, files: dict[str, list[Path]]) -> None:
         raise ValueError(
             f"{named} no {', '.join(missing)}; a published folder needs weights in safetensors form "
             f"({', '.join(KINDS['weights'])}), configuration, processor and code, as `save_pretrained` of model and "
-            "processor writes them."
+            "processor, and `adavtp export`, write them."
         )

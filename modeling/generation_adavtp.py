@@ -267,9 +267,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
                 schedule = self.model.resolve_budget(token_budget, reducer, len(input_ids))
             # The mask form is for training; in a cache its hidden columns would cost what they cost unpruned.
             prepared = self.model.prepare_inputs(prompt, pixel_values.to(self.device), schedule, "gather")
-        is_compact = self.config.visual_position_ids == "compact"
-        left = self.family.placeholders(self.config, prepared.prompt.input_ids).sum(dim=-1)
-        pruned = PrunedPrompt.of(new, prepared, left, input_ids.shape[1], is_compact)
+        pruned = self.model.pruned_prompt(new, prepared, input_ids.shape[1])
         return model_kwargs, PrunedCache(pruned, policy=prepared.policy)
 
     def _one_budget(self, token_budget: StackBudget | None) -> TokenBudget:
@@ -376,7 +374,8 @@ class AdaVTPGenerationMixin(GenerationMixin):
             if is_first_iteration or past_key_values is None:
                 input_ids, next_sequence_length = torch.cat([pruned.input_ids, answer], dim=1), None
                 position_ids = torch.cat([pruned.position_ids, position_ids], dim=-1)
-                kwargs["mm_encoder_outputs"] = pruned.encoder_outputs
+                written = answer.masked_fill(~self.family.placeholders(self.config, answer), -1)
+                kwargs["mm_encoder_outputs"] = pruned.encoder_outputs(written, self.get_input_embeddings())
             else:
                 input_ids = answer
             attention_mask = pruned.mask_with(answer.shape[1], needs_mask=past_key_values is None)

@@ -19,29 +19,21 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
 from transformers.utils import can_return_tuple
 
-from ..configuration.configuration_adavtp import AdaVTPConfig, reducer_entries
-from .budget.schedule import StackBudget, Step, stack_steps
+from ..configuration.configuration_adavtp import AdaVTPConfig
+from .budget.schedule import StackBudget
 from .budget.selection import Selection
 from .decoder.loop import run_decoder
 from .decoder.plan import DecoderPlan
-from .decoder.pruned_cache import (
-    NewColumns,
-    PrunedPrompt,
-    has_layer_columns,
-    new_columns,
-    pending_policy,
-    pruned_cache,
-)
-from .decoder.reducer import DecoderReducer
+from .decoder.pruned_cache import NewColumns, behind_cache, has_layer_columns, pending_policy, pruned_cache
 from .families.base import Family
 from .generation_adavtp import AdaVTPGenerationMixin
-from .hub.custom_reducers import OwnReducersMixin
+from .hub.custom_reducers import CustomReducersMixin
 from .hub.loading import CompleteLoadingMixin
 from .hub.saving import SelfContainedMixin
-from .prompt import PreparedInputs, Prompt, check_attention_mask, count_positions, without_first_labels
+from .prompt import Prompt, additive_mask, count_positions, without_first_labels
 from .prompt_reduction import PromptReductionMixin, depth_of_tokens
 from .reducers.adaptive import VisionTokenController
-from .reducers.base import TokenReducer, build_reducer, missing_weights
+from .reducers.bank import MissingWeightsError, ReducerBank, ReducerSpec, Step, named
 from .reducers.published import PUBLISHED_REDUCERS
 from .reducers.token_fusion import ZeroLinear
 from .vision.budget_token import BudgetToken
@@ -52,9 +44,6 @@ register_checkpoint_conversion_mapping(
     "AdaVTPForConditionalGeneration", get_checkpoint_conversion_mapping("llava"), overwrite=True
 )
 register_checkpoint_conversion_mapping("AdaVTPModel", get_checkpoint_conversion_mapping("LlavaModel"), overwrite=True)
-
-
-ReducerSpec = str | dict[str, Any] | list[str | dict[str, Any]]
 
 
 @dataclass
@@ -87,7 +76,7 @@ class AdaVTPCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
     labels: torch.LongTensor | None = None
 
 
-class AdaVTPPreTrainedModel(CompleteLoadingMixin, OwnReducersMixin, SelfContainedMixin, PreTrainedModel):
+class AdaVTPPreTrainedModel(CompleteLoadingMixin, CustomReducersMixin, SelfContainedMixin, PreTrainedModel):
     """What both model classes share: configuration, loading, and saving with the code beside the weights."""
 
     config: AdaVTPConfig
@@ -134,75 +123,26 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
         self.budget_token = BudgetToken(config)
         self.controller = VisionTokenController(config)
         self.reducers = nn.ModuleDict()
-        in_use = {_name_of(entry) for entry in config.reducers}
-        self.stack([*config.reducers, *(entry for entry in config.trained_reducers if _name_of(entry) not in in_use)])
+        self._reducers_of_calls = {}
+        self.bank.add(config.reducers)
+        in_use = {named(entry)[0] for entry in config.reducers}
+        for entry in config.trained_reducers:
+            if named(entry)[0] not in in_use:
+                self.bank.add([entry])
         self.post_init()
 
+    @property
+    def bank(self) -> ReducerBank:
+        """The reducers that this model has."""
+        return ReducerBank(self.config, self.controller, self.reducers, self._reducers_of_calls)
+
     def set_reducer(self, reducer: ReducerSpec, **parameters: Any) -> None:
-        """
-        Chooses what selects the visual tokens from now on.
-
-        Args:
-            reducer: a registered reducer's name; a dictionary of `"name"` and parameters; or a list of these, a stack
-                in which each reducer gets what the one before left. `"adaptive"` is the model's own controller.
-            parameters: of the reducer, where it is one name.
-
-        Raises:
-            ValueError: if a name or a parameter is not known, or the order of the stack is not that of its stages.
-        """
-        if parameters and not isinstance(reducer, str):
-            raise ValueError(
-                f"Parameters {sorted(parameters)} were given with `reducer` {reducer!r}, which is no name."
-            )
-        entries = reducer_entries({"name": reducer, **parameters} if parameters else reducer)
-        stack = self.stack(entries)
-        stack_steps(stack)
-        given = {name: getattr(module, "parameters_given", {}) for name, module in stack.items()}
-        self.config.reducers = [{"name": name, **given[name]} if given[name] else name for name in stack]
-
-    def stack(self, entries: list[str | dict[str, Any]]) -> dict[str, TokenReducer]:
-        """The modules of the reducers that are written down in `entries`, by name; those that are missing are made."""
-        stack = {}
-        for entry in entries:
-            given = {"name": entry} if isinstance(entry, str) else dict(entry)
-            name = given.pop("name")
-            if name == "adaptive" and given:
-                raise ValueError(
-                    f"Reducer 'adaptive' takes no parameters, got {sorted(given)}; it has the configuration's."
-                )
-            stack[name] = self.controller if name == "adaptive" else self._built(name, given)
-        return stack
-
-    def _built(self, name: str, parameters: dict[str, Any]) -> TokenReducer:
-        is_known = name in self.reducers
-        known = self.reducers[name] if is_known else None
-        # A name alone is what is there already, where that has learned something.
-        if is_known and (known.parameters_given == parameters or (not parameters and known.state_dict())):
-            return known
-        reducer = build_reducer(name, self.config, **parameters).to(device=self.device, dtype=self.dtype)
-        reducer.parameters_given = parameters
-        if is_known and known.state_dict():
-            try:
-                # The parameters themselves and not copies, so that an optimizer which has them goes on training them.
-                frozen = {key for key, parameter in known.named_parameters() if not parameter.requires_grad}
-                for key, parameter in reducer.named_parameters():
-                    parameter.requires_grad_(key not in frozen)
-                reducer.load_state_dict(known.state_dict(keep_vars=True), assign=True)
-            except RuntimeError as error:
-                raise ValueError(
-                    f"Reducer {name!r} has weights that were made for the parameters {known.parameters_given}, and "
-                    f"they do not fit {parameters}."
-                ) from error
-        self.reducers[name] = reducer.train(self.training)
-        if reducer.state_dict():
-            # What has weights is saved, so the configuration has to say that it is there.
-            others = [entry for entry in self.config.trained_reducers if _name_of(entry) != name]
-            self.config.trained_reducers = [*others, {"name": name, **parameters} if parameters else name]
-        return self.reducers[name]
+        """See [`ReducerBank.set_reducer`]."""
+        self.bank.set_reducer(reducer, **parameters)
 
     def steps(self, reducer: ReducerSpec | None = None) -> list[Step]:
-        """What a stack does one after another; `None` stands for the configuration's."""
-        return stack_steps(self.stack(self.config.reducers if reducer is None else reducer_entries(reducer)))
+        """See [`ReducerBank.steps`]."""
+        return self.bank.steps(reducer)
 
     def get_image_features(
         self,
@@ -249,26 +189,26 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
         policy, selection, pruned = pending_policy(past_key_values), None, None
         if pixel_values is not None:
             schedule = self.resolve_budget(token_budget, reducer, len(input_ids))
-            new = _whole_prompt(input_ids, attention_mask, position_ids)
+            new = NewColumns.of_prompt(input_ids, attention_mask, position_ids)
             prompt = Prompt(input_ids, new.attention_mask, new.position_ids, labels)
             prepared = self.prepare_inputs(prompt, pixel_values, schedule, selection_output)
             input_ids, attention_mask = prepared.prompt.input_ids, prepared.prompt.attention_mask
             position_ids, labels = prepared.prompt.position_ids, prepared.prompt.labels
             encoded = BaseModelOutputWithPooling(pooler_output=[prepared.image_features])
             selection, policy = prepared.selection, prepared.policy
-            pruned = self._pruned_prompt(new, prepared)
+            pruned = self.pruned_prompt(new, prepared, new.num_columns)
         else:
             self.checked_output(selection_output)
             if input_ids is not None and encoded is None:
                 inputs_embeds = self._text_embeds(input_ids, past_key_values, token_budget, reducer)
-                attention_mask, position_ids = _behind_pruned(input_ids, attention_mask, position_ids, past_key_values)
+                attention_mask, position_ids = behind_cache(input_ids, attention_mask, position_ids, past_key_values)
             if labels is not None and attention_mask is not None:
                 labels = without_first_labels(labels, attention_mask)
         outputs = self._decode(
             input_ids, encoded, inputs_embeds, policy, attention_mask, position_ids, past_key_values, kwargs
         )
         if pruned is not None and outputs.past_key_values is not None:
-            pruned_cache(outputs.past_key_values).prompt = pruned
+            pruned_cache(outputs.past_key_values).prompt = pruned.on_cache()
         column_index = getattr(outputs, "column_index", None)
         if labels is not None and column_index is not None:
             labels = labels.gather(1, column_index.clamp(min=0)).masked_fill(column_index < 0, -100)
@@ -308,7 +248,7 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
                 input_ids=input_ids if inputs_embeds is None else None,
                 pixel_values=encoded,
                 inputs_embeds=inputs_embeds,
-                attention_mask=_decoder_mask(attention_mask, self.language_model.dtype),
+                attention_mask=additive_mask(attention_mask, self.language_model.dtype),
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 **kwargs,
@@ -326,15 +266,10 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
             position_ids=position_ids,
             past_key_values=past_key_values,
             plan=policy,
-            reducer=None if policy is None else self.decoder_reducer(policy),
+            reducer=None if policy is None else policy.reducer,
             compact=self.config.visual_position_ids == "compact",
             **kwargs,
         )
-
-    def decoder_reducer(self, plan: DecoderPlan) -> DecoderReducer:
-        """The module that a plan names."""
-        reducer = self.reducers[plan.reducer]
-        return reducer.parts[-1] if hasattr(reducer, "parts") else reducer
 
     def _check_inputs(
         self,
@@ -376,60 +311,6 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
             return None
         zero = self.zero_of_a_blank_image(input_ids, schedule)
         return self.get_input_embeddings()(input_ids) + zero
-
-    def _pruned_prompt(self, new: NewColumns, prepared: PreparedInputs) -> PrunedPrompt | None:
-        """What a cache that this call fills will stand for, where its columns are those of a prompt."""
-        if prepared.prompt.attention_mask.dim() != 2:
-            return None
-        num_features = self.family.placeholders(self.config, prepared.prompt.input_ids).sum(dim=-1)
-        is_compact = self.config.visual_position_ids == "compact"
-        return PrunedPrompt.of(new, prepared, num_features, new.num_columns, is_compact).on_cache()
-
-
-def _whole_prompt(
-    input_ids: torch.LongTensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
-) -> NewColumns:
-    """A prompt of which no cache holds anything."""
-    if attention_mask is None:
-        attention_mask = torch.ones_like(input_ids)
-    check_attention_mask(attention_mask, input_ids.shape)
-    if position_ids is None:
-        if attention_mask.dim() != 2:
-            raise ValueError("`position_ids` is None, which is allowed only with a 2-D `attention_mask`.")
-        position_ids = count_positions(attention_mask)
-    position_ids = position_ids.expand(*position_ids.shape[:-2], *input_ids.shape)
-    begin, none = torch.zeros_like(position_ids[..., 0]), attention_mask.new_zeros(len(input_ids), 0)
-    return NewColumns(input_ids, attention_mask, position_ids, begin, none, input_ids.shape[1])
-
-
-def _behind_pruned(
-    input_ids: torch.LongTensor,
-    attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
-    past_key_values: Cache | None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Mask and positions of text behind a cache that stands for more columns than it holds."""
-    earlier = None if position_ids is not None else pruned_cache(past_key_values).prompt
-    past_length = 0 if earlier is None else int(past_key_values.get_seq_length())
-    if past_length == 0:
-        return attention_mask, position_ids
-    if attention_mask is None:
-        num_columns = earlier.num_columns + past_length - earlier.mask.shape[1] + input_ids.shape[1]
-        attention_mask = input_ids.new_ones(len(input_ids), num_columns)
-    new = new_columns(input_ids, {"attention_mask": attention_mask, "position_ids": None}, past_length, earlier)
-    return torch.cat([new.past_mask, new.attention_mask], dim=1), new.position_ids
-
-
-def _decoder_mask(attention_mask: Any, dtype: torch.dtype) -> Any:
-    """A mask as text models take it: 4-D bool becomes additive, all else stays as it is."""
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 4 or attention_mask.dtype != torch.bool:
-        return attention_mask
-    additive = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
-    return additive.masked_fill(~attention_mask, torch.finfo(dtype).min)
-
-
-def _name_of(entry: str | dict[str, Any]) -> str:
-    return entry if isinstance(entry, str) else entry["name"]
 
 
 class AdaVTPForConditionalGeneration(AdaVTPPreTrainedModel, AdaVTPGenerationMixin, LlavaForConditionalGeneration):
@@ -507,9 +388,10 @@ class AdaVTPForConditionalGeneration(AdaVTPPreTrainedModel, AdaVTPGenerationMixi
         Raises:
             ValueError: if there is no such reducer, or the budget is none.
         """
-        if reason := missing_weights(self.config, reducer):
-            return reason
-        self.model.resolve_budget(token_budget, reducer, len(input_ids))
+        try:
+            self.model.resolve_budget(token_budget, reducer, len(input_ids))
+        except MissingWeightsError as error:
+            return str(error)
         try:
             self.select_tokens(input_ids, pixel_values, attention_mask, token_budget=token_budget, reducer=reducer)
         except ValueError as error:

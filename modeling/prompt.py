@@ -193,6 +193,14 @@ def count_positions(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attended.cumsum(dim=-1) - 1).masked_fill(attended == 0, 0)
 
 
+def additive_mask(attention_mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """A mask as text models take it: 4-D bool becomes additive, all else stays as it is."""
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 4 or attention_mask.dtype != torch.bool:
+        return attention_mask
+    additive = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
+    return additive.masked_fill(~attention_mask, torch.finfo(dtype).min)
+
+
 def check_attention_mask(attention_mask: torch.Tensor, shape: torch.Size) -> None:
     """
     Raises:

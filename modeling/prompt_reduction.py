@@ -5,17 +5,19 @@ own class reads an ordinary prompt with fewer placeholders and as many features.
 """
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
-from .budget.schedule import BudgetSchedule, StackBudget, Step
+from .budget.schedule import BudgetSchedule, StackBudget
 from .budget.selection import Selection
 from .decoder.plan import DecoderPlan
+from .decoder.pruned_cache import NewColumns, PrunedPrompt
 from .families.base import Family, Units
 from .families.llava import LLAVA
 from .prompt import PreparedInputs, Prompt, is_before_answer, left_padded, without_first_labels
+from .reducers.bank import ReducerSpec, Step
 from .vision.visual_model import VisualModel, VisualTokens
 
 if TYPE_CHECKING:
@@ -48,7 +50,9 @@ class PromptReductionMixin:
         """
         return self.family.units(self.config, self.family.placeholders(self.config, input_ids), num_images)
 
-    def resolve_budget(self, token_budget: StackBudget | None, reducer: Any, batch_size: int) -> BudgetSchedule:
+    def resolve_budget(
+        self, token_budget: StackBudget | None, reducer: ReducerSpec | None, batch_size: int
+    ) -> BudgetSchedule:
         """
         Reads a caller's budget.
 
@@ -119,6 +123,22 @@ class PromptReductionMixin:
         if tokens.decoder is not None:
             selection.depth = selection.keep * self.config.text_config.num_hidden_layers
         return PreparedInputs(prompt, features, selection, self._decoder_policy(tokens, prompt, units))
+
+    def pruned_prompt(self, new: NewColumns, prepared: PreparedInputs, num_ids: int) -> PrunedPrompt | None:
+        """
+        What the model reads in place of a caller's columns, and what a cache that it fills then stands for; `None`
+        where a mask over all pairs of columns stands in for a prompt's.
+
+        Args:
+            new: the columns as the caller has them.
+            prepared: as the model reads them.
+            num_ids: columns of the caller's `input_ids`.
+        """
+        if prepared.prompt.attention_mask.dim() != 2:
+            return None
+        num_features = self.family.placeholders(self.config, prepared.prompt.input_ids).sum(dim=-1)
+        is_compact = self.config.visual_position_ids == "compact"
+        return PrunedPrompt.of(new, prepared, num_features, num_ids, is_compact)
 
     def features_of_images(self, pixel_values: torch.Tensor, schedule: BudgetSchedule) -> list[torch.Tensor]:
         """What the decoder gets of each image, asked nothing: a list of `[K, text_hidden_size]`."""
@@ -211,7 +231,7 @@ class PromptReductionMixin:
         asks = is_before_answer(prompt.attention_mask, prompt.labels)
         column = torch.arange(asks.shape[1], device=asks.device)
         last = torch.where(asks, column, -1).amax(dim=-1)
-        return DecoderPlan(tokens.decoder.name, counts, prompt.visual_index, last.clamp(min=0))
+        return DecoderPlan(reducer, counts, prompt.visual_index, last.clamp(min=0))
 
 
 def depth_of_tokens(selection: Selection, visual_index: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
-from ..modeling.hub.custom_reducers import OWN, is_own, load_own_reducers, own_reducers_source
+from ..modeling.hub.custom_reducers import CUSTOM_FILES, is_custom, load_custom_reducers, save_custom_reducers
 from ..modeling.hub.loading import new_module_of
 from ..modeling.hub.saving import save_code
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
@@ -206,9 +206,9 @@ def save_beside_adapter(model: "PeftModel", folder: str | Path) -> None:
         name: REDUCERS.get(name, type(getattr(reducer, "original_module", reducer)))
         for name, reducer in reducers.items()
     }
-    if own := {name: reducer_class for name, reducer_class in classes.items() if is_own(reducer_class)}:
+    if custom := {name: reducer_class for name, reducer_class in classes.items() if is_custom(reducer_class)}:
         save_code(type(base), folder)
-        (folder / f"{OWN}.py").write_text(own_reducers_source(own), encoding="utf-8")
+        save_custom_reducers(custom, folder)
     _correct_card(folder / "README.md", model.active_peft_config.base_model_name_or_path)
 
 
@@ -255,10 +255,10 @@ def load_adapter(
     base = base_of(adapter) if base is None else base
     if (adapter / ADAPTED_CONFIG).is_file():
         config = AdaVTPConfig(**json.loads((adapter / ADAPTED_CONFIG).read_text(encoding="utf-8")))
-        if (adapter / f"{OWN}.py").is_file():
+        if any((adapter / file).is_file() for file in CUSTOM_FILES):
             entries = [*config.reducers, *config.trained_reducers]
             names = [entry if isinstance(entry, str) else entry["name"] for entry in entries]
-            load_own_reducers(str(adapter), [name for name in names if name != "adaptive"], trust_remote_code=True)
+            load_custom_reducers(str(adapter), [name for name in names if name != "adaptive"], trust_remote_code=True)
         kwargs |= {"config": config}
     try:
         if "config" in kwargs:

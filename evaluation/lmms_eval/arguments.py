@@ -18,7 +18,7 @@ from ...configuration.configuration_adavtp import reducer_entries
 from ...modeling.budget.schedule import StackBudget
 from ...modeling.modeling_adavtp import AdaVTPForConditionalGeneration, ReducerSpec
 from ...modeling.processing_adavtp import AdaVTPProcessor
-from ...modeling.reducers.base import REDUCERS, missing_weights
+from ...modeling.reducers.base import REDUCERS
 from ..settings import FULL, FULL_BUDGET, Setting, budget_of_text, exact_budget, reducer_of_text
 
 # What other models of lmms-eval take where a task says nothing.
@@ -183,7 +183,5 @@ def _setting(
             f"`pretrained` is a LLaVA, which has no weights for the reducer {untrained[0]!r}; pass one that is not "
             "trained, such as reducer=fastv."
         )
-    if reason := missing_weights(model.config, arguments["reducer"]):
-        raise ValueError(f"`reducer` is {reducer!r}: {reason}")
     model.model.resolve_budget(arguments["token_budget"], arguments["reducer"], 1)
     return setting

@@ -6,51 +6,13 @@ says the share, or the number, of every reducer by name.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 
-from ..reducers.base import STAGES, TokenReducer
+from ..reducers.bank import Step
 from .token_budget import TokenBudget, budget_values, num_tokens_to_keep, shared_by_units
 
 StackBudget = TokenBudget | Mapping[str, TokenBudget | None]
-
-
-@dataclass
-class Step:
-    """
-    One reducer of a stack.
-
-    Attributes:
-        name: the entry of the stack that it belongs to.
-        reducer: the module.
-        divides: the composite reducer that says how many tokens this part of it leaves, if it is not the last part.
-    """
-
-    name: str
-    reducer: TokenReducer
-    divides: TokenReducer | None = None
-
-
-def stack_steps(reducers: Mapping[str, TokenReducer]) -> list[Step]:
-    """
-    The steps of a stack, composite reducers taken apart.
-
-    Raises:
-        ValueError: if the reducers are not in the order of their stages, or two act inside the tower or the decoder.
-    """
-    steps = []
-    for name, reducer in reducers.items():
-        parts = list(getattr(reducer, "parts", [reducer]))
-        steps += [Step(name, part, None if part is parts[-1] else reducer) for part in parts]
-    stages = [step.reducer.stage for step in steps]
-    shown = ", ".join(f"{step.name} ({step.reducer.stage})" for step in steps)
-    if stages != sorted(stages, key=STAGES.index):
-        raise ValueError(f"`reducers` is [{shown}]; reducers act in the order {', '.join(STAGES)}.")
-    for stage in ("encoder", "decoder"):
-        if stages.count(stage) > 1:
-            raise ValueError(f"`reducers` is [{shown}]; one of stage {stage!r} is allowed.")
-    return steps
 
 
 class BudgetSchedule:

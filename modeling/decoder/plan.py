@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .reducer import DecoderReducer
+
 
 @dataclass
 class DecoderPlan:
@@ -11,14 +13,14 @@ class DecoderPlan:
     Which columns of a prompt are visual tokens, and how many of them each layer sees.
 
     Attributes:
-        reducer: name of the decoder-stage reducer that chooses.
+        reducer: the decoder-stage reducer that chooses.
         counts: `[batch, num_layers]` int64.
         patches: `[batch, columns]` int64, for a visual token the patch it shows, counted through all images of the
             batch (image * N + patch); -1 for every other column.
         last: `[batch]` int64, the column that asks: the last one before the answer.
     """
 
-    reducer: str
+    reducer: DecoderReducer
     counts: torch.Tensor
     patches: torch.Tensor
     last: torch.Tensor

@@ -4,6 +4,7 @@ The cache of a pruned turn is shorter than the ids that the caller has. What it 
 the next turn can then tell which ids are new, which columns are padding, and where positions go on.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,7 +14,7 @@ from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..budget.selection import Selection
-from ..prompt import PreparedInputs, count_positions
+from ..prompt import PreparedInputs, check_attention_mask, count_positions
 from .plan import DecoderPlan
 
 
@@ -143,8 +144,7 @@ class PrunedPrompt:
             return self
         features = self.image_features
         if features is not None:
-            rows = features.split(self.num_features.tolist())
-            features = torch.cat([row for row in rows for _ in range(expand_size)])
+            features = torch.cat([row for row in self.features_of_rows for _ in range(expand_size)])
         return replace(
             self,
             mask=self.mask.repeat_interleave(expand_size, dim=0),
@@ -173,11 +173,28 @@ class PrunedPrompt:
         return self.next_position[..., None] + torch.arange(num_answer, device=self.next_position.device)
 
     @property
-    def encoder_outputs(self) -> dict[str, BaseModelOutputWithPooling] | None:
-        """The features as a family's forward takes what is encoded already."""
+    def features_of_rows(self) -> tuple[torch.Tensor, ...]:
+        """For each row what stands at its placeholders, `[its placeholders, hidden_size]`."""
+        return self.image_features.split(self.num_features.tolist())
+
+    def encoder_outputs(
+        self, written: torch.Tensor, embed: Callable[[torch.Tensor], torch.Tensor]
+    ) -> dict[str, BaseModelOutputWithPooling] | None:
+        """
+        The features as a family's forward takes what is encoded already.
+
+        Args:
+            written: `[batch, num_answer]` int64, tokens behind the prompt that are written like placeholders, -1 for
+                others. They are no images: a model wrote them, or prompt lookup proposes them.
+            embed: makes the embeddings of ids.
+        """
         if self.image_features is None:
             return None
-        return {"image": BaseModelOutputWithPooling(pooler_output=[self.image_features])}
+        rows = [self.image_features]
+        if written.numel() and bool((written >= 0).any()):
+            pairs = zip(self.features_of_rows, written, strict=True)
+            rows = [torch.cat([features, embed(ids[ids >= 0]).to(features.dtype)]) for features, ids in pairs]
+        return {"image": BaseModelOutputWithPooling(pooler_output=rows)}
 
     @cached_property
     def is_unpadded(self) -> bool:
@@ -205,13 +222,52 @@ class NewColumns:
     past_mask: torch.Tensor
     num_columns: int
 
+    @classmethod
+    def of_prompt(
+        cls, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+    ) -> "NewColumns":
+        """
+        A prompt of which no cache holds anything.
+
+        Raises:
+            ValueError: if the mask does not fit, or is one over pairs of columns and comes without positions.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        check_attention_mask(attention_mask, input_ids.shape)
+        if position_ids is None:
+            if attention_mask.dim() != 2:
+                raise ValueError("`position_ids` is None, which is allowed only with a 2-D `attention_mask`.")
+            position_ids = count_positions(attention_mask)
+        position_ids = position_ids.expand(*position_ids.shape[:-2], *input_ids.shape)
+        begin, none = torch.zeros_like(position_ids[..., 0]), attention_mask.new_zeros(len(input_ids), 0)
+        return cls(input_ids, attention_mask, position_ids, begin, none, input_ids.shape[1])
+
+
+def behind_cache(
+    input_ids: torch.LongTensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    past_key_values: Cache | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Mask and positions of text whose `past_key_values` stand for more columns than they hold."""
+    earlier = None if position_ids is not None else pruned_cache(past_key_values).prompt
+    past_length = 0 if earlier is None else int(past_key_values.get_seq_length())
+    if past_length == 0:
+        return attention_mask, position_ids
+    if attention_mask is None:
+        num_columns = earlier.num_columns + past_length - earlier.mask.shape[1] + input_ids.shape[1]
+        attention_mask = input_ids.new_ones(len(input_ids), num_columns)
+    new = new_columns(input_ids, {"attention_mask": attention_mask}, past_length, earlier)
+    return torch.cat([new.past_mask, new.attention_mask], dim=1), new.position_ids
+
 
 def new_columns(
     input_ids: torch.LongTensor, model_kwargs: dict[str, Any], past_length: int, earlier: PrunedPrompt | None
 ) -> NewColumns:
     """Tells new columns from those in the cache. `input_ids` may be the whole conversation or only what is new."""
     batch_size, device = len(input_ids), input_ids.device
-    position_ids = model_kwargs["position_ids"]
+    position_ids = model_kwargs.get("position_ids")
     full_mask = model_kwargs.get("attention_mask")
     if full_mask is None:
         # transformers drops a mask of ones; positions still have its length.

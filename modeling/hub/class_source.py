@@ -76,10 +76,10 @@ class FlatSource:
 
     Args:
         is_package: says of a module's name whether it is part of that package.
-        siblings: modules of the package that the file may import, by the last part of their names.
+        siblings: modules of the package that the file may import, with the names that they have beside it.
     """
 
-    def __init__(self, is_package: Callable[[str], bool], siblings: set[str]) -> None:
+    def __init__(self, is_package: Callable[[str], bool], siblings: dict[str, str]) -> None:
         self.is_package, self.siblings = is_package, siblings
         self.imports: dict[str, set[str]] = {}
         self.definitions: dict[str, Definition] = {}
@@ -222,10 +222,10 @@ class FlatSource:
 
     def _sibling_line(self, target: str, name: str, bound: str) -> str:
         """How the file imports from the package what `from target import name` means."""
-        value = getattr(importlib.import_module(target), name)
-        module = getattr(value, "__module__", None) or target
-        file = (module if self.is_package(module) else target).rpartition(".")[2]
-        if file not in self.siblings:
+        holder = importlib.import_module(target)
+        module = getattr(getattr(holder, name), "__module__", None) or holder.__name__
+        file = self.siblings.get(module if self.is_package(module) else holder.__name__)
+        if file is None:
             raise ValueError(f"it uses {target}.{name}, which is not among the files that travel with a checkpoint")
         return f"from .{file} import {name}" + (f" as {bound}" if bound != name else "")
 

@@ -1,13 +1,15 @@
 """Reducers of a user in a saved folder.
 
 A checkpoint may be made for reducers that do not come with AdaVTP. Their code goes into the folder in one file,
-`own_reducers_adavtp.py`, which in the package itself is empty. Where the package is absent, the folder's model imports
-it; where it is installed, it runs as a module of the package when somebody trusts the folder's code.
+`adavtp_code/reducers_custom.py`, which in the package itself is empty. Where the package is absent, the folder's model
+imports it; where it is installed, it runs as a module of the package when somebody trusts the folder's code.
 """
 
 import hashlib
+import importlib
 import importlib.util
 import sys
+from functools import cache
 from os import PathLike
 from pathlib import Path
 from types import ModuleType
@@ -17,20 +19,24 @@ from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import get_cached_module_file
 from transformers.utils import HF_MODULES_CACHE
 
-from ...configuration.configuration_adavtp import AdaVTPConfig, reducer_entries
+from ...configuration.configuration_adavtp import reducer_entries
 from ..reducers.base import REDUCERS, TokenReducer, register_reducer
+from ..reducers.custom import CUSTOM_REDUCERS
 from ..reducers.published import PUBLISHED_REDUCERS
 from .class_source import FlatSource
-from .custom_reducer_classes import OWN_REDUCERS
-from .saving import code_files
+from .former_names import FORMER_FILES, FORMER_NAMES
+from .saving import CODE_FOLDER, PACKAGE, code_paths, module_name
 
-OWN = "own_reducers_adavtp"
-_PACKAGE = __name__.rpartition(".")[0]
+CUSTOM = "reducers_custom"
+# Files that may bring reducers, with the name of the dictionary in each.
+CUSTOM_FILES = {f"{CODE_FOLDER}/{CUSTOM}.py": "CUSTOM_REDUCERS", **FORMER_FILES}
+# Modules here are called as they are in a saved folder.
+_FLAT = f"{PACKAGE}.{CODE_FOLDER}"
 _HEADER = '"""Reducers of this checkpoint that do not come with AdaVTP, by name. Saving a model writes this file."""'
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only")
 
 
-class OwnReducersMixin:
+class CustomReducersMixin:
     """Gives a model class folders that bring the user's reducers with them. It stands before `SelfContainedMixin`."""
 
     @classmethod
@@ -48,7 +54,7 @@ class OwnReducersMixin:
             ValueError: if the configuration names a reducer that is registered neither here nor there.
         """
         names = _names_in_use(cls.config_class, pretrained_model_name_or_path, config, kwargs)
-        load_own_reducers(pretrained_model_name_or_path, names, **kwargs)
+        load_custom_reducers(pretrained_model_name_or_path, names, **kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
 
     def save_code(self, folder: Path) -> None:
@@ -60,17 +66,22 @@ class OwnReducersMixin:
             registered, used = REDUCERS.get(name), type(reducers[name]) if name in reducers else None
             # Sharding (FSDP) makes subclasses of classes on the spot.
             cls = registered if used is None or (registered and issubclass(used, registered)) else used
-            if cls is not None and is_own(cls):
+            if cls is not None and is_custom(cls):
                 classes[name] = cls
-        (folder / f"{OWN}.py").write_text(own_reducers_source(classes), encoding="utf-8")
+        save_custom_reducers(classes, folder)
 
 
-def is_own(reducer_class: type[TokenReducer]) -> bool:
+def is_custom(reducer_class: type[TokenReducer]) -> bool:
     """Whether a reducer does not come with AdaVTP."""
     return not _is_package(reducer_class.__module__)
 
 
-def own_reducers_source(classes: dict[str, type[TokenReducer]]) -> str:
+def save_custom_reducers(classes: dict[str, type[TokenReducer]], folder: Path) -> None:
+    """Writes the code of reducers that do not come with AdaVTP, by name, beside the model's in `folder`."""
+    (folder / CODE_FOLDER / f"{CUSTOM}.py").write_text(custom_reducers_source(classes), encoding="utf-8")
+
+
+def custom_reducers_source(classes: dict[str, type[TokenReducer]]) -> str:
     """
     The file that brings reducers which do not come with AdaVTP.
 
@@ -84,11 +95,11 @@ def own_reducers_source(classes: dict[str, type[TokenReducer]]) -> str:
         ValueError: if the code of a class cannot stand in a file.
     """
     if not classes:
-        return f"{_HEADER}\n\nOWN_REDUCERS = {{}}\n"
-    # The model's own file is the one that imports the reducers.
-    siblings = {Path(name).stem for name in code_files(Path(__file__))} - {OWN, "own_code_adavtp"}
+        return f"{_HEADER}\n\nCUSTOM_REDUCERS = {{}}\n"
+    # All but the two that import the file itself.
+    siblings = {module: flat for flat, module in _modules().items() if flat != CUSTOM and module != __name__}
     source, entries = FlatSource(_is_package, siblings), []
-    source.import_sibling("reducers_adavtp", "register_reducer")
+    source.import_sibling(siblings[register_reducer.__module__], "register_reducer")
     published = {published.__qualname__ for published in PUBLISHED_REDUCERS}
     for name, reducer_class in sorted(classes.items()):
         try:
@@ -102,10 +113,10 @@ def own_reducers_source(classes: dict[str, type[TokenReducer]]) -> str:
                 f"into the folder: {error}. Weights and configuration are saved. Put the class, and what it uses, "
                 "into a module file of its own, import it from there, and save again."
             ) from error
-    return f"{_HEADER}\n\n{source.text()}\n\n\nOWN_REDUCERS = {{\n{''.join(entries)}}}\n"
+    return f"{_HEADER}\n\n{source.text()}\n\n\nCUSTOM_REDUCERS = {{\n{''.join(entries)}}}\n"
 
 
-def load_own_reducers(
+def load_custom_reducers(
     source: str | PathLike[str] | None, names: list[str], trust_remote_code: bool | None = None, **kwargs: Any
 ) -> None:
     """
@@ -122,17 +133,16 @@ def load_own_reducers(
     Raises:
         ValueError: if a name stays unknown, or a class of another name holds it.
     """
-    own = [name for name in names if name not in REDUCERS or is_own(REDUCERS[name])]
-    if source is None or not own:
+    custom = [name for name in names if name not in REDUCERS or is_custom(REDUCERS[name])]
+    if source is None or not custom:
         return
     if trust_remote_code:
-        file = _own_file(source, {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs})
-        for name, reducer_class in (_module_of(file).OWN_REDUCERS if file else {}).items():
+        for name, reducer_class in _brought_by(source, {k: kwargs[k] for k in _HUB_ARGUMENTS if k in kwargs}).items():
             register_reducer(name)(reducer_class)
-    if unknown := ", ".join(repr(name) for name in own if name not in REDUCERS):
+    if unknown := ", ".join(repr(name) for name in custom if name not in REDUCERS):
         raise ValueError(
             f"The configuration of {str(source)!r} names the reducer(s) {unknown}, which do not come with AdaVTP. "
-            f"A folder that was saved with them brings their code in {OWN}.py: pass `trust_remote_code=True` to run "
+            f"A folder that was saved with them brings their code in {CODE_FOLDER}/{CUSTOM}.py: pass `trust_remote_code=True` to run "
             "it, or import the module that registers them."
         )
 
@@ -161,33 +171,43 @@ def _names_of(*entries: Any) -> list[str]:
     return [name for name in dict.fromkeys(names) if name != "adaptive"]
 
 
+@cache
+def _modules() -> dict[str, str]:
+    """The modules that a reducer's code may import, by their names in a saved folder, with those in this process."""
+    return {flat: module_name(path) for flat, path in code_paths(Path(__file__)).items()}
+
+
 def _is_package(module: str) -> bool:
     """Whether a module is part of AdaVTP, or of the folder whose copy of it this file is."""
-    root = _PACKAGE.removesuffix(".modeling")
-    return (module == root or module.startswith(f"{root}.")) and not module.rpartition(".")[2].startswith(OWN)
+    is_custom_file = module == _modules()[CUSTOM] or module.startswith(f"{_FLAT}.{CUSTOM}_")
+    return (module == PACKAGE or module.startswith(f"{PACKAGE}.")) and not is_custom_file
 
 
-def _own_file(source: str | PathLike[str], hub_kwargs: dict[str, Any]) -> Path | None:
-    """The file of a folder or a repository, in the cache where transformers keeps code that it runs."""
-    try:
-        return Path(HF_MODULES_CACHE) / get_cached_module_file(source, f"{OWN}.py", **hub_kwargs)
-    except OSError:
-        return None
+def _brought_by(source: str | PathLike[str], hub_kwargs: dict[str, Any]) -> dict[str, type[TokenReducer]]:
+    """The reducers of a folder or a repository, from the cache where transformers keeps code that it runs."""
+    for file, name in CUSTOM_FILES.items():
+        try:
+            path = Path(HF_MODULES_CACHE, get_cached_module_file(source, file, **hub_kwargs))
+        except OSError:
+            continue
+        return getattr(_module_of(path), name)
+    return {}
 
 
 def _module_of(file: Path) -> ModuleType:
     """
-    The file as a module beside this one, so that its classes are subclasses of these base classes, whichever copy of
-    them stands in its own folder.
+    The file as a module among those of this package, so that its classes are subclasses of these base classes,
+    whichever copy of them stands in its own folder.
     """
     content = file.read_bytes()
-    beside = sys.modules[f"{_PACKAGE}.{OWN}"]
+    beside = sys.modules[_modules()[CUSTOM]]
     if Path(beside.__file__).read_bytes() == content:
         return beside
-    name = f"{_PACKAGE}.{OWN}_{hashlib.sha256(content).hexdigest()[:16]}"
+    name = f"{_FLAT}.{CUSTOM}_{hashlib.sha256(content).hexdigest()[:16]}"
     if name not in sys.modules:
-        # Where the package is installed, its configuration does not lie beside its models, as the file has it.
-        sys.modules.setdefault(f"{_PACKAGE}.configuration_adavtp", sys.modules[AdaVTPConfig.__module__])
+        modules = _modules()
+        for flat, module in [*modules.items(), *((former, modules[now]) for former, now in FORMER_NAMES.items())]:
+            sys.modules[f"{_FLAT}.{flat}"] = importlib.import_module(module)
         spec = importlib.util.spec_from_file_location(name, file)
         sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
@@ -198,4 +218,4 @@ def _module_of(file: Path) -> ModuleType:
     return sys.modules[name]
 
 
-__all__ = ["OWN_REDUCERS", "OwnReducersMixin", "is_own", "load_own_reducers", "own_reducers_source"]
+__all__ = ["CUSTOM_REDUCERS", "CustomReducersMixin", "is_custom", "load_custom_reducers", "save_custom_reducers"]

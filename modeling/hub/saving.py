@@ -1,10 +1,12 @@
 """A saved folder that carries its own code.
 
-`save_pretrained` writes the Python files that a checkpoint needs beside its weights, flat, and an `auto_map` that
-tells `AutoModel.from_pretrained(folder, trust_remote_code=True)` where to look, so that the folder loads where this
-package is not installed. A model loaded from such a folder runs from those files, and saving it writes them again.
+`save_pretrained` writes the Python files that a checkpoint needs into the folder's `adavtp_code/`, flat, and an
+`auto_map` that tells `AutoModel.from_pretrained(folder, trust_remote_code=True)` where to look, so that the folder loads
+where this package is not installed. A model loaded from such a folder runs from those files, and saving it writes them
+again. They are flat because transformers looks for everything that a file imports relatively beside that file.
 """
 
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -12,55 +14,72 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_RELATIVE_IMPORT = re.compile(r"^(\s*from\s+)(\.+)([\w.]*)(\s+import\s)", re.MULTILINE)
-
-# Folders whose files travel with a checkpoint.
-ROOMS = ("modeling", "configuration")
+CODE_FOLDER = "adavtp_code"
 
 AUTO_MAP = {
-    "AutoConfig": "configuration_adavtp.AdaVTPConfig",
-    "AutoModel": "modeling_adavtp.AdaVTPForConditionalGeneration",
-    "AutoModelForImageTextToText": "modeling_adavtp.AdaVTPForConditionalGeneration",
-    "AutoProcessor": "processing_adavtp.AdaVTPProcessor",
+    "AutoConfig": f"{CODE_FOLDER}/configuration_adavtp.AdaVTPConfig",
+    "AutoModel": f"{CODE_FOLDER}/modeling_adavtp.AdaVTPForConditionalGeneration",
+    "AutoModelForImageTextToText": f"{CODE_FOLDER}/modeling_adavtp.AdaVTPForConditionalGeneration",
+    "AutoProcessor": f"{CODE_FOLDER}/processing_adavtp.AdaVTPProcessor",
 }
+
+_RELATIVE_IMPORT = re.compile(r"^(\s*from\s+)(\.+)([\w.]*)(\s+import\s)", re.MULTILINE)
+
+# In the package this is `modeling/hub/saving.py`, two folders below the one with all rooms; in a saved folder all files
+# lie beside it.
+_FILE = Path(__file__).resolve()
+_DEPTH = 2 if _FILE.stem == "saving" else 0
+_ROOT = _FILE.parents[_DEPTH]
+PACKAGE = __name__.rsplit(".", _DEPTH + 1)[0]
+
+
+def code_paths(entry: Path) -> dict[str, Path]:
+    """The file `entry` of this package or folder and all that it imports relatively, directly or not, by flat name."""
+    waiting, paths = [entry.resolve()], {}
+    while waiting:
+        path = waiting.pop()
+        if flat_name(path) not in paths:
+            paths[flat_name(path)] = path
+            waiting += [
+                _imported(match, path) for match in _RELATIVE_IMPORT.finditer(path.read_text(encoding="utf-8"))
+            ]
+    return dict(sorted(paths.items()))
 
 
 def code_files(entry: Path) -> dict[str, str]:
     """
-    The file `entry` and every file that it imports relatively, directly or not, as they stand in a flat folder.
-
-    Args:
-        entry: a Python file, in the package's tree or in a flat folder.
+    The code of `code_paths` as it stands in a saved folder.
 
     Returns:
         File name -> content, with every relative import rewritten to `from .module import ...`.
     """
-    waiting, sources = [entry.resolve()], {}
-    while waiting:
-        path = waiting.pop()
-        if flat_name(path) in sources:
-            continue
-        text = path.read_text(encoding="utf-8")
 
-        def imported(match: re.Match, path: Path = path) -> Path:
-            folder = path.parents[len(match[2]) - 1]
-            return folder.joinpath(*match[3].split(".")).with_suffix(".py").resolve()
-
-        waiting += [imported(match) for match in _RELATIVE_IMPORT.finditer(text)]
-        flat = _RELATIVE_IMPORT.sub(
-            lambda match, imported=imported: f"{match[1]}.{flat_name(imported(match))[:-3]}{match[4]}", text
+    def flat(path: Path) -> str:
+        return _RELATIVE_IMPORT.sub(
+            lambda match: f"{match[1]}.{flat_name(_imported(match, path))}{match[4]}", path.read_text(encoding="utf-8")
         )
-        sources[flat_name(path)] = (path, flat)
-    return {name: flat for name, (_, flat) in sorted(sources.items())}
+
+    return {f"{name}.py": flat(path) for name, path in code_paths(entry).items()}
 
 
 def flat_name(path: Path) -> str:
-    """The name of a file of a room in a flat folder: `modeling/reducers/tome.py` becomes `reducers_tome.py`."""
-    parts, folder = [path.stem], path.parent
-    while (folder / "__init__.py").is_file() and folder.name not in ROOMS:
-        parts.append(folder.name)
-        folder = folder.parent
-    return "_".join(reversed(parts)) + ".py"
+    """What a file's module is called in a saved folder: `reducers_tome` for `modeling/reducers/tome.py`."""
+    parts = _parts(path)
+    return "_".join(parts[1:] or parts)
+
+
+def module_name(path: Path) -> str:
+    """What a file's module is called in this process."""
+    return ".".join((PACKAGE, *_parts(path)))
+
+
+def _parts(path: Path) -> tuple[str, ...]:
+    return path.resolve().relative_to(_ROOT).with_suffix("").parts
+
+
+def _imported(match: re.Match, path: Path) -> Path:
+    """The file that a relative import in `path` names."""
+    return path.parents[len(match[2]) - 1].joinpath(*match[3].split(".")).with_suffix(".py")
 
 
 def own_class(cls: type) -> type:
@@ -69,14 +88,18 @@ def own_class(cls: type) -> type:
 
     A subclass made on the spot, as sharding (FSDP) and notebooks do, has no file that could go into a folder.
     """
-    modules = {reference.partition(".")[0] for reference in AUTO_MAP.values()}
+    modules = {Path(reference.partition(".")[0]).name for reference in AUTO_MAP.values()}
     return next(base for base in cls.__mro__ if base.__module__.rpartition(".")[2] in modules)
 
 
 def save_code(cls: type, folder: Path) -> None:
-    """Writes the file that defines `cls` (see `own_class`), and the files it needs, into `folder`."""
+    """Writes the file that defines `cls` (see `own_class`), and the files it needs, into `adavtp_code/` of `folder`."""
+    code = folder / CODE_FOLDER
+    code.mkdir(parents=True, exist_ok=True)
     for name, text in code_files(Path(sys.modules[own_class(cls).__module__].__file__)).items():
-        (folder / name).write_text(text, encoding="utf-8")
+        (code / name).write_text(text, encoding="utf-8")
+    # An upload of what has changed goes by the folder's time, which files that are written anew leave as it was.
+    os.utime(code)
 
 
 @contextmanager
@@ -101,7 +124,9 @@ class SelfContainedMixin:
         that transformers writes for LLaVA by default, `Trainer` could not resume from them.
         """
         kwargs.setdefault("save_original_format", False)
-        self.config.auto_map = AUTO_MAP | {"AutoModel": f"modeling_adavtp.{own_class(type(self)).__name__}"}
+        self.config.auto_map = AUTO_MAP | {
+            "AutoModel": f"{CODE_FOLDER}/modeling_adavtp.{own_class(type(self)).__name__}"
+        }
         if getattr(getattr(self, "generation_config", None), "token_budget", None) is not None:
             # Marked as derived from the model's configuration, it would be read without fields that are only ours.
             self.generation_config._from_model_config = False

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ...configuration.configuration_adavtp import AdaVTPConfig, reducer_entries
+from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..budget.selection import Selection
 from ..budget.top_k import top_k_mask
 from ..vision.features import VisionFeatures
@@ -176,7 +176,9 @@ def build_reducer(name: str, config: AdaVTPConfig, **parameters: Any) -> TokenRe
     """
     if name not in REDUCERS:
         # A model that was loaded before the package runs its folder's copy of this file, with a registry of its own.
-        copies = [module for key, module in list(sys.modules.items()) if key.endswith(".reducers_adavtp")]
+        copies = [
+            module for key, module in list(sys.modules.items()) if key.endswith((".reducers_base", ".reducers.base"))
+        ]
         is_elsewhere = any(name in getattr(copy, "REDUCERS", {}) for copy in copies)
         hint = " Another copy of this code knows it: import adavtp before the model is loaded." if is_elsewhere else ""
         raise ValueError(f"`reducer` is {name!r}; registered reducers: {', '.join(sorted(REDUCERS))}.{hint}")
@@ -186,25 +188,6 @@ def build_reducer(name: str, config: AdaVTPConfig, **parameters: Any) -> TokenRe
         takes = ", ".join(known) or "none"
         raise ValueError(f"Reducer {name!r} got the parameter(s) {', '.join(unknown)}; parameters it takes: {takes}.")
     return REDUCERS[name](config, **parameters)
-
-
-def missing_weights(config: AdaVTPConfig, reducer: str | dict[str, Any] | list[Any] | None) -> str | None:
-    """
-    That a stack has to be trained and a checkpoint has no weights for it, or `None`.
-
-    Args:
-        config: the checkpoint's.
-        reducer: the stack; `None` stands for the configuration's.
-    """
-    known = ["adaptive", *map(_entry_name, [*config.reducers, *config.trained_reducers])]
-    for name in [] if reducer is None else map(_entry_name, reducer_entries(reducer)):
-        if name in REDUCERS and REDUCERS[name].trained and name not in known:
-            return f"{name!r} has to be trained, and this checkpoint has no weights for it."
-    return None
-
-
-def _entry_name(entry: str | dict[str, Any]) -> str:
-    return entry if isinstance(entry, str) else entry["name"]
 
 
 def reducer_parameters(name: str) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...configuration.configuration_adavtp import AdaVTPConfig
-from ..budget.schedule import BudgetOfUnits, BudgetSchedule, Step
+from ..budget.schedule import BudgetOfUnits, BudgetSchedule
 from ..budget.selection import Selection
 from ..families.base import Units
+from ..reducers.bank import Step
 from .budget_token import BudgetToken
 from .encode import encode_image
 from .features import VisionFeatures

@@ -81,6 +81,10 @@ def _export(run: Path, output: Path, **changes: Any) -> Path:
     return export_checkpoint(run / "checkpoint", output, **arguments | changes)
 
 
+def _contents(folder: Path) -> dict[Path, bytes]:
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 @pytest.fixture(scope="module")
 def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _export(run, tmp_path_factory.mktemp("exported") / "tiny-digits")
@@ -93,7 +97,7 @@ def test_an_exported_folder_has_the_checkpoints_weights_and_everything_the_card_
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     names = {path.name for path in exported.iterdir()}
     assert names >= {
-        *("README.md", "config.json", "modeling_adavtp.py", "processor_config.json"),
+        *("README.md", "config.json", "adavtp_code", "processor_config.json"),
         *("recipe.yaml", "evaluation.json", "training_log_01_1-see.json", "training_log_02_2-choose.json"),
         "budget_curve.png",
     }
@@ -169,12 +173,12 @@ def test_a_checkpoint_without_logs_and_results_has_a_card_that_says_so(run: Path
 
 def test_exporting_a_folder_onto_itself_brings_code_and_card_up_to_date(run: Path, tmp_path: Path) -> None:
     folder = _export(run, tmp_path / "tiny")
-    wanted = {path.name: path.read_bytes() for path in folder.iterdir()}
-    (folder / "modeling_adavtp.py").write_text("outdated")
-    (folder / "gone_adavtp.py").write_text("outdated")
+    wanted = _contents(folder)
+    for name in ("adavtp_code/modeling_adavtp.py", "adavtp_code/gone.py", "gone_adavtp.py"):
+        (folder / name).write_text("outdated")
     (folder / "budget_curve.png").write_text("outdated")
     assert export_checkpoint(folder, folder) == folder
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == wanted
+    assert _contents(folder) == wanted
 
 
 def test_the_name_on_the_card_can_be_a_repository(run: Path, tmp_path: Path) -> None:

@@ -136,7 +136,8 @@ def test_a_model_loaded_by_its_id_answers_as_it_does_here(
 def test_a_repository_has_what_belongs_there_and_nothing_else(round_trip: dict[str, Any], checkpoint: Path) -> None:
     published = round_trip["files"]["model"]
     record = {"training_log_01_1-see.json", "evaluation.json", "budget_curve.png", "README.md"}
-    saved = {path.name for path in checkpoint.iterdir()} - {*LEFTOVERS, "training_log.json"}
+    saved = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()}
+    saved -= {*LEFTOVERS, "training_log.json"}
     assert set(published) == saved | record
     for name in saved - {"README.md"}:
         assert published[name] == (checkpoint / name).read_bytes(), name
@@ -183,13 +184,15 @@ def test_a_second_publication_is_a_second_commit_without_what_is_outdated(
     HfApi().upload_file(
         path_or_fileobj=b"old", path_in_repo="model-00001-of-00002.safetensors", repo_id="somebody/tiny"
     )
-    HfApi().upload_file(path_or_fileobj=b"old", path_in_repo="gone_adavtp.py", repo_id="somebody/tiny")
+    outdated = ("gone_adavtp.py", "adavtp_code/gone.py")
+    for name in outdated:
+        HfApi().upload_file(path_or_fileobj=b"old", path_in_repo=name, repo_id="somebody/tiny")
     changed = shutil.copytree(checkpoint, tmp_path / "changed")
     (changed / "evaluation.json").unlink()
     before = len(commits)
     assert adavtp("publish", changed, "somebody/tiny").exit_code == 0
     assert len(commits) == before + 1
-    gone = {"evaluation.json", "budget_curve.png", "model-00001-of-00002.safetensors", "gone_adavtp.py"}
+    gone = {"evaluation.json", "budget_curve.png", "model-00001-of-00002.safetensors", *outdated}
     assert set(commits[before - 1].files) - set(commits[-1].files) == gone
     assert commits[-1].files["notes/own_adavtp.py"].content == b"mine"
 
@@ -318,7 +321,7 @@ REFUSED = {
     "LLaVA": (_llava, "has a 'llava' model; expected is an 'adavtp' model; `adavtp convert` makes"),
     "an adapter": (lambda folder: (folder / "adapter_config.json").write_text("{}"), "`adavtp merge` makes a whole"),
     "a missing shard": (_without_a_shard, "has no model-00002-of-00002.safetensors"),
-    "no code": (lambda folder: [path.unlink() for path in folder.glob("*.py")], "has no code"),
+    "no code": (lambda folder: shutil.rmtree(folder / "adavtp_code"), "has no code"),
     "no processor": (
         lambda folder: [path.unlink() for path in [*folder.glob("*token*"), *folder.glob("*proc*.json")]],
         "has no processor",
@@ -372,7 +375,7 @@ def test_what_a_trainer_pushes_is_what_publish_makes_of_the_folder_it_saved(
     assert adavtp("publish", tmp_path / "out", "somebody/published").exit_code == 0
     pushed, published = hub.files("somebody/pushed"), hub.files("somebody/published")
     assert pushed.keys() == published.keys()
-    assert {"model.safetensors", "processor_config.json", "modeling_adavtp.py"} <= pushed.keys()
+    assert {"model.safetensors", "processor_config.json", "adavtp_code/modeling_adavtp.py"} <= pushed.keys()
     for name in pushed:
         assert pushed[name].replace(b"pushed", b"published") == published[name], name
     # Nothing that was made on the way stays.
@@ -432,7 +435,7 @@ def test_checkpoints_are_pushed_as_the_strategy_says(
     commits = hub.repositories["model", "somebody/pushed"].commits
     steps = [f"Training in progress, step {step}" for step in (1, 2)]
     assert [commit.message for commit in commits] == ["initial commit"] + steps * (strategy != "end")
-    folders = {path.partition("/")[0] for path in commits[-1].files if "/" in path}
+    folders = {path.partition("/")[0] for path in commits[-1].files if "/" in path} - {"adavtp_code"}
     whole = {"checkpoint": {"last-checkpoint"}, "all_checkpoints": {"checkpoint-1", "checkpoint-2"}}
     assert folders == whole.get(strategy, set())
     assert ("last-checkpoint/optimizer.pt" in commits[-1].files) == (strategy == "checkpoint")
@@ -475,7 +478,12 @@ def test_a_models_own_push_uploads_weights_and_code(hub: LocalHub, processor: Ad
     model.push_to_hub("somebody/direct")
     processor.push_to_hub("somebody/direct")
     files = hub.files("somebody/direct")
-    assert {"config.json", "model.safetensors", "modeling_adavtp.py", "processor_config.json"} <= files.keys()
+    assert {
+        "config.json",
+        "model.safetensors",
+        "adavtp_code/modeling_adavtp.py",
+        "processor_config.json",
+    } <= files.keys()
     loaded = AdaVTPForConditionalGeneration.from_pretrained("somebody/direct", cache_dir=tmp_path / "cache")
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
 

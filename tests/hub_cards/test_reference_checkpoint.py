@@ -1,16 +1,25 @@
 """The published reference checkpoint: whole, small, up to date, and as good as its card says."""
 
 import json
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
+from transformers import AutoModel, AutoProcessor
 
 from adavtp import AdaVTPForConditionalGeneration, AdaVTPProcessor
 from adavtp.commands.console import reference_checkpoint
 from adavtp.evaluation.accuracy import answer_questions
-from adavtp.modeling import modeling_adavtp
-from adavtp.modeling.hub.saving import code_files
+from adavtp.hub_cards.licence import Origin
+from adavtp.hub_cards.published_folder import published_folder
+from adavtp.hub_cards.reference_code import LEADING_FILE, write_reference_code
+from adavtp.hub_cards.training_record import TrainingRecord
+from adavtp.modeling.hub.saving import AUTO_MAP, CODE_FOLDER
 from adavtp.tasks.digit_scenes import load_digit_questions
+from repository import ROOT
+from without_package import run_without_package
 
 FOLDER = reference_checkpoint()
 
@@ -26,15 +35,59 @@ def processor() -> AdaVTPProcessor:
 
 
 def test_the_folder_has_at_most_ten_megabytes_and_no_pickles() -> None:
-    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+    files = [path for path in FOLDER.iterdir() if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 10_000_000
     assert not {path.suffix for path in files} & {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 
 
-@pytest.mark.parametrize("folder", [FOLDER, FOLDER.parent / "adavtp-digits-seed-1"], ids=lambda folder: folder.name)
-def test_the_folders_code_is_the_packages_code(folder: Path) -> None:
-    for name, text in code_files(Path(modeling_adavtp.__file__)).items():
-        assert (folder / name).read_text() == text, f"{name} is out of date: run `adavtp export` on the folder"
+@pytest.fixture(scope="module")
+def without_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder as git has it."""
+    folder = tmp_path_factory.mktemp("reference") / FOLDER.name
+    return shutil.copytree(FOLDER, folder, ignore=shutil.ignore_patterns(CODE_FOLDER))
+
+
+def test_with_the_package_the_auto_classes_load_the_folder_as_git_has_it(without_code: Path) -> None:
+    for trust in (None, True):
+        model = AutoModel.from_pretrained(without_code, trust_remote_code=trust)
+        processor = AutoProcessor.from_pretrained(without_code, trust_remote_code=trust)
+        assert (type(model), type(processor)) == (AdaVTPForConditionalGeneration, AdaVTPProcessor)
+
+
+@pytest.mark.parametrize("target", ["demo", "test"])
+def test_both_set_up_commands_write_the_code_before_anything_else(target: str) -> None:
+    told = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.search(r"-m adavtp\.hub_cards\.reference_code\n.*(adavtp demo|pytest)\n$", told)
+    assert f"/hub_cards/*/{CODE_FOLDER}/" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+def test_the_readmes_first_example_runs_where_the_package_is_absent(without_code: Path, tmp_path: Path) -> None:
+    write_reference_code()
+    example = re.search(r"## Use it\n\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    code = f"""
+import os
+from transformers import AutoConfig, AutoProcessor
+for auto_class in (AutoConfig, AutoProcessor):
+    try:
+        auto_class.from_pretrained({str(without_code)!r}, trust_remote_code=True)
+    except OSError as error:
+        print(error)
+os.chdir({str(ROOT)!r})
+{example}
+print(output.shape[0], kept.shape[0], type(model).__module__)
+"""
+    first, second, result = run_without_package(code, tmp_path).splitlines()
+    for error in (first, second):
+        assert f"does not appear to have a file named {CODE_FOLDER}/{LEADING_FILE}.py" in error
+    assert result.startswith("2 2 transformers_modules.adavtp_hyphen_digits.")
+
+
+def test_the_folder_is_published_with_its_code_and_without_the_file_that_leads_to_it(tmp_path: Path) -> None:
+    write_reference_code()
+    made = published_folder(FOLDER, tmp_path, "somebody/digits", TrainingRecord(), Origin(None, "apache-2.0"))
+    fields = [json.loads((tmp_path / name).read_text()) for name in ("config.json", "processor_config.json")]
+    assert fields[0]["auto_map"] | fields[1]["auto_map"] == AUTO_MAP
+    assert LEADING_FILE not in {path.stem for path in made.files["code"]} and made.stays_behind == []
 
 
 def test_the_card_shows_the_accuracies_of_the_evaluation_file() -> None:

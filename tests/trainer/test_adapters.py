@@ -401,7 +401,7 @@ def test_reducers_that_train_go_with_the_adapter(base: Path, tmp_path: Path, reg
         assert merged.config.reducer == name
         assert torch.allclose(logits(merged, token_budget=0.4), logits(model, token_budget=0.4), atol=1e-5)
     assert isinstance(merged.model.reducers["scaled"], TokenReducer)
-    assert "class Scaled(TokenReducer)" in (folder / "own_reducers_adavtp.py").read_text()
+    assert "class Scaled(TokenReducer)" in (folder / "adavtp_code/reducers_custom.py").read_text()
 
 
 def test_a_model_that_peft_adapted_by_itself_trains(base: Path, tmp_path: Path) -> None:

@@ -268,9 +268,13 @@ def test_what_two_processes_save_is_the_folder_that_one_saves(folder: Path, laun
     """The same files: weights, configuration, processor, and the code that `trust_remote_code` runs."""
     alone, together = folder / "alone" / "mask", folder / launcher / "mask"
     written = ("process_", "log.json")
-    names = {path.name for path in alone.iterdir() if not path.name.startswith(written)}
-    assert names == {path.name for path in together.iterdir() if not path.name.startswith(written)}
-    assert {"modeling_adavtp.py", "processing_adavtp.py", "configuration_adavtp.py"} <= names
+    names, of_two = (
+        {path.relative_to(each).as_posix() for path in each.rglob("*") if not path.name.startswith(written)}
+        for each in (alone, together)
+    )
+    assert names == of_two
+    code = ("modeling_adavtp.py", "processing_adavtp.py", "configuration_adavtp.py")
+    assert {f"adavtp_code/{name}" for name in code} <= names
     for name in sorted(names):
         if name.endswith((".py", ".json", ".jinja")) and name != "training_log.json":
             assert (together / name).read_text() == (alone / name).read_text(), name

@@ -14,7 +14,7 @@ import torch
 from adavtp import AdaVTPForConditionalGeneration
 from adavtp.modeling.reducers.base import REDUCERS, ScoringReducer
 from layered_reader import LayeredReader, as_conversation
-from tiny_models import NUM_PATCHES, alone, targets, tiny_batch, tiny_model, tiny_text_config
+from tiny_models import NUM_PATCHES, WITH_WEIGHTS, alone, targets, tiny_batch, tiny_model, tiny_text_config
 
 NUM_LAYERS = 4
 DECODER_STAGE = sorted(name for name, reducer in REDUCERS.items() if reducer.stage == "decoder")
@@ -25,7 +25,11 @@ Model = AdaVTPForConditionalGeneration
 
 
 def own_model(**fields: Any) -> Model:
-    return as_conversation(tiny_model(text_config=tiny_text_config(num_layers=NUM_LAYERS), **fields))
+    return as_conversation(
+        tiny_model(
+            text_config=tiny_text_config(num_layers=NUM_LAYERS), **({"trained_reducers": WITH_WEIGHTS} | fields)
+        )
+    )
 
 
 @cache
@@ -204,7 +208,8 @@ def test_aim_is_taken_apart() -> None:
     model = model_of()
     steps = model.model.steps("aim")
     assert [(step.name, step.reducer.stage) for step in steps] == [("aim", "vision"), ("aim", "decoder")]
-    assert list(model.model.reducers["aim"].parts) == [step.reducer for step in steps]
+    assert [type(step.reducer).__name__ for step in steps] == ["AimMerge", "AimPrune"]
+    assert steps[0].divides is not None and steps[1].divides is None
 
 
 @torch.no_grad()

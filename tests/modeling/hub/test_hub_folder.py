@@ -23,11 +23,11 @@ from transformers import (
 )
 
 from adavtp import AdaVTPConfig, AdaVTPForConditionalGeneration, AdaVTPModel, AdaVTPProcessor
-from adavtp.modeling.hub.saving import code_files
+from adavtp.modeling.hub.saving import CODE_FOLDER, flat_name
 from adavtp.tasks.digit_processor import build_digit_processor
 from adavtp.tasks.digit_scenes import draw_scene
 from load_without_package import answers, piped
-from repository import FIXTURES
+from repository import FIXTURES, ROOT
 from tiny_models import tiny_config, tiny_model
 
 MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors"}
@@ -97,7 +97,7 @@ def _image(folder: Path) -> Image.Image:
 
 
 def _python_files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.glob("*.py")}
+    return {path.name: path.read_bytes() for path in (folder / CODE_FOLDER).iterdir()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,11 +105,10 @@ def _python_files(folder: Path) -> dict[str, bytes]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_has_weights_processor_and_code_and_no_pickle(folder: Path) -> None:
+def test_a_folder_opens_on_weights_configuration_processor_and_one_folder_of_code(folder: Path) -> None:
     names = {path.name for path in folder.iterdir()}
-    assert names >= MODEL_FILES | PROCESSOR_FILES
-    assert not [name for name in names if Path(name).suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
-    assert names - MODEL_FILES - PROCESSOR_FILES - {"image.png"} == set(_python_files(folder))
+    assert names == MODEL_FILES | PROCESSOR_FILES | {CODE_FOLDER, "image.png"}
+    assert {Path(name).suffix for name in _python_files(folder)} == {".py"}
 
 
 def test_the_configuration_names_a_class_in_the_folder_for_every_auto_class(folder: Path) -> None:
@@ -117,6 +116,7 @@ def test_the_configuration_names_a_class_in_the_folder_for_every_auto_class(fold
     assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor"}
     for reference in auto_map.values():
         module, name = reference.split(".")
+        assert module.startswith(f"{CODE_FOLDER}/")
         assert f"class {name}(" in (folder / f"{module}.py").read_text()
 
 
@@ -133,17 +133,15 @@ def test_every_import_in_the_folder_is_flat_or_of_torch_transformers_or_the_stan
 
 def test_a_processor_saved_alone_carries_its_own_code(tmp_path: Path, processor: AdaVTPProcessor) -> None:
     processor.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} >= PROCESSOR_FILES | {"processing_adavtp.py", "budget_adavtp.py"}
-    assert not (tmp_path / "modeling_adavtp.py").exists()
+    assert {path.name for path in tmp_path.iterdir()} == PROCESSOR_FILES | {CODE_FOLDER}
+    assert {"processing_adavtp.py", "budget_token_budget.py"} <= set(_python_files(tmp_path))
+    assert "modeling_adavtp.py" not in _python_files(tmp_path)
 
 
-def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "same_adavtp.py").write_text("")
-    (tmp_path / "a" / "entry.py").write_text("from .same_adavtp import x\nfrom ..b.same_adavtp import y\n")
-    with pytest.raises(ValueError, match="same_adavtp.py in a flat folder"):
-        code_files(tmp_path / "a" / "entry.py")
+def test_no_two_files_that_travel_have_one_name() -> None:
+    files = [path for room in ("modeling", "configuration") for path in (ROOT / room).rglob("*.py")]
+    names = [flat_name(path) for path in files if path.name != "__init__.py"]
+    assert len(set(names)) == len(names)
 
 
 def test_a_class_made_on_the_spot_saves_the_code_of_the_class_it_is_made_from(tmp_path: Path) -> None:
@@ -152,14 +150,14 @@ def test_a_class_made_on_the_spot_saves_the_code_of_the_class_it_is_made_from(tm
     model.__class__ = type("FSDPModel", (type(model),), {"__module__": "torch.distributed.fsdp"})
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoModel"] == (
-        "modeling_adavtp.AdaVTPForConditionalGeneration"
+        f"{CODE_FOLDER}/modeling_adavtp.AdaVTPForConditionalGeneration"
     )
-    assert (tmp_path / "modeling_adavtp.py").exists()
+    assert "modeling_adavtp.py" in _python_files(tmp_path)
 
 
 def test_only_the_main_process_writes_code(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path, is_main_process=False)
-    assert not list(tmp_path.glob("*.py"))
+    assert not list(tmp_path.rglob("*.py"))
 
 
 @pytest.mark.parametrize("part", ["model", "processor"])
@@ -173,9 +171,9 @@ def test_an_upload_while_saving_has_the_code(
     monkeypatch.setattr(HfApi, "create_commit", lambda self, operations, **kwargs: uploaded.extend(operations))
     thing = processor if part == "processor" else tiny_model()
     thing.save_pretrained(tmp_path / "tiny", push_to_hub=True, repo_id="someone/tiny")
-    names = {operation.path_in_repo for operation in uploaded}
-    assert names == {path.name for path in (tmp_path / "tiny").iterdir()}
-    assert "budget_adavtp.py" in names
+    saved = {path.relative_to(tmp_path / "tiny") for path in (tmp_path / "tiny").rglob("*") if path.is_file()}
+    assert {operation.path_in_repo for operation in uploaded} == {path.as_posix() for path in saved}
+    assert Path(CODE_FOLDER, "budget_token_budget.py") in saved
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -274,7 +272,10 @@ def test_a_model_without_a_head_round_trips(tmp_path: Path) -> None:
     model = AdaVTPModel(tiny_config())
     model.save_pretrained(tmp_path)
     loaded = AdaVTPModel.from_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoModel"] == "modeling_adavtp.AdaVTPModel"
+    assert (
+        json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoModel"]
+        == f"{CODE_FOLDER}/modeling_adavtp.AdaVTPModel"
+    )
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
 
 

@@ -7,6 +7,7 @@ marked by labels, so that they are no part of the question and nothing is droppe
 import math
 import random
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from tiny_models import (
     IMAGE_TOKEN_ID,
     NUM_PATCHES,
     PAD_TOKEN_ID,
+    WITH_WEIGHTS,
     alone,
     padded_on_the_right,
     targets,
@@ -54,7 +56,8 @@ Batch = dict[str, torch.Tensor]
 
 
 def own_model(**fields: Any) -> Model:
-    return as_conversation(tiny_model(**({"text_config": tiny_text_config(num_layers=NUM_LAYERS)} | fields)))
+    defaults = {"text_config": tiny_text_config(num_layers=NUM_LAYERS), "trained_reducers": WITH_WEIGHTS}
+    return as_conversation(tiny_model(**(defaults | fields)))
 
 
 @cache
@@ -637,8 +640,8 @@ def test_saving_and_loading_keeps_reducers_parameters_and_weights(reducers: str,
 
 
 @torch.no_grad()
-def test_weights_of_a_reducer_asked_for_in_a_call_are_saved_too(tmp_path: Path) -> None:
-    model = own_model(reducer="fastv")
+def test_weights_beside_the_stack_are_saved_too(tmp_path: Path) -> None:
+    model = own_model(reducer="fastv", trained_reducers=["dynamicvit"])
     batch = tiny_batch(model.config, (1, 1))
     expected = model(**batch, token_budget=0.6, reducer="dynamicvit").logits
     model.save_pretrained(tmp_path)
@@ -647,3 +650,56 @@ def test_weights_of_a_reducer_asked_for_in_a_call_are_saved_too(tmp_path: Path) 
     assert not report["unexpected_keys"]
     assert loaded.config.reducers == ["fastv"]
     assert torch.equal(loaded(**batch, token_budget=0.6, reducer="dynamicvit").logits, expected)
+
+
+@pytest.fixture(scope="module")
+def saved_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    own_model(reducer={"name": "token_fusion", "order": "official"}, trained_reducers=["resampler"]).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@torch.no_grad()
+def test_asking_for_any_reducer_changes_nothing_that_is_saved(saved_folder: Path, tmp_path: Path) -> None:
+    model = AdaVTPForConditionalGeneration.from_pretrained(saved_folder)
+    batch = tiny_batch(model.config, (1, 1))
+    answers = answers_of(model, batch, token_budget=0.6)
+    modules, state = dict(model.named_modules()), torch.get_rng_state()
+    asked = [*NAMES, {"name": "resampler", "num_heads": 2}, {"name": "token_fusion", "order": "spatial"}]
+    for reducer in asked:
+        if reducer == "dynamicvit":
+            for ask in (model.generate, model, model.select_tokens):
+                with pytest.raises(ValueError, match=r"model\.set_reducer\('dynamicvit'\)"):
+                    ask(**batch, token_budget=0.6, reducer=reducer)
+            continue
+        generate(model, batch, token_budget=0.6, reducer=reducer)
+        model(**batch, token_budget=0.6, reducer=reducer)
+        model.select_tokens(**batch, token_budget=0.6, reducer=reducer)
+    with pytest.raises(ValueError, match="made for the parameters"):
+        model(**batch, token_budget=0.6, reducer={"name": "resampler", "num_layers": 3})
+    assert torch.equal(torch.get_rng_state(), state)
+    assert dict(model.named_modules()) == modules
+    assert answers_of(model, batch, token_budget=0.6) == answers
+    model.save_pretrained(tmp_path / "again")
+    assert content_of(tmp_path / "again") == content_of(saved_folder)
+
+
+@torch.no_grad()
+def test_calls_in_several_threads_have_their_own_parameters() -> None:
+    model, batch = model_of(), tiny_batch(model_of().config, (1, 1))
+    asked = [{"name": "fastv", "layer": 1}, {"name": "fastv", "layer": 3}, {"name": "resampler", "num_heads": 2}]
+    expected = [model(**batch, token_budget=0.8, reducer=reducer).logits for reducer in asked]
+
+    def answer(number: int) -> bool:
+        which = number % len(asked)
+        with torch.no_grad():
+            return torch.equal(model(**batch, token_budget=0.8, reducer=asked[which]).logits, expected[which])
+
+    with ThreadPoolExecutor(3) as threads:
+        assert all(threads.map(answer, range(60)))

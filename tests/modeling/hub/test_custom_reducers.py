@@ -29,8 +29,8 @@ from adavtp import (
     register_reducer,
 )
 from adavtp.hub_cards.export import export_checkpoint
-from adavtp.modeling.hub import custom_reducer_classes as own_reducers_adavtp
-from adavtp.modeling.hub.custom_reducers import own_reducers_source
+from adavtp.modeling.hub.custom_reducers import custom_reducers_source
+from adavtp.modeling.reducers import custom
 from adavtp.modeling.reducers.base import REDUCERS
 from adavtp.tasks.digit_scenes import draw_scene
 from load_without_package import answers
@@ -39,7 +39,7 @@ from tiny_conversations import conversation_rows, digit_model, digit_processor
 from tiny_models import tiny_batch, tiny_model
 
 README = ROOT / "README.md"
-OWN = "own_reducers_adavtp.py"
+CUSTOM = "adavtp_code/reducers_custom.py"
 
 MINE = """
     from adavtp import ScoringReducer, register_reducer
@@ -86,7 +86,7 @@ def _run(file: Path, *arguments: Any, cwd: Path) -> str:
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "HF_MODULES_CACHE": str(cwd / "modules"),
-        "PYTHONPATH": str(FIXTURES),
+        "PYTHONPATH": os.pathsep.join([str(FIXTURES), os.environ.get("PYTHONPATH", "")]),
     }
     child = subprocess.run(
         [sys.executable, file, *arguments],
@@ -133,7 +133,7 @@ def _loads(folder: Path, **kwargs: Any) -> AdaVTPForConditionalGeneration:
 # What stands before the block in the README: a checkpoint and an image.
 BEFORE = """
 from tiny_conversations import digit_model, digit_processor
-from adavtp.trainer.digit_scenes import draw_scene
+from adavtp.tasks.digit_scenes import draw_scene
 
 print("the script runs")
 checkpoint, image, processor = "checkpoint", draw_scene("test", 0).image, digit_processor()
@@ -182,9 +182,9 @@ def test_the_readme_s_reducer_has_under_20_lines() -> None:
 
 
 def test_the_readme_s_reducer_leaves_its_script_in_a_file_of_its_own(script_folder: Path) -> None:
-    text = (script_folder / OWN).read_text()
+    text = (script_folder / CUSTOM).read_text()
     assert "class OutlierReducer(TokenReducer):" in text
-    assert "from .reducers_adavtp import TokenReducer, register_reducer" in text
+    assert "from .reducers_base import TokenReducer, register_reducer" in text
     assert "digit_model" not in text and "print" not in text
 
 
@@ -201,7 +201,7 @@ def test_the_readme_s_reducer_works_where_neither_package_nor_script_is(
 
 
 def test_saving_again_without_the_package_writes_the_same_file(script_folder: Path, elsewhere: dict[str, Any]) -> None:
-    assert (elsewhere["folder"] / OWN).read_text() == (script_folder / OWN).read_text()
+    assert (elsewhere["folder"] / CUSTOM).read_text() == (script_folder / CUSTOM).read_text()
 
 
 def test_trained_weights_of_the_readme_s_reducer_are_loaded(script_folder: Path) -> None:
@@ -282,7 +282,7 @@ def test_a_reducer_may_say_what_its_configuration_is(tmp_path: Path, make: Calla
 
 @pytest.mark.parametrize("trust", [False, None])
 def test_a_folder_that_is_not_trusted_runs_no_code_and_says_what_to_do(trust: bool | None, mine_folder: Path) -> None:
-    with (mine_folder / OWN).open("a") as file:
+    with (mine_folder / CUSTOM).open("a") as file:
         file.write("raise RuntimeError('this code ran')\n")
     with pytest.raises(ValueError, match="names the reducer.s. 'mine'.*trust_remote_code=True.*or import the module"):
         AutoModel.from_pretrained(mine_folder, trust_remote_code=trust)
@@ -300,7 +300,7 @@ def test_a_registered_reducer_needs_no_trust(mine_folder: Path) -> None:
 
 
 def test_a_folder_without_the_file_says_what_to_do(mine_folder: Path) -> None:
-    (mine_folder / OWN).unlink()
+    (mine_folder / CUSTOM).unlink()
     with pytest.raises(ValueError, match="names the reducer.s. 'mine'.*import the module that registers them"):
         _loads(mine_folder)
 
@@ -347,7 +347,7 @@ def test_two_folders_that_bring_one_name_keep_each_its_own(tmp_path: Path, make:
     again = _loads(tmp_path / "model")
     assert _selected(first) == _selected(again) != _selected(second)
     second.save_pretrained(tmp_path / "again")
-    assert (tmp_path / "again" / OWN).read_text() == (tmp_path / "model-" / OWN).read_text()
+    assert (tmp_path / "again" / CUSTOM).read_text() == (tmp_path / "model-" / CUSTOM).read_text()
 
 
 def test_a_reducer_whose_weights_stay_in_the_checkpoint_goes_with_it(
@@ -369,7 +369,7 @@ def test_a_reducer_whose_weights_stay_in_the_checkpoint_goes_with_it(
 def test_an_export_brings_the_reducer_along(mine_folder: Path, tmp_path: Path) -> None:
     digit_processor().save_pretrained(mine_folder)
     folder = export_checkpoint(mine_folder, tmp_path / "exported")
-    assert (folder / OWN).read_text() == (mine_folder / OWN).read_text()
+    assert (folder / CUSTOM).read_text() == (mine_folder / CUSTOM).read_text()
 
 
 def test_a_class_made_on_the_spot_saves_the_class_it_is_made_from(
@@ -386,14 +386,14 @@ def test_a_class_made_on_the_spot_saves_the_class_it_is_made_from(
 
 def test_without_a_reducer_of_the_user_the_file_is_the_package_s(tmp_path: Path) -> None:
     tiny_model(reducer="random").save_pretrained(tmp_path)
-    assert (tmp_path / OWN).read_text() == Path(own_reducers_adavtp.__file__).read_text()
+    assert (tmp_path / CUSTOM).read_text() == Path(custom.__file__).read_text()
 
 
 def test_a_model_that_has_left_its_reducer_leaves_its_code(mine_folder: Path, tmp_path: Path) -> None:
     model = _loads(mine_folder)
     model.set_reducer("grid")
     model.save_pretrained(tmp_path / "again")
-    assert "Mine" not in (tmp_path / "again" / OWN).read_text()
+    assert "Mine" not in (tmp_path / "again" / CUSTOM).read_text()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -419,7 +419,7 @@ SOURCES = {
             import math
             import torch.nn.functional
             from typing import TYPE_CHECKING
-            from adavtp.modeling import reducers_adavtp as reducers
+            from adavtp.modeling.reducers import base as reducers
 
             if TYPE_CHECKING:
                 import nothing_of_that_name
@@ -498,7 +498,7 @@ SOURCES = {
     "a class of a published method": {
         "mine": """
             from adavtp import register_reducer
-            from adavtp.modeling.divprune_adavtp import DivPruneReducer
+            from adavtp.modeling.reducers.divprune import DivPruneReducer
 
             @register_reducer("mine")
             class Mine(DivPruneReducer):
@@ -523,8 +523,8 @@ def test_what_a_class_uses_goes_along_and_works_without_its_module(
     loaded = _loads(tmp_path / "model")
     assert _selected(loaded) == selected != _selected(tiny_model(reducer="grid"))
     loaded.save_pretrained(tmp_path / "again")
-    assert (tmp_path / "again" / OWN).read_text() == (tmp_path / "model" / OWN).read_text()
-    text = (tmp_path / "model" / OWN).read_text()
+    assert (tmp_path / "again" / CUSTOM).read_text() == (tmp_path / "model" / CUSTOM).read_text()
+    text = (tmp_path / "model" / CUSTOM).read_text()
     assert "raise_on_import" not in text and "__main__" not in text
 
 
@@ -557,12 +557,12 @@ if __name__ == "__main__":
 def test_values_of_a_script_go_along_as_they_are_when_it_saves(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     _run_as_main(tmp_path / "script.py", "-0.25", tmp_path / "model")
-    text = (tmp_path / "model" / OWN).read_text()
+    text = (tmp_path / "model" / CUSTOM).read_text()
     assert "SHARE = -0.25\n" in text and "LONG = [1, 2,\n        3]\n" in text and "sys" not in text
     model = _loads(tmp_path / "model")
     assert _selected(model) != _selected(tiny_model(reducer="grid"))
     model.save_pretrained(tmp_path / "again")
-    assert (tmp_path / "again" / OWN).read_text() == text
+    assert (tmp_path / "again" / CUSTOM).read_text() == text
 
 
 # A notebook is a main module without a file, whose cells IPython compiles under names that `linecache` knows.
@@ -592,7 +592,7 @@ def test_classes_of_a_notebook_s_cells_go_along_in_their_last_form(tmp_path: Pat
     (tmp_path / "cells.json").write_text(json.dumps(cells))
     (tmp_path / "notebook.py").write_text(NOTEBOOK)
     _run_as_main(tmp_path / "notebook.py", tmp_path / "cells.json")
-    text = (tmp_path / "model" / OWN).read_text()
+    text = (tmp_path / "model" / CUSTOM).read_text()
     assert text.count("class Mine") == 1 and "return helper(features)\n" in text and "def helper" in text
     assert _loads(tmp_path / "model").config.reducer == "mine"
 
@@ -636,7 +636,7 @@ def test_a_class_without_source_is_an_error_that_names_it() -> None:
     names: dict[str, Any] = {"__name__": "nowhere"}
     exec(textwrap.dedent(MINE), names)
     with pytest.raises(ValueError, match="Reducer 'mine'.*the source of Mine in 'nowhere' is not available"):
-        own_reducers_source({"mine": names["Mine"]})
+        custom_reducers_source({"mine": names["Mine"]})
 
 
 def test_a_class_inside_a_function_is_an_error_that_names_it() -> None:
@@ -644,13 +644,13 @@ def test_a_class_inside_a_function_is_an_error_that_names_it() -> None:
         pass
 
     with pytest.raises(ValueError, match="Mine is defined inside a function"):
-        own_reducers_source({"mine": Mine})
+        custom_reducers_source({"mine": Mine})
 
 
 def test_a_published_reducer_s_name_is_not_taken_over(make: Callable[..., ModuleType]) -> None:
     module = make(mine=MINE.replace('"mine"', '"random"').replace("class Mine", "class RandomReducer"))
     with pytest.raises(ValueError, match="AdaVTP has a reducer of that class name"):
-        own_reducers_source({"random": module.RandomReducer})
+        custom_reducers_source({"random": module.RandomReducer})
 
 
 def test_one_name_with_two_meanings_is_an_error_that_names_it(make: Callable[..., ModuleType]) -> None:
@@ -659,4 +659,4 @@ def test_one_name_with_two_meanings_is_an_error_that_names_it(make: Callable[...
     make(theirs=MINE.replace("[..., 0]", "[..., 0] * scale()").replace("ine", "y") + scores.format(2))
     theirs = importlib.import_module("theirs")
     with pytest.raises(ValueError, match="'scale' means both theirs.scale and mine.scale; rename one"):
-        own_reducers_source({"mine": first.Mine, "my": theirs.My})
+        custom_reducers_source({"mine": first.Mine, "my": theirs.My})

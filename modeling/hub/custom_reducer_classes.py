@@ -1,3 +1,0 @@
-"""Reducers of this checkpoint that do not come with AdaVTP, by name. Saving a model writes this file."""
-
-OWN_REDUCERS = {}
