@@ -1,8 +1,7 @@
 """What the layers of a cache hold, where it is not the same in all, and what new columns may attend to there."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import pad
@@ -11,6 +10,13 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 # Room for so many generated columns is made at a time.
 _BLOCK = 256
+
+
+class LayerAttention(NamedTuple):
+    """How a layer's attention is computed, and how many columns a row sees, its own included; `None` for all."""
+
+    implementation: str
+    window: int | None
 
 
 @dataclass
@@ -58,7 +64,7 @@ class CachedColumns:
         self,
         config: PreTrainedConfig,
         number: int,
-        kind: str,
+        attention: LayerAttention,
         num_columns: int,
         cache: Cache | None,
         new: torch.Tensor,
@@ -69,14 +75,13 @@ class CachedColumns:
         Args:
             config: the text model's.
             number: of the layer.
-            kind: of its attention, see [`layer_types`].
+            attention: of the layer.
             num_columns: that the layer sees, new ones included.
             cache: what holds the others.
             new: `[batch, n, hidden_size]`, hidden states of the new ones.
         """
-        num_new, implementation = new.shape[1], config._attn_implementation
+        num_new, (implementation, window) = new.shape[1], attention
         num_keys, first_key = (num_columns, 0) if cache is None else cache.get_mask_sizes(num_new, number)
-        window = config.sliding_window if kind == "sliding_attention" else None
         takes_none = implementation in ("eager", "sdpa")
         if num_new == 1 and takes_none and (window is None or num_columns - first_key <= window):
             # All keys are in sight but padding, and the room that a static cache has left.
@@ -112,6 +117,23 @@ class CachedLayers:
 
     columns: list[CachedColumns]
     of_layer: list[int]
+
+    @classmethod
+    def all_alike(
+        cls,
+        num_cached: int,
+        attention_mask: torch.Tensor | None,
+        batch_size: int,
+        num_layers: int,
+        device: torch.device,
+    ) -> "CachedLayers":
+        """Layers that hold the same `num_cached` columns; the first of a mask say which of them are padding."""
+        is_real, has_padding = torch.ones(batch_size, num_cached, dtype=torch.bool, device=device), False
+        if attention_mask is not None and num_cached:
+            is_real = attention_mask[:, :num_cached].to(device, torch.bool)
+            has_padding = not bool(is_real.all())
+        none_dropped = torch.zeros(batch_size, dtype=torch.long, device=device)
+        return cls([CachedColumns(is_real, num_cached, has_padding, none_dropped)], [0] * num_layers)
 
     def note_changes(self, num_cached: int, num_new: int, attention_mask: torch.Tensor | None, batch_size: int) -> int:
         """
@@ -150,18 +172,18 @@ class CachedLayers:
     def masks(self, config: PreTrainedConfig, num_behind: int, cache: Cache, new: torch.Tensor) -> dict[int, Any]:
         """The mask of each layer by its number, with `num_behind` columns behind those that are known."""
         made, masks = {}, {}
-        for number, (place, kind) in enumerate(zip(self.of_layer, layer_types(config), strict=True)):
-            if (place, kind) not in made:
-                held = self.columns[place]
-                made[place, kind] = held.mask(config, number, kind, held.num_known + num_behind, cache, new)
-            masks[number] = made[place, kind]
+        for number, key in enumerate(zip(self.of_layer, layer_attentions(config), strict=True)):
+            if key not in made:
+                held, attention = self.columns[key[0]], key[1]
+                made[key] = held.mask(config, number, attention, held.num_known + num_behind, cache, new)
+            masks[number] = made[key]
         return masks
 
 
-def layer_types(config: PreTrainedConfig) -> Sequence[str]:
-    """`"full_attention"` or `"sliding_attention"` for each layer of a text model."""
+def layer_attentions(config: PreTrainedConfig) -> list[LayerAttention]:
+    """Of every layer of a text model."""
+    implementation, window = config._attn_implementation, getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None)
-    if types:
-        return types
-    is_full = getattr(config, "sliding_window", None) is None
-    return ["full_attention" if is_full else "sliding_attention"] * config.num_hidden_layers
+    if not types:
+        return [LayerAttention(implementation, window)] * config.num_hidden_layers
+    return [LayerAttention(implementation, window if kind == "sliding_attention" else None) for kind in types]

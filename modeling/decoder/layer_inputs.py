@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import Cache, PreTrainedModel
 
-from .cached_columns import CachedLayers, layer_types
+from .cached_columns import CachedLayers, layer_attentions
 
 
 @dataclass
@@ -95,7 +95,7 @@ class PromptInputs:
     ) -> None:
         self.language_model, self.past, self.num_behind, self.cache = language_model, past, num_behind, cache
         self.prompt_positions, self.compact = position_ids, compact
-        self.kinds = layer_types(language_model.config)
+        self.attentions = layer_attentions(language_model.config)
         self.cached, self.prompt_rank = CachedLayers([], []), None
 
     def enter(self, index: torch.Tensor, has_padding: bool) -> None:
@@ -119,7 +119,7 @@ class PromptInputs:
 
     def of_layer(self, number: int, hidden_states: torch.Tensor) -> LayerInputs:
         """The inputs of a layer; layers ask in their order, and each once."""
-        before, kind = self.past.of_layer[number], self.kinds[number]
+        before, attention = self.past.of_layer[number], self.attentions[number]
         if before not in self._shared:
             self._shared[before] = len(self.cached.columns), *self._positions(before, hidden_states)
             held = self.past.columns[before]
@@ -128,12 +128,12 @@ class PromptInputs:
             self.cached.columns.append(held)
         place, position_ids, tables = self._shared[before]
         self.cached.of_layer.append(place)
-        if (place, kind) not in self._shared:
+        if (place, attention) not in self._shared:
             held = self.cached.columns[place]
-            self._shared[place, kind] = held.mask(
-                self.language_model.config, number, kind, held.num_known, self.cache, hidden_states
+            self._shared[place, attention] = held.mask(
+                self.language_model.config, number, attention, held.num_known, self.cache, hidden_states
             )
-        return LayerInputs(self._shared[place, kind], position_ids, tables)
+        return LayerInputs(self._shared[place, attention], position_ids, tables)
 
     def _positions(self, before: int, hidden_states: torch.Tensor) -> tuple[torch.Tensor, Any]:
         position_ids = self.position_ids

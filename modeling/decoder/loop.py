@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.output_capturing import capture_outputs
 
-from .cached_columns import CachedColumns, CachedLayers
+from .cached_columns import CachedLayers
 from .layer_inputs import AnswerInputs, LayerInputs, PromptInputs
 from .policy import Decision, DecoderPolicy
 from .pruned_cache import pruned_cache
@@ -124,42 +124,20 @@ def run_decoder(
     Raises:
         ValueError: if the text model is of another kind, or the mask is not two-dimensional.
     """
+    _check(language_model, attention_mask, policy)
     config = language_model.config
-    if config.model_type not in RUNNABLE:
-        name = "this cache" if policy is None else repr(policy.name)
-        raise ValueError(
-            f"{name} drops tokens inside the decoder, and this model's decoder is of the kind {config.model_type!r}; "
-            f"that works with {', '.join(RUNNABLE)}. Use a reducer that acts before the decoder."
-        )
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() != 2:
-        raise ValueError(
-            f"`attention_mask` has shape {tuple(attention_mask.shape)}; where tokens leave inside the decoder it has "
-            "to be [batch, sequence]. Use a reducer that acts before the decoder."
-        )
     if use_cache is None:
         checkpoints = language_model.training and getattr(language_model, "gradient_checkpointing", False)
         use_cache = config.use_cache and not checkpoints
     if use_cache and past_key_values is None:
         past_key_values = DynamicCache(config=config)
-    batch_size, num_new = inputs_embeds.shape[:2]
-    is_prepared = isinstance(attention_mask, dict)
-    num_cached = 0 if past_key_values is None or is_prepared else int(past_key_values.get_seq_length())
-    if position_ids is None:
-        position_ids = torch.arange(num_new, device=inputs_embeds.device)[None] + num_cached
-    cached, columns = pruned_cache(past_key_values).layers, None
     if policy is None:
-        masks = attention_mask
-        if not is_prepared:
-            num_behind = cached.note_changes(num_cached, num_new, attention_mask, batch_size)
-            masks = cached.masks(config, num_behind, past_key_values, inputs_embeds)
-        inputs = AnswerInputs(language_model, inputs_embeds, masks, position_ids, cached, compact)
+        columns = None
+        inputs = _answer_inputs(language_model, inputs_embeds, attention_mask, position_ids, past_key_values, compact)
     else:
-        is_real = None if attention_mask is None else attention_mask[:, -num_new:]
-        columns = PromptColumns.of_prompt(is_real, inputs_embeds, config.num_hidden_layers)
-        past, num_behind = _before_prompt(cached, num_cached, attention_mask, columns.index, config.num_hidden_layers)
-        position_ids = position_ids.expand(batch_size, -1)
-        inputs = PromptInputs(language_model, past, num_behind, position_ids, past_key_values, compact)
-        inputs.enter(columns.index, columns.has_padding)
+        columns, inputs = _prompt_inputs(
+            language_model, inputs_embeds, attention_mask, position_ids, past_key_values, compact
+        )
     hidden_states, given, below = inputs_embeds, None, None
     for number, layer in enumerate(language_model.layers[: config.num_hidden_layers]):
         if policy is not None and number in policy.layers:
@@ -189,24 +167,69 @@ def run_decoder(
     )
 
 
-def _before_prompt(
-    cached: CachedLayers | None,
-    num_cached: int,
+def _check(language_model: PreTrainedModel, attention_mask: Any, policy: DecoderPolicy | None) -> None:
+    if policy is not None and (kind := language_model.config.model_type) not in RUNNABLE:
+        raise ValueError(
+            f"{policy.name!r} drops tokens inside the decoder, which works with decoders of the kinds "
+            f"{', '.join(RUNNABLE)}, and this one is {kind!r}. Use a reducer that acts before the decoder."
+        )
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() != 2:
+        raise ValueError(
+            f"`attention_mask` has shape {tuple(attention_mask.shape)}; where tokens leave inside the decoder it has "
+            "to be [batch, sequence]. Use a reducer that acts before the decoder."
+        )
+
+
+def _answer_inputs(
+    language_model: PreTrainedModel,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | dict[int, Any] | None,
+    position_ids: torch.Tensor | None,
+    cache: Cache,
+    compact: bool,
+) -> AnswerInputs:
+    """Inputs for columns that all layers get. See [`run_decoder`]."""
+    cached, masks = pruned_cache(cache).layers, attention_mask
+    if not isinstance(masks, dict):
+        batch_size, num_new = inputs_embeds.shape[:2]
+        num_cached = int(cache.get_seq_length())
+        num_behind = cached.note_changes(num_cached, num_new, attention_mask, batch_size)
+        masks = cached.masks(language_model.config, num_behind, cache, inputs_embeds)
+        if position_ids is None:
+            position_ids = _positions_behind(num_cached, inputs_embeds)
+    return AnswerInputs(language_model, inputs_embeds, masks, position_ids, cached, compact)
+
+
+def _prompt_inputs(
+    language_model: PreTrainedModel,
+    inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    index: torch.Tensor,
-    num_layers: int,
-) -> tuple[CachedLayers, int]:
-    """What layers hold before the prompt whose columns are in `index`, and how many columns behind those known."""
-    batch_size, num_new = index.shape
-    mask = None if attention_mask is None else attention_mask[:, :-num_new]
-    if cached is not None:
-        return cached, cached.note_changes(num_cached, 0, mask, batch_size)
-    is_real = torch.ones(batch_size, num_cached, dtype=torch.bool, device=index.device)
-    if mask is not None and num_cached:
-        is_real = mask[:, :num_cached].to(index.device, torch.bool)
-    has_padding = mask is not None and num_cached > 0 and not bool(is_real.all())
-    none_dropped = torch.zeros(batch_size, dtype=torch.long, device=index.device)
-    return CachedLayers([CachedColumns(is_real, num_cached, has_padding, none_dropped)], [0] * num_layers), 0
+    position_ids: torch.Tensor | None,
+    cache: Cache | None,
+    compact: bool,
+) -> tuple[PromptColumns, PromptInputs]:
+    """The columns of a prompt of which some are to leave, and inputs for them. See [`run_decoder`]."""
+    batch_size, num_new, device = *inputs_embeds.shape[:2], inputs_embeds.device
+    num_cached, num_layers = 0 if cache is None else int(cache.get_seq_length()), len(language_model.layers)
+    past_mask = is_real = None
+    if attention_mask is not None:
+        past_mask, is_real = attention_mask[:, :-num_new], attention_mask[:, -num_new:]
+    columns = PromptColumns.of_prompt(is_real, inputs_embeds, num_layers)
+    past, num_behind = pruned_cache(cache).layers if num_cached else None, 0
+    if past is None:
+        past = CachedLayers.all_alike(num_cached, past_mask, batch_size, num_layers, device)
+    else:
+        num_behind = past.note_changes(num_cached, 0, past_mask, batch_size)
+    if position_ids is None:
+        position_ids = _positions_behind(num_cached, inputs_embeds)
+    inputs = PromptInputs(language_model, past, num_behind, position_ids.expand(batch_size, -1), cache, compact)
+    inputs.enter(columns.index, columns.has_padding)
+    return columns, inputs
+
+
+def _positions_behind(num_cached: int, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    """Positions `[1, columns]` of columns behind so many others."""
+    return torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + num_cached
 
 
 def _view(
