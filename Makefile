@@ -24,12 +24,12 @@ lint: .venv/.installed-with-tests
 clean:
 	rm -rf .venv build *.egg-info hub_cards/*/adavtp_code
 
-# The stamps are newer than the two files that say what is installed, or the installation runs again.
-.venv/.installed: setup.cfg constraints.txt pyproject.toml | .venv/bin/python
+# The stamps are newer than the files that say what is installed, or the installation runs again.
+.venv/.installed: setup.cfg setup.py constraints.txt pyproject.toml | .venv/bin/python
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
-.venv/.installed-with-tests: setup.cfg constraints.txt pyproject.toml | .venv/bin/python
+.venv/.installed-with-tests: setup.cfg setup.py constraints.txt pyproject.toml | .venv/bin/python
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt --no-deps lmms-eval
 	touch $@ .venv/.installed

@@ -11,7 +11,7 @@ import re
 import resource
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -213,7 +213,7 @@ def _embeddings(llava: LlavaSource) -> torch.Tensor:
     """The source's input embeddings, `[vocab_size, hidden_size]`."""
     for path, layout in llava.files:
         with open_tensors(path) as tensors:
-            for name in tensors.names():
+            for name in tensors.names:
                 if target_name(name, layout) == EMBEDDINGS:
                     return tensors.tensor(name).clone()
     raise ValueError(f"The source has no tensor for `{EMBEDDINGS}`; a LLaVA checkpoint has its input embeddings.")
@@ -233,7 +233,7 @@ def _plan(llava: LlavaSource, model: AdaVTPForConditionalGeneration) -> tuple[li
     for path, layout in llava.files:
         shard = Shard(path, layout, {})
         with open_tensors(path) as tensors:
-            for name in sorted(tensors.names()):
+            for name in sorted(tensors.names):
                 target = target_name(name, layout)
                 if isinstance(target, str) and target in tied:
                     target = _dropped_as_tied(tensors, name, llava)
@@ -257,7 +257,7 @@ def _check_place(
     name: str,
     target: str,
     path: Path,
-    shape: torch.Size,
+    shape: Sequence[int],
     places: dict[str, torch.Size],
     filled: dict[str, str],
     llava: LlavaSource,

@@ -8,10 +8,10 @@ nothing before somebody asks for it, and a file no more than the tensors that ar
 import json
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
@@ -36,45 +36,20 @@ _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "chat_templates
 _SHOWN = 5
 
 
-class OpenTensors(Protocol):
-    """An open weight file."""
+@dataclass
+class OpenTensors:
+    """
+    An open weight file.
 
-    def names(self) -> list[str]:
-        """The names of its tensors."""
+    Attributes:
+        names: of its tensors.
+        shape: the shape of a tensor by name, which is not read.
+        tensor: a tensor by name, on the CPU.
+    """
 
-    def shape(self, name: str) -> torch.Size:
-        """The shape of a tensor, which is not read."""
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """A tensor, on the CPU."""
-
-
-class _Safetensors:
-    def __init__(self, file: safe_open) -> None:
-        self.file = file
-
-    def names(self) -> list[str]:
-        return list(self.file.keys())
-
-    def shape(self, name: str) -> torch.Size:
-        return torch.Size(self.file.get_slice(name).get_shape())
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return self.file.get_tensor(name)
-
-
-class _Pickle:
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self.tensors = tensors
-
-    def names(self) -> list[str]:
-        return list(self.tensors)
-
-    def shape(self, name: str) -> torch.Size:
-        return self.tensors[name].shape
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return self.tensors[name]
+    names: list[str]
+    shape: Callable[[str], Sequence[int]]
+    tensor: Callable[[str], torch.Tensor]
 
 
 @contextmanager
@@ -94,7 +69,7 @@ def open_tensors(path: Path) -> Iterator[OpenTensors]:
         except SafetensorError as error:
             raise OSError(f"{str(path)!r} is not a whole safetensors file ({error}); download it again.") from error
         with file:
-            yield _Safetensors(file)
+            yield OpenTensors(list(file.keys()), lambda name: file.get_slice(name).get_shape(), file.get_tensor)
         return
     try:
         # Pickles from before torch 1.6 are no zip files, and can only be read whole.
@@ -103,7 +78,7 @@ def open_tensors(path: Path) -> Iterator[OpenTensors]:
         raise OSError(f"{str(path)!r} cannot be read as a pickle of tensors: {error}") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise OSError(f"{str(path)!r} holds a {type(tensors).__name__}; expected are tensors by name.")
-    yield _Pickle(tensors)
+    yield OpenTensors(list(tensors), lambda name: tensors[name].shape, tensors.__getitem__)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -134,7 +109,7 @@ def _indexed_files(index: Path) -> list[Path]:
         raise OSError(f"{str(index)!r} lists files that are not beside it: {', '.join(absent[:_SHOWN])}.")
     for path in files:
         with open_tensors(path) as tensors:
-            lost = sorted({name for name, file in place.items() if file == path.name} - set(tensors.names()))
+            lost = sorted({name for name, file in place.items() if file == path.name} - set(tensors.names))
         if lost:
             raise OSError(f"{str(path)!r} lacks tensors that the index says it has: {', '.join(lost[:_SHOWN])}.")
     return files

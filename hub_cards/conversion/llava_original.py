@@ -185,7 +185,7 @@ def _generation(folder: Path, fields: dict[str, Any]) -> dict[str, Any]:
 def _has_tower(files: Iterable[Path]) -> bool:
     for path in files:
         with open_tensors(path) as tensors:
-            targets = [target_name(name, "original") for name in tensors.names()]
+            targets = [target_name(name, "original") for name in tensors.names]
         if any(isinstance(target, str) and target.startswith(TOWER) for target in targets):
             return True
     return False
