@@ -252,6 +252,9 @@ class AdaVTPGenerationMixin(GenerationMixin):
         past_length = 0 if cache is None else int(cache.get_seq_length())
         earlier = pruned_cache(cache).prompt if past_length else None
         if pixel_values is None and earlier is None:
+            if past_length == 0 and input_ids.shape[1] > 0:
+                # A placeholder without an image is refused.
+                self.model.units_of(input_ids, 0)
             return model_kwargs, PrunedCache()
         if model_kwargs.get("inputs_embeds") is not None:
             raise ValueError(
