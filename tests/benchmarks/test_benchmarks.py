@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import decoding
 import gumbel_top_k
 import interleaved
 import overhead
@@ -46,6 +47,22 @@ def test_gumbel_top_k(tmp_path: Path) -> None:
         for part in ("forward", "forward_backward"):
             assert set(row[part]["speed_up"]) == SPREAD
             assert set(row[part]["seconds"]) == {"at_once", "one_by_one"}
+
+
+def test_decoding(tmp_path: Path) -> None:
+    file = tmp_path / "decoding.json"
+    arguments = "--sizes tiny --reducers vtw fastv --new-tokens 3 --repeats 1 --warmup 0"
+    decoding.main([*arguments.split(), "--json", str(file)])
+    result = json.loads(file.read_text())
+    assert set(result) == CIRCUMSTANCES | {"sizes"}
+    assert {"fastv", "pyramiddrop", "sparsevlm", "aim", "depth", "vtw"} <= set(decoding.decoder_stage_reducers())
+    batches = result["sizes"]["tiny"]["tokens_per_second"]
+    assert set(batches) == set(result["settings"]["batches"]) == {"one prompt", "ragged batch"}
+    for rows in batches.values():
+        assert [row["reducer"] for row in rows] == ["full", "vtw", "fastv"]
+        full = rows[0]["tokens_per_second"]
+        for row in rows:
+            assert row["tokens_per_second_ratio"] == pytest.approx(row["tokens_per_second"] / full)
 
 
 def test_callables_take_turns() -> None:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import AutoConfig, DynamicCache, StaticCache
 
 from adavtp import AdaVTPForConditionalGeneration, register_reducer
 from adavtp.modeling.decoder.reducer import DecoderReducer
@@ -296,6 +296,30 @@ def test_prompt_lookup_takes_its_candidates_back_from_every_layer(text: str, pos
         assert widths[NUM_NEW_TOKENS] == num_new + 3, "there were no candidates"
 
 
+@pytest.mark.parametrize("num_images", [0, 1], ids=["text", "another image"])
+@pytest.mark.parametrize("positions", ["original", "compact"])
+def test_padding_behind_an_answer_that_ended_early_stays_hidden(positions: str, num_images: int) -> None:
+    model = model_of("llama", positions)
+    images, budgets = (num_images,) * 2, [7, 9]
+    batch = tiny_batch(model.config, (1, 1), (6, 9))
+    outputs = generate(model, batch, token_budget=[6, 10], return_dict_in_generate=True)
+    later = tiny_batch(model.config, images, (4, 6), seed=1)
+    mask = torch.cat([batch["attention_mask"], torch.ones(2, NUM_NEW_TOKENS).long(), later["attention_mask"]], dim=1)
+    num_answered = 2
+    mask[0, batch["input_ids"].shape[1] + num_answered :][: NUM_NEW_TOKENS - num_answered] = 0
+    inputs = later | {
+        "input_ids": torch.cat([outputs.sequences, later["input_ids"]], dim=1),
+        "attention_mask": mask,
+        "past_key_values": outputs.past_key_values,
+    }
+    answers = generate(model, inputs, token_budget=budgets)[:, inputs["input_ids"].shape[1] :].tolist()
+    for row, reader in enumerate(readers(model, batch, (1, 1), [6, 10])):
+        answer = outputs.sequences[row, -NUM_NEW_TOKENS:].tolist()
+        reader.read(answer[: num_answered if row == 0 else NUM_NEW_TOKENS])
+        show(reader, alone(later, row, images), budgets[row])
+        assert answers[row] == reader.greedy(NUM_NEW_TOKENS)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("positions", ["original", "compact"])
 def test_the_cache_of_a_forward_can_be_continued_by_hand(positions: str) -> None:
@@ -401,6 +425,20 @@ def test_hidden_states_and_attentions_have_each_layer_s_length() -> None:
     lengths = [6 + count for count in known_counts(NUM_PATCHES, 6)]
     assert [weights.shape[-2:] for weights in output.attentions] == [(length, length) for length in lengths]
     assert [states.shape[1] for states in output.hidden_states] == [lengths[0], *lengths]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["granite", "phi", "olmo2", "stablelm", "glm", "gemma3_text"])
+def test_a_decoder_that_the_loop_would_run_wrongly_is_refused_by_name(kind: str) -> None:
+    fields = tiny_text_config("llama", NUM_LAYERS).to_dict()
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names = (*sizes, "num_key_value_heads", "head_dim")
+    text_config = AutoConfig.for_model(kind, **{name: fields[name] for name in names}, pad_token_id=0)
+    model = tiny_model(text_config=text_config, reducer="known_choice")
+    batch = tiny_batch(model.config, (1,), (6,))
+    assert model(**batch, token_budget=1.0).logits.isfinite().all()
+    with pytest.raises(ValueError, match=f"'known_choice' drops .* llama, mistral, qwen2, qwen3, and .* '{kind}'"):
+        model(**batch, token_budget=6)
 
 
 def test_a_mask_of_four_dimensions_is_refused() -> None:
