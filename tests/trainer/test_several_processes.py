@@ -20,6 +20,7 @@ from adavtp.trainer.whole_checkpoints import FILE_LIST, require_whole
 from forked_processes import Forks
 from repository import FIXTURES
 from tiny_conversations import conversation_rows, digit_model, digit_processor
+from tiny_trainers import EVERY_PART, differing, weights_in, weights_of
 from training_process import rows_with_text_on_one_process
 
 SCRIPT = FIXTURES / "training_process.py"
