@@ -1,86 +1,17 @@
-"""A report of runs: sections of sentences and tables, which a Markdown file and a page both show.
-
-Every number comes from [`report_numbers`], and every sentence about methods from [`findings`]; what is written here is
-only how they are laid out and how they are to be read.
-"""
+"""The tables of a report: from numbers to cells."""
 
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .report_blocks import Block, Cell, Command, Curves, Listing, Section, Table
-from .report_findings import Finding, findings, findings_over_checkpoints, listed
-from .report_numbers import CONTROLS, FULL, is_control
+from ..reducer_table import is_control
+from ..settings import FULL
+from .blocks import Cell, Table
 
-CURVES = "curves"
 NOTHING = "–"
 
 
-def report_sections(numbers: dict[str, Any]) -> list[Section]:
-    """
-    A report's sections.
-
-    Args:
-        numbers: from [`report_numbers`].
-    """
-    description = "Score against counted FLOPs and against the budget, with 95% intervals"
-    sections = [Section("Curves", 2, [Curves(description)])]
-    for checkpoint in numbers["checkpoints"]:
-        sections += checkpoint_sections(checkpoint)
-    for over in numbers["over_checkpoints"]:
-        own = compared_checkpoints(numbers, over)
-        sections += over_checkpoints_sections(over, own)
-    return [
-        *sections,
-        Section("How to read it", 2, [Listing([Finding(text) for text in conventions(numbers)])]),
-        _what_was_run(numbers),
-    ]
-
-
-def compared_checkpoints(numbers: dict[str, Any], over: dict[str, Any]) -> list[dict[str, Any]]:
-    """The checkpoints that one of `over_checkpoints` is over: those of its data and metric."""
-    key = over["data_hash"], over["metric"]
-    return [one for one in numbers["checkpoints"] if (one["data_hash"], one["metric"]) == key]
-
-
-def checkpoint_sections(checkpoint: dict[str, Any]) -> list[Section]:
-    """
-    The sections about one checkpoint on one set of examples.
-
-    Args:
-        checkpoint: one of `checkpoints` of [`report_numbers`].
-    """
-    title = f"{checkpoint['checkpoint']} on {checkpoint['data']}"
-    sections = [
-        Section(title, 2, [_in_short(checkpoint)]),
-        Section("What the tables say", 3, [Listing(findings(checkpoint))]),
-        Section("Scores", 3, [*_everything_kept(checkpoint), _score_table(checkpoint)]),
-        Section("Score and cost", 3, [_cost_table(checkpoint)]),
-        Section("What else the metric says", 3, _figure_tables(checkpoint)),
-        Section("Measured", 3, _measured_tables(checkpoint)),
-        Section("Area under the score-FLOPs curve", 3, _area_blocks(checkpoint)),
-    ]
-    if checkpoint["against"] is not None:
-        sections.append(Section(f"Beside {checkpoint['against']}", 3, _difference_blocks(checkpoint, "against")))
-    sections += [
-        Section("Beside the best control", 3, _difference_blocks(checkpoint, "control")),
-        Section("Beside everything kept", 3, _difference_blocks(checkpoint, "full")),
-        Section("Categories", 3, _category_tables(checkpoint), folded=True),
-        Section("Whether budgets were kept", 3, _adherence_blocks(checkpoint)),
-        Section("What could not be measured", 3, _unreachable_blocks(checkpoint)),
-    ]
-    return [section for section in sections if section.blocks]
-
-
-def _in_short(checkpoint: dict[str, Any]) -> str:
-    return (
-        f"{checkpoint['num_examples']:,} examples, scored by {checkpoint['metric']}; {checkpoint['num_patches']} "
-        f"visual tokens an image, {checkpoint['num_layers']} decoder layers; checkpoint "
-        f"`{checkpoint['checkpoint_hash'][:16]}`, data `{checkpoint['data_hash'][:16]}`."
-    )
-
-
-def _everything_kept(checkpoint: dict[str, Any]) -> list[str]:
+def everything_kept(checkpoint: dict[str, Any]) -> list[str]:
     rows = [row for row in checkpoint["settings"] if row["reducer"] == FULL]
     return [
         f"Everything kept (K = {row['num_keep']}): {_score_cell(row, checkpoint).text}, at "
@@ -125,7 +56,7 @@ def _name(reducer: str) -> Cell:
     return Cell(f"`{reducer}`" + (" (control)" if is_control(reducer) else ""))
 
 
-def _score_table(checkpoint: dict[str, Any]) -> Table:
+def score_table(checkpoint: dict[str, Any]) -> Table:
     interval = "Wilson" if checkpoint["is_binary"] else "bootstrap"
     caption = f"{_unit(checkpoint)}, with the 95% interval ({interval}) of each single cell"
     return _by_budget(checkpoint, caption, lambda row: _score_cell(row, checkpoint), with_stage=True)
@@ -155,7 +86,7 @@ def _difference_cell(one: dict[str, Any] | None, checkpoint: dict[str, Any]) -> 
     return Cell(f"{text}{star} ({ends})", one["difference"])
 
 
-def _difference_blocks(checkpoint: dict[str, Any], name: str) -> list[str | Table]:
+def difference_blocks(checkpoint: dict[str, Any], name: str) -> list[str | Table]:
     """Differences to `"against"`, to the best `"control"` or to `"full"`."""
     number = sum(name in row for row in checkpoint["settings"])
     if number == 0:
@@ -176,7 +107,7 @@ def _difference_blocks(checkpoint: dict[str, Any], name: str) -> list[str | Tabl
     return [text, _by_budget(checkpoint, caption, lambda row: _difference_cell(row.get(name), checkpoint))]
 
 
-def _adherence_blocks(checkpoint: dict[str, Any]) -> list[str | Table]:
+def adherence_blocks(checkpoint: dict[str, Any]) -> list[str | Table]:
     rows = checkpoint["settings"]
     worst = max(rows, key=lambda row: row["off_by_most"])
     text = (
@@ -198,7 +129,7 @@ def _adherence_blocks(checkpoint: dict[str, Any]) -> list[str | Table]:
 # Tables with a row for each setting.
 
 
-def _cost_table(checkpoint: dict[str, Any]) -> Table:
+def cost_table(checkpoint: dict[str, Any]) -> Table:
     unit, divisor = unit_of([row["flops"] for row in checkpoint["settings"]], "FLOPs")
     full = [row["flops"] for row in checkpoint["settings"] if row["reducer"] == FULL]
     share = ["of full, %"] if full else []
@@ -211,7 +142,7 @@ def _cost_table(checkpoint: dict[str, Any]) -> Table:
             Cell(f"{row['visual_tokens']:.1f}", row["visual_tokens"]),
             Cell(f"{row['flops'] / divisor:.3f}", row["flops"]),
             *[Cell(f"{100 * row['flops'] / flops:.1f}", row["flops"] / flops) for flops in full],
-            Cell(f"{row['milliseconds']:.1f}", row["milliseconds"]),
+            Cell(NOTHING if row["milliseconds"] is None else f"{row['milliseconds']:.1f}", row["milliseconds"]),
         ]
         for row in checkpoint["settings"]
     ]
@@ -219,7 +150,7 @@ def _cost_table(checkpoint: dict[str, Any]) -> Table:
     return Table(caption, columns, rows)
 
 
-def _measured_tables(checkpoint: dict[str, Any]) -> list[str | Table]:
+def measured_tables(checkpoint: dict[str, Any]) -> list[str | Table]:
     """One table for each device and batch size that something was measured on."""
     rows = checkpoint["measurements"]
     places = dict.fromkeys((row["device"], row["batch_size"]) for row in rows)
@@ -277,7 +208,7 @@ def _with_unit(value: float, unit: str) -> str:
 # Areas, categories, and what is missing.
 
 
-def _area_blocks(checkpoint: dict[str, Any]) -> list[str | Table]:
+def area_blocks(checkpoint: dict[str, Any]) -> list[str | Table]:
     blocks = []
     for area in checkpoint["areas"]:
         unit, divisor = unit_of([area["high_flops"]], "FLOPs")
@@ -313,7 +244,7 @@ def _turned(pair: dict[str, Any]) -> dict[str, Any]:
     return pair | {"difference": -pair["difference"], "low": -pair["high"], "high": -pair["low"]}
 
 
-def _category_tables(checkpoint: dict[str, Any]) -> list[Table]:
+def category_tables(checkpoint: dict[str, Any]) -> list[Table]:
     budgets = _reduced_budgets(checkpoint) if checkpoint["categories"] else []
     return [_category_table(checkpoint, budget) for budget in budgets]
 
@@ -336,7 +267,7 @@ def _category_table(checkpoint: dict[str, Any], budget: dict[str, Any]) -> Table
     return Table(caption, ["reducer", *sizes], cells)
 
 
-def _figure_tables(checkpoint: dict[str, Any]) -> list[str | Table]:
+def figure_tables(checkpoint: dict[str, Any]) -> list[str | Table]:
     """F1 beside POPE's accuracy, MME's score, and whatever else a metric has besides the mean of its scores."""
     rows = [row for row in checkpoint["figures"] if "figures" in row]
     blocks: list[str | Table] = []
@@ -358,7 +289,7 @@ def _figure_tables(checkpoint: dict[str, Any]) -> list[str | Table]:
     return blocks
 
 
-def _unreachable_blocks(checkpoint: dict[str, Any]) -> list[str | Table]:
+def unreachable_blocks(checkpoint: dict[str, Any]) -> list[str | Table]:
     budgets: dict[tuple[str, str], list[float]] = {}
     for row in checkpoint["unreachable"]:
         budgets.setdefault((row["reducer"], row["reason"]), []).append(row["budget"])
@@ -371,22 +302,12 @@ def _unreachable_blocks(checkpoint: dict[str, Any]) -> list[str | Table]:
     return [Table("Settings that were asked for and could not be run", ["reducer", "budgets", "why"], rows)]
 
 
-# Several checkpoints, and how it all is to be read.
+# Tables over several checkpoints.
 
 
-def over_checkpoints_sections(over: dict[str, Any], checkpoints: Sequence[dict[str, Any]]) -> list[Section]:
-    """
-    The sections about what several checkpoints measured on the same examples.
-
-    Args:
-        over: one of `over_checkpoints` of [`report_numbers`].
-        checkpoints: those that it is over.
-    """
-    first, number = checkpoints[0], len(checkpoints)
-    names = ", ".join(f"`{one['checkpoint']}`" for one in over["checkpoints"])
-    text = f"{number} checkpoints on {over['data']}: {names}. Mean over them, lowest and highest in brackets: " + (
-        "a spread, not an interval; so few checkpoints give none."
-    )
+def spread_tables(over: dict[str, Any], first: dict[str, Any]) -> list[Table]:
+    """Mean over checkpoints, with the lowest and the highest."""
+    number = len(over["checkpoints"])
     cells = {(row["reducer"], row["num_keep"]): row for row in over["settings"]}
     budgets = dict.fromkeys(row["num_keep"] for row in sorted(over["settings"], key=lambda row: row["num_keep"]))
     reducers = dict.fromkeys(row["reducer"] for row in over["settings"])
@@ -401,20 +322,10 @@ def over_checkpoints_sections(over: dict[str, Any], checkpoints: Sequence[dict[s
         tables.append(
             Table("Area under the score-FLOPs curve, each over its checkpoint's range", ["reducer", "area"], rows)
         )
-    lines = findings_over_checkpoints(over, checkpoints)
-    missing = over["not_in_all"]
-    return [
-        Section(f"Over checkpoints: {over['data']}", 2, [text]),
-        *([Section("What they agree on", 3, [Listing(lines)])] if lines else []),
-        Section(
-            "Mean and spread", 3, [*([f"{missing} settings were not measured for all."] if missing else []), *tables]
-        ),
-        Section("Whether the order of methods agrees", 3, [_agreement_table(over)]),
-        Section(f"Beside {first['checkpoint']}", 3, _beside_first_blocks(over, first)),
-    ]
+    return tables
 
 
-def _beside_first_blocks(over: dict[str, Any], first: dict[str, Any]) -> list[str | Table]:
+def beside_first_blocks(over: dict[str, Any], first: dict[str, Any]) -> list[str | Table]:
     """For each other checkpoint its difference to the first, in the same settings on the same examples."""
     text = (
         "Every other checkpoint minus this one, in the same setting on the same examples. **Bold** and \\* as above. "
@@ -440,7 +351,7 @@ def _spread_cell(row: dict[str, Any] | None, checkpoint: dict[str, Any]) -> Cell
     return Cell(f"{_scaled(row['mean'], checkpoint)} ({ends})", row["mean"])
 
 
-def _agreement_table(over: dict[str, Any]) -> Table:
+def agreement_table(over: dict[str, Any]) -> Table:
     rows = [(f"K = {row['num_keep']}", row["num_reducers"], row["tau"]) for row in over["agreement"]]
     rows.append(("area", len(over["areas"]), over["area_agreement"]["tau"]))
     cells = []
@@ -450,88 +361,3 @@ def _agreement_table(over: dict[str, Any]) -> Table:
         cells.append([Cell(name), Cell(str(number), number), Cell(text, min(known, default=None))])
     caption = "Kendall's tau-b of the scores of the same methods, for every two checkpoints: 1 is the same order"
     return Table(caption, ["by", "methods", "tau"], cells)
-
-
-def conventions(numbers: dict[str, Any]) -> list[str]:
-    """How the numbers are to be read."""
-    return [
-        "A budget is the mean number of visual tokens of an image that a decoder layer sees in prefill; K is that "
-        "number, the fraction that was asked for times the number of tokens, rounded down.",
-        "FLOPs are counted from the shapes that each example really had, 1 multiply-accumulate = 2 FLOPs: vision "
-        "tower, reducer, projector, prefill, and the decoding steps of its own answer.",
-        "Intervals are 95% and of single cells: with so many cells, one in twenty misses by chance. Scores of 0 and 1 "
-        "have Wilson's, all others the percentiles of a bootstrap.",
-        f"Differences are on the same examples, with intervals by paired bootstrap over examples "
-        f"({numbers['num_draws']:,} draws, seed {numbers['seed']}), the same draws for all settings.",
-        "Holm's correction goes over all differences of a kind within a checkpoint; its p-values are of the exact "
-        "sign test (McNemar's) where every difference is of one size, as with right and wrong, else of the paired t "
-        "test.",
-        "Examples are drawn as if they were independent. Where several are about the same picture they are not, and "
-        "the intervals are too narrow.",
-        f"The controls, {listed(CONTROLS)}, look at nothing. The best of them is picked after the fact, at each K, "
-        "which favours the controls.",
-        "The area under the score-FLOPs curve goes straight from point to point in the mean FLOPs of a setting, which "
-        "are counted and taken as known; divided by the range it is a mean score. With everything kept all reducers "
-        "are the same, so `full`, where it was measured, is on every curve.",
-        "Not told apart does not mean equal.",
-    ]
-
-
-def _what_was_run(numbers: dict[str, Any]) -> Section:
-    blocks: list[Any] = []
-    for checkpoint in numbers["checkpoints"]:
-        for run in checkpoint["runs"]:
-            versions = ", ".join(f"{name} {version}" for name, version in (run["versions"] or {}).items())
-            blocks.append(Command(run["command"]))
-            lines = [
-                f"{checkpoint['num_examples']:,} examples of {checkpoint['data']}, hash `{checkpoint['data_hash']}`",
-                f"checkpoint `{checkpoint['checkpoint']}`, hash `{checkpoint['checkpoint_hash']}`",
-                f"{versions}; {run['machine']}"
-                + (f"; {run['seconds'] / 60:.1f} minutes, interrupted sessions not counted" if run["seconds"] else ""),
-            ]
-            if run["model_seconds"] and run["evaluation_seconds"] is not None:
-                share = 100 * run["evaluation_seconds"] / run["model_seconds"]
-                lines.append(
-                    f"answering took {share:.1f}% more time than `generate` alone; loading the model and reading the "
-                    "data are not in it"
-                )
-            blocks.append(Listing([Finding(text) for text in lines]))
-    blocks.append("This report:")
-    blocks.append(Command(numbers["command"]))
-    return Section("What was run", 2, blocks)
-
-
-def report_markdown(numbers: dict[str, Any]) -> str:
-    """
-    The report as Markdown; its curves are in `curves.png` beside it.
-
-    Args:
-        numbers: from [`report_numbers`].
-    """
-    parts = [f"# {numbers['title']}"]
-    for section in report_sections(numbers):
-        parts.append(f"{'#' * section.level} {section.title}")
-        parts += [_as_markdown(block) for block in section.blocks]
-    return "\n\n".join(parts) + "\n"
-
-
-def _as_markdown(block: Block) -> str:
-    match block:
-        case Table():
-            head = [block.columns, ["---", *["---:"] * (len(block.columns) - 1)]]
-            # A bar inside a cell would end it.
-            body = [[cell.text.replace("|", "\\|") for cell in row] for row in block.rows]
-            lines = [f"| {' | '.join(cells)} |" for cells in [*head, *body]]
-            return "\n".join([f"{block.caption}:", "", *lines])
-        case Listing():
-            return "\n".join(line for item in block.items for line in _list_item(item))
-        case Command():
-            return f"```\n{block.text}\n```"
-        case Curves():
-            return f"![{block.description}]({CURVES}.png)"
-        case _:
-            return block
-
-
-def _list_item(item: Finding) -> list[str]:
-    return [f"- {item.text}", *(f"  - {detail}" for detail in item.details)]

@@ -1,11 +1,13 @@
-"""The curves of a report: score against counted FLOPs, and against the number of tokens kept, with 95% intervals.
+"""Curves: score against counted FLOPs, and against the number of tokens kept, with 95% intervals.
+
+Reports, model cards and the demo draw with these. Where FLOPs are not known there is the second panel alone.
 
 What looks at nothing is drawn in dashed grey in every panel, so that no method is seen without it. A few methods share
 one panel; many are spread over panels by the stage at which they act. A method is known by colour and marker together,
 in colours that colour-blind readers can tell apart (Okabe and Ito).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .report import unit_of
-from .report_numbers import CONTROLS, FULL, is_control
+from ..metric_modules import SCORED_TOGETHER
+from ..reducer_table import CONTROLLER, CONTROLS, is_control
+from ..settings import FULL
+from .tables import unit_of
 
 ONE_PANEL = 8
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#8C6D31")
@@ -37,38 +41,70 @@ STYLE = {
 }
 
 
-def save_curves(numbers: dict[str, Any], folder: Path) -> None:
-    """
-    Writes `curves.png` and `curves.svg`.
-
-    Args:
-        numbers: from [`report_numbers`]. Every checkpoint has two rows of panels.
-        folder: that exists.
-    """
-    with mpl.rc_context(STYLE):
-        figure = _figure(numbers["checkpoints"])
-        figure.savefig(folder / "curves.png", dpi=160)
-        figure.savefig(folder / "curves.svg", transparent=True, metadata=dict.fromkeys(_SVG_METADATA))
-
-
 _SVG_METADATA = ("Creator", "Date", "Format", "Type")
 
 
-def _figure(checkpoints: Sequence[dict[str, Any]]) -> Figure:
+def save_curves(checkpoints: Sequence[dict[str, Any]], *paths: Path) -> None:
+    """
+    Writes the curves; the same numbers give the same files.
+
+    Args:
+        checkpoints: of [`report_numbers`], or from [`curves_of_evaluation`]. Each has a row of panels, or two.
+        paths: of the pictures, PNG or SVG.
+    """
+    with mpl.rc_context(STYLE):
+        figure = curves_figure(checkpoints)
+        for path in paths:
+            if path.suffix == ".svg":
+                figure.savefig(path, transparent=True, metadata=dict.fromkeys(_SVG_METADATA))
+            else:
+                figure.savefig(path, dpi=160)
+
+
+def curves_of_evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    What `evaluation.json` says, in the form of a report's checkpoint as far as curves need it.
+
+    Args:
+        evaluation: see [`evaluation_record`]; also those of older files, which have no FLOPs, or no `"full"`.
+    """
+    names = {"score": "accuracy", "low": "accuracy_low", "high": "accuracy_high"}
+    settings = [dict(row) | {name: row[own] for name, own in names.items()} for row in evaluation["rows"]]
+    reducers = list(dict.fromkeys(row["reducer"] for row in settings))
+    return {
+        "metric": evaluation.get("metric", "accuracy"),
+        "is_share": evaluation.get("metric") not in SCORED_TOGETHER,
+        "reducers": reducers,
+        "stages": dict.fromkeys(reducers, ""),
+        "against": CONTROLLER if CONTROLLER in reducers else None,
+        "num_patches": max(row["num_keep"] for row in settings),
+        "settings": settings,
+    }
+
+
+def curves_figure(checkpoints: Sequence[dict[str, Any]]) -> Figure:
+    """
+    The curves as a figure.
+
+    Args:
+        checkpoints: see [`save_curves`].
+    """
+    counted = all(row.get("flops") is not None for one in checkpoints for row in one["settings"])
+    costs = ["flops", "num_keep"] if counted else ["num_keep"]
     panels = _panels(checkpoints)
     few = len(panels) == 1
-    num_rows, num_columns = (len(checkpoints), 2) if few else (2 * len(checkpoints), len(panels))
+    rows, columns = (1, len(costs)) if few else (len(costs), len(panels))
     width, height = (5.2, 4.0) if few else (3.5, 3.1)
-    figure = Figure(figsize=(width * num_columns, height * num_rows + (0.9 if few else 2.0)), layout="constrained")
-    axes = figure.subplots(num_rows, num_columns, squeeze=False, sharey="row")
+    size = (width * columns, height * rows * len(checkpoints) + (0.9 if few else 2.0))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows * len(checkpoints), columns, squeeze=False, sharey="row")
     for number, checkpoint in enumerate(checkpoints):
-        own = axes[[number]] if few else axes[2 * number : 2 * number + 2]
-        places = [(own[0][0], own[0][1])] if few else list(zip(*own, strict=True))
-        for (by_flops, by_tokens), (stage, methods) in zip(places, panels.items(), strict=True):
-            _draw(by_flops, checkpoint, methods, "flops")
-            _draw(by_tokens, checkpoint, methods, "num_keep")
+        own = axes[rows * number : rows * (number + 1)]
+        for place, (stage, methods) in enumerate(panels.items()):
+            for axis, cost in zip(own[0] if few else own[:, place], costs, strict=True):
+                _draw(axis, checkpoint, methods, cost)
             if stage:
-                by_flops.set_title(f"stage: {stage}", fontsize=10)
+                own[0][place].set_title(f"stage: {stage}", fontsize=10)
         about = f"{checkpoint['checkpoint']}\n{checkpoint['data']}\n" if len(checkpoints) > 1 else ""
         unit = checkpoint["metric"].replace("_", " ") + (", %" if checkpoint["is_share"] else "")
         for axis in own[:, 0]:
@@ -103,9 +139,7 @@ def _panels(checkpoints: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
 
 def _draw(axis: Axes, checkpoint: dict[str, Any], methods: Sequence[str], cost: str) -> None:
     """One panel: its methods, and what every panel shows."""
-    unit, divisor = unit_of([row["flops"] for row in checkpoint["settings"]], "FLOPs")
-    if cost == "num_keep":
-        divisor = 1.0
+    unit, divisor = unit_of([row[cost] for row in checkpoint["settings"]], "FLOPs") if cost == "flops" else ("", 1.0)
     for name in filter(is_control, checkpoint["reducers"]):
         style = {"color": CONTROL_COLOUR, "linestyle": "--", "linewidth": 1.1, "markersize": 6, "zorder": 1.5}
         marker = CONTROL_MARKERS[name.partition(":")[0]]

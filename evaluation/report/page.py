@@ -14,11 +14,12 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from .report import report_sections
-from .report_blocks import Command, Curves, Listing, Table
-from .report_numbers import Answered, Measured
+from ..runs import Answer
+from .blocks import Command, Curves, Listing, Table
+from .joined import Measured
+from .sections import report_sections
 
-TEMPLATE = "report_page.html.jinja"
+TEMPLATE = "page.html.jinja"
 
 # Wider tables are folded.
 _MOST_COLUMNS = 10
@@ -26,13 +27,13 @@ _MOST_COLUMNS = 10
 _PIXELS_PER_POINT = 1.25
 
 
-def report_page(numbers: dict[str, Any], measured: Sequence[Measured], curves: str) -> str:
+def report_page(numbers: dict[str, Any], viewed: Sequence[dict[str, Any]], curves: str) -> str:
     """
     The page (HTML).
 
     Args:
         numbers: from [`report_numbers`].
-        measured: what they were made from, with the pictures of the first examples.
+        viewed: of each checkpoint the first examples, see [`viewed_examples`].
         curves: the curves as SVG.
     """
     environment = Environment(
@@ -44,7 +45,6 @@ def report_page(numbers: dict[str, Any], measured: Sequence[Measured], curves: s
     )
     environment.filters["inline"] = _inline
     environment.tests |= {"table": _is(Table), "listing": _is(Listing), "command": _is(Command), "curves": _is(Curves)}
-    viewed = [_viewed(one, about) for one, about in zip(measured, numbers["checkpoints"], strict=True)]
     return environment.get_template(TEMPLATE).render(
         title=numbers["title"],
         sections=report_sections(numbers),
@@ -74,16 +74,16 @@ def _as_element(svg: str) -> str:
     return f'{start} style="min-width: {_PIXELS_PER_POINT * points:.0f}px">{rest}'
 
 
-def _viewed(measured: Measured, about: dict[str, Any]) -> dict[str, Any]:
-    """The examples of one checkpoint that have pictures, with every setting's answer and what it kept."""
-    kept, pictures = {}, {}
-    for run in measured.runs:
-        kept |= {(reducer, budget, index): seen for (index, reducer, budget), seen in run.kept().items()}
-        for index, _, _ in run.kept():
-            if run.picture(index).is_file():
-                pictures.setdefault(index, run.picture(index))
-    shown = {index for _, _, index in kept}
+def viewed_examples(measured: Measured, about: dict[str, Any]) -> dict[str, Any]:
+    """
+    The examples of one checkpoint that have pictures, with every setting's answer and what it kept.
+
+    Args:
+        measured: the answers.
+        about: the same as numbers, one of `checkpoints` of [`report_numbers`].
+    """
     settings = list(measured.settings.values())
+    columns = list(zip(*(setting.answers for setting in settings), strict=True))
     return {
         "name": f"{about['checkpoint']} on {about['data']}",
         "num_layers": about["num_layers"],
@@ -93,32 +93,37 @@ def _viewed(measured: Measured, about: dict[str, Any]) -> dict[str, Any]:
         "budgets": [budget["num_keep"] for budget in about["budgets"]],
         "examples": [
             {
-                "id": str(example["id"]),
-                "question": example["question"],
-                "answers": example["answers"],
-                "category": example["category"],
-                "picture": _as_data(pictures[example["index"]]) if example["index"] in pictures else None,
-                "answered": [_answered(setting, place, example["index"], kept, about) for setting in settings],
+                "id": str(answers[0].id),
+                "question": answers[0].question,
+                "answers": answers[0].answers,
+                "category": answers[0].category,
+                "picture": _picture(measured, answers[0].index),
+                "answered": [_answered(answer, about) for answer in answers],
             }
-            for place, example in enumerate(measured.examples)
-            if example["index"] in shown
+            for answers in columns
+            if any(answer.layers_seen for answer in answers)
         ],
     }
 
 
-def _answered(setting: Answered, place: int, index: int, kept: dict[Any, list[int]], about: dict[str, Any]) -> Any:
+def _answered(answer: Answer, about: dict[str, Any]) -> dict[str, Any]:
     """One cell of the viewer: what was answered, and the layers that saw each patch, one byte each."""
-    seen = next((seen for budget in setting.asked if (seen := kept.get((setting.reducer, budget, index)))), None)
+    seen = answer.layers_seen or []
     # Several images, or patches that are no square, are not drawn.
-    drawn = seen is not None and len(seen) == about["num_patches"] == round(len(seen) ** 0.5) ** 2
+    is_drawn = len(seen) == about["num_patches"] == round(len(seen) ** 0.5) ** 2
     return {
-        "reducer": setting.reducer,
-        "num_keep": setting.num_keep,
-        "prediction": setting.predictions[place],
-        "score": float(setting.scores[place]),
-        "tokens": float(setting.visual_tokens[place]),
-        "layers": base64.b64encode(np.asarray(seen, dtype=np.uint8).tobytes()).decode() if drawn else None,
+        "reducer": answer.reducer,
+        "num_keep": answer.num_keep,
+        "prediction": answer.prediction,
+        "score": answer.score,
+        "tokens": answer.visual_tokens,
+        "layers": base64.b64encode(np.asarray(seen, dtype=np.uint8).tobytes()).decode() if is_drawn else None,
     }
+
+
+def _picture(measured: Measured, index: int) -> str | None:
+    paths = (run.picture(index) for run in measured.runs)
+    return next((_as_data(path) for path in paths if path.is_file()), None)
 
 
 def _as_data(path: Path) -> str:

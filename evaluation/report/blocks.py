@@ -5,8 +5,6 @@ How each of them is written is said where a report is: as Markdown and as a page
 
 from dataclasses import dataclass, field
 
-from .report_findings import Finding
-
 
 @dataclass(frozen=True)
 class Cell:
@@ -32,9 +30,9 @@ class Table:
 
 @dataclass(frozen=True)
 class Listing:
-    """Sentences, one below the other, each with what belongs below it."""
+    """Sentences, one below the other."""
 
-    items: list[Finding]
+    items: list[str]
 
 
 @dataclass(frozen=True)

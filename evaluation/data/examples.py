@@ -1,7 +1,7 @@
 """Questions with pictures and right answers.
 
 An example is what an evaluation asks. Here they come from rows in the conversational form of Hugging Face, where the
-last turn of the assistant is the right answer; `benchmark_formats.py` reads the files of the usual benchmarks. Which
+last turn of the assistant is the right answer; `benchmarks.py` reads the files of the usual benchmarks. Which
 data a run was made of is known by a hash of all of it, so that answers to different questions never meet in one table.
 """
 

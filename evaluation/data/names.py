@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import DatasetDict, load_dataset, load_from_disk
 
-from .benchmark_formats import BENCHMARKS, read_benchmark
+from .benchmarks import BENCHMARKS, read_benchmark
 from .examples import ConversationExamples, EvaluationData
 
 DEFAULT_SPLIT = "test"
