@@ -19,7 +19,7 @@ from ..modeling.hub.saving import save_code
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
 from ..modeling.processing_adavtp import AdaVTPProcessor
 from ..modeling.reducers.base import REDUCERS
-from .losses import adavtp_model_of
+from .trained_parts import adavtp_model_of
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -22,7 +22,7 @@ from ..hub_cards.licence import Origin, origin_of
 from ..hub_cards.publish import MODEL_FILES, require_licence, upload
 from ..hub_cards.published_folder import published_folder
 from ..hub_cards.training_record import TrainingRecord, is_hub_id
-from .losses import adavtp_model_of
+from .trained_parts import adavtp_model_of
 
 TRAINING_LOG = "training_log.json"
 LAST_CHECKPOINT = "last-checkpoint"
