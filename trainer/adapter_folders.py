@@ -19,7 +19,7 @@ from ..modeling.hub.saving import save_code
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
 from ..modeling.processing_adavtp import AdaVTPProcessor
 from ..modeling.reducers.base import REDUCERS
-from .losses import adavtp_model_of
+from .trained_parts import adavtp_model_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -71,16 +71,13 @@ def _correct_card(path: Path, base: str | None) -> None:
     card.save(path)
 
 
-def load_adapter(
-    adapter: str | Path, base: str | None = None, is_trainable: bool = False, **kwargs: Any
-) -> "PeftModel":
+def load_adapter(adapter: str | Path, base: str | None = None, **kwargs: Any) -> "PeftModel":
     """
     A base checkpoint with its adapter, as it was trained: with the reducer of then and everything else.
 
     Args:
         adapter: folder that [`AdaVTPTrainer`] wrote for a model with adapters, or one that PEFT wrote.
         base: folder or Hub repository of the checkpoint; by default what the adapter says, see [`base_of`].
-        is_trainable: whether to go on training it.
         kwargs: of `from_pretrained` for the base. Its code is run where it brings reducers.
 
     Raises:
@@ -110,7 +107,7 @@ def load_adapter(
             f"(`--base`). {error}"
         ) from error
     try:
-        adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=is_trainable)
+        adapted = PeftModel.from_pretrained(model, str(adapter))
     except SafetensorError as error:
         raise OSError(
             f"{str(adapter / ADAPTER_WEIGHTS)!r} is not whole; copy or download it again. {error}"

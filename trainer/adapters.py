@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
-from .losses import adavtp_model_of
-from .trained_parts import never_run_prefixes, part_prefixes
+from .trained_parts import adavtp_model_of, never_run_prefixes, part_prefixes
 from .training_arguments import TRAIN_PARTS
 
 if TYPE_CHECKING:

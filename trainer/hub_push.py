@@ -22,7 +22,7 @@ from ..hub_cards.licence import Origin, origin_of
 from ..hub_cards.publish import MODEL_FILES, require_licence, upload
 from ..hub_cards.published_folder import published_folder
 from ..hub_cards.training_record import TrainingRecord, is_hub_id
-from .losses import adavtp_model_of
+from .trained_parts import adavtp_model_of
 
 TRAINING_LOG = "training_log.json"
 LAST_CHECKPOINT = "last-checkpoint"
@@ -76,11 +76,8 @@ class HubPushMixin:
         Saves the model in `args.output_dir` and publishes it as `args.hub_model_id`, as `adavtp publish` does.
 
         Args:
-            commit_message: of the commit.
-            blocking: whether to wait until all is uploaded.
-            token: by default `args.hub_token`, or the one that was logged in with.
-            revision: branch; by default `args.hub_revision`.
-            private: whether a new repository is private; by default `args.hub_private_repo`.
+            commit_message, blocking: see `Trainer`.
+            token, revision, private: by default those of `args`.
             license: of the model, such as `"llama2"`; by default that of the model it was made from.
             kwargs: for `Trainer`'s own card, which is not written here; each has to be `None`.
 
@@ -125,17 +122,14 @@ class HubPushMixin:
                 return
             self._finish_current_push()
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        of_strategy = {
-            HubStrategy.CHECKPOINT: LAST_CHECKPOINT,
-            HubStrategy.ALL_CHECKPOINTS: Path(checkpoint_folder).name,
-        }
+        whole_as = {HubStrategy.CHECKPOINT: LAST_CHECKPOINT, HubStrategy.ALL_CHECKPOINTS: Path(checkpoint_folder).name}
         try:
             job = self._publish(
                 *(Path(checkpoint_folder), self._origin(), f"Training in progress, step {self.state.global_step}"),
                 **{"token": self.args.hub_token, "revision": self.args.hub_revision},
                 private=self.args.hub_private_repo,
                 in_background=True,
-                whole_as=of_strategy.get(strategy),
+                whole_as=whole_as.get(strategy),
             )
         except ValueError as error:
             # Sharded checkpoints (FSDP) have no weights that could be published. Training goes on without.
@@ -152,17 +146,8 @@ class HubPushMixin:
         whole_as: str | None = None,
         **how: Any,
     ) -> CommitInfo | Future[CommitInfo]:
-        """
-        Publishes a saved folder.
-
-        Args:
-            saved: the folder.
-            origin: base model and licence.
-            message: of the commit.
-            in_background: whether training goes on during the upload.
-            whole_as: folder of the repository that the saved one goes to as it is as well, to resume from.
-            how: see [`upload`].
-        """
+        """Publishes a saved folder; `whole_as` is a folder of the repository that it goes to as it is as well, to
+        resume from. `how` is for [`upload`]."""
         record = TrainingRecord.found_in(saved)
         with ExitStack() as stack:
             # Beside it: a second name for every file, which stays when the checkpoint is deleted during the upload.

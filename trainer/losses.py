@@ -13,16 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..modeling.modeling_adavtp import AdaVTPModel
 from ..modeling.reducers.adaptive import VisionTokenController
 from .data.chat_template import IGNORED
+from .trained_parts import adavtp_model_of
 
 FULL_BUDGET = 1.0
-
-
-def adavtp_model_of(model: nn.Module) -> AdaVTPModel:
-    """The [`AdaVTPModel`] inside whatever wraps it: a language-modelling head, adapters, distribution."""
-    return next(module for module in model.modules() if isinstance(module, AdaVTPModel))
 
 
 @contextmanager

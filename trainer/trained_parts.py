@@ -7,11 +7,15 @@ copies of modules that it trains whole.
 from torch import nn
 
 from ..modeling.modeling_adavtp import AdaVTPModel
-from .losses import adavtp_model_of
 from .training_arguments import TRAIN_PARTS
 
 # What PEFT puts before the names that parameters have in the model that it wraps.
 _PEFT_PREFIX = "base_model.model."
+
+
+def adavtp_model_of(model: nn.Module) -> AdaVTPModel:
+    """The [`AdaVTPModel`] inside whatever wraps it: a language-modelling head, adapters, distribution."""
+    return next(module for module in model.modules() if isinstance(module, AdaVTPModel))
 
 
 def choose_trained_parts(model: nn.Module, train_parts: list[str]) -> None:

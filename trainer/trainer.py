@@ -12,7 +12,6 @@ from transformers.trainer_utils import speed_metrics
 from .adapter_folders import save_beside_adapter
 from .hub_push import HubPushMixin
 from .losses import (
-    adavtp_model_of,
     distillation_loss,
     full_budget_logits,
     recorded_scores,
@@ -23,7 +22,7 @@ from .losses import (
 )
 from .sharded_models import layer_classes, require_same_modules
 from .streamed_training import StreamedTraining
-from .trained_parts import choose_trained_parts
+from .trained_parts import adavtp_model_of, choose_trained_parts
 from .training_arguments import AdaVTPTrainingArguments
 from .whole_checkpoints import WholeCheckpointsMixin
 

@@ -27,12 +27,7 @@ logger = logging.get_logger(__name__)
 
 
 def begin_checkpoint(folder: str | Path) -> None:
-    """
-    Makes an empty folder that says it is being written. What an earlier run left there under the same step is removed.
-
-    Args:
-        folder: of the checkpoint.
-    """
+    """Makes an empty folder that says it is being written. What an earlier run left there is removed."""
     folder = Path(folder)
     if folder.exists():
         _discard(folder)
@@ -42,14 +37,10 @@ def begin_checkpoint(folder: str | Path) -> None:
 
 
 def finish_checkpoint(folder: str | Path) -> None:
-    """
-    Says that a checkpoint is whole. To be called by one process when all have written their parts.
-
-    Args:
-        folder: of the checkpoint, as [`begin_checkpoint`] made it.
-    """
-    folder = Path(folder)
-    files = {str(path.relative_to(folder)): path.stat().st_size for path in _files_of(folder)}
+    """Says that a checkpoint is whole. To be called by one process when all have written their parts."""
+    folder, marks = Path(folder), (BEING_WRITTEN, FILE_LIST, f".{FILE_LIST}")
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in marks)
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in paths}
     for name in files:
         _flush(folder / name)
     unnamed = folder / f".{FILE_LIST}"
@@ -62,16 +53,10 @@ def finish_checkpoint(folder: str | Path) -> None:
 
 def what_is_missing(folder: str | Path) -> str | None:
     """
-    Why a folder is not a whole checkpoint.
+    Why a folder is not a whole checkpoint; `None` if it is one.
 
     Checkpoints of older versions, and of `Trainer` itself, have neither mark. They are taken for whole if they have
     the file that is written last there.
-
-    Args:
-        folder: of a checkpoint.
-
-    Returns:
-        The reason, or `None` if it is whole.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -89,12 +74,7 @@ def what_is_missing(folder: str | Path) -> str | None:
 
 
 def require_whole(folder: str | Path) -> None:
-    """
-    Does nothing for a whole checkpoint.
-
-    Raises:
-        ValueError: if the folder is none; it says what is missing.
-    """
+    """Raises `ValueError` for a folder that is no whole checkpoint; it says what is missing."""
     if reason := what_is_missing(folder):
         raise ValueError(
             f"`resume_from_checkpoint` is {str(folder)!r}, which is not a whole checkpoint: {reason}. Name "
@@ -103,15 +83,7 @@ def require_whole(folder: str | Path) -> None:
 
 
 def last_whole_checkpoint(folder: str | Path) -> str | None:
-    """
-    The checkpoint to go on from. Later ones that are not whole are passed over with a warning each.
-
-    Args:
-        folder: that training writes its checkpoints into.
-
-    Returns:
-        The whole checkpoint of the highest step, or `None`.
-    """
+    """The whole checkpoint of the highest step in a run's folder. Later ones are passed over with a warning each."""
     for step, path in sorted(_checkpoints_in(folder), reverse=True):
         reason = what_is_missing(path)
         if reason is None:
@@ -125,7 +97,7 @@ def rotate_whole_checkpoints(folder: str | Path, limit: int | None, protected: C
     Deletes checkpoints until `limit` are left: what is not whole first, then the oldest.
 
     Args:
-        folder: that training writes its checkpoints into.
+        folder: of the run.
         limit: how many stay; `None` or 0 for all.
         protected: that stay in any case: the one just written, the best.
     """
@@ -234,11 +206,6 @@ def _discard(folder: Path) -> None:
     (folder / FILE_LIST).unlink(missing_ok=True)
     (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
     shutil.rmtree(folder)
-
-
-def _files_of(folder: Path) -> list[Path]:
-    marks = (BEING_WRITTEN, FILE_LIST, f".{FILE_LIST}")
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in marks)
 
 
 def _flush(path: Path) -> None:

@@ -3,6 +3,7 @@
 import doctest
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -151,44 +152,25 @@ def test_a_scene_has_two_to_six_digits_of_distinct_values_and_colours(scenes: li
         assert len({item.colour for item in scene.objects}) == len(scene.objects)
 
 
-@pytest.mark.parametrize("image_size", [96, 168])
-def test_objects_do_not_overlap(image_size: int) -> None:
+@pytest.mark.parametrize("image_size", [96, 120, 168])
+def test_digits_lie_apart_within_the_picture_and_one_is_clearly_the_largest(image_size: int) -> None:
     for index in range(60):
         scene = draw_scene("train", index, image_size=image_size)
+        assert scene.image.mode == "RGB" and scene.image.size == (image_size, image_size)
         taken = np.zeros((image_size, image_size), dtype=int)
         for item in scene.objects:
             left, top, right, bottom = item.box
+            assert 0 <= left < right <= image_size and 0 <= top < bottom <= image_size
             # One pixel of margin on each side shows the gap.
             taken[max(top - 1, 0) : bottom + 1, max(left - 1, 0) : right + 1] += 1
         assert taken.max() == 1
-
-
-@pytest.mark.parametrize("image_size", [96, 120, 168])
-def test_objects_lie_within_the_picture(image_size: int) -> None:
-    for index in range(40):
-        scene = draw_scene("test", index, image_size=image_size)
-        assert scene.image.mode == "RGB"
-        assert scene.image.size == (image_size, image_size)
-        for item in scene.objects:
-            left, top, right, bottom = item.box
-            assert 0 <= left < right <= image_size
-            assert 0 <= top < bottom <= image_size
-
-
-@pytest.mark.parametrize("image_size", [96, 168])
-def test_the_largest_digit_is_clearly_the_largest(image_size: int) -> None:
-    for index in range(60):
-        sides = sorted(item.side for item in draw_scene("train", index, image_size=image_size).objects)
+        sides = sorted(item.side for item in scene.objects)
         assert sides[-1] >= 1.2 * sides[-2]
 
 
-def test_digits_have_the_sizes_that_a_small_patch_can_show(scenes: list[Scene]) -> None:
+def test_digits_have_sizes_that_a_small_patch_can_show_and_cover_little_of_the_picture(scenes: list[Scene]) -> None:
     sides = [item.side for scene in scenes for item in scene.objects]
-    assert min(sides) >= 14
-    assert max(sides) <= 30
-
-
-def test_digits_cover_a_small_part_of_the_picture(scenes: list[Scene]) -> None:
+    assert min(sides) >= 14 and max(sides) <= 30
     covered = [np.mean(patch_labels(scene, 8)[0] != BACKGROUND_DIGIT) for scene in scenes]
     assert np.mean(covered) <= 0.25
 
@@ -368,11 +350,8 @@ def test_a_question_row_is_a_conversation_about_one_picture(question_rows: Datas
         ]
 
 
-def test_question_rows_cycle_through_the_kinds(question_rows: Dataset) -> None:
+def test_question_rows_cycle_through_the_kinds_each_with_a_picture_that_answers_it(question_rows: Dataset) -> None:
     assert list(question_rows["kind"]) == list(QUESTION_KINDS) * 40
-
-
-def test_every_question_row_has_a_picture_that_answers_it(question_rows: Dataset) -> None:
     for index, row in enumerate(question_rows.select(range(30))):
         scene = draw_scene("test", index)
         assert row["images"][0].tobytes() == scene.image.tobytes()
@@ -382,43 +361,34 @@ def test_every_question_row_has_a_picture_that_answers_it(question_rows: Dataset
 # Errors and documentation
 
 
-@pytest.mark.parametrize("load", [load_digit_scenes, load_digit_questions, draw_scene])
-def test_an_unknown_split_is_refused_by_name(load: object) -> None:
-    with pytest.raises(ValueError, match="split is 'dev'; allowed are train, validation, test"):
-        load("dev", 1)
+LOADERS = (load_digit_scenes, load_digit_questions, draw_scene)
+SIZES = "image_size is .* allowed are multiples of 8 from 96 to 168"
 
 
-@pytest.mark.parametrize("image_size", [88, 100, 176, 96.0, "96", True])
-@pytest.mark.parametrize("load", [load_digit_scenes, load_digit_questions, draw_scene])
-def test_an_image_size_that_cannot_be_drawn_is_refused(load: object, image_size: object) -> None:
-    with pytest.raises(ValueError, match="image_size is .* allowed are multiples of 8 from 96 to 168"):
-        load("train", 1, image_size=image_size)
+@pytest.mark.parametrize(
+    ("message", "call"),
+    [
+        *(("split is 'dev'; allowed are train, validation, test", partial(load, "dev", 1)) for load in LOADERS),
+        *((SIZES, partial(load, "train", 1, image_size=100)) for load in LOADERS),
+        *((SIZES, partial(draw_scene, "train", 1, image_size=size)) for size in (88, 176, 96.0, "96", True)),
+        *((f"num_scenes is {n}; .* from 1", partial(load_digit_scenes, "train", n)) for n in (0, -3, 2.5, None)),
+        ("num_questions is 0; allowed are whole numbers from 1", partial(load_digit_questions, "train", 0)),
+        ("seed is -1; allowed are whole numbers from 0", partial(draw_scene, "train", 0, seed=-1)),
+        ("index is -1; allowed are whole numbers from 0", partial(draw_scene, "train", -1)),
+        *(("kinds contains 'shape'; allowed", partial(load, "train", 1, kinds=["shape"])) for load in LOADERS[:2]),
+    ],
+)
+def test_what_cannot_be_drawn_or_asked_is_refused_by_name(message: str, call: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
-@pytest.mark.parametrize("count", [0, -3, 2.5, None])
-def test_a_number_of_rows_below_one_is_refused(count: object) -> None:
-    with pytest.raises(ValueError, match="num_scenes is .* allowed are whole numbers from 1"):
-        load_digit_scenes("train", count)
-    with pytest.raises(ValueError, match="num_questions is .* allowed are whole numbers from 1"):
-        load_digit_questions("train", count)
-
-
-def test_a_negative_seed_or_index_is_refused() -> None:
-    with pytest.raises(ValueError, match="seed is -1; allowed are whole numbers from 0"):
-        draw_scene("train", 0, seed=-1)
-    with pytest.raises(ValueError, match="index is -1; allowed are whole numbers from 0"):
-        draw_scene("train", -1)
-
-
-def test_an_unknown_kind_of_question_is_refused(scenes: list[Scene]) -> None:
+def test_kinds_and_patch_sizes_that_do_not_fit_a_scene_are_refused(scenes: list[Scene]) -> None:
     with pytest.raises(ValueError, match="kinds contains 'shape'; allowed are colour_of_digit"):
         ask_questions(scenes[0], np.random.default_rng(0), ["shape"])
-
-
-@pytest.mark.parametrize("patch_size", [0, 7, -8, 8.0])
-def test_a_patch_size_that_does_not_divide_the_picture_is_refused(scenes: list[Scene], patch_size: float) -> None:
-    with pytest.raises(ValueError, match="patch_size is .* divisors of the picture's side, 96"):
-        patch_labels(scenes[0], patch_size)
+    for patch_size in (0, 7, -8, 8.0):
+        with pytest.raises(ValueError, match="patch_size is .* divisors of the picture's side, 96"):
+            patch_labels(scenes[0], patch_size)
 
 
 def test_the_example_in_the_module_docstring_holds() -> None:
@@ -447,15 +417,9 @@ def test_a_question_of_training_asks_for_a_digit_s_place_in_tenths(
             assert question.answer == str(int(middle / scene.image.width * 10))
 
 
-def test_scenes_are_asked_the_kinds_that_are_named() -> None:
+def test_rows_are_asked_the_kinds_that_are_named(cache_dir: Path) -> None:
     kinds = ["relation", "position", "relation"]
-    assert all(row["kinds"] == kinds for row in load_digit_scenes("validation", 3, kinds=kinds))
-    with pytest.raises(ValueError, match="kinds contains 'weather'"):
-        load_digit_scenes("validation", 3, kinds=["weather"])
-
-
-def test_question_rows_cycle_through_the_kinds_that_are_named() -> None:
-    rows = load_digit_questions("validation", 5, kinds=["relation", "position_of_colour"])
-    assert rows["kind"] == ["relation", "position_of_colour", "relation", "position_of_colour", "relation"]
-    with pytest.raises(ValueError, match="kinds contains 'weather'"):
-        load_digit_questions("validation", 3, kinds=["weather"])
+    scenes = load_digit_scenes("validation", 3, kinds=kinds, cache_dir=cache_dir)
+    assert all(row["kinds"] == kinds for row in scenes)
+    questions = load_digit_questions("validation", 5, kinds=["relation", "position_of_colour"], cache_dir=cache_dir)
+    assert questions["kind"] == ["relation", "position_of_colour", "relation", "position_of_colour", "relation"]

@@ -8,6 +8,7 @@ Images stay as they were stored, undecoded. A record that cannot be put into thi
 reason in `problem`, so that whoever reads the rows can count it; nothing is dropped here.
 """
 
+import json
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -64,6 +65,39 @@ def common_row(record: Any, default_id: str, image_folder: Path | None = None) -
         return row | {"messages": _messages(record, len(images)), "images": images}
     except _UnreadableRecord as problem:
         return row | {"problem": str(problem)}
+
+
+def tar_row(key: str, members: list[dict[str, Any]]) -> dict[str, Any]:
+    """
+    A sample of a tar shard as a row of the common form.
+
+    `KEY.json` has the conversation, in any form that [`common_row`] understands. The other members are its images, in
+    the order of their names, numbers by size: `KEY.jpg`, or `KEY.0.jpg`, `KEY.1.png`, ... for several, or none. Paths
+    of images in the JSON are not followed. Without `KEY.json`, `KEY.txt` is what the assistant says of the images, the
+    user saying nothing, as in LLaVA's first stage.
+
+    Args:
+        key: the row's id where the conversation has none.
+        members: `{"name", "content"}` of each, names without the key.
+    """
+    content = {member["name"]: member["content"] for member in members}
+    said, caption = content.pop("json", None), content.pop("txt", None)
+    images = list(content.values())
+    if said is None and caption is None:
+        problem = f"the sample has the members {sorted(content)}, and neither 'json' nor 'txt' with a conversation"
+        return common_row(None, key) | {"problem": problem}
+    if said is None:
+        answer = {"type": "text", "text": caption.decode(errors="surrogateescape")}
+        turns = [
+            {"role": "user", "content": [{"type": "image"}] * len(images)},
+            {"role": "assistant", "content": [answer]},
+        ]
+        return common_row({"messages": turns, "images": images}, key)
+    try:
+        record = json.loads(said)
+    except ValueError as error:
+        return common_row(None, key) | {"problem": f"the member 'json' is no JSON: {error}"}
+    return common_row(record | {"images": images} if isinstance(record, dict) else record, key)
 
 
 class _UnreadableRecord(ValueError):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .llava_json import load_llava_instruct
-from .rows import UNDERSTOOD, common_row, row_features, turns_column
+from .rows import UNDERSTOOD, common_row, row_features, tar_row, turns_column
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -191,8 +191,6 @@ def _row(
     record: dict[str, Any], index: int, columns: list[str], path: str, image_folder: Path | None
 ) -> dict[str, Any]:
     if "members" in columns:
-        from .tar_shards import tar_row
-
         return tar_row(record["__key__"], record["members"])
     return common_row({name: record[name] for name in columns}, f"{path}:{index}", image_folder)
 

@@ -19,6 +19,7 @@ from forked_processes import Forks
 from llava_folders import Folder, stock_llava, transformers_folder
 from local_hub import LocalHub, local_hub
 from tiny_conversations import ANSWERS, QUESTIONS, assistant, picture, user
+from tiny_trainers import differing, weights_in
 
 BATCH_SIZE, MAX_LENGTH = 2, 100
 BROKEN, TOO_LONG = "picture cut off", "much text"
@@ -111,10 +112,6 @@ def train(recipe: str, output: str, killed_in: str = "", killed_behind: str = ""
     adavtp("train", recipe, "--output", output)
 
 
-def weights_in(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
-
-
 def test_from_llava_s_folder_to_a_published_model_with_a_budget(tmp_path: Path) -> None:
     converted, run, hub = tmp_path / "converted", tmp_path / "run", tmp_path / "home"
     source = transformers_folder(tmp_path / "llava")
@@ -151,8 +148,7 @@ def answers_as_llava_does(converted: Path, source: Folder) -> None:
 def trained_as_without_a_break(run: Path, whole: Path) -> None:
     for stage, file in (("1-choose", "model.safetensors"), ("2-tune", "adapter_model.safetensors")):
         expected, trained = load_file(whole / stage / file), load_file(run / stage / file)
-        assert expected.keys() == trained.keys()
-        assert [name for name in expected if not torch.equal(trained[name], expected[name])] == []
+        assert differing(trained, expected) == []
         logs = [json.loads((folder / stage / "training_log.json").read_text())["log"] for folder in (run, whole)]
         losses = [[(entry["step"], entry["loss"]) for entry in log if "loss" in entry] for log in logs]
         assert losses[0] == losses[1] and [step for step, _ in losses[0]] == list(range(1, NUM_STEPS + 1))
@@ -164,7 +160,7 @@ def trained_as_without_a_break(run: Path, whole: Path) -> None:
         assert lines[0] == lines[1]
         assert sorted((line["id"], line["kind"]) for line in lines[0]) == [(TOO_LONG, "length"), (BROKEN, "image")]
     before, after = weights_in(run.parent / "converted"), weights_in(run / "1-choose")
-    changed = {name.split(".")[1] for name in after if not torch.equal(after[name], before[name])}
+    changed = {name.split(".")[1] for name in differing(after, before)}
     assert changed == {"budget_token", "controller"}
 
 
