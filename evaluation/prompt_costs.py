@@ -57,7 +57,7 @@ class CountedFlops:
 
     def __init__(self, config: AdaVTPConfig, setting: Setting, may_be_unknown: bool = False) -> None:
         self.costs, self.setting, self.may_be_unknown = ModelCosts.of(config), setting, may_be_unknown
-        self.num_layers = config.text_config.num_hidden_layers
+        self.num_layers, self.num_cls = config.text_config.num_hidden_layers, int(config.keep_cls)
 
     def of(self, text_tokens: int, selection: Selection | None) -> Costs | None:
         """
@@ -100,7 +100,8 @@ def prompt_costs(
     for length, selection, generated in zip(attention_mask.sum(dim=-1).tolist(), selections, new_tokens, strict=True):
         num_keep = () if selection is None else tuple(selection.num_keep.tolist())
         seen = 0.0 if selection is None else float(visual_tokens_seen(selection, flops.num_layers).mean())
-        text_tokens = length - len(num_keep) * flops.costs.config.num_image_tokens
+        placeholders = 0 if selection is None else int(selection.sizes.sum()) + len(num_keep) * flops.num_cls
+        text_tokens = length - placeholders
         counted = flops.of(text_tokens, selection)
         costs.append(
             PromptCost(
@@ -146,10 +147,11 @@ def selections_of_prompts(selection: Selection | None, num_images: Sequence[int]
     if selection is None:
         return [None] * len(num_images)
     keeps, positions = selection.keep.cpu().split(num_images), selection.positions.cpu().split(num_images)
+    sizes = selection.sizes.split(num_images)
     depths = [None] * len(keeps) if selection.depth is None else selection.depth.cpu().split(num_images)
     return [
-        Selection(keep, own, depth=depth) if len(keep) else None
-        for keep, own, depth in zip(keeps, positions, depths, strict=True)
+        Selection(keep, own, depth=depth, sizes=of_units) if len(keep) else None
+        for keep, own, depth, of_units in zip(keeps, positions, depths, sizes, strict=True)
     ]
 
 

@@ -277,8 +277,7 @@ def _chosen(selection: Selection | None, num_layers: int) -> VisualTokens:
     if selection is None:
         return VisualTokens((), (), (0,) * num_layers)
     num_keep = tuple(selection.num_keep.tolist())
-    sizes = selection.sizes
-    sizes = tuple(sizes.tolist()) if sizes is not None else (selection.keep.shape[1],) * len(num_keep)
+    sizes = tuple(selection.sizes.tolist())
     if selection.depth is None:
         return VisualTokens(sizes, num_keep, (sum(num_keep),) * num_layers)
     ends = torch.bincount(selection.depth.cpu().flatten(), minlength=num_layers + 1)

@@ -10,7 +10,7 @@ import torch
 from adavtp import AdaVTPConfig, Selection, TokenReducer, register_reducer
 from adavtp.modeling.costs.decoder import ExecutionPlan, keys_over_steps
 from adavtp.modeling.costs.model_costs import Costs, ModelCosts
-from adavtp.modeling.costs.presets import PRESETS, preset_config
+from adavtp.modeling.costs.presets import preset_config
 from adavtp.modeling.reducers.base import REDUCERS
 from adavtp.modeling.vision.features import VisionFeatures
 from counted_flops import uneven_model
@@ -53,11 +53,10 @@ def test_a_decoder_stage_reducer_by_hand() -> None:
 
 
 def test_counting_makes_no_weights() -> None:
-    # The smallest of the four has 13 GB of them.
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for name in PRESETS:
-        for reducer in ("full", "adaptive", "fastv", "resampler", "dynamicvit"):
-            count_flops(preset_config(name), 60, reducer=reducer, token_budget=0.5)
+    for reducer in ("full", "adaptive", "resampler", "tome"):
+        count_flops(LLAVA, 60, reducer=reducer, token_budget=0.5)
+    # The model has 28 GB of them.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
 
 
