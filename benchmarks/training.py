@@ -47,9 +47,9 @@ from adavtp import (
     AdaVTPTrainingArguments,
     BudgetCollator,
 )
-from adavtp.evaluation.flops_presets import preset_config
 from adavtp.evaluation.training_costs import A100_PEAK
 from adavtp.evaluation.training_flops import Step, Trained, TrainingFlops, count_training_flops, plain_training_flops
+from adavtp.modeling.costs.presets import preset_config
 from adavtp.trainer.data.reader import ConversationReader
 from adavtp.trainer.data.stream import ConversationStream
 from adavtp.trainer.trained_parts import choose_trained_parts

@@ -6,21 +6,39 @@ Each convention here is the paper's formula for a layer; [`published_rows`] puts
 """
 
 from bisect import bisect_left
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
 
-from .decoder_flops import DecodeCost, ExecutionPlan, kv_numbers
-from .flops import Asked, Flops, count_flops, mean_visual_tokens
-from .flops_presets import preset_config
-from .model_shape import DecoderShape
-from .token_plan import TokenPlan
+from transformers import PreTrainedConfig
+
+from ..modeling.costs.decoder import DecodeCost, ExecutionPlan
+from ..modeling.costs.model_costs import Costs, ModelCosts, mean_of_layers
+from ..modeling.costs.presets import preset_config
 
 NOT_COUNTED = ("vision", "reducer", "projector")
 TOLERANCE = 0.03
 
 
-def fastv_layer(decoder: DecoderShape, n: int, keys: int, heads: float, mlp: float) -> float:
+class Widths(NamedTuple):
+    """What the papers' formulas are made of: d, the widths of all queries and of all keys, m, H and V."""
+
+    hidden_size: int
+    query_width: int
+    key_width: int
+    mlp_size: int
+    num_heads: int
+    vocab_size: int
+
+    @classmethod
+    def of(cls, text: PreTrainedConfig) -> "Widths":
+        """Of a text model's configuration."""
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
+        return cls(text.hidden_size, queries, keys, text.intermediate_size, text.num_attention_heads, text.vocab_size)
+
+
+def fastv_layer(decoder: Widths, n: int, keys: int, heads: float, mlp: float) -> float:
     """
     FastV (arXiv 2403.06764, section 4): 4 n d^2 + 2 n^2 d + 2 n d m, a multiplication with its addition counted once.
     The MLP has two matrices there, where Vicuna's has three. Grouped-query attention makes 4 n d^2 less.
@@ -30,7 +48,7 @@ def fastv_layer(decoder: DecoderShape, n: int, keys: int, heads: float, mlp: flo
     return heads * (projections + 2 * n * keys * decoder.query_width) + mlp * 2 * n * width * decoder.mlp_size
 
 
-def llm_viewer_layer(decoder: DecoderShape, n: int, keys: int, heads: float, mlp: float) -> float:
+def llm_viewer_layer(decoder: Widths, n: int, keys: int, heads: float, mlp: float) -> float:
     """
     LLM-Viewer, which PruMerge and AdaLLaVA count with: 2 n (4 d^2 + 3 d m) + 4 n^2 d for the products, 5 H n^2 for the
     softmax, 14 n d for two norms and 2 n d for each of two additions.
@@ -41,7 +59,7 @@ def llm_viewer_layer(decoder: DecoderShape, n: int, keys: int, heads: float, mlp
     return heads * (projections + attention) + mlp * 6 * n * width * decoder.mlp_size + 18 * n * width
 
 
-def llm_viewer_head(decoder: DecoderShape) -> float:
+def llm_viewer_head(decoder: Widths) -> float:
     """The head on one position, a multiplication with its addition counted once."""
     return float(decoder.hidden_size * decoder.vocab_size)
 
@@ -60,45 +78,24 @@ class Convention:
     """
 
     paper: str
-    layer: Callable[[DecoderShape, int, int, float, float], float]
-    head: Callable[[DecoderShape], float]
+    layer: Callable[[Widths, int, int, float, float], float]
+    head: Callable[[Widths], float]
     extra_columns: int
     says: str
 
-    def layers(self, decoder: DecoderShape, n: list[int], keys: list[int], units: ExecutionPlan) -> float:
+    def layers(self, decoder: Widths, n: Sequence[int], keys: Sequence[int], plan: ExecutionPlan) -> float:
         """The sum over the layers that run, of n columns that attend to so many keys, and the head."""
-        layers = zip(n, keys, units.heads, units.mlp, strict=True)
+        layers = zip(n, keys, plan.heads, plan.mlp, strict=True)
         return self.head(decoder) + sum(self.layer(decoder, *layer) for layer in layers if layer[2] or layer[3])
 
-    def count(
-        self,
-        decoder: DecoderShape,
-        columns: tuple[int, ...],
-        units: ExecutionPlan,
-        asked: Asked,
-        tokens: TokenPlan,
-    ) -> Flops:
-        """See [`count_batch_flops`]; what the paper does not count is 0."""
-        rows, seen = asked.prompts.rows, [n + self.extra_columns for n in columns]
-        alone = [1] * len(seen)
-        step = self.layers(decoder, alone, [0] * len(seen), units)
+    def decode(self, decoder: Widths, seen: Sequence[int], plan: ExecutionPlan) -> DecodeCost:
+        """The steps behind a prefill of so many columns in each layer."""
         per_key = tuple(
-            rows * (self.layer(decoder, 1, 1, heads, mlp) - self.layer(decoder, 1, 0, heads, mlp))
-            for heads, mlp in zip(units.heads, units.mlp, strict=True)
+            self.layer(decoder, 1, 1, heads, mlp) - self.layer(decoder, 1, 0, heads, mlp)
+            for heads, mlp in zip(plan.heads, plan.mlp, strict=True)
         )
-        decode = DecodeCost(rows * step, per_key, tuple(seen), (None,) * len(seen))
-        return Flops(
-            vision=0.0,
-            reducer=0.0,
-            projector=0.0,
-            prefill=rows * self.layers(decoder, seen, seen, units),
-            decode_per_token=decode.steps(1),
-            kv_bytes=float(rows * kv_numbers(decoder, seen, units) * asked.bytes_per_number),
-            mean_visual_tokens=mean_visual_tokens(tokens),
-            layer_tokens=tuple(seen),
-            convention=asked.convention,
-            decode=decode,
-        )
+        step = self.layers(decoder, [1] * len(seen), [0] * len(seen), plan)
+        return DecodeCost(step, per_key, tuple(seen), (None,) * len(seen))
 
 
 CONVENTIONS = {
@@ -127,14 +124,65 @@ CONVENTIONS = {
 }
 
 
-def latency_plan(latency: float, decoder: DecoderShape, unit: str = "layer") -> ExecutionPlan:
+def count_flops(
+    costs: ModelCosts,
+    text_tokens: int,
+    convention: str = "adavtp",
+    *,
+    plan: ExecutionPlan | None = None,
+    layer_tokens: Sequence[int] | None = None,
+    new_tokens: int = 1,
+    dtype: Any = None,
+    **asked: Any,
+) -> Costs:
+    """
+    The FLOPs of one prompt as a paper counts them; what it does not count is 0.
+
+    Args:
+        costs: the model's.
+        convention: `"adavtp"` for our own, or a name in `CONVENTIONS`.
+        layer_tokens: for a paper's convention, visual tokens that each decoder layer sees, in place of a reducer.
+        text_tokens, plan, new_tokens, dtype: see [`ModelCosts.of_prompt`].
+        asked: `reducer`, `token_budget` and `num_images`, see there.
+
+    Raises:
+        ValueError: if the convention is not known; see also [`ModelCosts.of_prompt`].
+    """
+    if convention == "adavtp":
+        return costs.of_prompt(text_tokens, plan=plan, new_tokens=new_tokens, dtype=dtype, **asked)
+    if convention not in CONVENTIONS:
+        raise ValueError(f"`convention` is {convention!r}; allowed: adavtp, {', '.join(CONVENTIONS)}.")
+    paper, text = CONVENTIONS[convention], costs.config.text_config
+    tokens = costs.visual_tokens("full" if layer_tokens is not None else asked.pop("reducer", None), **asked)
+    if layer_tokens is not None:
+        tokens = replace(tokens, of_layers=tuple(layer_tokens))
+    columns = costs.columns(text_tokens, tokens)
+    seen, whole = [n + paper.extra_columns for n in columns], (1.0,) * len(columns)
+    units, decoder = plan or ExecutionPlan(whole, whole), Widths.of(text)
+    decode = paper.decode(decoder, seen, units)
+    return Costs(
+        vision=0.0,
+        reducer=0.0,
+        projector=0.0,
+        prefill=paper.layers(decoder, seen, seen, units),
+        decode_per_token=decode.steps(1),
+        kv_bytes=float(costs.decoder.kv_numbers(seen, plan) * costs.bytes_per_number(dtype)),
+        mean_visual_tokens=mean_of_layers(tokens),
+        new_tokens=new_tokens,
+        layer_tokens=tuple(seen),
+        convention=convention,
+        decode=decode,
+    )
+
+
+def latency_plan(latency: float, text: PreTrainedConfig, unit: str = "layer") -> ExecutionPlan:
     """
     The units that AdaLLaVA (arXiv 2503.10905) runs within a latency budget: the first half of the layers always, and
     of the other half's units u = max(0, floor(U l) - U / 2), of U in the whole decoder.
 
     Args:
         latency: l in [0, 1], the share of a full pass that is allowed; below a half it is the first half's.
-        decoder: its shape.
+        text: the text model's configuration.
         unit: `"layer"`, or `"head"`: 8 heads of a layer with their share of its MLP. Which layers' heads run is the
             image's to say and changes nothing in the sum, so here they are spread evenly.
 
@@ -145,16 +193,22 @@ def latency_plan(latency: float, decoder: DecoderShape, unit: str = "layer") -> 
         raise ValueError(f"`latency` is {latency}; allowed are shares of a full pass, from 0 to 1.")
     if unit not in ("layer", "head"):
         raise ValueError(f"`unit` is {unit!r}; allowed are 'layer' and 'head'.")
-    depth, prefix = decoder.num_layers, decoder.num_layers // 2
+    depth = text.num_hidden_layers
+    prefix = depth // 2
     if unit == "layer":
         # A latency as it is written: 0.7 of 10 layers are 7, and not 6.999...
         more = max(0, int(depth * latency + 1e-6) - prefix)
         shares = (1.0,) * (prefix + more) + (0.0,) * (depth - prefix - more)
     else:
-        units = depth * decoder.num_heads // 8
+        units = depth * text.num_attention_heads // 8
         more = max(0, int(units * latency + 1e-6) - units // 2)
         shares = (1.0,) * prefix + (more / (units - units // 2),) * (depth - prefix)
     return ExecutionPlan(shares, shares)
+
+
+def per_layer(costs: Costs) -> float:
+    """Prefill divided by the number of layers, which is what FastV's table prints."""
+    return costs.prefill / len(costs.layer_tokens)
 
 
 # ---------------------------------------------------------------- the papers' figures beside ours
@@ -214,24 +268,23 @@ def published_rows() -> list[PublishedRow]:
 
 
 def _fastv_rows() -> list[PublishedRow]:
-    config = preset_config("llava-1.5-7b")
+    costs = ModelCosts.of(preset_config("llava-1.5-7b"))
     rows = []
     for setting, reducer, published in _FASTV:
-        asked = {"reducer": "full"} if reducer is None else {"reducer": reducer}
-        flops = count_flops(config, _FASTV_TEXT, convention="fastv", **asked)
+        flops = count_flops(costs, _FASTV_TEXT, "fastv", reducer=reducer or "full")
         reason = f"taken: {_FASTV_TEXT} text tokens, with which the unpruned row comes out; mean of a layer"
-        rows.append(PublishedRow("FastV", setting, "GFLOPs", published, flops.prefill_per_layer / 1e9, reason))
+        rows.append(PublishedRow("FastV", setting, "GFLOPs", published, per_layer(flops) / 1e9, reason))
     return rows
 
 
 def _prumerge_rows() -> list[PublishedRow]:
-    config = preset_config("llava-1.5-7b")
+    costs = ModelCosts.of(preset_config("llava-1.5-7b"))
     rows = []
     for kept, published in ((576, 9.3), (40, 0.91)):
 
         def prefill(text_tokens: int, kept: int = kept) -> float:
-            visual = [kept] * config.text_config.num_hidden_layers
-            return count_flops(config, text_tokens, layer_tokens=visual, convention="prumerge").prefill / 1e12
+            visual = [kept] * costs.config.text_config.num_hidden_layers
+            return count_flops(costs, text_tokens, "prumerge", layer_tokens=visual).prefill / 1e12
 
         fitting = bisect_left(range(1000), published, key=prefill)
         reason = f"the paper's two figures fit no one prompt: this one takes about {fitting} text tokens"
@@ -241,12 +294,11 @@ def _prumerge_rows() -> list[PublishedRow]:
 
 
 def _adallava_rows() -> list[PublishedRow]:
-    config = preset_config("llava-1.5-7b")
-    decoder = DecoderShape.of(config)
+    costs = ModelCosts.of(preset_config("llava-1.5-7b"))
+    text = costs.config.text_config
 
-    def prefill(latency: float, **asked: Any) -> Flops:
-        plan = latency_plan(latency, decoder)
-        return count_flops(config, _PROMPT, reducer="full", convention="adallava", plan=plan, **asked)
+    def prefill(latency: float, **asked: Any) -> Costs:
+        return count_flops(costs, _PROMPT, "adallava", reducer="full", plan=latency_plan(latency, text), **asked)
 
     taken = f"taken: {_PROMPT} text tokens (the MME prompts' own lengths are not stated)"
     limited = prefill(0.85, new_tokens=2)
@@ -256,7 +308,7 @@ def _adallava_rows() -> list[PublishedRow]:
     ]
     weak = "the figure is a third party's and rounded; a cut of whole layers can only be {layers} of 32"
     for latency, published in ((0.8, 78.0), (0.6, 57.0), (0.5, 51.0)):
-        ran = sum(share > 0 for share in latency_plan(latency, decoder).heads)
+        ran = sum(share > 0 for share in latency_plan(latency, text).heads)
         ours = 100 * prefill(latency).prefill / prefill(1.0).prefill
         reason = weak.format(layers=ran) if abs(ours / published - 1) > TOLERANCE else f"{ran} of 32 layers"
         rows.append(PublishedRow("AdaLLaVA", f"L, latency {latency}", "% of full", published, ours, reason))
@@ -264,9 +316,9 @@ def _adallava_rows() -> list[PublishedRow]:
 
 
 def _dyrate_rows() -> list[PublishedRow]:
-    config = preset_config("llava-1.5-7b")
-    full = count_flops(config, _PROMPT, reducer="full", convention="fastv").prefill
-    fastv = count_flops(config, _PROMPT, reducer={"name": "fastv", "layer": 3, "ratio": 0.5}, convention="fastv")
+    costs = ModelCosts.of(preset_config("llava-1.5-7b"))
+    full = count_flops(costs, _PROMPT, "fastv", reducer="full").prefill
+    fastv = count_flops(costs, _PROMPT, "fastv", reducer={"name": "fastv", "layer": 3, "ratio": 0.5})
     return [
         PublishedRow(
             "DyRate",

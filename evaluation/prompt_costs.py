@@ -13,9 +13,8 @@ from transformers.utils import logging
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
 from ..modeling.budget.selection import Selection
-from .flops import Flops, count_flops
+from ..modeling.costs.model_costs import Costs, ModelCosts
 from .settings import Setting
-from .token_plan import Happened
 
 logger = logging.get_logger(__name__)
 
@@ -47,25 +46,20 @@ class PromptCost:
 
 class CountedFlops:
     """
-    FLOPs of prompts in one setting, counted once for each number of tokens that occurs.
+    FLOPs of prompts in one setting.
 
     Args:
         config: the model's.
         setting: reducer and budget, which the model has taken.
-        may_be_unknown: whether a user's reducer that does not say what it costs leaves the cost unknown, with a
+        may_be_unknown: whether a user's reducer that cannot be run to count it leaves the cost unknown, with a
             warning; otherwise that is an error.
     """
 
     def __init__(self, config: AdaVTPConfig, setting: Setting, may_be_unknown: bool = False) -> None:
-        self.config, self.setting, self.may_be_unknown = config, setting, may_be_unknown
-        self.counted: dict[tuple[int, Happened | None], Flops | None] = {}
+        self.costs, self.setting, self.may_be_unknown = ModelCosts.of(config), setting, may_be_unknown
+        self.num_layers, self.num_cls = config.text_config.num_hidden_layers, int(config.keep_cls)
 
-    @property
-    def num_layers(self) -> int:
-        """Of the decoder."""
-        return self.config.text_config.num_hidden_layers
-
-    def of(self, text_tokens: int, selection: Selection | None) -> Flops | None:
+    def of(self, text_tokens: int, selection: Selection | None) -> Costs | None:
         """
         What a prompt costs.
 
@@ -76,16 +70,8 @@ class CountedFlops:
         Raises:
             ValueError: if the cost is unknown and may not be.
         """
-        key = (text_tokens, None if selection is None else Happened.of(selection, self.num_layers))
-        if key not in self.counted:
-            self.counted[key] = self._count(text_tokens, selection)
-        return self.counted[key]
-
-    def _count(self, text_tokens: int, selection: Selection | None) -> Flops | None:
-        num_images = 0 if selection is None else len(selection.keep)
-        arguments = {**self.setting.arguments(), "selection": selection, "num_images": num_images}
         try:
-            return count_flops(self.config, text_tokens, **arguments)
+            return self.costs.of_selection(selection, text_tokens, **self.setting.arguments())
         except ValueError as error:
             if not self.may_be_unknown:
                 raise
@@ -114,7 +100,8 @@ def prompt_costs(
     for length, selection, generated in zip(attention_mask.sum(dim=-1).tolist(), selections, new_tokens, strict=True):
         num_keep = () if selection is None else tuple(selection.num_keep.tolist())
         seen = 0.0 if selection is None else float(visual_tokens_seen(selection, flops.num_layers).mean())
-        text_tokens = length - len(num_keep) * flops.config.num_image_tokens
+        placeholders = 0 if selection is None else int(selection.sizes.sum()) + len(num_keep) * flops.num_cls
+        text_tokens = length - placeholders
         counted = flops.of(text_tokens, selection)
         costs.append(
             PromptCost(
@@ -160,10 +147,11 @@ def selections_of_prompts(selection: Selection | None, num_images: Sequence[int]
     if selection is None:
         return [None] * len(num_images)
     keeps, positions = selection.keep.cpu().split(num_images), selection.positions.cpu().split(num_images)
+    sizes = selection.sizes.split(num_images)
     depths = [None] * len(keeps) if selection.depth is None else selection.depth.cpu().split(num_images)
     return [
-        Selection(keep, own, depth=depth) if len(keep) else None
-        for keep, own, depth in zip(keeps, positions, depths, strict=True)
+        Selection(keep, own, depth=depth, sizes=of_units) if len(keep) else None
+        for keep, own, depth, of_units in zip(keeps, positions, depths, sizes, strict=True)
     ]
 
 

@@ -1,8 +1,8 @@
-"""What choosing costs: the matrix products of every reducer, one formula beside each name.
+"""What choosing costs in a training step: the matrix products of every reducer, one formula beside each name.
 
 A product of [a, b] and [b, c] counts 2abc, and nothing else counts: no norms, softmaxes, sorts, distances taken entry
 by entry. In the formulas n tokens come in and K leave, C is the tower's width and W that of its features (the same
-with one feature layer), D the decoder's width. A user's reducer may say its own, see [`own_flops`].
+with one feature layer), D the decoder's width.
 """
 
 import math
@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from ..configuration.configuration_adavtp import AdaVTPConfig
 from ..modeling.reducers.aim import _ITERATIONS as PAGE_RANK_STEPS
 from ..modeling.reducers.base import REDUCERS, TokenReducer
 from ..modeling.reducers.downsample import smallest_grid
@@ -21,15 +19,7 @@ from ..modeling.reducers.dynamicvit import tokens_after_stages
 from ..modeling.reducers.sparsevlm import num_candidates, num_kept_as_they_are
 from ..modeling.reducers.tome import tokens_after_layers
 from ..modeling.reducers.visionzip import num_contextual
-from ..modeling.vision.features import VisionFeatures
 from .model_shape import BUDGET_ENCODING, ModelShape
-
-# Torch counts attention on a GPU only; this is the same count for what runs on a CPU.
-CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
-        query, key, value
-    )
-}
 
 
 def product(rows: float, inner: float, columns: float) -> float:
@@ -385,7 +375,7 @@ CUT_COSTS: dict[str, Callable[[Any, ModelShape, Cut], float]] = {
 }
 
 
-# ---------------------------------------------------------------- by class, and users' own
+# ---------------------------------------------------------------- by class
 
 
 def formula(reducer: TokenReducer, formulas: dict[str, Callable]) -> Callable | None:
@@ -401,97 +391,25 @@ def _origin(reducer_class: type[TokenReducer]) -> tuple[str, str]:
     return reducer_class.__module__.rsplit(".", 1)[-1], reducer_class.__qualname__
 
 
-def image_flops(reducer: TokenReducer, name: str, config: AdaVTPConfig, shape: ModelShape, n: int, keep: int) -> float:
+def image_flops(reducer: TokenReducer, name: str, shape: ModelShape, n: int, keep: int) -> float:
     """What a reducer between tower and decoder spends on one image of n tokens, of which K stay."""
-    own = own_flops(reducer, n, keep)
-    if own is not None:
-        return own
-    known = formula(reducer, IMAGE_COSTS)
-    return run_and_counted(name, reducer, config, n, keep) if known is None else known(reducer, shape, n, keep)
+    return _known(reducer, name, IMAGE_COSTS)(reducer, shape, n, keep)
 
 
 def tower_run(reducer: TokenReducer, name: str, shape: ModelShape, keep: int) -> TowerRun:
     """How a reducer inside the tower runs it, for one image of which K tokens stay."""
     if keep >= shape.vision.num_patches:
         return TowerRun.whole(shape)
-    if hasattr(reducer, "tower_run"):
-        return reducer.tower_run(shape, keep)
-    known = formula(reducer, TOWER_RUNS)
-    if known is None:
-        raise ValueError(
-            f"`reducer` is {name!r}, which acts inside the tower, and how many tokens each layer gets is not known. "
-            f"Define `{type(reducer).__name__}.tower_run(shape, num_keep) -> TowerRun`; see "
-            "adavtp.evaluation.reducer_flops."
-        )
-    return known(reducer, shape, keep)
+    return _known(reducer, name, TOWER_RUNS)(reducer, shape, keep)
 
 
 def cut_flops(reducer: TokenReducer, name: str, shape: ModelShape, cut: Cut) -> float:
     """What a reducer inside the decoder spends at one cut on one row."""
-    own = own_flops(reducer, max(cut.visual), max(cut.keep))
-    if own is not None:
-        return own
-    known = formula(reducer, CUT_COSTS)
+    return _known(reducer, name, CUT_COSTS)(reducer, shape, cut)
+
+
+def _known(reducer: TokenReducer, name: str, formulas: dict[str, Callable]) -> Callable:
+    known = formula(reducer, formulas)
     if known is None:
-        raise ValueError(
-            f"`reducer` is {name!r}, which acts inside the decoder, and what its scores cost is not known. Define "
-            f"`{type(reducer).__name__}.flops(num_tokens, num_keep) -> float`, for one cut of one prompt."
-        )
-    return known(reducer, shape, cut)
-
-
-def own_flops(reducer: TokenReducer, num_tokens: int, num_keep: int) -> float | None:
-    """
-    What a user's reducer says that it costs, or `None` if it says nothing.
-
-    A registered class may define `flops(self, num_tokens, num_keep) -> float`: the FLOPs, two for a multiplication
-    with an addition, of choosing `num_keep` of the `num_tokens` tokens of one image; inside the decoder, of one cut
-    of one prompt.
-
-    Raises:
-        ValueError: if it says something that is no cost.
-    """
-    if not hasattr(reducer, "flops"):
-        return None
-    said = reducer.flops(num_tokens, num_keep)
-    if isinstance(said, bool) or not isinstance(said, int | float) or not 0 <= said < math.inf:
-        raise ValueError(f"`{type(reducer).__name__}.flops` returned {said!r}; allowed are numbers from 0.")
-    return float(said)
-
-
-def run_and_counted(name: str, reducer: TokenReducer, config: AdaVTPConfig, n: int, keep: int) -> float:
-    """
-    The matrix products of a user's reducer between tower and decoder, counted while it chooses from random features.
-
-    Raises:
-        ValueError: if it cannot be run on them; the message says what to define instead.
-    """
-    define = f"define `{type(reducer).__name__}.flops(num_tokens, num_keep) -> float`"
-    try:
-        given = getattr(reducer, "parameters_given", {})
-        fresh = REDUCERS[name](config, **given).eval()
-        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-            fresh(random_features(config, fresh, n), torch.tensor([keep]))
-    except Exception as error:
-        raise ValueError(f"`reducer` is {name!r}, and running it to count failed ({error}); {define}.") from error
-    return float(counter.get_total_flops())
-
-
-def random_features(config: AdaVTPConfig, reducer: TokenReducer, n: int) -> VisionFeatures:
-    """Features of one image, `[1, n, width]`, with what can be made up of what a reducer needs."""
-    shape = ModelShape.of(config)
-    width = shape.decoder.hidden_size if reducer.stage == "projector" else shape.vision.patch_width
-    made_up = {
-        "cls": (1, 1, width),
-        "budget": (1, shape.vision.hidden_size),
-        "question": (1, shape.decoder.hidden_size),
-        "tower_patches": (1, n, shape.vision.patch_width),
-        "pixel_values": (1, 3, config.vision_config.image_size, config.vision_config.image_size),
-    }
-    unknown = sorted(set(reducer.needs) - set(made_up))
-    if unknown:
-        raise ValueError(f"it needs {', '.join(unknown)}, which cannot be made up")
-    generator = torch.Generator().manual_seed(0)
-    fields = {need: torch.randn(made_up[need], generator=generator) for need in reducer.needs}
-    patches = torch.randn(1, n, width, generator=generator)
-    return VisionFeatures(patches, torch.arange(n)[None], num_patches=shape.vision.num_patches, **fields)
+        raise ValueError(f"`reducer` is {name!r}, a class of its own, and what it costs in training is not known.")
+    return known

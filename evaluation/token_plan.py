@@ -1,8 +1,7 @@
-"""How many tokens are where, before anything is computed.
+"""How many tokens of a batch are where in a training step, before anything is computed.
 
 The model's own rules are asked: what a stack does one after another, how a budget is divided, how many visual tokens
-each decoder layer sees. Reducers are built without weights. Where only the image can say how many tokens stay (a
-method's own rule, a floor on the entropy), a [`Selection`] of what really happened takes the rule's place.
+each decoder layer sees. Reducers are built without weights.
 """
 
 from collections.abc import Sequence
@@ -12,7 +11,6 @@ import torch
 
 from ..configuration.configuration_adavtp import AdaVTPConfig, reducer_entries
 from ..modeling.budget.schedule import BudgetOfUnits, BudgetSchedule, StackBudget
-from ..modeling.budget.selection import Selection
 from ..modeling.decoder.reducer import DecoderReducer
 from ..modeling.reducers.aim import merged_count
 from ..modeling.reducers.bank import ReducerSpec, Step, named, stack_steps
@@ -54,31 +52,6 @@ class TokenPlan:
     layer_counts: tuple[tuple[int, ...], ...]
 
 
-@dataclass(frozen=True)
-class Happened:
-    """
-    What a [`Selection`] says about numbers, in plain ones.
-
-    Attributes:
-        num_keep: of each image.
-        layer_counts: of each image, the tokens that each decoder layer saw; `None` where none left inside it.
-    """
-
-    num_keep: tuple[int, ...]
-    layer_counts: tuple[tuple[int, ...], ...] | None
-
-    @classmethod
-    def of(cls, selection: Selection, num_layers: int) -> "Happened":
-        """Tokens never come back, so layer l saw those whose depth is more than l."""
-        num_keep = tuple(selection.num_keep.tolist())
-        if selection.depth is None:
-            return cls(num_keep, None)
-        depth = selection.depth.cpu()
-        ends = torch.stack([torch.bincount(row, minlength=num_layers + 1) for row in depth])
-        seen = depth.shape[1] - ends.cumsum(dim=-1)[:, :num_layers]
-        return cls(num_keep, tuple(map(tuple, seen.tolist())))
-
-
 def weightless_steps(config: AdaVTPConfig, reducer: ReducerSpec | None) -> list[Step]:
     """
     What a stack does one after another, its modules on the meta device, where weights take no memory.
@@ -101,7 +74,6 @@ def plan_tokens(
     steps: list[Step],
     token_budget: StackBudget | None,
     num_images: Sequence[int],
-    happened: Happened | None = None,
 ) -> TokenPlan:
     """
     Works out how many tokens each step gets and leaves.
@@ -111,7 +83,6 @@ def plan_tokens(
         steps: from [`weightless_steps`].
         token_budget: see [`AdaVTPForConditionalGeneration.forward`].
         num_images: of each prompt.
-        happened: what was kept, which then need not follow from the budget.
 
     Raises:
         ValueError: if the budget is not allowed or cannot be reached, or only the image can say how many stay.
@@ -119,30 +90,14 @@ def plan_tokens(
     sample = torch.tensor([prompt for prompt, images in enumerate(num_images) for _ in range(images)]).long()
     before = [step for step in steps if step.reducer.stage != "decoder"]
     decoder = steps[-1] if steps[-1].reducer.stage == "decoder" else None
-    if happened is not None and len(happened.num_keep) != len(sample):
-        raise ValueError(f"`selection` is of {len(happened.num_keep)} images, and the prompts show {len(sample)}.")
-    budget = None
-    if happened is None or (token_budget is not None and len(before) > 1):
-        budget = _budget(config, steps, token_budget, sample, len(num_images))
-    elif len(before) > 1:
-        raise ValueError(
-            "`selection` says what a stack left, and not what its first reducers did; pass the `token_budget` too."
-        )
+    budget = _budget(config, steps, token_budget, sample, len(num_images))
     entering, left = torch.full((len(sample),), config.num_patches), []
     for step in before:
-        is_last = step is before[-1]
-        wanted = None if budget is None else budget.of_step(step, entering)
-        if happened is not None and is_last:
-            leaving = torch.tensor(happened.num_keep).long()
-        else:
-            leaving = _leaving(step, entering, wanted, sample)
+        leaving = _leaving(step, entering, budget.of_step(step, entering), sample)
         left.append(StepTokens(step, tuple(entering.tolist()), tuple(leaving.tolist())))
         entering = leaving
-    if happened is None and decoder is not None:
-        mean = budget.of_step(decoder, entering)
-        counts = _decoder_counts(config, decoder, entering, mean, sample, len(num_images))
-    else:
-        counts = _counts_without_rule(config, happened, entering, sample, len(num_images))
+    mean = entering if decoder is None else budget.of_step(decoder, entering)
+    counts = _decoder_counts(config, decoder, entering, mean, sample, len(num_images))
     leaves = any(min(row) < row[0] for row in counts)
     return TokenPlan(
         steps=tuple(left),
@@ -172,8 +127,7 @@ def _leaving(step: Step, entering: torch.Tensor, wanted: torch.Tensor | None, sa
     reason = _left_to_the_image(reducer, wanted, entering, sample)
     if reason is not None:
         raise ValueError(
-            f"How many tokens {step.name!r} keeps is not known before it has run: {reason}. Pass a "
-            "`token_budget`, or the `selection` of what it kept."
+            f"How many tokens {step.name!r} keeps is not known before it has run: {reason}. Pass a `token_budget`."
         )
     return wanted
 
@@ -191,20 +145,9 @@ def _left_to_the_image(
     return None
 
 
-def _counts_without_rule(
-    config: AdaVTPConfig, happened: Happened | None, entering: torch.Tensor, sample: torch.Tensor, num_prompts: int
-) -> list[list[int]]:
-    """For each prompt the sum over its images of what each layer saw, or else of what went in."""
-    num_layers = config.text_config.num_hidden_layers
-    of_image = entering[:, None].expand(-1, num_layers)
-    if happened is not None and happened.layer_counts is not None:
-        of_image = torch.tensor(happened.layer_counts).view(-1, num_layers)
-    return torch.zeros(num_prompts, num_layers, dtype=torch.long).index_add(0, sample, of_image).tolist()
-
-
 def _decoder_counts(
     config: AdaVTPConfig,
-    decoder: Step,
+    decoder: Step | None,
     entering: torch.Tensor,
     mean: torch.Tensor | None,
     sample: torch.Tensor,

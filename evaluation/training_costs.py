@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
-from .flops_presets import preset_config
+from ..modeling.costs.presets import preset_config
 from .training_flops import Step, Trained, TrainingFlops, longest_counts, mean_training_flops, plain_training_flops
 from .training_memory import Layout, Memory, training_memory
 

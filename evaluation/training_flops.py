@@ -3,7 +3,7 @@
 A product y = x w of f FLOPs costs f for the gradient of w, if w trains, and f for that of x, if something in front of
 it trains. Attention, two products forward, is five on the way back where its kernel keeps no scores. A checkpointed
 layer runs once more, up to its last product. So a frozen part costs nothing behind the first trained one's back, the
-forward again where a gradient only passes through, and twice the forward where it trains. Units are `flops.py`'s.
+forward again where a gradient only passes through, and twice the forward where it trains.
 """
 
 from collections import Counter
@@ -12,14 +12,14 @@ from dataclasses import dataclass, field, replace
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
 from ..modeling.budget.schedule import StackBudget
+from ..modeling.costs.model_costs import FULL
 from ..modeling.reducers.bank import ReducerSpec
 from ..modeling.reducers.bank import Step as ReducerStep
 from ..modeling.reducers.base import REDUCERS
 from .decoder_flops import Prompts, inside_decoder_flops, layer_columns
 from .model_shape import BUDGET_ENCODING, DecoderShape, ModelShape
 from .reducer_flops import TowerRun, attention_rows, budget_cross_attention, image_flops, product, tower_run
-from .settings import FULL
-from .token_plan import TokenPlan, plan_tokens, weightless_steps
+from .token_plan import StepTokens, TokenPlan, plan_tokens, weightless_steps
 
 PARTS = ("controller", "projector", "vision", "decoder")
 # Scores once more, and the gradients of weights, values, queries and keys: five products for two. Without the first
@@ -391,7 +391,7 @@ def longest_counts(budget_range: tuple[float, float], num_patches: int, draws: i
 def _tokens(
     config: AdaVTPConfig, steps: list[ReducerStep], token_budget: StackBudget | None, num_images: Sequence[int]
 ) -> TokenPlan:
-    """As in `flops.py`, but that in training a reducer that hears the budget does so at any budget."""
+    """As in evaluation, but that in training a reducer that hears the budget does so at any budget."""
     tokens = plan_tokens(config, steps, token_budget, num_images)
     asks = any("budget" in step.step.reducer.needs for step in tokens.steps)
     return replace(tokens, meets_budget=asks and bool(tokens.sample))
@@ -461,7 +461,7 @@ def _reducer(config: AdaVTPConfig, shape: ModelShape, tokens: TokenPlan, step: S
         if reducer.stage not in ("vision", "projector"):
             continue
         pairs = zip(step_tokens.entering, step_tokens.leaving, strict=True)
-        forward = sum(image_flops(reducer, name, config, shape, n, keep) for n, keep in pairs)
+        forward = sum(image_flops(reducer, name, shape, n, keep) for n, keep in pairs)
         if name == "adaptive" and flow.gates and shape.controller_choice == "spread":
             # Choosing what is unlike each other is for a controller that does not train.
             forward -= sum(product(n, shape.vision.patch_width, n) for n in step_tokens.entering)
@@ -490,8 +490,6 @@ def _budget_token(shape: ModelShape, step: Step, flow: Flow, arrives: bool) -> P
 def _projector(shape: ModelShape, tokens: TokenPlan, stays: bool, step: Step, flow: Flow) -> PartFlops:
     """Two linear maps, of as many tokens as reach them; rows filled up to the longest."""
     # What `projector_flops` counts is rows times the two maps.
-    from .vision_flops import projector_flops
-
     width, patch = shape.decoder.hidden_size, shape.vision.patch_width
     one = product(1, patch, width) + product(1, width, width)
     rows = projector_flops(shape, tokens, stays) / one
@@ -499,6 +497,39 @@ def _projector(shape: ModelShape, tokens: TokenPlan, stays: bool, step: Step, fl
     flows = flow.visual and flow.language
     first = Product(product(rows, patch, width), trains, flows)
     return _spent([first, Product(product(rows, width, width), trains, flows or trains)])
+
+
+def projector_flops(shape: ModelShape, tokens: TokenPlan, masks: bool) -> float:
+    """
+    Two linear maps, W to D and D to D, of the tokens that reach them: those that a reducer of stage "projector" gets,
+    with CLS, or else those that all reducers before the decoder leave; rows filled up to the longest.
+
+    Args:
+        shape: of the model.
+        tokens: of all images.
+        masks: whether dropped tokens stay in the sequence, zero, and are projected too.
+    """
+    if not tokens.sample:
+        return 0.0
+    # Without a step before the decoder, what its first layer sees, which the images of a prompt share.
+    of_each = [-(-tokens.layer_counts[prompt][0] // tokens.sample.count(prompt)) for prompt in tokens.sample]
+    with_cls = shape.keep_cls
+    for step in tokens.steps:
+        if step.step.reducer.stage == "projector" and _acts(step):
+            of_each, with_cls = step.entering, shape.vision.has_cls
+            break
+        of_each = step.leaving
+    else:
+        if masks and tokens.decoder is None:
+            of_each = [shape.vision.num_patches]
+    projected = len(tokens.sample) * (max(of_each) + int(with_cls))
+    width = shape.decoder.hidden_size
+    return product(projected, shape.vision.patch_width, width) + product(projected, width, width)
+
+
+def _acts(step: StepTokens) -> bool:
+    """A step that would leave every image as it is is skipped."""
+    return any(left < came for came, left in zip(step.entering, step.leaving, strict=True))
 
 
 def decoder_layer(decoder: DecoderShape, n: int, trained: Trained, enters: bool, inside: bool) -> list[Product]:

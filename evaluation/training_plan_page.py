@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from .flops_presets import preset_config
+from ..modeling.costs.presets import preset_config
 from .training_costs import (
     A100_PEAK,
     GIB,

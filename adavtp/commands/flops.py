@@ -13,7 +13,7 @@ from .evaluate import budget_for
 
 if TYPE_CHECKING:
     from ..configuration.configuration_adavtp import AdaVTPConfig
-    from ..evaluation.flops import Flops
+    from ..modeling.costs.model_costs import Costs
 
 
 def flops(
@@ -52,24 +52,23 @@ def flops(
         if published:
             _print_published(as_json)
             return
-        from ..evaluation.flops import count_flops
-        from ..evaluation.flops_conventions import latency_plan
-        from ..evaluation.model_shape import DecoderShape
+        from ..evaluation.flops_conventions import count_flops, latency_plan
         from ..evaluation.settings import FULL
+        from ..modeling.costs.model_costs import ModelCosts
 
         config = model_config(preset, checkpoint, visual_tokens)
         token_budget = None if budget is None else budget_for(budget, config.num_patches)
         asked = None if reducer is None else reducer if reducer == FULL else parse_reducer(reducer)
-        plan = None if latency is None else latency_plan(latency, DecoderShape.of(config), latency_unit)
+        plan = None if latency is None else latency_plan(latency, config.text_config, latency_unit)
         counted = count_flops(
-            config,
+            ModelCosts.of(config),
             text_tokens,
+            convention,
             token_budget=token_budget,
             reducer=asked,
             num_images=images,
             new_tokens=new_tokens,
             dtype=dtype,
-            convention=convention,
             plan=plan,
         )
     settings = {
@@ -88,7 +87,7 @@ def flops(
 
 
 def model_config(preset: str | None, checkpoint: Path | None, visual_tokens: int | None) -> "AdaVTPConfig":
-    from ..evaluation.flops_presets import preset_config
+    from ..modeling.costs.presets import preset_config
 
     if (preset is None) == (checkpoint is None):
         raise ValueError("Give one of `--preset` and `--checkpoint`.")
@@ -106,8 +105,8 @@ def model_config(preset: str | None, checkpoint: Path | None, visual_tokens: int
     return config
 
 
-def _table(counted: "Flops", settings: dict[str, Any]) -> Table:
-    from ..evaluation.flops_conventions import CONVENTIONS, NOT_COUNTED
+def _table(counted: "Costs", settings: dict[str, Any]) -> Table:
+    from ..evaluation.flops_conventions import CONVENTIONS, NOT_COUNTED, per_layer
 
     is_ours = counted.convention == "adavtp"
     says = "1 MAC = 2 FLOPs; products, convolutions, attention" if is_ours else CONVENTIONS[counted.convention].says
@@ -135,7 +134,7 @@ def _table(counted: "Flops", settings: dict[str, Any]) -> Table:
     tokens = "1 new token" if counted.new_tokens == 1 else f"{counted.new_tokens} new tokens"
     table.add_row("total", scaled(counted.total), f"with {tokens}", end_section=True)
     if counted.convention == "fastv":
-        table.add_row("prefill per layer", scaled(counted.prefill_per_layer), "as the paper's table prints it")
+        table.add_row("prefill per layer", scaled(per_layer(counted)), "as the paper's table prints it")
     table.add_row("kv_bytes", f"{counted.kv_bytes / 1e6:.1f} MB", "keys and values of the prompt")
     table.add_row("mean_visual_tokens", f"{counted.mean_visual_tokens:.1f}", "that a decoder layer sees of an image")
     return table

@@ -40,7 +40,7 @@ ALLOWED = {
     "adavtp.hub_cards.convert": set(),
     "adavtp.evaluation.settings": set(),
     "adavtp.evaluation.measurements": set(),
-    "adavtp.evaluation.flops": set(),
+    "adavtp.modeling.costs.model_costs": set(),
     "adavtp.evaluation.runs": set(),
     "adavtp.evaluation.accuracy": set(),
     "adavtp.evaluation.continuations": set(),

@@ -14,10 +14,10 @@ from PIL import Image
 from adavtp.evaluation.answering import Scorer, answer, answer_examples, inputs_of, score_together
 from adavtp.evaluation.asked_settings import AskedSetting, asked_settings, reachable_settings
 from adavtp.evaluation.examples import Example
-from adavtp.evaluation.flops import count_flops
 from adavtp.evaluation.run_results import results, unfinished
 from adavtp.evaluation.runs import Run
 from adavtp.evaluation.settings import Setting
+from adavtp.modeling.costs.model_costs import ModelCosts
 from tiny_conversations import QUESTIONS, digit_model, digit_processor, picture
 from tiny_models import NUM_PATCHES, tiny_text_config
 
@@ -179,13 +179,7 @@ def test_every_line_says_what_the_model_says_when_it_is_asked_alone(
             assert line["visual_tokens"] == pytest.approx(line["num_keep"], abs=1 / num_layers)
         else:
             assert line["visual_tokens"] == line["num_keep"]
-        counted = count_flops(
-            model.config,
-            line["text_tokens"],
-            **arguments,
-            selection=output["selection"],
-            num_images=len(example.images),
-        )
+        counted = ModelCosts.of(model.config).of_selection(output["selection"], line["text_tokens"], **arguments)
         assert line["flops"] == counted.with_new_tokens(len(new))
         assert line["ms"] > 0
 

@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 import latency
 from adavtp import AdaVTPForConditionalGeneration
 from adavtp.commands.measure import measure as measure_command
-from adavtp.evaluation.flops import count_flops
 from adavtp.evaluation.measurements import (
     Measurement,
     Timing,
@@ -32,6 +31,7 @@ from adavtp.evaluation.measurements import (
     time_generation,
 )
 from adavtp.evaluation.settings import Setting, reason_unreachable, reducer_label
+from adavtp.modeling.costs.model_costs import ModelCosts
 from adavtp.modeling.reducers.fastv import FastVReducer
 from tiny_models import EOS_TOKEN_ID, tiny_batch, tiny_model, tiny_text_config
 
@@ -96,7 +96,7 @@ def test_keys_and_values_are_those_of_the_tokens_that_each_layer_sees(
 def test_counted_keys_and_values_are_those_in_the_cache(setting: tuple) -> None:
     model = deep_model()
     batch = tiny_batch(model.config, images_per_sample=(1,), lengths=(9,))
-    counted = count_flops(model.config, 9, reducer=setting[0], token_budget=setting[1], dtype=model.dtype)
+    counted = ModelCosts.of(model.config).of_prompt(9, reducer=setting[0], token_budget=setting[1], dtype=model.dtype)
     assert counted.kv_bytes == measure_memory(model, batch, Setting(*setting), new_tokens=2).kv_bytes
 
 

@@ -8,12 +8,12 @@ import typer
 from typer.testing import CliRunner
 
 from adavtp.commands.flops import flops
-from adavtp.evaluation.flops import count_flops
-from adavtp.evaluation.flops_conventions import latency_plan, published_rows
-from adavtp.evaluation.flops_presets import preset_config
-from adavtp.evaluation.model_shape import DecoderShape
+from adavtp.evaluation.flops_conventions import count_flops, latency_plan, published_rows
+from adavtp.modeling.costs.model_costs import ModelCosts
+from adavtp.modeling.costs.presets import preset_config
 
 LLAVA = preset_config("llava-1.5-7b")
+COSTS = ModelCosts.of(LLAVA)
 KEYS = {"vision", "reducer", "projector", "prefill", "decode_per_token", "kv_bytes", "mean_visual_tokens"}
 
 # Visual tokens; prefill in T by FastV's formula and by LLM-Viewer's; the cache in MB. 60 text tokens.
@@ -46,16 +46,16 @@ SCHEDULES = [
 @pytest.mark.parametrize(("visual", "fastv", "viewer", "megabytes"), WORKED)
 def test_worked_figures_of_llava(visual: int, fastv: float, viewer: float, megabytes: float) -> None:
     asked = {"layer_tokens": [visual] * 32}
-    assert count_flops(LLAVA, 60, convention="fastv", **asked).prefill / 1e12 == pytest.approx(fastv, abs=6e-4)
-    assert count_flops(LLAVA, 60, convention="prumerge", **asked).prefill / 1e12 == pytest.approx(viewer, abs=6e-4)
-    ours = count_flops(LLAVA, 60, **asked)
-    assert ours.kv_bytes / 1e6 == pytest.approx(megabytes, abs=0.06)
+    assert count_flops(COSTS, 60, convention="fastv", **asked).prefill / 1e12 == pytest.approx(fastv, abs=6e-4)
+    assert count_flops(COSTS, 60, convention="prumerge", **asked).prefill / 1e12 == pytest.approx(viewer, abs=6e-4)
+    columns = [60 + visual] * 32
+    assert 2 * COSTS.decoder.kv_numbers(columns) / 1e6 == pytest.approx(megabytes, abs=0.06)
     # Without softmax, norms and additions, and with the head's additions counted: the products of LLM-Viewer.
-    assert ours.prefill / 1e12 == pytest.approx(viewer, rel=1e-3)
+    assert COSTS.decoder.prefill(columns) / 1e12 == pytest.approx(viewer, rel=1e-3)
 
 
 def test_worked_figures_of_the_vision_side() -> None:
-    counted = count_flops(LLAVA, 60, reducer="full")
+    counted = count_flops(COSTS, 60, reducer="full")
     embedding = 2 * 576 * 3 * 14 * 14 * 1024
     assert (counted.vision - embedding) / 1e9 == pytest.approx(2 * 183.0 - embedding / 1e9, rel=3e-3)
     assert counted.projector / 2e9 == pytest.approx(12.08, abs=0.006)
@@ -65,11 +65,11 @@ def test_worked_figures_of_the_vision_side() -> None:
 def test_worked_figures_of_schedules_inside_the_decoder(
     reducer: dict, tokens: float, fastv: float, viewer: float, megabytes: float
 ) -> None:
-    ours = count_flops(LLAVA, 60, reducer=reducer)
-    assert ours.mean_visual_tokens == pytest.approx(tokens, rel=2e-3)
-    assert count_flops(LLAVA, 60, reducer=reducer, convention="fastv").prefill / 1e12 == pytest.approx(fastv, rel=3e-3)
-    assert ours.prefill / 1e12 == pytest.approx(viewer, rel=3e-3)
-    assert ours.kv_bytes / 1e6 == pytest.approx(megabytes, rel=3e-3)
+    theirs = count_flops(COSTS, 60, "fastv", reducer=reducer)
+    assert theirs.mean_visual_tokens == pytest.approx(tokens, rel=2e-3)
+    assert theirs.prefill / 1e12 == pytest.approx(fastv, rel=3e-3)
+    assert COSTS.decoder.prefill(theirs.layer_tokens) / 1e12 == pytest.approx(viewer, rel=3e-3)
+    assert 2 * COSTS.decoder.kv_numbers(theirs.layer_tokens) / 1e6 == pytest.approx(megabytes, rel=3e-3)
 
 
 @pytest.mark.parametrize(
@@ -86,32 +86,32 @@ def test_worked_figures_of_schedules_inside_the_decoder(
     ],
 )
 def test_a_latency_budget_runs_as_many_units_as_the_paper(latency: float, layers: int, heads: int) -> None:
-    decoder = DecoderShape.of(LLAVA)
+    decoder = LLAVA.text_config
     assert sum(latency_plan(latency, decoder).heads) == 16 + layers
     assert sum(latency_plan(latency, decoder, "head").mlp) == pytest.approx(16 + heads / 4)
 
 
 @pytest.mark.parametrize(("latency", "published"), [(0.85, 7.132), (0.6, 5.019), (0.5, 4.227)])
 def test_worked_figures_of_skipped_layers(latency: float, published: float) -> None:
-    plan = latency_plan(latency, DecoderShape.of(LLAVA))
-    counted = count_flops(LLAVA, 60, reducer="full", convention="prumerge", plan=plan)
+    plan = latency_plan(latency, LLAVA.text_config)
+    counted = count_flops(COSTS, 60, reducer="full", convention="prumerge", plan=plan)
     assert counted.prefill / 1e12 == pytest.approx(published, abs=6e-4)
-    longer = count_flops(LLAVA, 62, reducer="full", convention="prumerge", plan=plan)
-    assert count_flops(LLAVA, 60, reducer="full", convention="adallava", plan=plan).prefill == longer.prefill
+    longer = count_flops(COSTS, 62, reducer="full", convention="prumerge", plan=plan)
+    assert count_flops(COSTS, 60, reducer="full", convention="adallava", plan=plan).prefill == longer.prefill
 
 
 @pytest.mark.parametrize("convention", ["fastv", "prumerge", "adallava"])
 def test_papers_count_the_decoder_only(convention: str) -> None:
-    counted = count_flops(LLAVA, 60, reducer="fastv", token_budget=0.5, convention=convention, new_tokens=3)
+    counted = count_flops(COSTS, 60, reducer="fastv", token_budget=0.5, convention=convention, new_tokens=3)
     assert (counted.vision, counted.reducer, counted.projector) == (0, 0, 0)
     assert counted.total == pytest.approx(counted.prefill + 2 * counted.decode_per_token, rel=1e-4)
 
 
 def test_a_decode_step_in_the_papers_conventions_by_hand() -> None:
     d, m, n = 4096, 11008, 637
-    step = count_flops(LLAVA, 60, reducer="full", convention="fastv").decode_per_token
+    step = count_flops(COSTS, 60, reducer="full", convention="fastv").decode_per_token
     assert step == 32 * (4 * d**2 + 2 * n * d + 2 * d * m)
-    step = count_flops(LLAVA, 60, reducer="full", convention="prumerge").decode_per_token
+    step = count_flops(COSTS, 60, reducer="full", convention="prumerge").decode_per_token
     assert step == 32 * (2 * (4 * d**2 + 3 * d * m) + 4 * n * d + 5 * 32 * n + 18 * d) + d * 32000
 
 
@@ -141,7 +141,7 @@ def test_the_command_prints_every_convention(convention: str) -> None:
     code, output = run(*arguments, "--convention", convention, "--json")
     assert code == 0
     printed = json.loads(output)
-    counted = count_flops(LLAVA, 60, token_budget=0.5, reducer="fastv", convention=convention)
+    counted = count_flops(COSTS, 60, token_budget=0.5, reducer="fastv", convention=convention)
     assert {key: printed[key] for key in KEYS} == {key: getattr(counted, key) for key in KEYS}
     code, output = run(*arguments, "--convention", convention)
     assert code == 0
@@ -152,7 +152,7 @@ def test_the_command_reads_a_folder_with_nothing_but_a_configuration(tmp_path: P
     LLAVA.save_pretrained(tmp_path)
     code, output = run("--checkpoint", str(tmp_path), "--budget", "144", "--reducer", "tome,adaptive", "--json")
     assert code == 0
-    expected = count_flops(LLAVA, 60, token_budget=144, reducer=["tome", "adaptive"]).as_dict()
+    expected = count_flops(COSTS, 60, token_budget=144, reducer=["tome", "adaptive"]).as_dict()
     printed = json.loads(output)
     assert {key: printed[key] for key in expected} == expected
 

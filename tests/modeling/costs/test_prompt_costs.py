@@ -7,9 +7,9 @@ import torch
 
 from adavtp import AdaVTPConfig, Selection, TokenReducer, VisionFeatures, register_reducer
 from adavtp.commands.console import reference_checkpoint
-from adavtp.evaluation.flops import count_flops
 from adavtp.evaluation.prompt_costs import CountedFlops, num_new_tokens, prompt_costs, selections_of_prompts
 from adavtp.evaluation.settings import Setting
+from adavtp.modeling.costs.model_costs import ModelCosts
 from adavtp.modeling.reducers.base import REDUCERS
 
 END, PADDING = 2, 0
@@ -59,8 +59,9 @@ def test_every_prompt_pays_for_its_own_images_and_words(config: AdaVTPConfig) ->
     assert [cost.text_tokens for cost in costs] == [10, 12, 14]
     assert [cost.milliseconds for cost in costs] == pytest.approx([200.0] * 3)
     given = {"token_budget": 0.4, "reducer": "adaptive"}
-    both = count_flops(config, 14, **given, selection=kept_of_each(config, 50, 60), num_images=2)
-    none = count_flops(config, 12, **given, num_images=0)
+    counted = ModelCosts.of(config)
+    both = counted.of_selection(kept_of_each(config, 50, 60), 14, **given)
+    none = counted.of_prompt(12, **given, num_images=0)
     assert (costs[2].flops, costs[1].flops) == (both.with_new_tokens(2), none.with_new_tokens(1))
 
 
@@ -68,10 +69,8 @@ def test_a_batch_without_images_has_no_selection() -> None:
     assert selections_of_prompts(None, [0, 0]) == [None, None]
 
 
-class ReadsAttention(TokenReducer):
-    """A user's reducer that cannot be run to be counted, for it needs the tower's attention, and does not say more."""
-
-    needs = ("attention",)
+class CannotRun(TokenReducer):
+    """A user's reducer that cannot be run to be counted."""
 
     def forward(self, features: VisionFeatures, num_keep: torch.Tensor) -> Selection:
         raise NotImplementedError
@@ -79,14 +78,14 @@ class ReadsAttention(TokenReducer):
 
 @pytest.fixture
 def uncounted() -> Iterator[str]:
-    register_reducer("reads_attention")(ReadsAttention)
-    yield "reads_attention"
-    del REDUCERS["reads_attention"]
+    register_reducer("cannot_run")(CannotRun)
+    yield "cannot_run"
+    del REDUCERS["cannot_run"]
 
 
 def test_an_unknown_cost_is_an_error_or_said_to_be_unknown(config: AdaVTPConfig, uncounted: str) -> None:
     setting, selection = Setting(uncounted, 0.5), kept_of_each(config, 72)
-    with pytest.raises(ValueError, match="flops"):
+    with pytest.raises(ValueError, match="cannot_run"):
         CountedFlops(config, setting).of(9, selection)
     mask = torch.ones(1, 9 + config.num_patches, dtype=torch.long)
     (cost,) = prompt_costs(CountedFlops(config, setting, may_be_unknown=True), mask, [selection], [1], 0.1)

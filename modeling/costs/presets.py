@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, SiglipVisionConfig
 
-from ..configuration.configuration_adavtp import AdaVTPConfig
+from ...configuration.configuration_adavtp import AdaVTPConfig
 
 
 def clip_large_336() -> PreTrainedConfig:

@@ -1,0 +1,133 @@
+"""Torch counts while the model's own code runs, with weights that take no memory and products that take no time.
+
+A weight is one number, read at every place of its shape. What a product with it would be is noise of the right shape,
+so that everything behind it (ranking, matching, merging, the loops around them) runs as it does in earnest and costs
+what it costs in earnest. Counted are matrix products, convolutions and attention, at two FLOPs for a multiplication
+with its addition; attention counts its whole square, masked or not.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from ...configuration.configuration_adavtp import AdaVTPConfig
+from ..modeling_adavtp import AdaVTPForConditionalGeneration
+
+# Torch's own table has attention for GPUs only; the same count for what runs on a CPU.
+_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+CPU_FORMULAS: dict[Any, Callable[..., int]] = {
+    _CPU_ATTENTION: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value),
+    _CPU_ATTENTION_BACKWARD: lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(
+        grad, query, key, value
+    ),
+}
+_NOISE = 2**20
+
+
+def counter() -> FlopCounterMode:
+    """Torch's counter, which also knows attention on a CPU."""
+    return FlopCounterMode(display=False, custom_mapping=CPU_FORMULAS)
+
+
+def weightless_model(config: AdaVTPConfig, **changes: Any) -> AdaVTPForConditionalGeneration:
+    """
+    A model whose weights take no memory, in evaluation mode.
+
+    Args:
+        config: the model's, which stays as it is.
+        changes: of its fields.
+    """
+    config = copy.deepcopy(config)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with torch.device("meta"):
+        model = AdaVTPForConditionalGeneration(config)
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None:
+                    value = torch.full((), tensor.is_floating_point(), dtype=tensor.dtype).expand(tensor.shape)
+                    held[name] = nn.Parameter(value) if isinstance(tensor, nn.Parameter) else value
+    # Words differ, so that a method which asks what each has to do with the images can tell one from another.
+    table = model.get_input_embeddings().weight
+    table.data = torch.arange(len(table), dtype=table.dtype)[:, None].expand(table.shape)
+    return model.eval()
+
+
+class ProductsAreNoise(TorchDispatchMode):
+    """
+    Does not carry out products, whose results are noise.
+
+    Args:
+        every: all of them; by default only those with a weight of [`weightless_model`], and attention.
+    """
+
+    def __init__(self, every: bool = False) -> None:
+        super().__init__()
+        self.every, self.made = every, 0
+        self.noise = torch.randn(_NOISE, generator=torch.Generator().manual_seed(0))
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        packet = operation.overloadpacket
+        is_product = packet in flop_registry or packet in CPU_FORMULAS
+        if not is_product or not (self.every or packet in CPU_FORMULAS or any(map(_is_weight, args))):
+            return operation(*args, **kwargs)
+        shapes = operation(*tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), args), **kwargs)
+        return tree_map_only(torch.Tensor, self._result, shapes)
+
+    def _result(self, shape: torch.Tensor) -> torch.Tensor:
+        """Noise of a shape. Its rows overlap in memory, so that it takes none of its own."""
+        *outer, width = shape.shape
+        rows = torch.empty(outer, device="meta")
+        step = (_NOISE // 2 - width) // max(rows.numel(), 1)
+        # Two results in a row are not alike.
+        self.made = (self.made + 7919) % (_NOISE // 2)
+        strides = [step * stride for stride in rows.stride()]
+        return self.noise.to(shape.dtype).as_strided(shape.shape, [*strides, 1], self.made)
+
+
+def _is_weight(argument: Any) -> bool:
+    return isinstance(argument, torch.Tensor) and argument.numel() > 1 and not any(argument.stride())
+
+
+def flops_by_part(run: Callable[[], Any], parts: Mapping[Hashable, list[nn.Module]]) -> tuple[Any, Counter[Hashable]]:
+    """
+    Runs something and counts.
+
+    Args:
+        run: what runs, without gradients.
+        parts: the modules of each part, none inside another's.
+
+    Returns:
+        What `run` returns, and the FLOPs of each part; those outside of all parts are under `None`.
+    """
+    spent: Counter[Hashable] = Counter()
+    with torch.no_grad(), ProductsAreNoise(), counter() as flops:
+        begun = []
+        hooks = []
+        for part, modules in parts.items():
+            for module in modules:
+                hooks.append(module.register_forward_pre_hook(lambda *_: begun.append(flops.get_total_flops())))
+                hooks.append(
+                    module.register_forward_hook(
+                        lambda *_, part=part: spent.update({part: flops.get_total_flops() - begun.pop()})
+                    )
+                )
+        try:
+            result = run()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        spent[None] = flops.get_total_flops() - spent.total()
+    return result, spent

@@ -1,0 +1,461 @@
+"""What a prompt with images costs, part by part, counted by torch without a weight in memory.
+
+The model's own code runs once for each reducer and budget, up to where the last choice is made; what the decoder then
+costs follows from its polynomials, and is worked out for thousands of prompts in the time of one run.
+"""
+
+import contextlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from fractions import Fraction
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+
+from ...configuration.configuration_adavtp import AdaVTPConfig, reducer_entries
+from ..budget.schedule import StackBudget
+from ..budget.selection import Selection
+from ..modeling_adavtp import ReducerSpec
+from ..reducers.aim import merged_count
+from ..reducers.base import REDUCERS, ScoringReducer
+from ..vision.tower import _attention, tower_layers
+from .counting import flops_by_part, weightless_model
+from .decoder import DecodeCost, DecoderCost, ExecutionPlan
+
+# Nothing is chosen and everything is kept; the reducer that stands for it is never asked.
+FULL, NEVER_ASKED = "full", "grid"
+# Prompts of so many text tokens are run; what a reducer inside the decoder spends on others lies on the parabola.
+_TEXTS = (8, 16, 32)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """
+    What one prompt costs, in FLOPs.
+
+    Attributes:
+        vision: the vision tower, up to the feature layer.
+        reducer: choosing and merging, wherever it happens, and the budget's embedding.
+        projector: on the tokens that reach it.
+        prefill: the decoder on the whole prompt, and the head on its last position.
+        decode_per_token: the decoder on the first token behind the prompt; later ones attend to more, see `decode`.
+        kv_bytes: keys and values of the prompt in the cache, in bytes.
+        mean_visual_tokens: that a decoder layer sees of an image in prefill, mean over layers and images.
+        new_tokens: tokens that are generated, 1 or more; prefill makes the first.
+        layer_tokens: for each decoder layer the columns of the sequence in prefill.
+        convention: by which all of it was counted.
+        decode: the steps behind the prefill.
+    """
+
+    vision: float
+    reducer: float
+    projector: float
+    prefill: float
+    decode_per_token: float
+    kv_bytes: float
+    mean_visual_tokens: float
+    new_tokens: int = 1
+    layer_tokens: tuple[int, ...] = ()
+    convention: str = "adavtp"
+    decode: DecodeCost | None = field(default=None, repr=False)
+
+    @property
+    def total(self) -> float:
+        """Everything, up to and with `new_tokens` generated tokens."""
+        return self.with_new_tokens(self.new_tokens)
+
+    def with_new_tokens(self, number: int) -> float:
+        """
+        Everything up to and with the `number`-th generated token. Prefill makes the first, and each further one takes
+        a step over a cache that has grown.
+
+        Args:
+            number: 1 or more; 0 for a prompt that is read and not answered costs the same as 1.
+
+        Raises:
+            ValueError: if it is negative.
+        """
+        if number < 0:
+            raise ValueError(f"`new_tokens` is {number}; allowed are whole numbers from 0.")
+        before = self.vision + self.reducer + self.projector + self.prefill
+        return before + (0.0 if self.decode is None else self.decode.steps(max(number - 1, 0)))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Parts, settings and `total`, as JSON can hold them."""
+        values = asdict(replace(self, decode=None))
+        del values["decode"]
+        return {**values, "layer_tokens": list(self.layer_tokens), "total": self.total}
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """
+    The visual tokens of a prompt in numbers.
+
+    Attributes:
+        sizes: of each unit, N.
+        num_keep: of each unit, those that reach the decoder.
+        of_layers: of all units together, those that each decoder layer sees.
+    """
+
+    sizes: tuple[int, ...]
+    num_keep: tuple[int, ...]
+    of_layers: tuple[int, ...]
+
+
+class ModelCosts:
+    """
+    The costs of one model, whatever is asked of it. [`ModelCosts.of`] gives the same object for the same model, which
+    remembers what it has counted.
+
+    Args:
+        config: the model's.
+    """
+
+    def __init__(self, config: AdaVTPConfig) -> None:
+        self.config = config
+        self._stacks: dict[Any, _StackCosts] = {}
+        self._prompts: dict[Any, Costs] = {}
+
+    @classmethod
+    def of(cls, config: AdaVTPConfig) -> "ModelCosts":
+        """Of a configuration as it is now; it may be changed afterwards."""
+        return _of_written(type(config), config.to_json_string(use_diff=False))
+
+    @cached_property
+    def decoder(self) -> DecoderCost:
+        """What each layer costs."""
+        return DecoderCost.of(weightless_model(self.config, reducers=[NEVER_ASKED], trained_reducers=[]))
+
+    def of_prompt(
+        self,
+        text_tokens: int,
+        *,
+        token_budget: StackBudget | None = None,
+        reducer: ReducerSpec | None = None,
+        num_images: int = 1,
+        new_tokens: int = 1,
+        dtype: torch.dtype | str | None = None,
+        plan: ExecutionPlan | None = None,
+    ) -> Costs:
+        """
+        The FLOPs of one prompt, alone and without padding, as `generate` executes it.
+
+        Args:
+            text_tokens: of the prompt, placeholders of images not among them; they stand behind the images.
+            token_budget, reducer: see [`AdaVTPForConditionalGeneration.forward`]; the reducer `"full"` keeps
+                everything.
+            num_images: in the prompt, of the usual size.
+            new_tokens: that are generated, for `total`.
+            dtype: of the cache, a torch dtype or its name; by default the configuration's, or else float32.
+            plan: the decoder's units that run; by default all.
+
+        Raises:
+            ValueError: if an argument is not allowed, a budget cannot be reached, or only the image can say how many
+                tokens stay; the message says what to do.
+        """
+        if min(text_tokens, num_images) < 0:
+            raise ValueError(
+                f"`text_tokens` is {text_tokens} and `num_images` {num_images}; allowed are whole numbers from 0."
+            )
+        if type(new_tokens) is not int or new_tokens < 1:
+            raise ValueError(f"`new_tokens` is {new_tokens!r}; allowed are whole numbers from 1.")
+        tokens = self.visual_tokens(reducer, token_budget, num_images)
+        stack, budget = self._stack(reducer, token_budget)
+        spent = stack.spent(budget, num_images, text_tokens, tokens)
+        return self._costs(text_tokens, tokens, spent, new_tokens, dtype, plan)
+
+    def of_selection(
+        self,
+        selection: Selection | None,
+        text_tokens: int,
+        *,
+        token_budget: StackBudget | None = None,
+        reducer: ReducerSpec | None = None,
+        new_tokens: int = 1,
+        dtype: torch.dtype | str | None = None,
+    ) -> Costs:
+        """
+        The FLOPs of one prompt whose visual tokens have been chosen, also by a rule that only the image could answer.
+
+        Args:
+            selection: of the prompt's images, or `None` if it has none.
+            token_budget, reducer: with which it was made.
+            others: see [`ModelCosts.of_prompt`].
+
+        Raises:
+            ValueError: see [`ModelCosts.of_prompt`].
+        """
+        stack, budget = self._stack(reducer, token_budget)
+        num_layers = self.config.text_config.num_hidden_layers
+        tokens = _chosen(selection, num_layers)
+        key = (stack, _written(budget), tokens, text_tokens, str(dtype))
+        if key not in self._prompts:
+            spent = stack.spent_on(tokens, budget, text_tokens)
+            self._prompts[key] = self._costs(text_tokens, tokens, spent, 1, dtype, None)
+        found = self._prompts[key]
+        return found if new_tokens == 1 else replace(found, new_tokens=new_tokens)
+
+    def visual_tokens(
+        self, reducer: ReducerSpec | None = None, token_budget: StackBudget | None = None, num_images: int = 1
+    ) -> VisualTokens:
+        """How many visual tokens go where; nothing runs. See [`ModelCosts.of_prompt`]."""
+        stack, budget = self._stack(reducer, token_budget)
+        return stack.planned(budget, num_images)
+
+    def columns(self, text_tokens: int, tokens: VisualTokens) -> tuple[int, ...]:
+        """The columns of a prompt in each decoder layer: text, kept CLS tokens, and the visual tokens that it sees."""
+        unmoved = text_tokens + len(tokens.sizes) * int(self.config.keep_cls)
+        return tuple(unmoved + seen for seen in tokens.of_layers)
+
+    def bytes_per_number(self, dtype: torch.dtype | str | None) -> int:
+        """
+        Of a cache.
+
+        Raises:
+            ValueError: if `dtype` is none of torch's.
+        """
+        wanted = dtype or getattr(self.config, "dtype", None) or torch.float32
+        found = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
+        if not isinstance(found, torch.dtype):
+            raise ValueError(f"`dtype` is {dtype!r}; allowed are torch's dtypes and their names, such as 'bfloat16'.")
+        return found.itemsize
+
+    def _stack(
+        self, reducer: ReducerSpec | None, token_budget: StackBudget | None
+    ) -> tuple["_StackCosts", StackBudget | None]:
+        if reducer == FULL:
+            reducer, token_budget = NEVER_ASKED, 1.0
+        entries = self.config.reducers if reducer is None else reducer_entries(reducer)
+        names = [entry if isinstance(entry, str) else entry.get("name") for entry in entries]
+        # A class may be registered anew under its name, as in a notebook.
+        key = (json.dumps(entries, default=repr, sort_keys=True), *(REDUCERS.get(name) for name in names))
+        if key not in self._stacks:
+            self._stacks[key] = _StackCosts(self.config, entries)
+        return self._stacks[key], token_budget
+
+    def _costs(
+        self,
+        text_tokens: int,
+        tokens: VisualTokens,
+        spent: Counter,
+        new_tokens: int,
+        dtype: torch.dtype | str | None,
+        plan: ExecutionPlan | None,
+    ) -> Costs:
+        columns = self.columns(text_tokens, tokens)
+        decode = self.decoder.decode(columns, plan)
+        return Costs(
+            vision=spent["vision"],
+            reducer=spent[None],
+            projector=spent["projector"],
+            prefill=self.decoder.prefill(columns, plan),
+            decode_per_token=decode.steps(1),
+            kv_bytes=float(self.decoder.kv_numbers(columns, plan) * self.bytes_per_number(dtype)),
+            mean_visual_tokens=mean_of_layers(tokens),
+            new_tokens=new_tokens,
+            layer_tokens=columns,
+            decode=decode,
+        )
+
+
+@lru_cache(maxsize=16)
+def _of_written(config_class: type[AdaVTPConfig], written: str) -> ModelCosts:
+    return ModelCosts(config_class.from_dict(json.loads(written)))
+
+
+def mean_of_layers(tokens: VisualTokens) -> float:
+    """Visual tokens of a unit that a decoder layer sees, mean over layers and units; 0 without any."""
+    return sum(tokens.of_layers) / (len(tokens.of_layers) * len(tokens.sizes)) if tokens.sizes else 0.0
+
+
+def _chosen(selection: Selection | None, num_layers: int) -> VisualTokens:
+    """Tokens never come back, so layer l saw those whose depth is more than l."""
+    if selection is None:
+        return VisualTokens((), (), (0,) * num_layers)
+    num_keep = tuple(selection.num_keep.tolist())
+    sizes = tuple(selection.sizes.tolist())
+    if selection.depth is None:
+        return VisualTokens(sizes, num_keep, (sum(num_keep),) * num_layers)
+    ends = torch.bincount(selection.depth.cpu().flatten(), minlength=num_layers + 1)
+    seen = ends.sum() - ends.cumsum(dim=0)[:num_layers]
+    return VisualTokens(sizes, num_keep, tuple(seen.tolist()))
+
+
+class _Reached(Exception):  # noqa: N818
+    """The layer before which everything was chosen."""
+
+
+class _StackCosts:
+    """What choosing costs, for one stack of reducers."""
+
+    def __init__(self, config: AdaVTPConfig, entries: list[str | dict[str, Any]]) -> None:
+        self.config = config
+        # A floor on the entropy adds tokens to noise; how many it adds to an image is what a selection says.
+        self.model = weightless_model(
+            config,
+            reducers=entries,
+            trained_reducers=[],
+            min_token_entropy=0.0,
+            selection_output="gather",
+            image_token_id=0,
+        )
+        self.steps = self.model.model.steps()
+        self.decoder = self.steps[-1] if self.steps[-1].reducer.stage == "decoder" else None
+        self.before = self.steps[: len(self.steps) - (self.decoder is not None)]
+        self._runs: dict[Any, Counter] = {}
+        if self.decoder is not None:
+            # Nothing that scores looks at what MLPs make of noise.
+            for layer in self.model.get_decoder().layers:
+                layer.mlp = torch.nn.Identity()
+
+    def planned(self, token_budget: StackBudget | None, num_images: int) -> VisualTokens:
+        """As the model's own plan."""
+        num_layers = self.config.text_config.num_hidden_layers
+        schedule = self.model.model.resolve_budget(token_budget, None, 1)
+        sizes = torch.full((num_images,), self.model.family.tokens_per_image(self.config))
+        budget = schedule.of_units(torch.zeros(num_images, dtype=torch.long), sizes)
+        entering = sizes
+        for step in self.before:
+            entering = self._leaving(step, entering, budget.of_step(step, entering))
+        visual, of_layers = int(entering.sum()), None
+        if self.decoder is not None and visual:
+            mean = budget.of_step(self.decoder, entering)
+            keep = None if mean is None else int(mean.sum())
+            if keep is None or keep < visual:
+                of_layers = tuple(self.decoder.reducer.layer_counts(visual, keep, num_layers))
+        return VisualTokens(tuple(sizes.tolist()), tuple(entering.tolist()), of_layers or (visual,) * num_layers)
+
+    def _leaving(self, step: Any, entering: torch.Tensor, wanted: torch.Tensor | None) -> torch.Tensor:
+        reducer, reason = step.reducer, None
+        if wanted is None and hasattr(reducer, "share"):
+            return torch.tensor([merged_count(tokens, reducer.share) for tokens in entering.tolist()]).long()
+        if wanted is None:
+            reason = "`token_budget` is None, and its own rule looks at the image"
+        elif bool((wanted < entering).any()):
+            if isinstance(reducer, ScoringReducer) and self.config.min_token_entropy > 0:
+                reason = f"`min_token_entropy` is {self.config.min_token_entropy}, which may add some"
+            elif reducer.redistributes and len(entering) > 1:
+                reason = "it moves tokens between the images of a prompt"
+        if reason is None:
+            return wanted
+        raise ValueError(
+            f"How many tokens {step.name!r} keeps is not known before it has run: {reason}. Pass a "
+            "`token_budget`, or the `selection` of what it kept."
+        )
+
+    def spent(
+        self, token_budget: StackBudget | None, num_images: int, text_tokens: int, tokens: VisualTokens
+    ) -> Counter:
+        """The tower, the projector, and under `None` what choosing costs."""
+        if not num_images:
+            return Counter()
+        leaves_inside = self.decoder is not None and tokens.of_layers[-1] < tokens.of_layers[0]
+        if not leaves_inside:
+            return self._run(token_budget, num_images, _TEXTS[0], 0)
+        stop = self.decoder.reducer.cuts(len(tokens.of_layers))[-1]
+        asked = (_written(token_budget), num_images)
+        counted = [text for budget, images, text, _ in self._runs if (budget, images) == asked]
+        if text_tokens in counted or len(counted) < len(_TEXTS) - 1:
+            return self._run(token_budget, num_images, text_tokens, stop)
+        runs = [self._run(token_budget, num_images, text, stop) for text in _TEXTS]
+        choosing = _on_parabola(text_tokens, [(text, run[None]) for text, run in zip(_TEXTS, runs, strict=True)])
+        return Counter({**runs[0], None: choosing})
+
+    def spent_on(self, tokens: VisualTokens, token_budget: StackBudget | None, text_tokens: int) -> Counter:
+        """The same where the numbers of tokens are given."""
+        if not tokens.sizes:
+            return Counter()
+        num_images = len(tokens.sizes)
+        try:
+            as_planned = self.planned(token_budget, num_images)
+        except ValueError:
+            as_planned = None
+        if tokens == as_planned:
+            return self.spent(token_budget, num_images, text_tokens, tokens)
+        names = list(dict.fromkeys(step.name for step in self.before))
+        if len(names) > 1 and token_budget is None:
+            raise ValueError(
+                "`selection` says what a stack left, and not what its first reducers did; pass the `token_budget` too."
+            )
+        together = any(step.reducer.redistributes for step in self.before)
+        if len(names) > 1 or (together and token_budget is not None):
+            return self._with_projected(self.spent(token_budget, num_images, text_tokens, tokens), tokens)
+        whole: Counter = Counter()
+        for size, keep in zip(tokens.sizes, tokens.num_keep, strict=True):
+            budget: StackBudget = 1.0 if keep >= size else 0.0 if keep == 1 else keep
+            whole += self.spent(self._with_decoder(budget, names, tokens), 1, text_tokens, tokens)
+        return self._with_projected(whole, tokens)
+
+    def _with_decoder(self, budget: StackBudget, names: list[str], tokens: VisualTokens) -> StackBudget:
+        """A budget for the reducer before the decoder, with the mean that was left inside it."""
+        if self.decoder is None or self.decoder.name in names:
+            return budget
+        mean = round(mean_of_layers(tokens))
+        return {**dict.fromkeys(names, budget), self.decoder.name: max(mean, 2)}
+
+    def _with_projected(self, spent: Counter, tokens: VisualTokens) -> Counter:
+        """The projector gets rows as long as the longest, unless tokens are chosen behind it."""
+        if any(step.reducer.stage == "projector" for step in self.before):
+            return spent
+        one = self._run(1.0, 1, _TEXTS[0], 0)["projector"] / (tokens.sizes[0] + int(self.config.keep_cls))
+        rows = len(tokens.sizes) * (max(tokens.num_keep) + int(self.config.keep_cls))
+        return Counter({**spent, "projector": round(rows * one)})
+
+    def _run(self, token_budget: StackBudget | None, num_images: int, text_tokens: int, stop: int) -> Counter:
+        """The model on a prompt, up to the decoder layer before which the last choice is made."""
+        key = (_written(token_budget), num_images, text_tokens, stop)
+        if key not in self._runs:
+            inner, vision = self.model.model, self.config.vision_config
+            tower, layers = inner.vision_tower, self.model.get_decoder().layers
+            halves = [half for layer in tower_layers(tower) for half in (_attention(layer), layer.mlp)]
+            parts = {
+                "vision": [tower.embeddings, *halves],
+                "projector": [inner.multi_modal_projector],
+                "prefill": list(layers),
+            }
+            size = self.model.family.tokens_per_image(self.config) + int(self.config.keep_cls)
+            ids = torch.tensor([[0] * num_images * size + [1 + word % 2 for word in range(text_tokens)]])
+            pixels = torch.zeros(num_images, vision.num_channels, vision.image_size, vision.image_size)
+
+            def run() -> None:
+                with contextlib.suppress(_Reached):
+                    inner(ids, pixels, token_budget=token_budget)
+
+            hook = layers[stop].register_forward_pre_hook(_stop)
+            try:
+                self._runs[key] = flops_by_part(run, parts)[1]
+            except ValueError:
+                raise
+            except Exception as error:
+                names = ", ".join(dict.fromkeys(step.name for step in self.steps))
+                raise ValueError(
+                    f"`reducer` is {names!r}, and running it on noise to count it failed ({error!r})."
+                ) from error
+            finally:
+                hook.remove()
+        return self._runs[key]
+
+
+def _stop(*_: Any) -> None:
+    raise _Reached
+
+
+def _written(token_budget: StackBudget | None) -> str:
+    if isinstance(token_budget, torch.Tensor):
+        return f"{token_budget.dtype} {token_budget.tolist()}"
+    return repr(token_budget)
+
+
+def _on_parabola(place: int, points: Sequence[tuple[int, int]]) -> float:
+    """The value at a place of the parabola through three points, a whole number where it is that of a count."""
+    value = Fraction(0)
+    for x, y in points:
+        weight = Fraction(y)
+        for other, _ in points:
+            weight *= Fraction(place - other, x - other) if other != x else 1
+        value += weight
+    return float(value)
