@@ -24,9 +24,9 @@ from rich.table import Table
 from adavtp.commands.console import load_checkpoint
 from adavtp.commands.evaluate import named_data
 from adavtp.evaluation.answering import Scorer, answer_examples, inputs_of
-from adavtp.evaluation.asked_settings import AskedSetting, asked_settings
-from adavtp.evaluation.examples import EvaluationData
+from adavtp.evaluation.data.examples import EvaluationData
 from adavtp.evaluation.runs import Run
+from adavtp.evaluation.settings import Setting, asked_settings
 from circumstances import circumstances, console, write_json
 from interleaved import CLOCKS, Spread, interleaved_medians, paired_ratio
 
@@ -37,28 +37,28 @@ EXPERIMENT_1 = ["full", "prumerge", "prumerge+", "fastv:layer=1", "adaptive"]
 FRACTIONS = [(115, 576), (230, 576), (345, 576), (460, 576)]
 
 
-def settings_of(model: Any) -> dict[str, list[AskedSetting]]:
+def settings_of(model: Any) -> dict[str, list[Setting]]:
     """Experiment 1's settings that four decoder layers can reach, and one alone."""
     budgets = [Fraction(*pair) for pair in FRACTIONS]
     reducers = [{"name": "fastv", "layer": 1} if name.startswith("fastv") else name for name in EXPERIMENT_1]
-    asked = asked_settings(model.config, reducers, budgets)
+    asked = asked_settings(model.config.num_patches, reducers, budgets)
     # Layers before FastV's cut see all tokens, so that the lowest budget is out of its reach here.
-    reached = [one for one in asked if not (one.reducer.startswith("fastv") and one.num_keep < 0.3 * 144)]
-    return {"Experiment 1": reached, "one setting": [one for one in asked if one.reducer == "adaptive"][1:2]}
+    reached = [one for one in asked if not (one.label.startswith("fastv") and one.num_keep < 0.3 * 144)]
+    return {"Experiment 1": reached, "one setting": [one for one in asked if one.label == "adaptive"][1:2]}
 
 
-def bare_calls(model: Any, inputs: Any, settings: Sequence[AskedSetting]) -> Callable[[], None]:
+def bare_calls(model: Any, inputs: Any, settings: Sequence[Setting]) -> Callable[[], None]:
     """Nothing but `generate`."""
 
     def call() -> None:
         for asked in settings:
-            model.generate(**inputs, **asked.setting.arguments(), max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+            model.generate(**inputs, **asked.arguments(), max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
 
     return call
 
 
 def evaluation(
-    model: Any, processor: Any, data: EvaluationData, settings: Sequence[AskedSetting], folder: Path
+    model: Any, processor: Any, data: EvaluationData, settings: Sequence[Setting], folder: Path
 ) -> Callable[[], None]:
     """All that a run does with a batch, in a new folder each time."""
     scorer = Scorer(data.metric)
@@ -68,7 +68,7 @@ def evaluation(
         "data_hash": "",
         "metric": data.metric,
         "max_new_tokens": MAX_NEW_TOKENS,
-        "settings": [asked.as_dict() for asked in settings],
+        "settings": [{"reducer": asked.label, "budget": asked.key[1]} for asked in settings],
         "unreachable": [],
     }
 

@@ -18,13 +18,11 @@ from transformers import BatchFeature
 from ..modeling.budget.selection import Selection
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
 from ..modeling.processing_adavtp import AdaVTPProcessor
-from .asked_settings import AskedSetting
-from .examples import Example
+from .data.examples import Example
 from .metric_modules import SCORED_TOGETHER, needs_choices, score_examples
 from .pictures import image_as_seen
 from .prompt_costs import CountedFlops, now, num_new_tokens, prompt_costs, selections_of_prompts
-from .run_results import answers_of_settings
-from .runs import Run, unanswered
+from .runs import Answer, Run, unanswered
 from .settings import Setting
 
 
@@ -198,7 +196,7 @@ def answer_examples(
     model: AdaVTPForConditionalGeneration,
     processor: AdaVTPProcessor,
     examples: Sequence[Example],
-    settings: Sequence[AskedSetting],
+    settings: Sequence[Setting],
     run: Run,
     scorer: Scorer,
     max_new_tokens: int = 16,
@@ -231,20 +229,17 @@ def answer_examples(
     done = run.done()
     todo = unanswered(settings, len(examples), batch_size, lambda asked, index: (*asked.key, index) in done)
     starts = list(dict.fromkeys(start for start, _ in todo))[rank::num_processes]
-    own, flops = set(starts), {asked.key: CountedFlops(model.config, asked.setting) for asked in settings}
+    own, flops = set(starts), {asked.key: CountedFlops(model.config, asked) for asked in settings}
     batches, batch, inputs = _in_order(Batches(processor, examples, batch_size), starts, model.device), None, None
     for start, asked in progress([pair for pair in todo if pair[0] in own]):
         if batch is None or batch.start != start:
             batch = next(batches)
             inputs = batch.inputs.to(model.device)
             _save_pictures(processor, batch, run, shown)
-        given = answer(model, processor, inputs, asked.setting, max_new_tokens)
+        given = answer(model, processor, inputs, asked, max_new_tokens)
         model_seconds += given.seconds
-        lines, kept = _lines(batch, asked, given, scorer, flops[asked.key])
-        is_new = [(*asked.key, line["index"]) not in done for line in lines]
-        # What is kept goes first: an answer without it would not be asked again.
-        run.kept_lines.append([line for line in kept if line["index"] < shown], rank)
-        run.lines.append([line for line, new in zip(lines, is_new, strict=True) if new], rank)
+        answers = _answers(batch, asked, given, scorer, flops[asked.key], shown)
+        run.append([answer for answer in answers if answer.key not in done], rank)
     return Seconds(model_seconds, time.perf_counter() - started - model_seconds)
 
 
@@ -260,40 +255,38 @@ def _save_pictures(processor: AdaVTPProcessor, batch: Batch, run: Run, shown: in
         first += len(example.images)
 
 
-def _lines(
-    batch: Batch, asked: AskedSetting, given: Given, scorer: Scorer, flops: CountedFlops
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """What is written of a batch: a line for each answer, and how many layers saw each patch of each first image."""
+def _answers(
+    batch: Batch, asked: Setting, given: Given, scorer: Scorer, flops: CountedFlops, shown: int
+) -> list[Answer]:
+    """What is written of a batch; for the examples that are shown, with how many layers saw each patch."""
     together = [None] * len(given.texts)
     scores = together if scorer.is_together else scorer.scores(given.texts, batch.examples)
     selections = selections_of_prompts(given.selection, [len(example.images) for example in batch.examples])
     costs = prompt_costs(flops, batch.inputs["attention_mask"], selections, given.new_tokens, given.seconds)
-    lines, kept = [], []
     columns = zip(batch.examples, given.texts, scores, costs, selections, strict=True)
+    (label, budget), answers = asked.key, []
     for index, (example, text, score, cost, selection) in enumerate(columns, start=batch.start):
-        setting = {"reducer": asked.reducer, "budget": asked.budget}
-        lines.append(
-            {
-                "index": index,
-                "id": example.id,
-                **setting,
-                "question": example.question,
-                "answers": example.answers,
-                "prediction": text,
-                "score": score,
-                "category": example.category,
-                "num_keep": asked.num_keep,
-                "visual_tokens": cost.visual_tokens,
-                "text_tokens": cost.text_tokens,
-                "flops": cost.flops,
-                "new_tokens": cost.new_tokens,
-                "ms": round(cost.milliseconds, 3),
-            }
+        answers.append(
+            Answer(
+                *(index, example.id, label, budget, example.question, example.answers, text, score, example.category),
+                num_keep=asked.num_keep,
+                visual_tokens=cost.visual_tokens,
+                text_tokens=cost.text_tokens,
+                new_tokens=cost.new_tokens,
+                flops=cost.flops,
+                ms=round(cost.milliseconds, 3),
+                layers_seen=_layers_seen(selection, flops.num_layers) if index < shown else None,
+            )
         )
-        if selection is not None:
-            seen = selection.keep[0] * flops.num_layers if selection.depth is None else selection.depth[0]
-            kept.append({"index": index, **setting, "layers_seen": seen.tolist()})
-    return lines, kept
+    return answers
+
+
+def _layers_seen(selection: Selection | None, num_layers: int) -> list[int] | None:
+    """Of the first image of a prompt, how many layers saw each patch."""
+    if selection is None:
+        return None
+    seen = selection.keep[0] * num_layers if selection.depth is None else selection.depth[0]
+    return seen.tolist()
 
 
 def score_together(run: Run, scorer: Scorer, examples: Sequence[Example]) -> None:
@@ -308,8 +301,8 @@ def score_together(run: Run, scorer: Scorer, examples: Sequence[Example]) -> Non
     """
     if not scorer.is_together:
         return
-    answers = answers_of_settings(run)
+    answers = run.answers_of_settings()
     for own in (own for own in answers.values() if len(own) == len(examples)):
-        for line, score in zip(own, scorer.scores([line["prediction"] for line in own], examples), strict=True):
-            line["score"] = score
-    run.lines.write([line for own in answers.values() for line in own])
+        for one, score in zip(own, scorer.scores([one.prediction for one in own], examples), strict=True):
+            one.score = score
+    run.write([one for own in answers.values() for one in own])

@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput
 
 from ..modeling.budget.schedule import StackBudget
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration, ReducerSpec
-from .settings import FULL, Setting, reducers_left_alone
+from .settings import FULL, Setting
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def measure(
     _check(model, settings, new_tokens, repeats, warmup)
     timings: list[list[Timing]] = [[] for _ in settings]
     order = random.Random(seed)
-    with evaluating(model), reducers_left_alone(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         memories = [measure_memory(model, inputs, setting, new_tokens) for setting in settings]
         for number in progress(range(warmup + repeats)):
             with garbage_kept():

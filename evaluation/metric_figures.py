@@ -4,13 +4,12 @@ A run's answers have a score each, and its tables the mean of them. Papers often
 metric, which only all answers together have; where examples have categories, also the figures of each.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from .examples import Example
+from .data.examples import Example
 from .metric_modules import CITED_BY_OTHER_FIGURES, load_metric
-from .run_results import answers_of_settings
-from .runs import Run
+from .runs import Answer, Run
 
 
 def metric_figures(run: Run, examples: Sequence[Example]) -> list[dict[str, Any]]:
@@ -29,24 +28,24 @@ def metric_figures(run: Run, examples: Sequence[Example]) -> list[dict[str, Any]
     metric, rows = run.header["metric"], []
     if metric not in CITED_BY_OTHER_FIGURES:
         return []
-    for (reducer, budget), lines in answers_of_settings(run).items():
-        if len(lines) < run.header["num_examples"]:
+    for (reducer, budget), answers in run.answers_of_settings().items():
+        if len(answers) < run.header["num_examples"]:
             continue
         row = {"reducer": reducer, "budget": budget}
         try:
-            row["figures"] = _figures(metric, lines, examples)
-            row["by_category"] = _by_category(metric, lines, examples)
+            row["figures"] = _figures(metric, answers, examples)
+            row["by_category"] = _by_category(metric, answers, examples)
         except ValueError as error:
             row["reason"] = str(error)
         rows.append(row)
     return rows
 
 
-def _figures(metric: str, lines: Sequence[Mapping[str, Any]], examples: Sequence[Example]) -> dict[str, float]:
+def _figures(metric: str, answers: Sequence[Answer], examples: Sequence[Example]) -> dict[str, float]:
     module = load_metric(metric)
-    own = [examples[line["index"]] for line in lines]
+    own = [examples[answer.index] for answer in answers]
     columns = {
-        "predictions": [line["prediction"] for line in lines],
+        "predictions": [answer.prediction for answer in answers],
         "references": [example.answers for example in own],
         "choices": [example.choices for example in own],
         # The two questions that MME asks about an image have its name as their id.
@@ -57,11 +56,9 @@ def _figures(metric: str, lines: Sequence[Mapping[str, Any]], examples: Sequence
     return {name: float(figure) for name, figure in figures.items()}
 
 
-def _by_category(
-    metric: str, lines: Sequence[Mapping[str, Any]], examples: Sequence[Example]
-) -> dict[str, dict[str, float]]:
-    categories = sorted({line["category"] for line in lines if line["category"] is not None})
+def _by_category(metric: str, answers: Sequence[Answer], examples: Sequence[Example]) -> dict[str, dict[str, float]]:
+    categories = sorted({answer.category for answer in answers if answer.category is not None})
     if len(categories) < 2:
         return {}
-    of_category = {name: [line for line in lines if line["category"] == name] for name in categories}
+    of_category = {name: [answer for answer in answers if answer.category == name] for name in categories}
     return {name: _figures(metric, own, examples) for name, own in of_category.items()}

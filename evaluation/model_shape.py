@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
 from ..modeling.reducers.base import feature_layer_index
-from ..modeling.vision.encode import patch_width
+from ..modeling.vision.budget_token import patch_width
 
 # Sines and cosines of 128 frequencies: what the budget embedding's first layer reads (BudgetEmbedding).
 BUDGET_ENCODING = 256

@@ -1,8 +1,7 @@
-"""Pictures: which patches a budget keeps, and what accuracy it costs."""
+"""Pictures of what was kept: the image with its dropped patches dark, and grids of these drawn from a run."""
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,16 +10,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..modeling.budget.selection import Selection
-from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration, ReducerSpec
 from ..modeling.processing_adavtp import AdaVTPProcessor
-from .accuracy import BudgetResult, answer_batch
-from .comparison import missing_weights, reason_not_to_measure
-from .settings import reducer_label
+from .reducer_table import known_of_label, reducer_table
+from .runs import Answer, Run, setting_of
+from .settings import FULL
 
 _DROPPED_BRIGHTNESS = 0.18
-
-# Matplotlib's ten without its grey, which is random choice.
-_COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9")
+_GALLERY_COLUMNS = 7
 
 
 def patch_shares(selection: Selection, num_layers: int) -> torch.Tensor:
@@ -80,204 +76,93 @@ def image_as_seen(processor: AdaVTPProcessor, pixel_values: torch.Tensor) -> Ima
     return Image.fromarray(pixels.clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
-def save_kept_patches(
-    model: AdaVTPForConditionalGeneration,
-    processor: AdaVTPProcessor,
-    images: Sequence[Image.Image],
-    questions: Sequence[str],
-    expected: Sequence[str],
-    budgets: Sequence[float],
-    path: str | Path,
-) -> None:
+class _Cell(NamedTuple):
+    """One picture of a grid: what stands above it, and what below in green (right), red (wrong) or grey (neither)."""
+
+    picture: Image.Image
+    above: str
+    below: str
+    colour: str
+
+
+def _answered(run: Run, answer: Answer, above: str) -> _Cell:
+    seen, num_layers = Image.open(run.picture(answer.index)), run.header["num_layers"]
+    picture = draw_kept_patches(seen, torch.tensor(answer.layers_seen) / num_layers)
+    if answer.score:
+        return _Cell(picture, above, answer.prediction, "green")
+    return _Cell(picture, above, f"{answer.prediction}  ({', '.join(answer.answers)})", "red")
+
+
+def save_kept_patches(run: Run, reducer: str, num_examples: int, path: str | Path) -> None:
     """
-    Writes a picture with a row for each question and a column for each budget: kept patches and the answer.
+    Writes a picture with a row for each of a run's first examples and a column for each budget: what a reducer kept,
+    and the answer.
 
     Args:
-        model: in evaluation mode.
-        processor: the model's.
-        images, questions, expected: one image, question and right answer for each row.
-        budgets: fractions in [0, 1].
+        run: with pictures of so many examples.
+        reducer: as on the command line; where everything is kept it is `"full"`.
+        num_examples: rows.
         path: of the PNG.
     """
-    figure = Figure(figsize=(2.1 * len(budgets), 2.55 * len(images)), layout="constrained")
-    axes = figure.subplots(len(images), len(budgets), squeeze=False)
-    for row, (image, question, right) in enumerate(zip(images, questions, expected, strict=True)):
-        inputs = processor.of_questions(image, question).to(model.device)
-        for column, budget in enumerate(budgets):
-            selection = model.select_tokens(
-                inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"], token_budget=budget
-            )
-            answer = model.generate(image, question, token_budget=budget, max_new_tokens=4, do_sample=False)
-            axis = axes[row, column]
-            shares = patch_shares(selection, model.config.text_config.num_hidden_layers)
-            axis.imshow(draw_kept_patches(image, shares[0]))
-            _label(axis, f"budget {budget:g}, {int(selection.num_keep[0])} tokens" if row == 0 else "", answer, right)
-            if column == 0:
-                axis.set_ylabel(question.replace(" ?", "?"), fontsize=8, wrap=True)
+    settings = [entry for entry in run.header["settings"] if entry["reducer"] in (FULL, reducer)]
+    answers = run.answers_of_settings()
+    rows = []
+    for index in range(num_examples):
+        above = [f"budget {entry['budget']:g}, {entry['num_keep']} tokens" if index == 0 else "" for entry in settings]
+        columns = zip(settings, above, strict=True)
+        rows.append([_answered(run, answers[setting_of(entry)][index], title) for entry, title in columns])
+    figure = Figure(figsize=(2.1 * len(settings), 2.55 * num_examples), layout="constrained")
+    axes = figure.subplots(num_examples, len(settings), squeeze=False)
+    for row, own, example in zip(axes, rows, answers[setting_of(settings[0])], strict=False):
+        for axis, cell in zip(row, own, strict=True):
+            _draw(axis, cell)
+        row[0].set_ylabel(example.question.replace(" ?", "?"), fontsize=8, wrap=True)
     figure.savefig(path, dpi=110)
 
 
-def _label(axis: Axes, title: str, answer: str, expected: str) -> None:
-    axis.set_title(title, fontsize=9)
-    is_right = answer.strip() == expected
-    axis.set_xlabel(
-        answer if is_right else f"{answer}  ({expected})", fontsize=10, color="green" if is_right else "red"
-    )
+def save_gallery(run: Run, budget: float | int, path: str | Path, index: int = 0) -> None:
+    """
+    Writes a picture of what every reducer keeps of one image at one budget, with its name, its stage and the answer;
+    where a reducer could not be run, a dark image.
+
+    Args:
+        run: with `"full"`.
+        budget: as it was asked for.
+        path: of the PNG.
+        index: of the example.
+    """
+    table, answers = reducer_table(), run.answers_of_settings()
+    refused = {setting_of(entry): entry["reason"] for entry in run.header["unreachable"]}
+    keys = [key for key in [*answers, *refused] if key[1] == budget and key[0] != FULL]
+    order = {row["name"]: place for place, row in enumerate(table)}
+    keys.sort(key=lambda key: (key[0] != "adaptive", order.get(key[0].partition(":")[0], len(order))))
+    everything = next(own for (reducer, _), own in answers.items() if reducer == FULL)[index]
+    cells = [_answered(run, everything, "the image")]
+    for key in keys:
+        above = "\n".join(filter(None, [key[0], known_of_label(key[0], table, "stage")]))
+        cells.append(
+            _refused(run, above, refused[key], index) if key in refused else _answered(run, answers[key][index], above)
+        )
+    num_rows = -(-len(cells) // _GALLERY_COLUMNS)
+    figure = Figure(figsize=(1.75 * _GALLERY_COLUMNS, 2.2 * num_rows + 0.4), layout="constrained")
+    right = ", ".join(everything.answers)
+    figure.suptitle(f"{everything.question.replace(' ?', '?')}  ({right}) at a budget of {budget:g}", fontsize=11)
+    axes = list(figure.subplots(num_rows, _GALLERY_COLUMNS, squeeze=False).flat)
+    for axis, cell in zip(axes, cells, strict=False):
+        _draw(axis, cell)
+    for axis in axes[len(cells) :]:
+        axis.set_axis_off()
+    figure.savefig(path, dpi=110)
+
+
+def _refused(run: Run, above: str, reason: str, index: int) -> _Cell:
+    picture = draw_kept_patches(Image.open(run.picture(index)), torch.zeros(1))
+    return _Cell(picture, above, "not trained here" if "trained" in reason else "budget out of reach", "grey")
+
+
+def _draw(axis: Axes, cell: _Cell) -> None:
+    axis.imshow(cell.picture)
+    axis.set_title(cell.above, fontsize=9)
+    axis.set_xlabel(cell.below, fontsize=10, color=cell.colour)
     axis.set_xticks([])
     axis.set_yticks([])
-
-
-def save_accuracy_curve(results: Sequence[BudgetResult], path: str | Path) -> None:
-    """
-    Writes accuracy against budget, one line for each reducer, with 95% confidence intervals.
-
-    Args:
-        results: from [`answer_questions`]. The full budget belongs to every reducer's line; budgets that a reducer
-            cannot reach are left out of it.
-        path: of the picture; its suffix says the format.
-    """
-    figure = Figure(figsize=(6.0, 4.0), layout="constrained")
-    axis = figure.subplots()
-    results = [result for result in results if result.unreachable is None]
-    full = [result for result in results if result.budget == 1.0]
-    for reducer in dict.fromkeys(result.reducer for result in results):
-        own = [result for result in results if result.reducer == reducer and result.budget != 1.0] + full
-        own = sorted({result.budget: result for result in own}.values(), key=lambda result: result.budget)
-        accuracy = np.array([result.accuracy for result in own])
-        below = accuracy - np.array([result.accuracy_low for result in own])
-        above = np.array([result.accuracy_high for result in own]) - accuracy
-        axis.errorbar(
-            [result.budget for result in own],
-            100 * accuracy,
-            100 * np.stack([below, above]),
-            marker="o",
-            capsize=3,
-            label=reducer,
-        )
-    axis.set_xlabel("token budget (fraction of visual tokens kept)")
-    axis.set_ylabel("accuracy, %")
-    axis.grid(alpha=0.3)
-    axis.legend()
-    figure.savefig(path, dpi=130)
-
-
-def save_gallery(
-    model: AdaVTPForConditionalGeneration,
-    processor: AdaVTPProcessor,
-    image: Image.Image,
-    question: str,
-    expected: str,
-    methods: Mapping[str, str | None],
-    reducers: Sequence[ReducerSpec],
-    budget: float,
-    path: str | Path,
-) -> None:
-    """
-    Writes a picture of what every reducer keeps of one image, with its name, its stage and the answer.
-
-    Args:
-        model: in evaluation mode.
-        processor: the model's.
-        image, question, expected: one question and its right answer.
-        methods: for each reducer's label what is written below its name, such as its stage.
-        reducers: see [`answer_questions`].
-        budget: fraction in [0, 1].
-        path: of the PNG.
-    """
-    inputs = processor.of_questions(image, question).to(model.device)
-    seen = image_as_seen(processor, inputs["pixel_values"][0])
-    num_columns = 7
-    num_rows = -(-(len(reducers) + 1) // num_columns)
-    figure = Figure(figsize=(1.75 * num_columns, 2.2 * num_rows + 0.4), layout="constrained")
-    figure.suptitle(f"{question.replace(' ?', '?')}  ({expected}) at a budget of {budget:g}", fontsize=11)
-    axes = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
-    for axis in axes[len(reducers) + 1 :]:
-        axis.set_axis_off()
-    everything = answer_batch(model, processor, inputs, "adaptive", 1.0)[0]
-    _draw_cell(axes[0], draw_kept_patches(seen, torch.ones(1)), "the image", everything, expected)
-    for axis, reducer in zip(axes[1:], reducers, strict=False):
-        title = "\n".join(filter(None, [reducer_label(reducer), methods.get(reducer_label(reducer))]))
-        _draw_method(axis, model, processor, inputs, seen, reducer, budget, title, expected)
-    figure.savefig(path, dpi=110)
-
-
-def _draw_method(
-    axis: Axes,
-    model: AdaVTPForConditionalGeneration,
-    processor: AdaVTPProcessor,
-    inputs: Mapping[str, torch.Tensor],
-    seen: Image.Image,
-    reducer: ReducerSpec,
-    budget: float,
-    title: str,
-    expected: str,
-) -> None:
-    """One reducer's cell; where it cannot meet the budget, a dark image that says so."""
-    num_layers, num_patches = model.config.text_config.num_hidden_layers, model.config.num_patches
-    if reason_not_to_measure(model, inputs, reducer, budget) is not None:
-        reason = "budget out of reach" if missing_weights(model.config, reducer) is None else "not trained here"
-        _draw_cell(axis, draw_kept_patches(seen, torch.zeros(num_patches)), title, reason, None)
-        return
-    selection = model.select_tokens(**inputs, token_budget=budget, reducer=reducer)
-    answer = answer_batch(model, processor, inputs, reducer, budget)[0]
-    _draw_cell(axis, draw_kept_patches(seen, patch_shares(selection, num_layers)[0]), title, answer, expected)
-
-
-def _draw_cell(axis: Axes, picture: Image.Image, title: str, answer: str, expected: str | None) -> None:
-    axis.imshow(picture)
-    _label(axis, title, answer, answer.strip() if expected is None else expected)
-    if expected is None:
-        axis.xaxis.label.set_color("grey")
-
-
-def save_comparison_curves(record: Mapping[str, Any], path: str | Path) -> None:
-    """
-    Writes accuracy against budget of every measured reducer, one panel for each stage, with 95% intervals.
-
-    Args:
-        record: from [`compare_reducers`].
-        path: of the picture.
-    """
-    rows = [row for row in record["settings"] if "accuracy" in row and row["budget"] in record["budgets"]]
-    labels = [label for label in record["reducers"] if any(row["reducer"] == label for row in rows)]
-    stages = list(dict.fromkeys(record["stages"][label] for label in labels))
-    num_columns = min(3, len(stages)) or 1
-    num_rows = max(1, -(-len(stages) // num_columns))
-    figure = Figure(figsize=(4.8 * num_columns, 4.0 * num_rows), layout="constrained")
-    axes = list(figure.subplots(num_rows, num_columns, squeeze=False, sharey=True).flat)
-    for axis in axes[len(stages) :]:
-        axis.set_axis_off()
-    for axis, stage in zip(axes, stages, strict=False):
-        axis.set_title(f"stage: {stage}", fontsize=10)
-        # The two that everything is to be compared with are in every panel.
-        for label, colour in (("adaptive", "black"), ("random", "grey")):
-            if label in labels:
-                _draw_line(axis, rows, label, colour, "--" if label == "random" else "-")
-        own = [label for label in labels if record["stages"][label] == stage]
-        others = [label for label in own if label not in ("adaptive", "random")]
-        for number, label in enumerate(others):
-            colour = _COLOURS[number % len(_COLOURS)]
-            _draw_line(axis, rows, label, colour, "-" if number < len(_COLOURS) else ":")
-        axis.set_xlabel("token budget")
-        axis.set_ylabel("accuracy, %")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
-
-
-def _draw_line(axis: Axes, rows: Sequence[Mapping[str, Any]], label: str, colour: str, style: str) -> None:
-    own = sorted((row for row in rows if row["reducer"] == label), key=lambda row: row["budget"])
-    accuracy = np.array([row["accuracy"] for row in own])
-    below = accuracy - np.array([row["accuracy_low"] for row in own])
-    above = np.array([row["accuracy_high"] for row in own]) - accuracy
-    axis.errorbar(
-        [row["budget"] for row in own],
-        100 * accuracy,
-        100 * np.stack([below, above]),
-        color=colour,
-        linestyle=style,
-        marker="o",
-        markersize=3,
-        capsize=2,
-        label=label,
-    )

@@ -8,96 +8,67 @@ whoever goes on with it first puts all whole lines into one file, and what has n
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-HEADER, ANSWERS, PICTURES, KEPT = "run.json", "answers.jsonl", "pictures", "kept.jsonl"
+HEADER, ANSWERS, PICTURES = "run.json", "answers.jsonl", "pictures"
 
 # What answers of one table have to have in common.
 IDENTITY = ("checkpoint_hash", "data_hash", "metric", "max_new_tokens")
 
-Key = tuple[str, float | int, int]
 
-
-def setting_of(line: Mapping[str, Any]) -> tuple[str, float | int]:
-    """The setting that a line, or an entry of the header's settings, belongs to."""
-    return line["reducer"], line["budget"]
-
-
-def key_of(line: Mapping[str, Any]) -> Key:
-    """What there is one line for: reducer, budget and the example's index."""
-    return line["reducer"], line["budget"], line["index"]
-
-
-class SharedLines:
+@dataclass
+class Answer:
     """
-    A file of JSON lines that several processes write: each appends to one of its own, which are merged now and then.
+    One example in one setting, from the model to the report: what was asked, what was answered, and what it cost.
 
-    Args:
-        path: of the merged file.
+    Attributes:
+        index: the example's place in the data.
+        id, question, answers, category: see [`Example`].
+        reducer, budget: what chose the visual tokens, as on the command line, and the budget as it was asked for.
+        num_keep: the number K of tokens that the budget means.
+        prediction: the model's answer.
+        score: by the run's metric; `None` until a metric that needs all answers together has them.
+        visual_tokens: of an image that a decoder layer saw in prefill, mean over layers and images.
+        text_tokens: the other tokens of the prompt.
+        new_tokens: generated, the end-of-text token counted.
+        flops: counted for vision tower, reducer, projector, prefill and decoding.
+        ms: milliseconds, its share of those that its batch took.
+        layers_seen: of the first examples, how many decoder layers saw each patch of the first image.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    index: int
+    id: str
+    reducer: str
+    budget: float | int
+    question: str
+    answers: list[str]
+    prediction: str
+    score: float | None
+    category: str | None
+    num_keep: int
+    visual_tokens: float
+    text_tokens: int
+    new_tokens: int
+    flops: float | None
+    ms: float | None
+    layers_seen: list[int] | None = None
 
-    def append(self, lines: Iterable[Mapping[str, Any]], process: int = 0) -> None:
-        """Adds lines to the file of a process; when this returns, they survive the end of the process."""
-        with self._of_process(process).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+    @property
+    def setting(self) -> tuple[str, float | int]:
+        """The key of its [`Setting`]."""
+        return self.reducer, self.budget
 
-    def read(self) -> list[dict[str, Any]]:
-        """
-        All whole lines, merged and not, each once. A last line that is cut off was being written when its process was
-        killed, and is left out.
-
-        Raises:
-            ValueError: if another line is not JSON; the message names the file and the line.
-        """
-        lines = {}
-        for path in [self.path, *self._of_processes()]:
-            for line in _whole_lines(path):
-                lines.setdefault(key_of(line), line)
-        return list(lines.values())
-
-    def merged(self) -> list[dict[str, Any]]:
-        """The lines of the merged file."""
-        return _whole_lines(self.path)
-
-    def merge(self, order: Callable[[Mapping[str, Any]], Any]) -> None:
-        """Puts all whole lines into one file, sorted. Only one process may do so, while no other appends."""
-        self.write(sorted(self.read(), key=order))
-
-    def write(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Puts these lines in the place of all."""
-        _write(self.path, "".join(json.dumps(line) + "\n" for line in lines))
-        for path in self._of_processes():
-            path.unlink()
-
-    def _of_process(self, process: int) -> Path:
-        return self.path.with_name(f"{self.path.stem}_of_process_{process:05d}.jsonl")
-
-    def _of_processes(self) -> list[Path]:
-        return sorted(self.path.parent.glob(f"{self.path.stem}_of_process_*.jsonl"))
+    @property
+    def key(self) -> tuple[str, float | int, int]:
+        """What there is one answer for: reducer, budget and the example's index."""
+        return self.reducer, self.budget, self.index
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    *whole, _ = path.read_bytes().split(b"\n")
-    lines = []
-    for number, line in enumerate(whole, start=1):
-        try:
-            lines.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-    return lines
-
-
-def _write(path: Path, text: str) -> None:
-    """Through a second file, so that an interruption leaves a whole one."""
-    partial = path.with_name(f"{path.name}.part")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+def setting_of(entry: Mapping[str, Any]) -> tuple[str, float | int]:
+    """The key of the setting that an entry of a run's header is about."""
+    return entry["reducer"], entry["budget"]
 
 
 class Run:
@@ -112,8 +83,6 @@ class Run:
     def __init__(self, folder: str | Path, header: dict[str, Any]) -> None:
         self.folder = Path(folder)
         self.header = header
-        self.lines = SharedLines(self.folder / ANSWERS)
-        self.kept_lines = SharedLines(self.folder / PICTURES / KEPT)
 
     @classmethod
     def open(cls, folder: str | Path) -> "Run":
@@ -146,9 +115,9 @@ class Run:
             if run.header.get(name) != header[name]:
                 raise ValueError(
                     f"{folder} has a run with {name} {run.header.get(name)!r}, and this one has {header[name]!r}; "
-                    "choose another folder with --output, or delete that one."
+                    "choose another folder, or delete that one."
                 )
-        settings = {setting_of(setting): setting for setting in [*run.header["settings"], *header["settings"]]}
+        settings = {setting_of(entry): entry for entry in [*run.header["settings"], *header["settings"]]}
         unreachable = {setting_of(entry): entry for entry in [*run.header["unreachable"], *header["unreachable"]]}
         # A setting that was out of reach may be within it now, with a mended reducer.
         unreachable = [entry for setting, entry in unreachable.items() if setting not in settings]
@@ -163,34 +132,87 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         _write(self.folder / HEADER, json.dumps(self.header, indent=1) + "\n")
 
-    def answers(self) -> list[dict[str, Any]]:
-        """All answers, in the order of the header's settings and then of the examples."""
-        return sorted(self.lines.read(), key=self._order())
+    @property
+    def path(self) -> Path:
+        """Of the merged answers."""
+        return self.folder / ANSWERS
 
-    def done(self) -> set[Key]:
+    def append(self, answers: Iterable[Answer], process: int = 0) -> None:
+        """Adds answers to the file of a process; when this returns, they survive the end of the process."""
+        path = self.folder / f"{self.path.stem}_of_process_{process:05d}.jsonl"
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(_line(answer) for answer in answers)
+
+    def answers(self) -> list[Answer]:
+        """
+        All answers whose lines are whole, each once, in the order of the header's settings and then of the examples.
+        A last line that is cut off was being written when its process was killed, and is left out.
+
+        Raises:
+            ValueError: if another line is no answer; the message names the file and the line.
+        """
+        known: dict[Any, Answer] = {}
+        for path in [self.path, *self._of_processes()]:
+            for answer in _whole_lines(path):
+                known.setdefault(answer.key, answer)
+        places = {setting_of(entry): place for place, entry in enumerate(self.header["settings"])}
+        return sorted(known.values(), key=lambda answer: (places[answer.setting], answer.index))
+
+    def answers_of_settings(self) -> dict[tuple[str, float | int], list[Answer]]:
+        """The answers of every setting of the header, in the order of the examples."""
+        answers = {setting_of(entry): [] for entry in self.header["settings"]}
+        for answer in self.answers():
+            answers[answer.setting].append(answer)
+        return answers
+
+    def done(self) -> set[tuple[str, float | int, int]]:
         """
         What had been answered when answers were last merged. What processes have added since is left out, so that all
         that begin together share out the same work, however late one of them asks.
         """
-        return {key_of(line) for line in self.lines.merged()}
+        return {answer.key for answer in _whole_lines(self.path)}
 
-    def kept(self) -> dict[Key, list[int]]:
-        """For the first examples, how many decoder layers saw each patch: by index, reducer and budget."""
-        return {(line["index"], *setting_of(line)): line["layers_seen"] for line in self.kept_lines.read()}
+    def write(self, answers: Iterable[Answer]) -> None:
+        """Puts these answers in the place of all. Only one process may do so, while no other appends."""
+        _write(self.path, "".join(map(_line, answers)))
+        for path in self._of_processes():
+            path.unlink()
 
     def merge(self) -> None:
         """Puts the answers of all processes into one file. Only one process may do so, while no other appends."""
         (self.folder / PICTURES).mkdir(parents=True, exist_ok=True)
-        self.lines.merge(self._order())
-        self.kept_lines.merge(self._order())
+        self.write(self.answers())
 
     def picture(self, index: int) -> Path:
         """Where the picture of an example is."""
         return self.folder / PICTURES / f"{index}.png"
 
-    def _order(self) -> Callable[[Mapping[str, Any]], tuple[int, int]]:
-        places = {setting_of(setting): place for place, setting in enumerate(self.header["settings"])}
-        return lambda line: (places[setting_of(line)], line["index"])
+    def _of_processes(self) -> list[Path]:
+        return sorted(self.folder.glob(f"{self.path.stem}_of_process_*.jsonl"))
+
+
+def _line(answer: Answer) -> str:
+    return json.dumps(asdict(answer)) + "\n"
+
+
+def _whole_lines(path: Path) -> list[Answer]:
+    if not path.exists():
+        return []
+    *whole, _ = path.read_bytes().split(b"\n")
+    answers = []
+    for number, line in enumerate(whole, start=1):
+        try:
+            answers.append(Answer(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}, line {number} is no answer: {error}") from error
+    return answers
+
+
+def _write(path: Path, text: str) -> None:
+    """Through a second file, so that an interruption leaves a whole one."""
+    partial = path.with_name(f"{path.name}.part")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
 def unanswered(

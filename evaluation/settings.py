@@ -1,12 +1,14 @@
-"""A setting: what chooses the visual tokens, and how many of them it leaves.
+"""A setting: what chooses the visual tokens, and how many of them it leaves; read once from how people write it.
 
 Measurements and evaluations are tables with a row for each setting. Beside every registered reducer there is `"full"`:
-nothing is chosen and everything is kept, which is what the model would cost as a plain LLaVA.
+nothing is chosen and everything is kept, which is what the model would cost as a plain LLaVA. A budget is written as a
+fraction (0.4), as a number of tokens (57), or as an exact fraction (115/576), which keeps the same share of any number
+of tokens: as a float, 115/576 of 576 may come out as 114.
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -23,6 +25,8 @@ FULL_BUDGET = 1.0
 # At the full budget a reducer is not asked. This one reads nothing, so that nothing is prepared for it either.
 NEVER_ASKED = "grid"
 
+WrittenBudget = float | int | Fraction
+
 
 class Setting(NamedTuple):
     """
@@ -31,15 +35,24 @@ class Setting(NamedTuple):
     Attributes:
         reducer: a registered name, a dictionary of `"name"` and parameters, a list of these (a stack), or `"full"`.
         budget: see [`AdaVTPForConditionalGeneration.forward`]; of `"full"` it is 1.0.
+        asked: the budget as a table shows it, where the model is asked for the number that it means.
+        num_keep: the number K of an image's tokens that it keeps, in a run whose images have equally many.
     """
 
     reducer: ReducerSpec
     budget: StackBudget | None = FULL_BUDGET
+    asked: float | int | None = None
+    num_keep: int | None = None
 
     @property
     def label(self) -> str:
         """The reducer as it is written on the command line."""
         return reducer_label(self.reducer)
+
+    @property
+    def key(self) -> tuple[str, Any]:
+        """What answers and rows of tables name the setting by."""
+        return self.label, self.budget if self.asked is None else self.asked
 
     def arguments(self) -> dict[str, Any]:
         """
@@ -53,6 +66,155 @@ class Setting(NamedTuple):
         if self.budget != FULL_BUDGET:
             raise ValueError(f"`budget` of {FULL!r} is {self.budget!r}; allowed is {FULL_BUDGET}.")
         return {"reducer": NEVER_ASKED, "token_budget": FULL_BUDGET}
+
+    def unreachable(
+        self, model: AdaVTPForConditionalGeneration, inputs: Mapping[str, torch.Tensor] | None
+    ) -> str | None:
+        """
+        Why the model cannot be measured in this setting, or `None` if it can; see
+        [`AdaVTPForConditionalGeneration.unreachable`].
+
+        Args:
+            model: in evaluation mode.
+            inputs: of one prompt or more; `None` where no prompt shows an image, and nothing is out of reach.
+        """
+        if inputs is None or self.reducer == FULL:
+            return None
+        return model.unreachable(**inputs, **self.arguments())
+
+
+def asked_settings(
+    num_patches: int, reducers: Sequence[ReducerSpec], budgets: Sequence[WrittenBudget]
+) -> list[Setting]:
+    """
+    The settings of a run: `"full"` once, and every other reducer at every budget that leaves something out.
+
+    Args:
+        num_patches: visual tokens of an image, N.
+        reducers: see [`Setting`]. At a budget that keeps everything all of them are `"full"`.
+        budgets: fractions in [0, 1] as floats, numbers of tokens as ints, or exact fractions.
+
+    Raises:
+        ValueError: if a budget is none, or nothing is asked.
+    """
+    counts = {budget: num_keep_of(budget, num_patches) for budget in budgets}
+    stacks = {reducer_label(reducer): reducer for reducer in reducers}
+    chosen = [stack for label, stack in stacks.items() if label != FULL]
+    if not stacks or (chosen and not counts):
+        raise ValueError(f"`reducers` is {list(stacks)} and `budgets` {list(budgets)}; each needs one or more.")
+    settings = []
+    if FULL in stacks or num_patches in counts.values():
+        settings.append(Setting(FULL, FULL_BUDGET, FULL_BUDGET, num_patches))
+    return settings + [
+        Setting(reducer, exact_budget(budget, num_patches), _as_number(budget), count)
+        for reducer in chosen
+        for budget, count in counts.items()
+        if count < num_patches
+    ]
+
+
+def reachable_settings(
+    model: AdaVTPForConditionalGeneration, inputs: Mapping[str, torch.Tensor] | None, settings: Sequence[Setting]
+) -> tuple[list[Setting], list[dict[str, Any]]]:
+    """
+    Tells settings that can be measured from those that cannot.
+
+    Args:
+        model: in evaluation mode.
+        inputs: see [`Setting.unreachable`].
+        settings: all of them.
+
+    Returns:
+        Those that can be measured, and for each other a dictionary of `reducer`, `budget` and `reason`.
+
+    Raises:
+        ValueError: if there is no such reducer, or none can be measured.
+    """
+    reasons = [setting.unreachable(model, inputs) for setting in settings]
+    unreachable = [
+        dict(zip(("reducer", "budget", "reason"), (*setting.key, reason), strict=True))
+        for setting, reason in zip(settings, reasons, strict=True)
+        if reason is not None
+    ]
+    if len(unreachable) == len(settings):
+        raise ValueError("; ".join(f"{one['reducer']} at {one['budget']:g}: {one['reason']}" for one in unreachable))
+    return [setting for setting, reason in zip(settings, reasons, strict=True) if reason is None], unreachable
+
+
+def budget_of_text(text: str) -> WrittenBudget:
+    """
+    `0.4` is a fraction and `57` a number of tokens, as in Python; `115/576` is the fraction that keeps 115 of 576.
+
+    Raises:
+        ValueError: if it is no number. Whether a model allows the number, it says itself.
+    """
+    try:
+        if "/" in text:
+            return Fraction(text)
+        return int(text) if text.lstrip("+-").isdigit() else float(text)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"{text!r} is no budget; allowed are a fraction such as 0.4 or 115/576 and a number of tokens such as 57."
+        ) from error
+
+
+def num_keep_of(budget: WrittenBudget, num_patches: int) -> int:
+    """
+    The number of an image's tokens that a budget keeps.
+
+    Raises:
+        ValueError: if it is no budget.
+    """
+    if not isinstance(budget, Fraction):
+        return int(num_tokens_to_keep(budget, num_patches, 1))
+    if not 0 <= budget <= 1:
+        raise ValueError(f"`budgets` has {budget}; as a fraction it is the share of visual tokens kept, from 0 to 1.")
+    return max(1, int(budget * num_patches))
+
+
+def exact_budget(budget: WrittenBudget, num_patches: int) -> float | int:
+    """What the model is asked: of an exact fraction the count that it means, for a float may mean one less."""
+    if not isinstance(budget, Fraction):
+        return budget
+    count = num_keep_of(budget, num_patches)
+    return count if count >= 2 else 0.0
+
+
+def _as_number(budget: WrittenBudget) -> float | int:
+    return float(budget) if isinstance(budget, Fraction) else budget
+
+
+def reducer_of_text(text: str) -> ReducerSpec:
+    """
+    A reducer from its text: a name, a name with parameters as in `fastv:layer=2:rows=last`, or several with commas
+    between them, a stack. [`reducer_label`] is the way back.
+
+    Raises:
+        ValueError: if it has none of these forms.
+    """
+    entries = [_entry(part) for part in parts_of_label(text)]
+    return entries if len(entries) > 1 or isinstance(entries[0], dict) else entries[0]
+
+
+def parts_of_label(text: str) -> list[str]:
+    """The reducers of a stack that is written with commas; one inside brackets belongs to a parameter."""
+    return [part.strip() for part in re.split(r",(?![^\[]*\])", text)]
+
+
+def _entry(text: str) -> str | dict[str, Any]:
+    name, *parameters = text.split(":")
+    pairs = [parameter.partition("=") for parameter in parameters]
+    if not name or any(not key or not equals for key, equals, _ in pairs):
+        raise ValueError(f"{text!r} is no reducer; write a name, or NAME:PARAMETER=VALUE as in fastv:layer=2.")
+    return {"name": name, **{key: _value(value) for key, _, value in pairs}} if pairs else name
+
+
+def _value(text: str) -> Any:
+    """JSON where it is some, else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def reducer_label(reducer: ReducerSpec) -> str:
@@ -72,61 +234,3 @@ def reducer_label(reducer: ReducerSpec) -> str:
 
 def _written(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
-
-
-def reason_unreachable(
-    model: AdaVTPForConditionalGeneration, inputs: Mapping[str, torch.Tensor], setting: Setting
-) -> str | None:
-    """
-    Why a reducer cannot meet a budget, or `None` if it can.
-
-    Args:
-        model: in evaluation mode.
-        inputs: `input_ids`, `attention_mask` and `pixel_values` of one prompt or more.
-        setting: the reducer and the budget.
-
-    Raises:
-        ValueError: if there is no such reducer, or the budget is none.
-    """
-    arguments = setting.arguments()
-    with reducers_left_alone(model):
-        model.model.resolve_budget(arguments["token_budget"], arguments["reducer"], len(inputs["input_ids"]))
-        try:
-            model.select_tokens(**inputs, **arguments)
-        except ValueError as error:
-            return str(error)
-    return None
-
-
-@contextmanager
-def reducers_left_alone(model: AdaVTPForConditionalGeneration) -> Iterator[None]:
-    """Takes off the model, at the end, the reducers that calls have put there, and puts back those they replaced."""
-    base, config = model.model, model.config
-    modules, in_use, trained = dict(base.reducers.items()), list(config.reducers), list(config.trained_reducers)
-    try:
-        yield
-    finally:
-        base.reducers.clear()
-        base.reducers.update(modules)
-        config.reducers, config.trained_reducers = in_use, trained
-
-
-def num_keep_of(budget: float | int | Fraction, num_patches: int) -> int:
-    """
-    The number of an image's patches that a budget keeps.
-
-    Raises:
-        ValueError: if it is no budget.
-    """
-    if not isinstance(budget, Fraction):
-        return int(num_tokens_to_keep(budget, num_patches, 1))
-    if not 0 <= budget <= 1:
-        raise ValueError(f"`budgets` has {budget}; as a fraction it is the share of visual tokens kept, from 0 to 1.")
-    return max(1, int(budget * num_patches))
-
-
-def exact_budget(budget: float | int | Fraction, count: int) -> float | int:
-    """What the model is asked: of a fraction, the count that it means, for a float beside it may mean one less."""
-    if not isinstance(budget, Fraction):
-        return budget
-    return count if count >= 2 else 0.0

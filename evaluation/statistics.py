@@ -7,12 +7,11 @@ its own, and an area is one more score with the same intervals and the same test
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from scipy.integrate import trapezoid
 from scipy.stats import binomtest, kendalltau, ttest_1samp
-
-from .accuracy import wilson_interval
 
 NUM_DRAWS = 10_000
 SEED = 0
@@ -80,7 +79,8 @@ def mean_interval(scores: np.ndarray, draws: np.ndarray) -> tuple[float, float]:
         draws: `[num_draws]`, its column of [`bootstrap_means`].
     """
     if np.isin(scores, (0, 1)).all():
-        return wilson_interval(int(scores.sum()), len(scores))
+        wilson = binomtest(int(scores.sum()), len(scores)).proportion_ci(confidence_level=0.95, method="wilson")
+        return float(wilson.low), float(wilson.high)
     low, high = interval(draws)
     return float(low), float(high)
 
@@ -120,6 +120,29 @@ def holm(p_values: Sequence[float]) -> list[float]:
     corrected = np.empty(len(order))
     corrected[order] = np.minimum(np.maximum.accumulate(multiplied), 1.0)
     return corrected.tolist()
+
+
+def difference(differences: np.ndarray, draws: np.ndarray) -> dict[str, Any]:
+    """
+    A paired difference as a report has it: `difference`, its 95% interval `low` and `high`, and `p`.
+
+    Args:
+        differences: `[num_examples]`, see [`paired_p_value`].
+        draws: `[num_draws]`, their mean on every draw.
+    """
+    low, high = interval(draws)
+    return {
+        "difference": float(differences.mean()),
+        "low": float(low),
+        "high": float(high),
+        "p": paired_p_value(differences),
+    }
+
+
+def correct(compared: Sequence[dict[str, Any]]) -> None:
+    """Puts `p_holm`, corrected for all of them, into each of several differences."""
+    for one, corrected in zip(compared, holm([one["p"] for one in compared]), strict=True):
+        one["p_holm"] = corrected
 
 
 def area_weights(cost: Sequence[float], low: float, high: float) -> np.ndarray:

@@ -6,10 +6,11 @@ same budgets; under their names they are compared in the same way.
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .runs import KEPT, PICTURES, Run
+from .runs import PICTURES, Run
 
 
 def join_variants(runs: Mapping[str, Run], folder: str | Path, about: Mapping[str, Any]) -> Run:
@@ -44,9 +45,6 @@ def join_variants(runs: Mapping[str, Run], folder: str | Path, about: Mapping[st
     shutil.rmtree(folder, ignore_errors=True)
     joined = Run(folder, header)
     joined.write_header()
-    shutil.copytree(first.folder / PICTURES, joined.folder / PICTURES, ignore=shutil.ignore_patterns(KEPT))
-    for name, run in runs.items():
-        joined.lines.append(line | {"reducer": name} for line in run.answers())
-        joined.kept_lines.append(line | {"reducer": name} for line in run.kept_lines.read())
-    joined.merge()
+    shutil.copytree(first.folder / PICTURES, joined.folder / PICTURES)
+    joined.write(replace(answer, reducer=name) for name, run in runs.items() for answer in run.answers())
     return joined

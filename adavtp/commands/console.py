@@ -1,23 +1,68 @@
-"""What all commands share: the console, how budgets and reducers are written, how a checkpoint is loaded."""
+"""What all commands share: the console, how a mistake is answered, options of several values, loading a checkpoint."""
 
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
+from typer.core import TyperCommand
 
-from ..evaluation.written_settings import budget_of_text, reducer_of_text
-
-if TYPE_CHECKING:
-    from ..modeling.modeling_adavtp import ReducerSpec
+from ..evaluation.settings import reducer_of_text
 
 console = Console()
+parse_reducer = reducer_of_text
+
+
+class Command(TyperCommand):
+    """
+    A command whose options take several values after one name, `--budgets 0.2 0.4`, and that answers a value which is
+    refused with the reason and exit code 2.
+    """
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        """See [`TyperCommand`]."""
+        several = {name for option in self.params if getattr(option, "multiple", False) for name in option.opts}
+        return super().parse_args(ctx, repeated_options(args, several))
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        """See [`TyperCommand`]."""
+        with refusals_shown():
+            return super().invoke(ctx)
+
+
+def repeated_options(arguments: list[str], several: set[str]) -> list[str]:
+    """
+    A command line with an option's name before each of its values.
+
+    Args:
+        arguments: as they were typed.
+        several: names of options that take more than one value; the values end at the next name.
+    """
+    written, name = [], None
+    for argument in arguments:
+        if argument.startswith("--"):
+            own = argument.partition("=")[0]
+            name = own if own in several else None
+        elif name is not None and written[-1] != name:
+            written.append(name)
+        written.append(argument)
+    return written
+
+
+@contextmanager
+def refusals_shown() -> Iterator[None]:
+    """A value that is refused ends the command with the reason and exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        console.print(f"[red]{escape(str(error))}[/red]")
+        raise typer.Exit(2) from error
 
 
 def reference_checkpoint() -> Path:
@@ -53,41 +98,13 @@ def load_checkpoint(checkpoint: str | None) -> tuple:
     return model, model.processor
 
 
-def progress(description: str) -> Callable[[Iterable[int]], Iterator[int]]:
-    def wrap(batches: Iterable[int]) -> Iterator[int]:
+def progress(description: str) -> Callable[[Iterable[Any]], Iterator[Any]]:
+    """A bar over what is iterated."""
+
+    def wrap(batches: Iterable[Any]) -> Iterator[Any]:
         yield from track(batches, description=description, console=console)
 
     return wrap
-
-
-def parse_budget(value: str) -> float | int:
-    """`0.4` is a fraction, `57` a number of tokens, as in Python."""
-    return _parsed(budget_of_text, value)
-
-
-def parse_reducer(value: str) -> "ReducerSpec":
-    """
-    A reducer as it is written on the command line: a name, a name with parameters as in `fastv:layer=2:rows=last`, or
-    several with commas between them, a stack.
-    """
-    return _parsed(reducer_of_text, value)
-
-
-def _parsed(parse: Callable[[str], Any], value: str) -> Any:
-    try:
-        return parse(value)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-
-
-@contextmanager
-def refusals_shown() -> Iterator[None]:
-    """A value that is refused ends the command with the reason and exit code 2."""
-    try:
-        yield
-    except ValueError as error:
-        console.print(f"[red]{escape(str(error))}[/red]")
-        raise typer.Exit(2) from error
 
 
 def command_as_typed() -> str:

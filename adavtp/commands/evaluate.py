@@ -3,36 +3,23 @@
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
-from fractions import Fraction
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
-from typer.core import TyperCommand
 
-from .console import (
-    command_as_typed,
-    console,
-    load_checkpoint,
-    parse_budget,
-    parse_reducer,
-    progress,
-    reference_checkpoint,
-    refusals_shown,
-)
+from .console import command_as_typed, console, load_checkpoint, parse_reducer, progress, reference_checkpoint
 
 if TYPE_CHECKING:
     from accelerate import PartialState
 
     from ..evaluation.answering import Seconds
-    from ..evaluation.asked_settings import AskedSetting
-    from ..evaluation.examples import EvaluationData, Example
-    from ..evaluation.run_results import SettingResult
+    from ..evaluation.data.examples import EvaluationData, Example
     from ..evaluation.runs import Run
+    from ..evaluation.settings import Setting, WrittenBudget
 
 DIGIT_SCENES = "digit-scenes"
 DIGIT_SCENES_QUESTIONS = 2400
@@ -41,34 +28,6 @@ REDUCERS = ["full", "adaptive", "random"]
 
 # Examples whose pictures and kept patches a run has, for its report.
 SHOWN = 12
-
-
-class ManyValues(TyperCommand):
-    """A command whose options take several values after one name: `--budgets 0.2 0.4`."""
-
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
-        """See [`TyperCommand`]."""
-        several = {name for option in self.params if getattr(option, "multiple", False) for name in option.opts}
-        return super().parse_args(ctx, repeated_options(args, several))
-
-
-def repeated_options(arguments: list[str], several: set[str]) -> list[str]:
-    """
-    A command line with an option's name before each of its values.
-
-    Args:
-        arguments: as they were typed.
-        several: names of options that take more than one value; the values end at the next name.
-    """
-    written, name = [], None
-    for argument in arguments:
-        if argument.startswith("--"):
-            own = argument.partition("=")[0]
-            name = own if own in several else None
-        elif name is not None and written[-1] != name:
-            written.append(name)
-        written.append(argument)
-    return written
 
 
 def evaluate(
@@ -124,46 +83,34 @@ def evaluate(
     """
     from accelerate import PartialState
 
-    with refusals_shown():
-        evaluate_checkpoint(
-            *(checkpoint, data, [budget_of(text) for text in budgets], [parse_reducer(text) for text in reducers]),
-            output=output,
-            questions=questions,
-            split=split,
-            images=images,
-            metric=metric,
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-            latency_repeats=latency_repeats,
-        )
+    from ..evaluation.settings import budget_of_text
+
+    evaluate_checkpoint(
+        *(checkpoint, data, [budget_of_text(text) for text in budgets], [parse_reducer(text) for text in reducers]),
+        output=output,
+        questions=questions,
+        split=split,
+        images=images,
+        metric=metric,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        latency_repeats=latency_repeats,
+    )
     PartialState().destroy_process_group()
-
-
-def budget_of(text: str) -> float | int | Fraction:
-    """`0.4` is a fraction, `115` a number of tokens, and `115/576` the fraction that keeps 115 of 576."""
-    if "/" not in text:
-        return parse_budget(text)
-    try:
-        return Fraction(text)
-    except (ValueError, ZeroDivisionError) as error:
-        raise typer.BadParameter(
-            f"{text!r} is no fraction such as 115/576. (A checkpoint comes before options that take several values.)"
-        ) from error
 
 
 def budget_for(text: str, num_patches: int) -> float | int:
     """The budget that a text means for images of `num_patches` visual tokens, of exact fractions their number."""
-    from ..evaluation.settings import exact_budget, num_keep_of
+    from ..evaluation.settings import budget_of_text, exact_budget
 
-    budget = budget_of(text)
-    return exact_budget(budget, num_keep_of(budget, num_patches))
+    return exact_budget(budget_of_text(text), num_patches)
 
 
 def evaluate_checkpoint(
     checkpoint: str | None,
     data: str,
-    budgets: list[float | int | Fraction],
-    reducers: list[Any],
+    budgets: "Sequence[WrittenBudget]",
+    reducers: Sequence[Any],
     output: Path | None = None,
     questions: int | None = None,
     split: str | None = None,
@@ -174,8 +121,8 @@ def evaluate_checkpoint(
     latency_repeats: int = 0,
 ) -> "Run":
     """
-    What `adavtp evaluate` does, with budgets and reducers in the form of
-    [`adavtp.evaluation.asked_settings.asked_settings`]. All other arguments are the command's.
+    What `adavtp evaluate` does, with budgets and reducers as [`adavtp.evaluation.settings.asked_settings`] takes them;
+    of reducers `None` stands for all that can be compared. All other arguments are the command's.
 
     Returns:
         The run, finished.
@@ -186,81 +133,51 @@ def evaluate_checkpoint(
     import torch
     from accelerate import PartialState
 
-    from ..evaluation.accuracy import circumstances
     from ..evaluation.answering import Scorer, answer_examples, inputs_of, score_together
-    from ..evaluation.asked_settings import asked_settings, reachable_settings
-    from ..evaluation.comparison import as_trained, checkpoint_hash
+    from ..evaluation.circumstances import checkpoint_name
     from ..evaluation.runs import Run
-    from ..evaluation.settings import FULL
 
     # Left to itself, `accelerate` takes processes that `torchrun` started without a GPU for strangers.
     process, started = PartialState(cpu=not torch.cuda.is_available()), time.perf_counter()
     folder = checkpoint or str(reference_checkpoint())
-    name = Path(folder).name if Path(folder).is_dir() else folder
     with process.main_process_first():
-        asked_data = named_data(data, split, images, questions)
-        scorer = Scorer(metric or asked_data.metric)
+        asked = named_data(data, split, images, questions)
+        scorer = Scorer(metric or asked.metric)
         model, processor = load_checkpoint(folder)
     model.to(process.device)
-    with_image = next((example for example in asked_data.examples if example.images), None)
-    first = None if with_image is None else inputs_of(processor, [with_image]).to(model.device)
-    stacks = [reducer if reducer == FULL else as_trained(model.config, reducer) for reducer in reducers]
-    settings, unreachable = reachable_settings(model, first, asked_settings(model.config, stacks, budgets))
-    if not settings:
-        raise ValueError("; ".join(f"{one['reducer']} at {one['budget']:g}: {one['reason']}" for one in unreachable))
-    device = torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else "cpu"
-    about = circumstances()
-    run = Run.begin(
-        output or Path("runs") / re.sub(r"[^\w.-]+", "_", f"evaluation_{name}_{data}"),
-        {
-            "command": command_as_typed(),
-            "versions": about["versions"],
-            "machine": f"{about['machine']}, {device}, {str(model.dtype).removeprefix('torch.')}",
-            "checkpoint": name,
-            "checkpoint_hash": checkpoint_hash(folder),
-            "data": data,
-            "split": asked_data.split,
-            "data_hash": asked_data.hash(),
-            "num_examples": len(asked_data.examples),
-            "metric": scorer.name,
-            "max_new_tokens": max_new_tokens,
-            "batch_size": batch_size,
-            "settings": [asked.as_dict() for asked in settings],
-            "unreachable": unreachable,
-            "num_patches": model.config.num_patches,
-            "num_layers": model.config.text_config.num_hidden_layers,
-            "shown": min(SHOWN, len(asked_data.examples)),
-        },
-    )
-    process.wait_for_everyone()
-    if process.is_main_process:
-        run.write_header()
-        run.merge()
-    process.wait_for_everyone()
+    shown = next((example for example in asked.examples if example.images), None)
+    first = None if shown is None else inputs_of(processor, [shown]).to(model.device)
+    settings, unreachable = _settings(model, first, reducers, budgets)
+    header = _header(folder, asked, model, settings, unreachable) | {
+        **{"metric": scorer.name, "max_new_tokens": max_new_tokens, "batch_size": batch_size},
+    }
+    default = Path("runs") / re.sub(r"[^\w.-]+", "_", f"evaluation_{checkpoint_name(folder)}_{data}")
+    run = Run.begin(output or default, header)
+    _on_main_process(process, run.write_header, run.merge)
     seconds = answer_examples(
-        *(model, processor, asked_data.examples, settings, run, scorer),
+        *(model, processor, asked.examples, settings, run, scorer),
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         shown=SHOWN,
         process=process,
-        progress=_progress(process, "Answering ..."),
+        # A bar of the main process's share.
+        progress=progress("Answering ...") if process.is_main_process else iter,
     )
-    _finish(run, process, seconds, time.perf_counter() - started)
+    _add_time(run, process, seconds, time.perf_counter() - started)
+    _on_main_process(process, run.merge, run.write_header)
     if process.is_main_process:
-        score_together(run, scorer, asked_data.examples)
+        score_together(run, scorer, asked.examples)
         if latency_repeats:
-            _measure(
-                run, model, inputs_of(processor, [with_image or asked_data.examples[0]]), settings, latency_repeats
-            )
-        _report(run, asked_data.examples)
+            _measure(run, model, first or inputs_of(processor, asked.examples[:1]), settings, latency_repeats)
+        _report(run, asked.examples)
     process.wait_for_everyone()
     return run
 
 
 def named_data(name: str, split: str | None, images: Path | None, questions: int | None = None) -> "EvaluationData":
-    """What is asked: digit scenes, or what [`adavtp.evaluation.data_names.read_data`] reads; the first so many."""
-    from ..evaluation.data_names import DEFAULT_SPLIT, read_data
-    from ..evaluation.examples import ConversationExamples, EvaluationData
+    """What is asked: digit scenes, or what [`adavtp.evaluation.data.names.read_data`] reads; the first so many."""
+    from ..evaluation.data.examples import ConversationExamples, EvaluationData
+    from ..evaluation.data.names import DEFAULT_SPLIT, read_data
     from ..tasks.digit_scenes import load_digit_questions
 
     if name != DIGIT_SCENES:
@@ -269,37 +186,74 @@ def named_data(name: str, split: str | None, images: Path | None, questions: int
     return EvaluationData(name, split or DEFAULT_SPLIT, ConversationExamples(rows.rename_column("kind", "category")))
 
 
-def _progress(process: "PartialState", description: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
-    """A bar of the main process's share."""
-    return progress(description) if process.is_main_process else iter
+def _settings(
+    model: Any, inputs: Any, reducers: Sequence[Any] | None, budgets: "Sequence[WrittenBudget]"
+) -> tuple[list["Setting"], list[dict[str, Any]]]:
+    """The settings that can be measured, and why others cannot."""
+    from ..evaluation.reducer_table import as_trained, reducers_to_compare
+    from ..evaluation.settings import FULL, asked_settings, reachable_settings
+
+    chosen = [FULL, *reducers_to_compare(model.config)] if reducers is None else reducers
+    stacks = [one if one == FULL else as_trained(model.config, one) for one in chosen]
+    return reachable_settings(model, inputs, asked_settings(model.config.num_patches, stacks, budgets))
 
 
-def _finish(run: "Run", process: "PartialState", seconds: "Seconds", whole: float) -> None:
-    """Puts all processes' answers into one file, and adds up their time."""
+def _header(
+    folder: str, asked: "EvaluationData", model: Any, settings: list["Setting"], unreachable: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What `run.json` says of data, checkpoint, settings and machine."""
+    import torch
+
+    from ..evaluation.circumstances import checkpoint_hash, checkpoint_name, circumstances
+
+    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu"
+    about = circumstances()
+    return {
+        "command": command_as_typed(),
+        "versions": about["versions"],
+        "machine": f"{about['machine']}, {device}, {str(model.dtype).removeprefix('torch.')}",
+        "checkpoint": checkpoint_name(folder),
+        "checkpoint_hash": checkpoint_hash(folder),
+        "data": asked.name,
+        "split": asked.split,
+        "data_hash": asked.hash(),
+        "num_examples": len(asked.examples),
+        "settings": [
+            dict(zip(("reducer", "budget"), one.key, strict=True), num_keep=one.num_keep) for one in settings
+        ],
+        "unreachable": unreachable,
+        "num_patches": model.config.num_patches,
+        "num_layers": model.config.text_config.num_hidden_layers,
+        "shown": min(SHOWN, len(asked.examples)),
+    }
+
+
+def _on_main_process(process: "PartialState", *steps: Callable[[], None]) -> None:
+    """One process does it, while all others wait."""
+    process.wait_for_everyone()
+    if process.is_main_process:
+        for step in steps:
+            step()
+    process.wait_for_everyone()
+
+
+def _add_time(run: "Run", process: "PartialState", seconds: "Seconds", whole: float) -> None:
+    """Adds up all processes' time."""
     from accelerate.utils import gather_object
 
     spent = gather_object([(seconds.model, seconds.evaluation)])
-    process.wait_for_everyone()
     run.header["seconds"] += whole
     run.header["model_seconds"] += sum(model for model, _ in spent)
     run.header["evaluation_seconds"] += sum(evaluation for _, evaluation in spent)
-    if process.is_main_process:
-        run.merge()
-        run.write_header()
-    process.wait_for_everyone()
 
 
-def _measure(run: "Run", model: Any, inputs: Any, settings: list["AskedSetting"], repeats: int) -> None:
+def _measure(run: "Run", model: Any, inputs: Any, settings: list["Setting"], repeats: int) -> None:
     """Adds measured time and memory of each setting to the run, for one question at a time."""
     from ..evaluation.measurements import as_rows, measure
 
-    measured = measure(
-        *(model, inputs.to(model.device), [asked.setting for asked in settings]),
-        repeats=repeats,
-        progress=progress("Measuring ..."),
-    )
-    # The setting has the exact number of tokens in place of a fraction such as 115/576.
-    rows = [row | {"budget": asked.budget} for row, asked in zip(as_rows(measured), settings, strict=True)]
+    measured = measure(model, inputs.to(model.device), settings, repeats=repeats, progress=progress("Measuring ..."))
+    # The model was asked for the exact number of tokens in place of a fraction such as 115/576.
+    rows = [row | {"budget": one.key[1]} for row, one in zip(as_rows(measured), settings, strict=True)]
     known = {(row["reducer"], row["budget"]): row for row in [*(run.header.get("measurements") or []), *rows]}
     run.header["measurements"] = list(known.values())
     run.write_header()
@@ -307,56 +261,44 @@ def _measure(run: "Run", model: Any, inputs: Any, settings: list["AskedSetting"]
 
 def _report(run: "Run", examples: "Sequence[Example]") -> None:
     """Prints the summary, and writes it in the form that model cards read."""
-    from ..evaluation.accuracy import as_report
     from ..evaluation.metric_figures import metric_figures
-    from ..evaluation.run_results import results, unfinished
+    from ..evaluation.summary import evaluation_record, unfinished
 
-    rows, header = results(run), run.header
+    header = run.header
     header["figures"] = metric_figures(run, examples)
     run.write_header()
-    console.print(results_table(rows, header["num_examples"], header["metric"]))
-    for row in rows:
-        if row.unreachable is not None:
-            console.print(f"{row.reducer} at {row.budget:.4g}: {escape(row.unreachable)}", style="dim")
-    for asked, number in unfinished(run):
-        answered = f"{number} of {header['num_examples']} answered by an earlier command"
-        console.print(f"{asked['reducer']} at {asked['budget']:.4g}: {answered}; ask for it again", style="dim")
-    _print_figures(header["figures"])
-    # A card calls the reference's data by their usual name.
-    dataset = header["data"].replace(DIGIT_SCENES, "digit scenes")
-    report = as_report(rows, header["command"], header["split"], header["num_examples"])
-    report |= {"dataset": dataset, "metric": header["metric"], "figures": header["figures"]}
-    (run.folder / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
+    record = evaluation_record(run)
+    (run.folder / "evaluation.json").write_text(json.dumps(record, indent=1) + "\n")
+    console.print(results_table(record))
+    said = [(row, row["reason"]) for row in record["unreachable"]]
+    for row, number in unfinished(run):
+        said.append((row, f"{number} of {header['num_examples']} answered by an earlier command; ask for it again"))
+    for row in record["figures"]:
+        figures = [f"{name} {figure:.4g}" for name, figure in row.get("figures", {}).items()]
+        said.append((row, row.get("reason") or ", ".join(figures)))
+    for row, text in said:
+        console.print(f"{row['reducer']} at {row['budget']:.4g}: {text}", style="dim", markup=False)
     console.print(f"Run: {run.folder}")
 
 
-def _print_figures(rows: list[dict[str, Any]]) -> None:
-    for row in rows:
-        if "reason" in row:
-            said = escape(row["reason"])
-        else:
-            said = ", ".join(f"{name} {figure:.4g}" for name, figure in row["figures"].items())
-        console.print(f"{row['reducer']} at {row['budget']:.4g}: {said}", style="dim")
-
-
-def results_table(results: list["SettingResult"], num_examples: int, metric: str) -> Table:
-    """A row for each setting: score with interval, and what an answer cost."""
-    table = Table(title=f"{num_examples} questions, {metric}", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+def results_table(record: dict[str, Any]) -> Table:
+    """A row for each setting of `evaluation.json`: score with interval, and what an answer cost."""
+    title = f"{record['num_questions']} questions, {record['metric']}"
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("reducer", overflow="fold")
     for column in ("budget", "K", "score, %", "95% CI", "visual\ntokens", "GFLOPs", "ms per\nanswer"):
         table.add_column(column, justify="right", no_wrap=True)
-    for result in results:
-        if result.unreachable is not None:
-            table.add_row(result.reducer, f"{result.budget:.4g}", str(result.num_keep), *["-"] * 5)
-            continue
+    for row in record["rows"]:
         table.add_row(
-            result.reducer,
-            f"{result.budget:.4g}",
-            str(result.num_keep),
-            f"{100 * result.accuracy:.1f}",
-            f"{100 * result.accuracy_low:.1f}-{100 * result.accuracy_high:.1f}",
-            f"{result.visual_tokens:.1f}",
-            f"{result.flops / 1e9:.3g}",
-            f"{result.milliseconds:.1f}",
+            row["reducer"],
+            f"{row['budget']:.4g}",
+            str(row["num_keep"]),
+            f"{100 * row['accuracy']:.1f}",
+            f"{100 * row['accuracy_low']:.1f}-{100 * row['accuracy_high']:.1f}",
+            f"{row['visual_tokens']:.1f}",
+            f"{row['flops'] / 1e9:.3g}",
+            f"{row['milliseconds']:.1f}",
         )
+    for row in record["unreachable"]:
+        table.add_row(row["reducer"], f"{row['budget']:.4g}", *["-"] * 6)
     return table

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import command_as_typed, console, reference_checkpoint, refusals_shown
+from .console import command_as_typed, console, reference_checkpoint
 from .report import write_report
 
 if TYPE_CHECKING:
@@ -44,27 +44,24 @@ def experiment(
 
     known = named_experiments()
     path = known.get(name, Path(name))
-    with refusals_shown():
-        if not path.is_file():
-            raise ValueError(f"`name` is {name!r}; it is an experiment's, {', '.join(known)}, or a file's.")
-        plan = Experiment.from_file(path)
-        parts = chosen_parts(plan, part)
-        output = output or Path("reports") / path.stem
-        work = work or Path("runs") / path.stem
-        checkpoints = [str(one) for one in checkpoint or [reference_checkpoint()]]
-        names = [Path(one).name for one in checkpoints]
-        if len(set(names)) < len(names):
-            raise ValueError(
-                f"`checkpoint` is {checkpoints}; folders are named by their last names, which must differ."
-            )
-        for own in parts:
-            folders = []
-            for one in checkpoints:
-                console.rule(f"{own.name}: {Path(one).name}")
-                folder = work / Path(one).name / own.name
-                folders.append(evaluate_part(plan, own, one, folder, command_as_typed()).folder)
-            write_report(folders, output / own.name, own.against, own.asks, command_as_typed())
-        (output / "report.md").write_text(summary(plan, output, command_as_typed()), encoding="utf-8")
+    if not path.is_file():
+        raise ValueError(f"`name` is {name!r}; it is an experiment's, {', '.join(known)}, or a file's.")
+    plan = Experiment.from_file(path)
+    parts = chosen_parts(plan, part)
+    output = output or Path("reports") / path.stem
+    work = work or Path("runs") / path.stem
+    checkpoints = [str(one) for one in checkpoint or [reference_checkpoint()]]
+    names = [Path(one).name for one in checkpoints]
+    if len(set(names)) < len(names):
+        raise ValueError(f"`checkpoint` is {checkpoints}; folders are named by their last names, which must differ.")
+    for own in parts:
+        folders = []
+        for one in checkpoints:
+            console.rule(f"{own.name}: {Path(one).name}")
+            folder = work / Path(one).name / own.name
+            folders.append(evaluate_part(plan, own, one, folder, command_as_typed()).folder)
+        write_report(folders, output / own.name, own.against, own.asks, command_as_typed())
+    (output / "report.md").write_text(summary(plan, output, command_as_typed()), encoding="utf-8")
     console.print(f"Report: {output / 'report.md'}")
 
 
@@ -103,22 +100,24 @@ def summary(plan: "Experiment", output: Path, command: str) -> str:
 
 
 def part_summary(part: "Part", numbers: dict[str, Any]) -> list[str]:
-    """Paragraphs on one part: what it asks, its curves, and what its tables say."""
-    from ..evaluation.report import compared_checkpoints
-    from ..evaluation.report_findings import findings, findings_over_checkpoints
+    """Paragraphs on one part: what it asks, what was found, its curves, and its statistics in short."""
+    from ..evaluation.report.findings import agreement_of_checkpoints, statistics_in_short
+    from ..evaluation.report.sections import compared_checkpoints, leads
 
-    found = []
-    for checkpoint in numbers["checkpoints"]:
-        found += [(checkpoint["checkpoint"], findings(checkpoint))]
-    for over in numbers["over_checkpoints"]:
-        found.append(("All checkpoints", findings_over_checkpoints(over, compared_checkpoints(numbers, over))))
     text = [
         f"## {part.name}",
         part.asks,
-        f"[Tables]({part.name}/report.md) · [page]({part.name}/index.html), to be opened in a browser",
+        *leads(numbers),
         f"![{part.asks}]({part.name}/curves.png)",
+        f"[Tables]({part.name}/report.md) · [page]({part.name}/index.html), to be opened in a browser",
     ]
-    for title, own in found:
-        lines = [line for finding in own for line in (f"- {finding.text}", *(f"  - {d}" for d in finding.details))]
-        text.append("\n".join([f"**{title}**", "", *lines]))
+    for checkpoint in numbers["checkpoints"]:
+        text.append(_listing(checkpoint["checkpoint"], statistics_in_short(checkpoint)))
+    for over in numbers["over_checkpoints"]:
+        lines = agreement_of_checkpoints(over, compared_checkpoints(numbers, over))
+        text.append(_listing("All checkpoints", lines))
     return text
+
+
+def _listing(title: str, lines: list[str]) -> str:
+    return "\n".join([f"**{title}**", "", *(f"- {line}" for line in lines)])

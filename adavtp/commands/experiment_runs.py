@@ -15,14 +15,15 @@ import yaml
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 
-from ..evaluation.comparison import checkpoint_hash
+from ..evaluation.circumstances import checkpoint_hash, checkpoint_name
 from ..evaluation.runs import Run
+from ..evaluation.settings import budget_of_text
 from ..evaluation.variant_runs import join_variants
 from ..modeling.processing_adavtp import AdaVTPProcessor
-from ..trainer.recipe import Recipe, RecipeLoader, Stage, check_fields
-from ..trainer.recipe_run import run_recipe
+from ..trainer.recipes.recipe import Recipe, RecipeLoader, Stage, check_fields
+from ..trainer.recipes.run import run_recipe
 from .console import parse_reducer
-from .evaluate import DIGIT_SCENES, budget_of, evaluate_checkpoint
+from .evaluate import DIGIT_SCENES, evaluate_checkpoint
 
 NEW_MODULES = (".controller.", ".budget_token.", ".reducers.")
 START, START_IS_WHOLE = "start", "processor_config.json"
@@ -190,7 +191,7 @@ def evaluate_part(experiment: Experiment, part: Part, checkpoint: str, folder: P
     _require_same(about, folder)
     if not Path(checkpoint).is_dir():
         checkpoint = snapshot_download(checkpoint)
-    asked = {"budgets": [budget_of(str(budget)) for budget in part.budgets], "questions": part.questions}
+    asked = {"budgets": [budget_of_text(str(budget)) for budget in part.budgets], "questions": part.questions}
     if part.reducers:
         reducers = [parse_reducer(reducer) for reducer in part.reducers]
         return evaluate_checkpoint(checkpoint, DIGIT_SCENES, reducers=reducers, output=folder / "run", **asked)
@@ -217,8 +218,3 @@ def _require_same(about: dict[str, str], folder: Path) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(about))
-
-
-def checkpoint_name(checkpoint: str) -> str:
-    """What reports call a checkpoint: a folder's name, or the repository's."""
-    return Path(checkpoint).name if Path(checkpoint).is_dir() else checkpoint

@@ -7,12 +7,10 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from .console import command_as_typed, console, load_checkpoint, parse_reducer, progress, refusals_shown
-from .evaluate import budget_for
+from .console import command_as_typed, console, load_checkpoint, parse_reducer, progress
 
 if TYPE_CHECKING:
     from ..evaluation.measurements import Measurement
-    from ..evaluation.settings import Setting
 
 # As many as load at least; one question of each kind.
 NUM_QUESTIONS = 6
@@ -46,18 +44,20 @@ def measure(
     """
     import torch
 
-    from ..evaluation.accuracy import circumstances
+    from ..evaluation.circumstances import circumstances
     from ..evaluation.measurements import as_rows
     from ..evaluation.measurements import measure as measured
+    from ..evaluation.settings import asked_settings, budget_of_text, reachable_settings
 
-    with refusals_shown():
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model, processor = load_checkpoint(checkpoint)
-        model.to(device=torch.device(device), dtype=_dtype(dtype) or model.dtype)
-        inputs = _inputs(processor, batch_size).to(model.device)
-        settings, unreachable = reachable_settings(model, inputs, reducers, budgets)
-        rounds = iter if as_json else progress("Measuring ...")
-        measurements = measured(model, inputs, settings, new_tokens, repeats, progress=rounds)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, processor = load_checkpoint(checkpoint)
+    model.to(device=torch.device(device), dtype=_dtype(dtype) or model.dtype)
+    inputs = _inputs(processor, batch_size).to(model.device)
+    values = [budget_of_text(text) for text in budgets]
+    asked = asked_settings(model.config.num_patches, [parse_reducer(text) for text in reducers], values)
+    settings, unreachable = reachable_settings(model, inputs, asked)
+    rounds = iter if as_json else progress("Measuring ...")
+    measurements = measured(model, inputs, settings, new_tokens, repeats, progress=rounds)
     if as_json:
         rows = {"measurements": as_rows(measurements), "unreachable": unreachable}
         print(json.dumps({"command": command_as_typed(), **circumstances(), **rows}, indent=1))
@@ -81,40 +81,6 @@ def _inputs(processor: Any, batch_size: int) -> Any:
 
     rows = load_digit_questions("test", max(batch_size, NUM_QUESTIONS))[:batch_size]
     return processor.of_questions([images[0] for images in rows["images"]], rows["question"])
-
-
-def reachable_settings(
-    model: Any, inputs: Any, reducers: list[str], budgets: list[str]
-) -> tuple[list["Setting"], list[dict[str, Any]]]:
-    """
-    Every reducer at every budget, `full` once at 1.0.
-
-    Args:
-        model: in evaluation mode.
-        inputs: of the prompts that are measured.
-        reducers, budgets: as they were typed.
-
-    Returns:
-        The settings that can be met; and `reducer`, `budget` and `reason` of the others.
-
-    Raises:
-        ValueError: if there is no such reducer, a budget is none, or no setting is left.
-    """
-    from ..evaluation.settings import FULL, Setting, reason_unreachable
-
-    asked, values = [], [budget_for(text, model.config.num_patches) for text in budgets]
-    for reducer in map(parse_reducer, reducers):
-        asked += [Setting(FULL)] if reducer == FULL else [Setting(reducer, budget) for budget in values]
-    reasons = [reason_unreachable(model, inputs, setting) for setting in asked]
-    reachable = [setting for setting, reason in zip(asked, reasons, strict=True) if reason is None]
-    unreachable = [
-        {"reducer": setting.label, "budget": setting.budget, "reason": reason}
-        for setting, reason in zip(asked, reasons, strict=True)
-        if reason is not None
-    ]
-    if not reachable:
-        raise ValueError("; ".join(f"{row['reducer']} at {row['budget']:g}: {row['reason']}" for row in unreachable))
-    return reachable, unreachable
 
 
 def measurement_table(measurements: list["Measurement"]) -> Table:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .console import command_as_typed, console, refusals_shown
+from .console import command_as_typed, console
 
 
 def report(
@@ -31,8 +31,7 @@ def report(
     Runs of one checkpoint on the same data are joined, and have to agree where they answered the same. Several
     checkpoints stand beside each other, with their mean and spread.
     """
-    with refusals_shown():
-        write_report(runs, output, against, title, command_as_typed())
+    write_report(runs, output, against, title, command_as_typed())
 
 
 def write_report(folders: Sequence[Path], output: Path, against: str | None, title: str, command: str) -> None:
@@ -42,16 +41,17 @@ def write_report(folders: Sequence[Path], output: Path, against: str | None, tit
     Args:
         folders: of runs.
         output: folder to write.
-        against: reducer that all others are compared with; `None` is `"adaptive"`, where it was measured.
+        against: reducer that all others are compared with; `None` is the controller, where it was measured.
         title, command: of the report.
 
     Raises:
         ValueError: if a folder has no finished run, runs do not agree, or `against` was not measured.
     """
-    from ..evaluation.report import report_markdown
-    from ..evaluation.report_curves import save_curves
-    from ..evaluation.report_numbers import join_runs, report_numbers
-    from ..evaluation.report_page import report_page
+    from ..evaluation.report.curves import save_curves
+    from ..evaluation.report.joined import join_runs
+    from ..evaluation.report.markdown import report_markdown
+    from ..evaluation.report.numbers import report_numbers
+    from ..evaluation.report.page import report_page, viewed_examples
     from ..evaluation.runs import Run
 
     with console.status("Reading answers ..."):
@@ -61,7 +61,8 @@ def write_report(folders: Sequence[Path], output: Path, against: str | None, tit
     with console.status("Writing ..."):
         (output / "report.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
         (output / "report.md").write_text(report_markdown(numbers), encoding="utf-8")
-        save_curves(numbers, output)
-        page = report_page(numbers, measured, (output / "curves.svg").read_text(encoding="utf-8"))
+        save_curves(numbers["checkpoints"], output / "curves.png", output / "curves.svg")
+        viewed = [viewed_examples(*pair) for pair in zip(measured, numbers["checkpoints"], strict=True)]
+        page = report_page(numbers, viewed, (output / "curves.svg").read_text(encoding="utf-8"))
         (output / "index.html").write_text(page, encoding="utf-8")
     console.print(f"Report: {output / 'report.md'}, page: {output / 'index.html'}")

@@ -19,9 +19,7 @@ from ...modeling.budget.schedule import StackBudget
 from ...modeling.modeling_adavtp import AdaVTPForConditionalGeneration, ReducerSpec
 from ...modeling.processing_adavtp import AdaVTPProcessor
 from ...modeling.reducers.base import REDUCERS
-from ..comparison import missing_weights
-from ..settings import FULL, FULL_BUDGET, Setting
-from ..written_settings import budget_of_text, reducer_of_text
+from ..settings import FULL, FULL_BUDGET, Setting, budget_of_text, exact_budget, reducer_of_text
 
 # What other models of lmms-eval take where a task says nothing.
 DEFAULT_NEW_TOKENS = 1024
@@ -176,6 +174,7 @@ def _setting(
         reducer = FULL
     if reducer == FULL and token_budget is None:
         token_budget = FULL_BUDGET
+    token_budget = exact_budget(token_budget, model.config.num_patches)
     setting = Setting(model.config.reducers if reducer is None else reducer, token_budget)
     arguments = setting.arguments()
     names = [entry if isinstance(entry, str) else entry["name"] for entry in reducer_entries(arguments["reducer"])]
@@ -184,7 +183,5 @@ def _setting(
             f"`pretrained` is a LLaVA, which has no weights for the reducer {untrained[0]!r}; pass one that is not "
             "trained, such as reducer=fastv."
         )
-    if reason := missing_weights(model.config, arguments["reducer"]):
-        raise ValueError(f"`reducer` is {reducer!r}: {reason}")
     model.model.resolve_budget(arguments["token_budget"], arguments["reducer"], 1)
     return setting

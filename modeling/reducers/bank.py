@@ -17,6 +17,10 @@ from .base import REDUCERS, STAGES, TokenReducer, build_reducer
 ReducerSpec = str | dict[str, Any] | list[str | dict[str, Any]]
 
 
+class MissingWeightsError(ValueError):
+    """A reducer has weights to learn, and the model has none for it."""
+
+
 @dataclass
 class Step:
     """
@@ -197,9 +201,9 @@ def _share_weights(name: str, known: TokenReducer, module: TokenReducer) -> None
     module.train(known.training)
 
 
-def _missing_weights(name: str, parameters: dict[str, Any]) -> ValueError:
+def _missing_weights(name: str, parameters: dict[str, Any]) -> MissingWeightsError:
     given = "".join(f", {key}={value!r}" for key, value in parameters.items())
-    return ValueError(
+    return MissingWeightsError(
         f"`reducer` is {name!r}, which has weights to learn, and this model has none for it. Load a checkpoint that "
         f"was trained with it, or call `model.set_reducer({name!r}{given})`, which starts from random weights, and "
         "train."

@@ -1,0 +1,51 @@
+"""`adavtp ask`: one question about one image, at a token budget."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .console import console, load_checkpoint, parse_reducer
+from .evaluate import budget_for
+
+
+def ask(
+    image: Annotated[Path, typer.Argument(help="Image file.", exists=True, dir_okay=False)],
+    prompt: Annotated[str, typer.Argument(help="Question.")],
+    budget: Annotated[str, typer.Option(help="Fraction of visual tokens such as 0.4, or their number.")] = "1.0",
+    reducer: Annotated[
+        list[str] | None,
+        typer.Option(help="What chooses, with parameters as in fastv:layer=2. Several make a stack, in their order."),
+    ] = None,
+    show: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the image with its kept patches here: the brighter, the more decoder layers see a patch. Of "
+            "reducers that merge, the patches in whose place tokens stand."
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Checkpoint folder or Hub repository. Default: the digit-scenes reference.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Length limit of the answer.", min=1)] = 32,
+) -> None:
+    """Ask a question about an image at a token budget."""
+    from ..evaluation.pictures import draw_kept_patches, image_as_seen, patch_shares
+    from ..evaluation.prompt_costs import visual_tokens_seen
+    from ..evaluation.reducer_table import as_trained
+
+    model, processor = load_checkpoint(checkpoint)
+    choice: dict[str, Any] = {"token_budget": budget_for(budget, model.config.num_patches)}
+    if reducer:
+        choice["reducer"] = as_trained(model.config, parse_reducer(",".join(reducer)))
+    inputs = processor.of_questions(str(image), prompt).to(model.device)
+    output = model.generate(**inputs, **choice, max_new_tokens=max_new_tokens, return_dict_in_generate=True)
+    new_ids, selection = output.sequences[0, inputs["input_ids"].shape[1] :], output["selection"]
+    console.print(processor.decode(new_ids, skip_special_tokens=True).strip(), highlight=False)
+    num_layers = model.config.text_config.num_hidden_layers
+    over_layers = ", mean over decoder layers" if selection.depth is not None else ""
+    tokens = float(visual_tokens_seen(selection, num_layers)[0])
+    console.print(f"{tokens:g} of {selection.keep.shape[1]} visual tokens{over_layers}", style="dim")
+    if show is not None:
+        shares = patch_shares(selection, num_layers)[0]
+        draw_kept_patches(image_as_seen(processor, inputs["pixel_values"][0]), shares).save(show)

@@ -1,0 +1,148 @@
+"""`adavtp demo`, `compare` and `gallery`: evaluations of digit scenes with settings that are chosen already."""
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .console import command_as_typed, console, parse_reducer
+from .evaluate import DIGIT_SCENES, evaluate_checkpoint
+
+if TYPE_CHECKING:
+    from ..evaluation.runs import Run
+
+DEMO_BUDGETS = (1.0, 0.8, 0.6, 0.4, 0.2)
+DEMO_EXAMPLES = 6
+COMPARED_BUDGETS = [0.1, 0.2, 0.4, 0.6, 0.8]
+# In the reference's four decoder layers, reducers inside the decoder cannot go below 0.25, and there all look alike.
+GALLERY_BUDGET = 0.4
+GALLERY_TEXT = (
+    "What each reducer keeps of one scene. The brighter a patch, the more decoder layers see it. Of reducers that "
+    "merge, the patches in whose place tokens stand are bright."
+)
+# No answer about digit scenes is longer.
+MAX_NEW_TOKENS = 4
+
+CheckpointArgument = Annotated[
+    str | None, typer.Argument(help="Checkpoint folder or Hub repository. Default: the digit-scenes reference.")
+]
+ComparedReducers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--reducers",
+        "--reducer",
+        help="Several: reducers as in fastv:layer=2, stacks as in tome,adaptive. Default: all registered but those "
+        "that are parts of another.",
+    ),
+]
+
+
+def demo(
+    questions: Annotated[int, typer.Option(help="Number of held-out questions.", min=DEMO_EXAMPLES)] = 300,
+    output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("outputs/demo"),
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Checkpoint folder or Hub repository. Default: the digit-scenes reference.")
+    ] = None,
+) -> None:
+    """Answer held-out questions about digit scenes at five budgets; print a table, write two pictures."""
+    from ..evaluation.pictures import save_kept_patches
+    from ..evaluation.report.curves import curves_of_evaluation, save_curves
+
+    output.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory() as folder:
+        run = _answered(checkpoint, questions, DEMO_BUDGETS, ["full", "adaptive", "random"], Path(folder) / "run")
+        evaluation = json.loads((run.folder / "evaluation.json").read_text())
+        save_kept_patches(run, "adaptive", DEMO_EXAMPLES, output / "kept_patches.png")
+    save_curves([curves_of_evaluation(evaluation)], output / "accuracy.png")
+    console.print(f"Pictures: {output / 'kept_patches.png'} and {output / 'accuracy.png'}")
+
+
+def compare(
+    checkpoint: CheckpointArgument = None,
+    output: Annotated[Path, typer.Option(help="Folder for the page, its pictures and its numbers.")] = Path("docs"),
+    work: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/comparison"),
+    questions: Annotated[int, typer.Option(help="Number of test questions.", min=6)] = 2400,
+    budgets: Annotated[
+        list[float], typer.Option("--budgets", "--budget", help="Several: fractions below 1.")
+    ] = COMPARED_BUDGETS,
+    reducers: ComparedReducers = None,
+    batch_size: Annotated[int, typer.Option(help="Questions answered together.", min=1)] = 100,
+) -> None:
+    """
+    Compare reducers on the digit-scenes test split; write reducers.md, its two pictures, and reducers.json.
+
+    The run's folder grows while answers come in. Interrupted, the same command goes on where it stopped; with more
+    budgets or reducers it answers only those. After a change to a reducer's code, delete it.
+    """
+    if wrong := [budget for budget in budgets if not 0.0 <= budget < 1.0]:
+        raise ValueError(
+            f"`budgets` has {wrong[0]}; allowed are fractions from 0.0 to below 1.0; the full budget always runs."
+        )
+    run = _answered(checkpoint, questions, sorted(set(budgets)), reducers, work, batch_size)
+    write_comparison(run, output)
+
+
+def write_comparison(run: "Run", output: Path) -> None:
+    """
+    Writes the page of a comparison, its numbers and its pictures.
+
+    Args:
+        run: finished.
+        output: folder to write.
+    """
+    from ..evaluation.pictures import save_gallery
+    from ..evaluation.report.curves import save_curves
+    from ..evaluation.report.joined import join_runs
+    from ..evaluation.report.markdown import report_markdown
+    from ..evaluation.report.numbers import report_numbers
+
+    output.mkdir(parents=True, exist_ok=True)
+    numbers = report_numbers(join_runs([run]), None, "Reducers compared", command_as_typed())
+    (output / "reducers.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    save_curves(numbers["checkpoints"], output / "reducers_accuracy.png")
+    asked = {entry["budget"] for entry in [*run.header["settings"], *run.header["unreachable"]]} - {1.0}
+    save_gallery(run, min(asked, key=lambda budget: abs(budget - GALLERY_BUDGET)), output / "reducers_gallery.png")
+    page = report_markdown(numbers, "reducers_accuracy.png", {GALLERY_TEXT: "reducers_gallery.png"})
+    (output / "reducers.md").write_text(page, encoding="utf-8")
+    console.print(f"Page: {output / 'reducers.md'}, numbers: {output / 'reducers.json'}")
+
+
+def gallery(
+    checkpoint: CheckpointArgument = None,
+    output: Annotated[Path, typer.Option(help="Picture to write.")] = Path("docs/reducers_gallery.png"),
+    budget: Annotated[float, typer.Option(help="Fraction of visual tokens.")] = GALLERY_BUDGET,
+    reducers: ComparedReducers = None,
+) -> None:
+    """
+    Draw what every reducer keeps of one scene, with its stage and the answer.
+
+    The brighter a patch, the more decoder layers see it. Of reducers that merge, the patches in whose place tokens
+    stand are bright.
+    """
+    from ..evaluation.pictures import save_gallery
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory() as folder:
+        run = _answered(checkpoint, DEMO_EXAMPLES, [budget], reducers, Path(folder) / "run")
+        save_gallery(run, budget, output)
+    console.print(f"Picture: {output}")
+
+
+def _answered(
+    checkpoint: str | None,
+    questions: int,
+    budgets: "list[float] | tuple[float, ...]",
+    reducers: list[str] | None,
+    folder: Path,
+    batch_size: int = 50,
+) -> "Run":
+    """A run of digit scenes, with everything kept beside the reducers that were named."""
+    stacks = None if reducers is None else ["full", *map(parse_reducer, reducers)]
+    return evaluate_checkpoint(
+        *(checkpoint, DIGIT_SCENES, budgets, stacks, folder),
+        questions=questions,
+        batch_size=batch_size,
+        max_new_tokens=MAX_NEW_TOKENS,
+    )

@@ -1,0 +1,179 @@
+"""What the numbers of a report say, in sentences that are worked out from them.
+
+A method is above or below another only where the 95% interval of the difference on the same examples leaves 0 out;
+otherwise the two are not told apart, which says nothing about their being equal.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ..reducer_table import CONTROLLER, is_control
+from ..settings import FULL
+
+
+def lead(checkpoint: dict[str, Any]) -> str:
+    """
+    The finding in plain words: what the method that all are compared with scores at the lowest budget where another
+    was measured too, what the best published method and the best control score there, and what all tokens give.
+
+    Args:
+        checkpoint: one of `checkpoints` of [`report_numbers`].
+    """
+    subject = checkpoint["against"]
+    reduced = [row for row in checkpoint["settings"] if row["reducer"] != FULL]
+    if not reduced:
+        return f"{_everything(checkpoint) or 'Nothing'} is all that was measured."
+    subject = subject or max(reduced, key=lambda row: row["score"])["reducer"]
+    own = sorted((row for row in reduced if row["reducer"] == subject), key=lambda row: row["num_keep"])
+    beside = {row["num_keep"] for row in reduced if row["reducer"] != subject}
+    row = next((one for one in own if one["num_keep"] in beside), own[0] if own else reduced[0])
+    others = [one for one in reduced if one["num_keep"] == row["num_keep"] and one["reducer"] != row["reducer"]]
+    verb = "answers {} right" if checkpoint["is_binary"] and checkpoint["is_share"] else "scores {}"
+    clauses = [f"{_called(row['reducer'])} {verb.format(score(row['score'], checkpoint))}"]
+    best = _best_other(others, checkpoint)
+    if best is not None:
+        kind = "best published method" if checkpoint["papers"].get(best["reducer"]) else "best other method"
+        clauses.append(f"the {kind} (`{best['reducer']}`) {score(best['score'], checkpoint)}")
+    controls = [one for one in others if is_control(one["reducer"])]
+    if controls:
+        control = max(controls, key=lambda one: one["score"])
+        clauses.append(f"the best control (`{control['reducer']}`) {score(control['score'], checkpoint)}")
+    share = 100 * row["num_keep"] / checkpoint["num_patches"]
+    text = f"At {share:.3g}% of the visual tokens {', '.join(clauses)}"
+    everything = _everything(checkpoint)
+    text += f"; {everything[0].lower()}{everything[1:]}." if everything else "."
+    return text + _how_sure(row, best)
+
+
+def _best_other(others: Sequence[dict[str, Any]], checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+    """The best method that is no control: of those that were published, where there are some."""
+    methods = [one for one in others if not is_control(one["reducer"])]
+    published = [one for one in methods if checkpoint["papers"].get(one["reducer"])]
+    return max(published or methods, key=lambda one: one["score"], default=None)
+
+
+def _called(reducer: str) -> str:
+    return f"the controller (`{reducer}`)" if reducer == CONTROLLER else f"`{reducer}`"
+
+
+def _everything(checkpoint: dict[str, Any]) -> str:
+    full = [row for row in checkpoint["settings"] if row["reducer"] == FULL]
+    return f"With all tokens it is {score(full[0]['score'], checkpoint)}" if full else ""
+
+
+def _how_sure(row: dict[str, Any], best: dict[str, Any] | None) -> str:
+    """Whether the first two are told apart; the difference is the other's minus the subject's."""
+    if best is None or best.get("against", {}).get("other") != row["reducer"]:
+        return ""
+    one = best["against"]
+    if one["low"] <= 0 <= one["high"]:
+        return f" The answers do not tell `{row['reducer']}` and `{best['reducer']}` apart."
+    first, second = (best, row) if one["low"] > 0 else (row, best)
+    return (
+        f" `{first['reducer']}` is better than `{second['reducer']}` beyond chance (95% interval of the difference)."
+    )
+
+
+def statistics_in_short(checkpoint: dict[str, Any]) -> list[str]:
+    """
+    For each budget a line: who scores highest, and how many methods are above, below and not told apart from the best
+    control and from the method that all are compared with. Then who has the largest area.
+    """
+    lines = []
+    for budget in checkpoint["budgets"]:
+        rows = [row for row in checkpoint["settings"] if row["num_keep"] == budget["num_keep"]]
+        rows = [row for row in rows if row["reducer"] != FULL]
+        if rows:
+            lines.append(_at_one_budget(budget["num_keep"], rows, checkpoint))
+    return lines + [_of_the_area(area) for area in checkpoint["areas"]]
+
+
+def _at_one_budget(num_keep: int, rows: list[dict[str, Any]], checkpoint: dict[str, Any]) -> str:
+    best = max(row["score"] for row in rows)
+    names = listed(row["reducer"] for row in rows if row["score"] == best)
+    text = f"K = {num_keep}: highest of {len(rows)} is {names} with {score(best, checkpoint)}"
+    control = next((one["reducer"] for one in checkpoint["best_controls"] if one["num_keep"] == num_keep), None)
+    text += "; no control was measured" if control is None else ""
+    for name, other in (("against", checkpoint["against"]), ("control", control)):
+        compared = [row[name] for row in rows if name in row]
+        if compared:
+            kind = "the best control, " if name == "control" else ""
+            text += f"; beside {kind}`{other}`: {_sides(compared)}"
+    return f"{text}."
+
+
+def _sides(compared: Sequence[dict[str, Any]]) -> str:
+    """How many are above and below, how many of these also under Holm's correction, and how many are neither."""
+    parts = []
+    sides = {
+        "above": [one for one in compared if one["low"] > 0],
+        "below": [one for one in compared if one["high"] < 0],
+    }
+    for side, own in sides.items():
+        surviving = sum(one["p_holm"] < 0.05 for one in own)
+        parts.append(f"{len(own)} {side}" + (f" ({surviving} after Holm's correction)" if own else ""))
+    return f"{', '.join(parts)}, {len(compared) - sum(map(len, sides.values()))} not told apart"
+
+
+def _of_the_area(area: dict[str, Any]) -> str:
+    """Who has the largest area, and from how many others it is told apart."""
+    rows = area["rows"]
+    largest = max(row["area"] for row in rows)
+    best = [row["reducer"] for row in rows if math.isclose(row["area"], largest)]
+    behind = [pair["other"] for pair in area["pairs"] if pair["reducer"] == best[0] and pair["low"] > 0]
+    behind += [pair["reducer"] for pair in area["pairs"] if pair["other"] == best[0] and pair["high"] < 0]
+    beside = [row["reducer"] for row in rows if row["reducer"] not in (*best, *behind)]
+    names = ", ".join(f"`{name}`" + (" (control)" if is_control(name) else "") for name in best)
+    text = f"Area under the score-FLOPs curve, {len(rows)} reducers: the largest is that of {names}"
+    text += f"; not told apart from it: {listed(beside)}" if beside else ""
+    return f"{text}."
+
+
+def agreement_of_checkpoints(over: dict[str, Any], checkpoints: Sequence[dict[str, Any]]) -> list[str]:
+    """
+    What several checkpoints measured on the same examples agree on.
+
+    Args:
+        over: one of `over_checkpoints` of [`report_numbers`].
+        checkpoints: those that it is over.
+
+    Returns:
+        Which methods are told apart from the one they are compared with in every checkpoint, to the same
+        side; and how far the checkpoints agree on the order of methods.
+    """
+    lines = []
+    for num_keep in dict.fromkeys(row["num_keep"] for row in over["settings"]):
+        own = [_side_of_each(checkpoint, num_keep) for checkpoint in checkpoints]
+        for side in ("above", "below"):
+            names = [name for name in own[0] if all(sides.get(name) == side for sides in own)]
+            if names:
+                text = f"K = {num_keep}: {side} `{checkpoints[0]['against']}` in each of the {len(checkpoints)} "
+                lines.append(f"{text}checkpoints, each time by its own interval: {listed(names)}.")
+        named = dict.fromkeys(name for sides in own for name in sides)
+        opposite = [name for name in named if {"above", "below"} <= {sides.get(name) for sides in own}]
+        if opposite:
+            text = f"K = {num_keep}: above `{checkpoints[0]['against']}` in one checkpoint and below it in another: "
+            lines.append(f"{text}{listed(opposite)}.")
+    taus = [tau for tau in over["area_agreement"]["tau"] if tau is not None]
+    if taus:
+        text = f"Order of {len(over['areas'])} methods by area: Kendall's tau between two checkpoints is "
+        lines.append(text + (f"{taus[0]:.2f}." if len(taus) == 1 else f"{min(taus):.2f} to {max(taus):.2f}."))
+    return lines
+
+
+def _side_of_each(checkpoint: dict[str, Any], num_keep: int) -> dict[str, str]:
+    """Of every reducer at one K, on which side of `against` it is told apart, if it is."""
+    compared = [row for row in checkpoint["settings"] if row["num_keep"] == num_keep and "against" in row]
+    above = {row["reducer"]: "above" for row in compared if row["against"]["low"] > 0}
+    return above | {row["reducer"]: "below" for row in compared if row["against"]["high"] < 0}
+
+
+def score(value: float, checkpoint: dict[str, Any]) -> str:
+    """A score as it is written: percent where scores are shares, else the number."""
+    return f"{100 * value:.1f}%" if checkpoint["is_share"] else f"{value:.3f}"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names in backticks with commas between them."""
+    return ", ".join(f"`{name}`" for name in names)

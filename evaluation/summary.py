@@ -1,0 +1,69 @@
+"""What a run says of each setting, in the form that `evaluation.json` has and model cards read."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .runs import Answer, Run, setting_of
+from .statistics import bootstrap_means, mean_interval
+
+
+def evaluation_record(run: Run) -> dict[str, Any]:
+    """
+    A run's results as a JSON-ready record.
+
+    Args:
+        run: finished, or interrupted; see [`unfinished`].
+
+    Returns:
+        `rows`, one for each setting that has answered all examples, with every number; `unreachable`, what could not
+        be run and why; the metric's `figures`; and what was measured with what. Of scores that are not only 0 and 1,
+        "accuracy" is their mean, and its interval that of the bootstrap.
+    """
+    header, answers = run.header, run.answers_of_settings()
+    whole = [entry for entry in header["settings"] if len(answers[setting_of(entry)]) == header["num_examples"]]
+    scores = np.array([[answer.score for answer in answers[setting_of(entry)]] for entry in whole], dtype=np.float64)
+    is_binary = bool(np.isin(scores, (0, 1)).all())
+    draws = np.zeros((1, len(whole))) if is_binary else bootstrap_means(scores)
+    return {
+        **{name: header.get(name) for name in ("command", "versions", "machine", "split")},
+        "num_questions": header["num_examples"],
+        "rows": [
+            _row(entry, answers[setting_of(entry)], mean_interval(own, column))
+            for entry, own, column in zip(whole, scores, draws.T, strict=True)
+        ],
+        "unreachable": header["unreachable"],
+        # A card calls the reference's data by their usual name.
+        "dataset": str(header.get("data")).replace("digit-scenes", "digit scenes"),
+        "metric": header["metric"],
+        "figures": header.get("figures"),
+    }
+
+
+def unfinished(run: Run) -> list[tuple[dict[str, Any], int]]:
+    """Settings that an earlier, interrupted command asked for and nobody since, and how many answers each has."""
+    answers = run.answers_of_settings()
+    counts = [(entry, len(answers[setting_of(entry)])) for entry in run.header["settings"]]
+    return [(entry, number) for entry, number in counts if number != run.header["num_examples"]]
+
+
+def _row(entry: dict[str, Any], answers: Sequence[Answer], interval: tuple[float, float]) -> dict[str, Any]:
+    def mean(name: str) -> float:
+        return statistics.fmean(getattr(answer, name) for answer in answers)
+
+    kinds = sorted({answer.category for answer in answers if answer.category is not None})
+    return {
+        **{name: entry[name] for name in ("reducer", "budget", "num_keep")},
+        "accuracy": mean("score"),
+        "accuracy_low": interval[0],
+        "accuracy_high": interval[1],
+        "accuracy_by_kind": {
+            kind: statistics.fmean(answer.score for answer in answers if answer.category == kind) for kind in kinds
+        },
+        "visual_tokens": mean("visual_tokens"),
+        "decoder_tokens": mean("visual_tokens") + mean("text_tokens"),
+        "milliseconds": statistics.median(answer.ms for answer in answers),
+        "flops": mean("flops"),
+    }
