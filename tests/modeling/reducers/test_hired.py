@@ -244,7 +244,7 @@ def test_images_that_are_not_a_picture_and_its_tiles_are_refused() -> None:
     ],
 )
 def test_parameters_that_are_not_allowed_are_refused(parameters: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"`{next(iter(parameters))}` is .*allowed are"):
+    with pytest.raises(ValueError, match=f"`{next(iter(parameters))}` is .*; allowed"):
         reducer(**parameters)
 
 
