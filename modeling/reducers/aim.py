@@ -16,7 +16,8 @@ from ..decoder.layer_counts import in_proportion, solved_counts
 from ..decoder.reducer import DecoderReducer, require_in, require_layer
 from ..decoder.view import DecoderView
 from ..vision.features import VisionFeatures
-from .base import TokenReducer, feature_layer_index, register_reducer
+from .base import TokenReducer, feature_layer_index, register_reducer, take_tokens
+from .tome import bipartite_matching
 
 _PAPER = "AIM (arXiv 2412.03248)"
 _TEMPERATURE = 0.1
@@ -92,21 +93,14 @@ def merge_round(
     Returns:
         Tokens, metric and places of what is left: A that did not join, by falling cosine, and B.
     """
-    direction = nn.functional.normalize(metric, dim=-1)
-    likeness, target = (direction[:, ::2] @ direction[:, 1::2].transpose(1, 2)).max(dim=-1)
-    ranked = likeness.argsort(dim=-1, descending=True, stable=True)
-    num_joining = min(surplus, place.shape[1] // 2)
-    joining, staying = ranked[:, :num_joining], ranked[:, num_joining:]
-    number = torch.arange(place.shape[1] // 2, device=place.device)
-    joins = (target.gather(1, joining)[:, None] == number[:, None]).float()
-    group_size = 1 + joins.sum(dim=-1, keepdim=True)
+    matching = bipartite_matching(metric, min(surplus, place.shape[1] // 2), has_cls=False)
+    group_size = 1 + matching.received(torch.ones_like(matching.source, dtype=tokens.dtype)[..., None])
 
     def merged(values: torch.Tensor) -> torch.Tensor:
-        even, odd = values[:, ::2], values[:, 1::2]
-        return torch.cat([_rows(even, staying), (odd + joins @ _rows(even, joining)) / group_size], dim=1)
+        means = matching.added(values, take_tokens(values, matching.source)) / group_size
+        return take_tokens(means, matching.stay)
 
-    left = torch.cat([place[:, ::2].gather(1, staying), place[:, 1::2]], dim=1)
-    return merged(tokens), merged(metric), left
+    return merged(tokens), merged(metric), place.gather(1, matching.stay)
 
 
 def merged_count(num_tokens: int, share: float) -> int:
@@ -259,8 +253,3 @@ class AimReducer(TokenReducer):
 def _require_share(share: float) -> None:
     if not 0.0 < share <= 1.0:
         raise ValueError(f"`share` is {share!r}; allowed are shares above 0, up to 1.")
-
-
-def _rows(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """The rows at `index` `[num_images, num_rows]` of `[num_images, num_tokens, width]`."""
-    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))

@@ -7,7 +7,7 @@ to see, so that the model computes that and nothing else. One published method i
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -197,13 +197,24 @@ def reducer_parameters(name: str) -> dict[str, Any]:
     return {p.name: p.default for p in signature if p.kind in kinds and p.name not in ("self", "config")}
 
 
-def require_cls(config: AdaVTPConfig, name: str) -> None:
+def take_tokens(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Of `[num_images, num_tokens, hidden_size]` the tokens at `index` `[num_images, num_taken]`, in its order."""
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def require_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     """
     Raises:
-        ValueError: if the tower has no CLS token, whose attention the reducer `name` reads.
+        ValueError: if the parameter `name` is none of `choices`.
     """
-    if not config.has_cls:
-        raise ValueError(
-            f"Reducer {name!r} ranks patches by the attention of the CLS token, and a "
-            f"{config.vision_config.model_type!r} tower has none; use a reducer that does without, such as 'divprune'."
-        )
+    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+        raise ValueError(f"`{name}` is {value!r}; allowed: {', '.join(map(repr, choices))}.")
+
+
+def require_share(name: str, value: float) -> None:
+    """
+    Raises:
+        ValueError: if the parameter `name` is not from 0 to 1.
+    """
+    if not 0 <= value <= 1:
+        raise ValueError(f"`{name}` is {value!r}; allowed are 0 to 1.")

@@ -10,7 +10,7 @@ import torch
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..vision.features import VisionFeatures
 from ..vision.tower import TowerAttention
-from .base import ScoringReducer, feature_layer_index, register_reducer, require_cls
+from .base import ScoringReducer, feature_layer_index, register_reducer
 
 
 def cls_scores(attention: TowerAttention) -> torch.Tensor:
@@ -35,6 +35,19 @@ def cls_log_scores(attention: TowerAttention) -> torch.Tensor:
     scores = cls_scores(attention)
     # Peaked attention underflows to 0, and the entropy of scores of minus infinity is no number.
     return scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
+
+
+def require_cls_attention(config: AdaVTPConfig, name: str) -> None:
+    """
+    Raises:
+        ValueError: if the tower has no CLS token, whose attention the reducer `name` reads, or no layer has attended.
+    """
+    if not config.has_cls:
+        raise ValueError(
+            f"Reducer {name!r} ranks patches by the attention of the CLS token, and a "
+            f"{config.vision_config.model_type!r} tower has none; use a reducer that does without, such as 'divprune'."
+        )
+    making_layer(config)
 
 
 def making_layer(config: AdaVTPConfig) -> int:
@@ -74,7 +87,7 @@ class CLSAttentionReducer(ScoringReducer):
 
     def __init__(self, config: AdaVTPConfig, layer: int | None = None) -> None:
         super().__init__(config)
-        require_cls(config, "cls_attention")
+        require_cls_attention(config, "cls_attention")
         making = making_layer(config)
         top = min(making + 1, config.vision_config.num_hidden_layers - 1)
         if layer is not None and layer not in range(top + 1):

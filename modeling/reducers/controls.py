@@ -54,11 +54,26 @@ class GridReducer(TokenReducer):
 
     def forward(self, features: VisionFeatures, num_keep: torch.Tensor) -> Selection:
         """See [`TokenReducer.forward`]."""
-        num_tokens = features.patches.shape[1]
-        num_keep = num_keep.to(features.patches.device)[:, None]
-        step = torch.arange(num_tokens, device=features.patches.device)[None]
-        # Integer arithmetic: a float stride would miss by one for some n and K.
-        index = ((2 * step + 1) * num_tokens) // (2 * num_keep)
-        index = index.masked_fill(step >= num_keep, 0)
-        keep = torch.zeros(len(num_keep), num_tokens, dtype=torch.long, device=index.device)
-        return Selection.from_keep(keep.scatter_add(1, index, (step < num_keep).long()) > 0)
+        num_tokens, num_keep = features.patches.shape[1], num_keep.to(features.patches.device)
+        return Selection.from_keep(at_a_stride(torch.full_like(num_keep, num_tokens), num_keep, num_tokens))
+
+
+def at_a_stride(num_tokens: torch.Tensor, num_keep: torch.Tensor, num_columns: int) -> torch.Tensor:
+    """
+    Marks K of n tokens at a uniform stride, those at floor((i + 1/2) n / K), i = 0 .. K - 1.
+
+    Args:
+        num_tokens: n, `[num_images]` int64.
+        num_keep: K, `[num_images]` int64, from 0 to n.
+        num_columns: of the result, the largest n or more.
+
+    Returns:
+        `[num_images, num_columns]` bool.
+    """
+    num_tokens, num_keep = num_tokens[:, None], num_keep[:, None]
+    step = torch.arange(num_columns, device=num_keep.device)[None]
+    # Integer arithmetic: a float stride would miss by one for some n and K. Steps beyond K go to a place behind all.
+    place = ((2 * step + 1) * num_tokens) // (2 * num_keep).clamp(min=1)
+    place = place.masked_fill(step >= num_keep, num_columns)
+    is_kept = torch.zeros(len(num_keep), num_columns + 1, dtype=torch.bool, device=num_keep.device)
+    return is_kept.scatter(1, place, True)[:, :num_columns]

@@ -13,8 +13,9 @@ from torch import nn
 
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..vision.encode import TowerPass
-from ..vision.encoder_reducer import EncodedTokens, EncoderReducer, require_choice, take_tokens
-from .base import register_reducer
+from ..vision.encoder_reducer import EncodedTokens, EncoderReducer
+from .base import register_reducer, require_choice, take_tokens
+from .controls import at_a_stride
 
 
 def smallest_grid(num_keep: int) -> tuple[int, int]:
@@ -51,9 +52,8 @@ def evenly_thinned(num_cells: int, num_keep: int) -> torch.Tensor:
     Returns:
         `[num_keep]` int64, ascending.
     """
-    excess = num_cells - num_keep
-    leaving = {(2 * step + 1) * num_cells // (2 * excess) for step in range(excess)}
-    return torch.tensor([cell for cell in range(num_cells) if cell not in leaving])
+    leaving = at_a_stride(torch.tensor([num_cells]), torch.tensor([num_cells - num_keep]), num_cells)[0]
+    return (~leaving).nonzero()[:, 0]
 
 
 @register_reducer("downsample")

@@ -15,8 +15,8 @@ from torch import nn
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..budget.top_k import gumbel_noise
 from ..vision.encode import TowerPass
-from ..vision.encoder_reducer import EncodedTokens, EncoderReducer, require_choice, take_tokens
-from .base import feature_layer_index, register_reducer
+from ..vision.encoder_reducer import EncodedTokens, EncoderReducer
+from .base import feature_layer_index, register_reducer, require_choice, take_tokens
 
 # What is left of a dropped token's attention in training, as in official code: with none, its gradient would be 0.
 _LEAST_POLICY = 1e-6

@@ -15,8 +15,8 @@ from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..budget.selection import Selection
 from ..budget.top_k import top_k_mask
 from ..vision.features import VisionFeatures
-from .base import ScoringReducer, register_reducer, require_cls
-from .cls_attention import cls_log_scores, cls_scores, making_layer
+from .base import ScoringReducer, register_reducer, require_choice, require_share
+from .cls_attention import cls_log_scores, cls_scores, making_layer, require_cls_attention
 
 _FIRST_LAYER = 0
 
@@ -162,16 +162,13 @@ class HiREDReducer(ScoringReducer):
         share: str = "count",
     ) -> None:
         super().__init__(config)
-        require_cls(config, "hired")
-        making_layer(config)
+        require_cls_attention(config, "hired")
         if tile_grid is not None and not _is_grid(tile_grid):
             raise ValueError(
                 f"`tile_grid` is {tile_grid!r}; allowed are None and two whole numbers above 0, rows and columns."
             )
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"`alpha` is {alpha!r}; allowed are 0 to 1.")
-        if share not in ("count", "attention"):
-            raise ValueError(f"`share` is {share!r}; allowed are 'count' and 'attention'.")
+        require_share("alpha", alpha)
+        require_choice("share", share, ("count", "attention"))
         self.redistributes = tile_grid is not None
         self.tile_grid, self.alpha, self.share = tile_grid, alpha, share
 

@@ -11,7 +11,7 @@ import torch
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..budget.selection import Selection
 from ..vision.features import VisionFeatures
-from .base import TokenReducer, register_reducer
+from .base import TokenReducer, register_reducer, require_choice
 
 
 @register_reducer("pool")
@@ -31,8 +31,7 @@ class PoolReducer(TokenReducer):
 
     def __init__(self, config: AdaVTPConfig, kind: str = "average") -> None:
         super().__init__(config)
-        if kind not in ("average", "max"):
-            raise ValueError(f"`kind` is {kind!r}; allowed are 'average' and 'max'.")
+        require_choice("kind", kind, ("average", "max"))
         self.kind = kind
 
     def forward(self, features: VisionFeatures, num_keep: torch.Tensor) -> Selection:

@@ -13,8 +13,9 @@ from ..budget.selection import Selection
 from ..budget.top_k import top_k_mask
 from ..vision.features import VisionFeatures
 from ..vision.tower import TowerAttention
-from .base import TokenReducer, register_reducer, require_cls
-from .cls_attention import cls_scores, making_layer
+from .base import TokenReducer, register_reducer, require_choice, require_share, take_tokens
+from .cls_attention import cls_scores, making_layer, require_cls_attention
+from .controls import at_a_stride
 
 
 def single_head_scores(attention: TowerAttention) -> torch.Tensor:
@@ -77,13 +78,13 @@ def with_neighbours(
         `[num_images, num_kept, hidden_size]`.
     """
     directions = nn.functional.normalize(keys.float(), dim=-1)
-    cosine = gather_tokens(directions, kept) @ directions.transpose(1, 2)
+    cosine = take_tokens(directions, kept) @ directions.transpose(1, 2)
     cosine = cosine.scatter(2, kept[..., None], -torch.inf)
     nearest = cosine.argsort(dim=-1, descending=True, stable=True)
     nearest = nearest[..., : min(num_neighbours, patches.shape[1] - 1)]
     weights = scores[:, None].expand_as(cosine)
     weights = torch.zeros_like(cosine).scatter(2, nearest, weights.gather(2, nearest))
-    merged = gather_tokens(patches, kept) + weights @ patches
+    merged = take_tokens(patches, kept) + weights @ patches
     return merged / (1 + weights.sum(dim=-1, keepdim=True)) if average else merged
 
 
@@ -106,11 +107,6 @@ def sum_of_rest(patches: torch.Tensor, scores: torch.Tensor, is_kept: torch.Tens
     return weights @ patches
 
 
-def gather_tokens(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Of `[num_images, num_tokens, width]` those at `index` `[num_images, num_chosen]`."""
-    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
-
-
 def padded_selection(
     tokens: torch.Tensor, index: torch.Tensor, is_token: torch.Tensor, num_tokens: int, spatial_order: bool
 ) -> Selection:
@@ -131,7 +127,7 @@ def padded_selection(
     return Selection(
         keep.scatter(1, places, True)[:, :num_tokens],
         places.masked_fill(places == num_tokens, -1)[:, :longest],
-        features=gather_tokens(tokens, order[:, :longest]),
+        features=take_tokens(tokens, order[:, :longest]),
     )
 
 
@@ -175,16 +171,12 @@ class PruMergeReducer(TokenReducer):
         order: str = "spatial",
     ) -> None:
         super().__init__(config)
-        require_cls(config, "prumerge")
-        making_layer(config)
-        if attention not in ("single_head", "per_head"):
-            raise ValueError(f"`attention` is {attention!r}; allowed are 'single_head' and 'per_head'.")
-        if not isinstance(average, bool):
-            raise ValueError(f"`average` is {average!r}; allowed are True and False.")
+        require_cls_attention(config, "prumerge")
+        require_choice("attention", attention, ("single_head", "per_head"))
+        require_choice("average", average, (True, False))
+        require_choice("order", order, ("spatial", "official"))
         if not isinstance(neighbours, int) or neighbours < 0:
             raise ValueError(f"`neighbours` is {neighbours!r}; allowed are whole numbers from 0.")
-        if order not in ("spatial", "official"):
-            raise ValueError(f"`order` is {order!r}; allowed are 'spatial' and 'official'.")
         self.attention, self.average, self.neighbours, self.order = attention, average, neighbours, order
 
     @property
@@ -281,10 +273,9 @@ class PruMergePlusReducer(PruMergeReducer):
         order: str = "spatial",
         important: float = 0.25,
     ) -> None:
-        require_cls(config, "prumerge+")
+        require_cls_attention(config, "prumerge+")
         super().__init__(config, attention, average, neighbours, order)
-        if not 0 <= important <= 1:
-            raise ValueError(f"`important` is {important!r}; allowed are 0 to 1.")
+        require_share("important", important)
         self.important = important
 
     def ranking(self, scores: torch.Tensor, num_keep: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -318,12 +309,5 @@ def evenly_among(is_candidate: torch.Tensor, num_chosen: torch.Tensor) -> torch.
     Returns:
         `[num_images, num_tokens]` bool.
     """
-    num_images, num_tokens = is_candidate.shape
-    num_candidates, num_chosen = is_candidate.sum(dim=-1, keepdim=True), num_chosen[:, None]
-    step = torch.arange(num_tokens, device=is_candidate.device)[None]
-    # Integer arithmetic: a float stride would miss by one for some n' and s. Steps beyond s go to a place behind all.
-    chosen = ((2 * step + 1) * num_candidates) // (2 * num_chosen).clamp(min=1)
-    chosen = chosen.masked_fill(step >= num_chosen, num_tokens)
-    is_chosen = torch.zeros(num_images, num_tokens + 1, dtype=torch.bool, device=is_candidate.device)
-    is_chosen = is_chosen.scatter(1, chosen, True)
+    is_chosen = at_a_stride(is_candidate.sum(dim=-1), num_chosen, is_candidate.shape[1])
     return is_candidate & is_chosen.gather(1, (is_candidate.cumsum(dim=-1) - 1).clamp(min=0))

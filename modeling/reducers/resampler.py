@@ -6,6 +6,8 @@ K, so that one set of weights serves every budget and training at random budgets
 queries.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -14,6 +16,7 @@ from ..budget.selection import Selection
 from ..vision.budget_token import patch_width
 from ..vision.features import VisionFeatures
 from .base import TokenReducer, register_reducer
+from .controls import at_a_stride
 
 
 @register_reducer("resampler")
@@ -63,7 +66,8 @@ class ResamplerReducer(TokenReducer):
         for layer in self.layers:
             latents = layer(latents, patches, places)
         tokens = at_the_scale_of(patches, self.output_norm(latents))
-        return standing_at_a_stride(tokens, num_keep, num_tokens)
+        at_stride = at_a_stride(torch.full_like(num_keep, num_tokens), num_keep, num_tokens)
+        return replace(Selection.from_keep(at_stride), features=tokens)
 
 
 class ResamplerLayer(nn.Module):
@@ -137,21 +141,3 @@ def at_the_scale_of(patches: torch.Tensor, normalised: torch.Tensor) -> torch.Te
     """
     deviation, mean = torch.std_mean(patches.float(), dim=1, correction=0, keepdim=True)
     return (mean + deviation * normalised.float()).to(normalised.dtype)
-
-
-def standing_at_a_stride(tokens: torch.Tensor, num_keep: torch.Tensor, num_tokens: int) -> Selection:
-    """
-    A selection of the first K tokens of each image at positions floor((i + 1/2) n / K), i = 0 .. K - 1.
-
-    Args:
-        tokens: `[num_images, max_keep, width]`.
-        num_keep: K, `[num_images]` int64.
-        num_tokens: n, of the tokens that they replace.
-    """
-    step = torch.arange(tokens.shape[1], device=tokens.device)
-    is_kept = step < num_keep[:, None]
-    # Integer arithmetic: a float stride would miss by one for some n and K.
-    positions = (2 * step + 1) * num_tokens // (2 * num_keep[:, None])
-    places = torch.zeros(len(tokens), num_tokens, dtype=torch.long, device=tokens.device)
-    places.scatter_add_(1, positions.masked_fill(~is_kept, 0), is_kept.long())
-    return Selection(places > 0, positions.masked_fill(~is_kept, -1), features=tokens)

@@ -13,8 +13,7 @@ from torch import nn
 
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..vision.encode import TowerPass
-from ..vision.encoder_reducer import require_choice, take_tokens
-from .base import feature_layer_index, register_reducer
+from .base import feature_layer_index, register_reducer, require_choice, take_tokens
 from .tome import Matching, MatchingReducer, absorbed
 
 # sigmoid(3) = 0.953: an untrained gate gives nearly all or nearly nothing, and still has a fifth of its largest slope.

@@ -14,9 +14,9 @@ from torch import nn
 
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..vision.encode import TowerPass
-from ..vision.encoder_reducer import EncodedTokens, EncoderReducer, require_choice, take_tokens
+from ..vision.encoder_reducer import EncodedTokens, EncoderReducer
 from ..vision.tower import TowerAttention, _attention, _first_norm, layer_keys
-from .base import register_reducer
+from .base import register_reducer, require_choice, take_tokens
 
 
 @dataclass

@@ -14,8 +14,8 @@ from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..budget.selection import Selection
 from ..budget.top_k import top_k_mask
 from ..vision.features import VisionFeatures
-from .base import TokenReducer, register_reducer, require_cls
-from .cls_attention import cls_scores, making_layer
+from .base import TokenReducer, register_reducer, require_choice, require_share, take_tokens
+from .cls_attention import cls_scores, making_layer, require_cls_attention
 
 
 def num_contextual(num_kept: int, contextual: float) -> int:
@@ -91,14 +91,10 @@ class VisionZipReducer(TokenReducer):
         self, config: AdaVTPConfig, contextual: float = 0.16, average: bool = False, order: str = "spatial"
     ) -> None:
         super().__init__(config)
-        require_cls(config, "visionzip")
-        making_layer(config)
-        if not 0 <= contextual <= 1:
-            raise ValueError(f"`contextual` is {contextual!r}; allowed are 0 to 1.")
-        if not isinstance(average, bool):
-            raise ValueError(f"`average` is {average!r}; allowed are True and False.")
-        if order not in ("spatial", "official"):
-            raise ValueError(f"`order` is {order!r}; allowed are 'spatial' and 'official'.")
+        require_cls_attention(config, "visionzip")
+        require_share("contextual", contextual)
+        require_choice("average", average, (True, False))
+        require_choice("order", order, ("spatial", "official"))
         self.contextual, self.average, self.order = contextual, average, order
 
     def forward(self, features: VisionFeatures, num_keep: torch.Tensor) -> Selection:
@@ -110,10 +106,10 @@ class VisionZipReducer(TokenReducer):
         num_dominant = int(num_keep[0]) - num_targets - num_cls
         dominant, rest = split_by_score(cls_scores(attention), num_dominant)
         is_target = target_columns(rest.shape[1], num_targets, rest.device)
-        tokens, index = [take(patches, dominant)], [dominant]
+        tokens, index = [take_tokens(patches, dominant)], [dominant]
         if num_targets > 0:
-            metric = take(attention.keys.float().mean(dim=1), rest)
-            merged = merged_into_targets(take(patches, rest).float(), metric, is_target, self.average)
+            metric = take_tokens(attention.keys.float().mean(dim=1), rest)
+            merged = merged_into_targets(take_tokens(patches, rest).float(), metric, is_target, self.average)
             tokens, index = [*tokens, merged.to(patches.dtype)], [*index, rest[:, is_target]]
         if num_cls > 0:
             tokens, index = [features.cls, *tokens], [rest[:, ~is_target][:, :1], *index]
@@ -145,8 +141,3 @@ def target_columns(num_rest: int, num_targets: int, device: torch.device) -> tor
         stride = num_rest // num_targets
         is_target[: stride * num_targets : stride] = True
     return is_target
-
-
-def take(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Of `[num_images, num_tokens, width]` those at `index` `[num_images, num_chosen]`."""
-    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))

@@ -13,8 +13,8 @@ from torch import nn
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..budget.selection import Selection
 from ..vision.features import VisionFeatures
-from .base import TokenReducer, register_reducer, require_cls
-from .cls_attention import cls_scores, making_layer
+from .base import TokenReducer, register_reducer, require_share
+from .cls_attention import cls_scores, require_cls_attention
 
 _MOST_DROPPED_AT_ONCE = 8
 
@@ -71,10 +71,8 @@ class VisPrunerReducer(TokenReducer):
 
     def __init__(self, config: AdaVTPConfig, important: float = 0.5) -> None:
         super().__init__(config)
-        require_cls(config, "vispruner")
-        making_layer(config)
-        if not 0 <= important <= 1:
-            raise ValueError(f"`important` is {important!r}; allowed are 0 to 1.")
+        require_cls_attention(config, "vispruner")
+        require_share("important", important)
         self.important = important
 
     def forward(self, features: VisionFeatures, num_keep: torch.Tensor) -> Selection:

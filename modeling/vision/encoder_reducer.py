@@ -1,8 +1,7 @@
 """Reducers that act inside the vision tower, where they save the tower's own work too."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -79,17 +78,3 @@ class EncoderReducer(TokenReducer):
             kept.loss = encoded.loss
             return kept
         return Selection.from_tokens(patches, encoded.positions, num_patches, self.spatial_order, encoded.loss)
-
-
-def take_tokens(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Of `[num_images, num_tokens, hidden_size]` the tokens at `index` `[num_images, num_taken]`, in its order."""
-    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
-
-
-def require_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    """
-    Raises:
-        ValueError: if the parameter `name` is none of `choices`.
-    """
-    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
-        raise ValueError(f"`{name}` is {value!r}; allowed: {', '.join(map(repr, choices))}.")

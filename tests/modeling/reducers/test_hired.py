@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from adavtp.modeling.reducers.base import build_reducer
-from adavtp.modeling.reducers.hired import HiREDReducer, bounded_shares
+from adavtp.modeling.reducers.hired import HiREDReducer, bounded_shares, tile_of
 from adavtp.modeling.vision.features import VisionFeatures
 from adavtp.modeling.vision.tower import TowerAttention
 from tiny_models import NUM_PATCHES, tiny_config
@@ -244,10 +244,15 @@ def test_images_that_are_not_a_picture_and_its_tiles_are_refused() -> None:
     ],
 )
 def test_parameters_that_are_not_allowed_are_refused(parameters: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"`{next(iter(parameters))}` is .*allowed are"):
+    with pytest.raises(ValueError, match=f"`{next(iter(parameters))}` is .*; allowed"):
         reducer(**parameters)
 
 
 def test_a_tower_without_cls_is_refused() -> None:
     with pytest.raises(ValueError, match="'hired'.*CLS"):
         build_reducer("hired", tiny_config("siglip"))
+
+
+def test_a_patch_of_a_picture_that_is_no_square_belongs_to_the_tile_with_its_centre() -> None:
+    assert tile_of(torch.arange(2 * 6), (2, 6), (1, 3)).tolist() == [0, 0, 1, 1, 2, 2] * 2
+    assert tile_of(torch.arange(6 * 2), (6, 2), (3, 1)).tolist() == [0] * 4 + [1] * 4 + [2] * 4

@@ -341,7 +341,7 @@ def test_keys_come_from_the_layer_above_the_features_or_the_top_one(feature_laye
 )
 def test_parameters_that_are_not_allowed_are_refused(parameters: dict[str, Any]) -> None:
     for name in NAMES if "important" not in parameters else NAMES[1:]:
-        with pytest.raises(ValueError, match=f"`{next(iter(parameters))}` is .*allowed are"):
+        with pytest.raises(ValueError, match=f"`{next(iter(parameters))}` is .*; allowed"):
             reducer(name, **parameters)
 
 

@@ -48,7 +48,14 @@ LEAST = {"tome": 4, "token_fusion": 4, "aim_prune": 8} | {
 # One of every stage, those in the decoder that drop once, recycle and drop in steps, and a stack.
 MODES = ["tome", "prumerge", "divprune", "fastv", "sparsevlm", "pyramiddrop", ["tome", "adaptive", "fastv"]]
 
+# What only the stage can change is tried with one of each kind before the decoder, and with all inside it.
+KINDS = ["adaptive", "tome", "dynamicvit", "prumerge", "divprune", "aim", *INSIDE_THE_DECODER]
+READS_THE_QUESTION = [
+    name for name in NAMES if REDUCERS[name].stage == "decoder" or name in ("adaptive", "aim", "cdpruner", "query")
+]
+
 every_reducer = pytest.mark.parametrize("name", NAMES)
+every_kind = pytest.mark.parametrize("name", KINDS)
 every_mode = pytest.mark.parametrize("reducer", MODES, ids=str)
 
 Model = AdaVTPForConditionalGeneration
@@ -153,8 +160,8 @@ def test_exactly_as_many_tokens_are_kept_as_the_budget_says(name: str) -> None:
     model = model_of()
     batch = tiny_batch(model.config, (1, 2))
     numbers, least = random.Random(name), LEAST.get(name, 1)
-    budgets = [numbers.uniform(least / NUM_PATCHES, 1.0) for _ in range(40)]
-    budgets += [numbers.randint(max(2, least), NUM_PATCHES) for _ in range(8)] + [least / NUM_PATCHES, 1.0]
+    budgets = [numbers.uniform(least / NUM_PATCHES, 1.0) for _ in range(12)]
+    budgets += [numbers.randint(max(2, least), NUM_PATCHES) for _ in range(4)] + [least / NUM_PATCHES, 1.0]
     for budget in budgets:
         num_keep = math.floor(budget * NUM_PATCHES) if isinstance(budget, float) else budget
         selection = model.select_tokens(**batch, token_budget=budget, reducer=name)
@@ -164,23 +171,19 @@ def test_exactly_as_many_tokens_are_kept_as_the_budget_says(name: str) -> None:
             sums = [int(images.sum()) for images in selection.depth.split((1, 2))]
             assert sums == [num_keep * NUM_LAYERS, 2 * num_keep * NUM_LAYERS], budget
             assert ((selection.depth > 0) == selection.keep).all()
-
-
-@torch.no_grad()
-@every_reducer
-def test_the_smallest_budget_works_and_what_is_below_it_is_refused(name: str) -> None:
-    model = model_of()
-    batch = tiny_batch(model.config, (1,))
-    least = LEAST.get(name, 1)
     assert model(**batch, token_budget=least / NUM_PATCHES, reducer=name).logits.isfinite().all()
-    if least > 1:
-        for call in (model, model.generate):
-            with pytest.raises(ValueError, match=r"budget"):
-                call(**batch, token_budget=least - 1, reducer=name)
+
+
+@pytest.mark.parametrize("name", sorted(LEAST))
+def test_what_is_below_the_smallest_budget_is_refused(name: str) -> None:
+    model = model_of()
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=r"budget"):
+            call(**tiny_batch(model.config, (1,)), token_budget=LEAST[name] - 1, reducer=name)
 
 
 @torch.no_grad()
-@every_reducer
+@every_kind
 def test_the_whole_budget_is_the_model_without_reduction_to_the_bit(name: str) -> None:
     model = model_of()
     batch = tiny_batch(model.config, (1, 2, 0))
@@ -241,7 +244,7 @@ def test_without_a_budget_the_own_rule_decides(name: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in OWN_RULE])
+@pytest.mark.parametrize("name", ["adaptive", "tome", "divprune"])
 def test_without_a_budget_and_a_rule_the_configuration_decides(name: str) -> None:
     model = model_of(token_budget=0.3)
     batch = tiny_batch(model.config, (1, 1))
@@ -253,7 +256,7 @@ def test_without_a_budget_and_a_rule_the_configuration_decides(name: str) -> Non
 # ---------------------------------------------------------------------------------------------------- generation
 
 
-@every_reducer
+@every_kind
 @pytest.mark.parametrize("positions", ["original", "compact"])
 def test_every_token_is_chosen_from_what_one_forward_says(name: str, positions: str) -> None:
     model = model_of(visual_position_ids=positions)
@@ -296,7 +299,7 @@ def test_cls_stays_in_every_layer_and_towers_without_it_work(
     assert output.hidden_states[-1].shape[1] == 7 + seen + int(model.config.keep_cls)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "sparsevlm"])
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "sparsevlm"])
 def test_every_token_is_what_the_stock_layers_say_of_the_tokens_left(name: str) -> None:
     # SparseVLM changes hidden states at its cuts, which this reference does not.
     model = model_of()
@@ -420,6 +423,25 @@ def mean_log_probability(model: Model, sample: Batch, answer: list[int], **how: 
     return logits.gather(1, torch.tensor(answer)[:, None]).mean()
 
 
+@every_mode
+def test_a_dictionary_output_says_what_was_kept(reducer: Any) -> None:
+    model = model_of()
+    batch, how = tiny_batch(model.config, (1, 2)), {"token_budget": 0.75, "reducer": reducer}
+    first, lookup = alone(batch, 0, (1, 2)), {"prompt_lookup_num_tokens": 2, "max_matching_ngram_size": 1}
+    sampling = {"do_sample": True, "num_return_sequences": 2}
+    for shown, mode in ((batch, {}), (batch, {"num_beams": 2}), (batch, sampling), (first, lookup)):
+        output = generate(model, shown, **how, **mode, return_dict_in_generate=True)
+        chosen = model.select_tokens(**shown, **how)
+        assert torch.equal(output.selection.keep, chosen.keep)
+        assert (output.selection.depth is None) == (chosen.depth is None)
+        assert chosen.depth is None or torch.equal(output.selection.depth, chosen.depth)
+
+
+def test_without_images_a_dictionary_output_has_no_selection() -> None:
+    batch = tiny_batch(model_of().config, (0, 0))
+    assert generate(model_of(), batch, return_dict_in_generate=True).selection is None
+
+
 class Conversation:
     """Turns of two conversations side by side, with one cache."""
 
@@ -476,10 +498,14 @@ def test_a_conversation_goes_on_from_its_cache(reducer: Any, positions: str) -> 
 # ------------------------------------------------------------------------------------------------------ training
 
 
-@every_reducer
-@pytest.mark.parametrize("gates", GATES, ids=GATE_IDS)
-def test_every_reducer_trains_with_labels_in_their_places(name: str, gates: dict[str, str]) -> None:
-    model = own_model(reducer=name, **gates).train()
+IN_TRAINING = [(name, "feature gates, gather") for name in NAMES] + [
+    (name, gates) for name in (*TRAINED, "divprune", "fastv") for gates in ("attention gates", "feature gates, mask")
+]
+
+
+@pytest.mark.parametrize(("name", "gates"), IN_TRAINING)
+def test_every_reducer_trains_with_labels_in_their_places(name: str, gates: str) -> None:
+    model = own_model(reducer=name, **GATES[GATE_IDS.index(gates)]).train()
     batch = tiny_batch(model.config, (1, 2, 0))
     labels = targets(batch, 2)
     torch.manual_seed(0)
@@ -504,7 +530,7 @@ def reducer_module(model: Model, name: str) -> torch.nn.Module:
 
 
 @torch.no_grad()
-@every_reducer
+@every_kind
 @pytest.mark.parametrize("selection_output", ["gather", "mask"])
 def test_a_label_is_predicted_where_generation_would_choose_it(name: str, selection_output: str) -> None:
     model = model_of()
@@ -533,7 +559,7 @@ def test_a_label_is_predicted_where_generation_would_choose_it(name: str, select
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("reducer", [*NAMES, {"name": "fastv", "rows": "all"}], ids=str)
+@pytest.mark.parametrize("reducer", [*READS_THE_QUESTION, {"name": "fastv", "rows": "all"}], ids=str)
 def test_the_answer_has_no_say_in_what_is_kept(reducer: Any) -> None:
     model = model_of()
     batch = tiny_batch(model.config, (1, 2), (12, 12))
@@ -559,7 +585,7 @@ def test_a_training_batch_of_text_runs_what_a_batch_with_images_runs(name: str) 
 
 
 @torch.no_grad()
-@every_reducer
+@every_kind
 def test_a_reducer_can_be_set_configured_or_asked_for_in_a_call(name: str) -> None:
     model, batch = own_model(), tiny_batch(model_of().config, (1, 1))
     before = model(**batch, token_budget=0.6).logits
