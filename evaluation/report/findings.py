@@ -22,8 +22,9 @@ def lead(checkpoint: dict[str, Any]) -> str:
     """
     subject = checkpoint["against"]
     reduced = [row for row in checkpoint["settings"] if row["reducer"] != FULL]
+    full = [score(row["score"], checkpoint) for row in checkpoint["settings"] if row["reducer"] == FULL]
     if not reduced:
-        return f"{_everything(checkpoint) or 'Nothing'} is all that was measured."
+        return f"With all tokens the score is {full[0]}; nothing else was measured."
     subject = subject or max(reduced, key=lambda row: row["score"])["reducer"]
     own = sorted((row for row in reduced if row["reducer"] == subject), key=lambda row: row["num_keep"])
     beside = {row["num_keep"] for row in reduced if row["reducer"] != subject}
@@ -39,11 +40,10 @@ def lead(checkpoint: dict[str, Any]) -> str:
     if controls:
         control = max(controls, key=lambda one: one["score"])
         clauses.append(f"the best control (`{control['reducer']}`) {score(control['score'], checkpoint)}")
-    share = 100 * row["num_keep"] / checkpoint["num_patches"]
-    text = f"At {share:.3g}% of the visual tokens {', '.join(clauses)}"
-    everything = _everything(checkpoint)
-    text += f"; {everything[0].lower()}{everything[1:]}." if everything else "."
-    return text + _how_sure(row, best)
+    asked = [budget for budget in row["asked"] if isinstance(budget, float)]
+    share = 100 * (asked[0] if asked else row["num_keep"] / checkpoint["num_patches"])
+    clauses += [f"the model with all tokens {everything}" for everything in full]
+    return f"At {share:.3g}% of the visual tokens {', '.join(clauses)}.{_how_sure(row, best)}"
 
 
 def _best_other(others: Sequence[dict[str, Any]], checkpoint: dict[str, Any]) -> dict[str, Any] | None:
@@ -55,11 +55,6 @@ def _best_other(others: Sequence[dict[str, Any]], checkpoint: dict[str, Any]) ->
 
 def _called(reducer: str) -> str:
     return f"the controller (`{reducer}`)" if reducer == CONTROLLER else f"`{reducer}`"
-
-
-def _everything(checkpoint: dict[str, Any]) -> str:
-    full = [row for row in checkpoint["settings"] if row["reducer"] == FULL]
-    return f"With all tokens it is {score(full[0]['score'], checkpoint)}" if full else ""
 
 
 def _how_sure(row: dict[str, Any], best: dict[str, Any] | None) -> str:

@@ -31,7 +31,7 @@ from adavtp.evaluation.measurements import (
     summary_of_repeats,
     time_generation,
 )
-from adavtp.evaluation.settings import Setting, reason_unreachable, reducer_label
+from adavtp.evaluation.settings import Setting, reducer_label
 from adavtp.modeling.reducers.fastv import FastVReducer
 from tiny_models import EOS_TOKEN_ID, tiny_batch, tiny_model, tiny_text_config
 
@@ -245,10 +245,10 @@ def test_the_model_is_left_as_it_was(budget: float) -> None:
     if budget == 0.1:
         with pytest.raises(ValueError, match="'fastv' cannot go below"):
             measure(model, batch, settings, new_tokens=2, repeats=1)
-        assert "'fastv' cannot go below" in reason_unreachable(model, batch, Setting(*settings[-1]))
+        assert "'fastv' cannot go below" in Setting(*settings[-1]).unreachable(model, batch)
     else:
         measure(model, batch, settings, new_tokens=2, repeats=1)
-        assert reason_unreachable(model, batch, Setting(*settings[-1])) is None
+        assert Setting(*settings[-1]).unreachable(model, batch) is None
     assert model.config.to_dict() == reducers
     assert dict(model.model.reducers.items()) == modules
     assert list(model.state_dict()) == weights
