@@ -21,7 +21,7 @@ AutoModelForImageTextToText.register(AdaVTPConfig, AdaVTPForConditionalGeneratio
 AutoProcessor.register(AdaVTPConfig, AdaVTPProcessor, exist_ok=True)
 
 if TYPE_CHECKING:
-    from .trainer.collator import BudgetCollator
+    from .trainer.data.collator import BudgetCollator
     from .trainer.trainer import AdaVTPTrainer
     from .trainer.training_arguments import AdaVTPTrainingArguments
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _OF_TRAINING = {
     "AdaVTPTrainer": "trainer.trainer",
     "AdaVTPTrainingArguments": "trainer.training_arguments",
-    "BudgetCollator": "trainer.collator",
+    "BudgetCollator": "trainer.data.collator",
 }
 
 

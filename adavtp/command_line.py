@@ -1,15 +1,14 @@
 """The command line. Commands with much to say have files of their own; all are registered here."""
 
-import shutil
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .commands.ask import ask
-from .commands.console import Command, console, refusals_shown
+from .commands.console import Command, console
 from .commands.convert import convert
-from .commands.evaluate import DIGIT_SCENES, evaluate, evaluate_checkpoint
+from .commands.evaluate import evaluate
 from .commands.experiment import experiment
 from .commands.flops import flops
 from .commands.measure import measure
@@ -20,6 +19,7 @@ from .commands.publish import publish, publish_data
 from .commands.reducers import reducers
 from .commands.report import report
 from .commands.space import space
+from .commands.train import train
 
 app = typer.Typer(
     help="How much a vision-language model looks is a dial you turn at run time.",
@@ -27,47 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 LOOKING = (demo, ask, reducers, evaluate, report, compare, gallery, experiment, measure, flops)
-for command in (*LOOKING, plan, convert, merge, publish, publish_data, space):
+for command in (*LOOKING, plan, train, convert, merge, publish, publish_data, space):
     app.command(cls=Command)(command)
-
-
-@app.command()
-def train(
-    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).", exists=True, dir_okay=False)],
-    output: Annotated[Path | None, typer.Option(help="Folder for checkpoints. Default: runs/<recipe>.")] = None,
-) -> None:
-    """
-    Carry out a training recipe, or go on with one that was interrupted.
-
-    Under `accelerate launch` or `torchrun` processes share the work. The recipe's `evaluation` is then left to a
-    command of its own, which is printed.
-    """
-    from accelerate import PartialState
-
-    from .trainer.recipe import Recipe
-    from .trainer.recipe_run import run_recipe
-
-    with refusals_shown():
-        plan = Recipe.from_file(recipe)
-    checkpoint = run_recipe(plan, output or Path("runs") / recipe.stem)
-    if not PartialState().is_main_process:
-        return
-    console.print(f"Checkpoint: {checkpoint}")
-    if plan.evaluation and PartialState().num_processes > 1:
-        # Training may have spread every model that is loaded from now on over the processes.
-        budgets, reducers = (" ".join(map(str, plan.evaluation[name])) for name in ("budgets", "reducers"))
-        console.print(f"Evaluate it: adavtp evaluate {checkpoint} --budgets {budgets} --reducers {reducers}")
-    elif plan.evaluation:
-        measured = evaluate_checkpoint(
-            str(checkpoint),
-            DIGIT_SCENES,
-            plan.evaluation["budgets"],
-            plan.evaluation["reducers"],
-            output=checkpoint / "evaluation",
-            questions=plan.evaluation["questions"],
-        )
-        # Beside the weights, where the model card looks for it.
-        shutil.copy(measured.folder / "evaluation.json", checkpoint)
 
 
 @app.command()

@@ -19,8 +19,8 @@ import typer
 from rich.table import Table
 
 from adavtp.modeling.budget.token_budget import num_tokens_to_keep
-from adavtp.trainer.budget_stream import BudgetStream
-from adavtp.trainer.length_groups import length_groups, share_of_padding, tokens_after_reduction
+from adavtp.trainer.data.budget_stream import BudgetStream
+from adavtp.trainer.data.group_by_length import length_groups, share_of_padding, tokens_after_reduction
 from circumstances import circumstances, console, write_json
 
 NUM_VISUAL_TOKENS, MAX_LENGTH = 576, 2048

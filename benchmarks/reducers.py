@@ -34,7 +34,8 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from adavtp import AdaVTPConfig, TokenReducer, VisionFeatures
 from adavtp.modeling.budget.token_budget import num_tokens_to_keep
-from adavtp.modeling.decoder.reducer import DecoderReducer, DecoderView
+from adavtp.modeling.decoder.reducer import DecoderReducer
+from adavtp.modeling.decoder.view import DecoderView
 from adavtp.modeling.reducers.base import REDUCERS, STAGES, build_reducer
 from adavtp.modeling.vision.encode import BudgetToken, TowerPass, encode_image
 from adavtp.modeling.vision.tower import TowerAttention, tower_layers

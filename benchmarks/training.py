@@ -50,8 +50,8 @@ from adavtp import (
 from adavtp.evaluation.flops_presets import preset_config
 from adavtp.evaluation.training_costs import A100_PEAK
 from adavtp.evaluation.training_flops import Step, Trained, TrainingFlops, count_training_flops, plain_training_flops
-from adavtp.trainer.conversation_reader import ConversationReader
-from adavtp.trainer.conversation_stream import ConversationStream
+from adavtp.trainer.data.reader import ConversationReader
+from adavtp.trainer.data.stream import ConversationStream
 from adavtp.trainer.trained_parts import choose_trained_parts
 from circumstances import circumstances, console, write_json
 from interleaved import CLOCKS, Spread, interleaved_medians

@@ -15,7 +15,7 @@ from ..modeling.budget.schedule import BudgetOfUnits, BudgetSchedule, StackBudge
 from ..modeling.budget.selection import Selection
 from ..modeling.decoder.reducer import DecoderReducer
 from ..modeling.reducers.aim import merged_count
-from ..modeling.reducers.bank import ReducerSpec, Step, stack_steps
+from ..modeling.reducers.bank import ReducerSpec, Step, named, stack_steps
 from ..modeling.reducers.base import ScoringReducer, TokenReducer, build_reducer
 
 
@@ -90,8 +90,7 @@ def weightless_steps(config: AdaVTPConfig, reducer: ReducerSpec | None) -> list[
     modules = {}
     with torch.device("meta"):
         for entry in config.reducers if reducer is None else reducer_entries(reducer):
-            given = {"name": entry} if isinstance(entry, str) else dict(entry)
-            name = given.pop("name")
+            name, given = named(entry)
             modules[name] = build_reducer(name, config, **given).eval()
             modules[name].parameters_given = given
     return stack_steps(modules)

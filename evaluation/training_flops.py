@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
 from ..modeling.budget.schedule import StackBudget
-from ..modeling.budget.schedule import Step as ReducerStep
-from ..modeling.modeling_adavtp import ReducerSpec
+from ..modeling.reducers.bank import ReducerSpec
+from ..modeling.reducers.bank import Step as ReducerStep
 from ..modeling.reducers.base import REDUCERS
 from .decoder_flops import Prompts, inside_decoder_flops, layer_columns
 from .model_shape import BUDGET_ENCODING, DecoderShape, ModelShape

@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 
 from .budget.schedule import StackBudget
 from .budget.token_budget import TokenBudget, budget_values, num_tokens_to_keep
+from .decoder.loop import layer_masks
 from .decoder.pruned_cache import (
     NewColumns,
     PrunedCache,
@@ -251,6 +252,9 @@ class AdaVTPGenerationMixin(GenerationMixin):
         past_length = 0 if cache is None else int(cache.get_seq_length())
         earlier = pruned_cache(cache).prompt if past_length else None
         if pixel_values is None and earlier is None:
+            if past_length == 0 and input_ids.shape[1] > 0:
+                # A placeholder without an image is refused.
+                self.model.units_of(input_ids, 0)
             return model_kwargs, PrunedCache()
         if model_kwargs.get("inputs_embeds") is not None:
             raise ValueError(
@@ -315,6 +319,8 @@ class AdaVTPGenerationMixin(GenerationMixin):
             # Also where there is none: a cache may be reset and used again, and must not keep an old prompt.
             pruned_cache(cache).prompt = None if prompt is None else prompt.on_cache()
             pruned_cache(cache).policy = policy
+            # Forgets what layers held where the cache was reset.
+            has_layer_columns(cache)
 
     @staticmethod
     def create_masks_for_generate(
@@ -326,10 +332,13 @@ class AdaVTPGenerationMixin(GenerationMixin):
     ) -> Any:
         """
         See [`transformers.masking_utils.create_masks_for_generate`], which makes the decoder's mask ahead of a forward
-        that may be compiled. Where layers hold different columns there is no one mask, and the loop makes each.
+        that may be compiled. Where layers hold different columns each has its own; in prefill the loop makes them.
         """
-        if pruned_cache(past_key_values).policy is not None or has_layer_columns(past_key_values):
+        if pruned_cache(past_key_values).policy is not None:
             return attention_mask
+        masks = layer_masks(config.get_text_config(), inputs_embeds, attention_mask, past_key_values)
+        if masks is not None:
+            return masks
         return create_masks_for_generate(
             config=config,
             inputs_embeds=inputs_embeds,

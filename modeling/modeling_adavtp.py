@@ -23,7 +23,7 @@ from ..configuration.configuration_adavtp import AdaVTPConfig
 from .budget.schedule import StackBudget
 from .budget.selection import Selection
 from .decoder.loop import run_decoder
-from .decoder.plan import DecoderPlan
+from .decoder.policy import DecoderPolicy
 from .decoder.pruned_cache import NewColumns, behind_cache, has_layer_columns, pending_policy, pruned_cache
 from .families.base import Family
 from .generation_adavtp import AdaVTPGenerationMixin
@@ -31,7 +31,7 @@ from .hub.custom_reducers import CustomReducersMixin
 from .hub.loading import CompleteLoadingMixin
 from .hub.saving import SelfContainedMixin
 from .prompt import Prompt, additive_mask, count_positions, without_first_labels
-from .prompt_reduction import PromptReductionMixin, depth_of_tokens
+from .prompt_reduction import PromptReductionMixin
 from .reducers.adaptive import VisionTokenController
 from .reducers.bank import MissingWeightsError, ReducerBank, ReducerSpec, Step, named
 from .reducers.published import PUBLISHED_REDUCERS
@@ -215,9 +215,7 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
         if policy is not None:
             # In `generate` the prompt was pruned before this call, and its selection waits on the cache.
             chosen = pruned_cache(past_key_values).prompt.selection if selection is None else selection
-            # Assisted decoding puts its candidates behind the prompt.
-            visual_index = policy.with_columns(outputs.depth.shape[1]).patches
-            chosen.depth = depth_of_tokens(chosen, visual_index, outputs.depth)
+            chosen.depth = policy.depth_of_tokens(chosen.is_token, outputs.depth)
         return AdaVTPModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
@@ -233,7 +231,7 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
         input_ids: torch.LongTensor | None,
         encoded: BaseModelOutputWithPooling | None,
         inputs_embeds: torch.Tensor | None,
-        policy: DecoderPlan | None,
+        policy: DecoderPolicy | None,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         past_key_values: Cache | None,
@@ -241,9 +239,6 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
     ) -> Any:
         """The family's own forward; or, where layers see different columns, our loop over them."""
         if policy is None and not has_layer_columns(past_key_values):
-            if past_key_values is not None:
-                # Those that are there are of what the cache held before it was reset.
-                pruned_cache(past_key_values).layers = None
             return super().forward(
                 input_ids=input_ids if inputs_embeds is None else None,
                 pixel_values=encoded,
@@ -265,8 +260,7 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            plan=policy,
-            reducer=None if policy is None else policy.reducer,
+            policy=policy,
             compact=self.config.visual_position_ids == "compact",
             **kwargs,
         )
@@ -299,15 +293,14 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
         reducer: ReducerSpec | None,
     ) -> torch.Tensor | None:
         """Embeddings of a prompt of text where something has to be added to them, `None` elsewhere."""
-        is_new = past_key_values is None or past_key_values.get_seq_length() == 0
-        has_to_look = is_new and (self.training or self.is_sharded)
-        if token_budget is None and reducer is None and not has_to_look and not is_new:
-            return None
-        schedule = self.resolve_budget(token_budget, reducer, len(input_ids))
-        if is_new:
+        if past_key_values is None:
             # A placeholder without an image is refused.
             self.units_of(input_ids, 0)
-        if not has_to_look:
+        has_to_look = self.training or self.is_sharded
+        if token_budget is None and reducer is None and not has_to_look:
+            return None
+        schedule = self.resolve_budget(token_budget, reducer, len(input_ids))
+        if not has_to_look or (past_key_values is not None and past_key_values.get_seq_length() > 0):
             return None
         zero = self.zero_of_a_blank_image(input_ids, schedule)
         return self.get_input_embeddings()(input_ids) + zero

@@ -1,12 +1,12 @@
 """A prompt as columns: what stays, what leaves, and where labels and positions go with it."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from .budget.selection import Selection
-from .decoder.plan import DecoderPlan
+from .decoder.policy import DecoderPolicy
 
 _LEAST_GATE = 1e-3
 
@@ -25,7 +25,6 @@ class Prompt:
         labels: `[batch, sequence]` int64 or `None`.
         visual_index: `[batch, sequence]` int64 or `None`; the visual token that a column shows, counted through all
             units of the batch, -1 for every other column.
-        token_types: further inputs of the family with a column for each token, `[batch, sequence]`, by name.
     """
 
     input_ids: torch.Tensor
@@ -33,7 +32,6 @@ class Prompt:
     position_ids: torch.Tensor
     labels: torch.Tensor | None = None
     visual_index: torch.Tensor | None = None
-    token_types: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def without(self, keep: torch.Tensor, pad_token_id: int) -> "Prompt":
         """
@@ -65,7 +63,6 @@ class Prompt:
             taken(self.position_ids, 0),
             taken(self.labels, -100),
             taken(self.visual_index, -1),
-            {name: taken(types, 0) for name, types in self.token_types.items()},
         )
 
     def hiding(self, dropped: torch.Tensor) -> "Prompt":
@@ -127,7 +124,7 @@ class PreparedInputs:
     prompt: Prompt
     image_features: torch.Tensor | None = None
     selection: Selection | None = None
-    policy: DecoderPlan | None = None
+    policy: DecoderPolicy | None = None
 
 
 def left_padded(keep: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,7 @@ import torch
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
 from .budget.schedule import BudgetSchedule, StackBudget
-from .budget.selection import Selection
-from .decoder.plan import DecoderPlan
+from .decoder.policy import VisualTokenPolicy
 from .decoder.pruned_cache import NewColumns, PrunedPrompt
 from .families.base import Family, Units
 from .families.llava import LLAVA
@@ -204,52 +203,24 @@ class PromptReductionMixin:
         at_placeholders = torch.full_like(units.token, other, dtype=flat.dtype).masked_scatter(is_token, flat)
         return torch.full_like(placeholders, other, dtype=flat.dtype).masked_scatter(placeholders, at_placeholders)
 
-    def _decoder_policy(self, tokens: VisualTokens, prompt: Prompt, units: Units) -> DecoderPlan | None:
+    def _decoder_policy(self, tokens: VisualTokens, prompt: Prompt, units: Units) -> VisualTokenPolicy | None:
         """What a decoder-stage reducer of the stack does with a prompt, or `None` if nothing leaves in the decoder."""
         if tokens.decoder is None:
             return None
-        num_layers, reducer = self.config.text_config.num_hidden_layers, tokens.decoder.reducer
-        num_visual = (prompt.visual_index >= 0).sum(dim=-1).cpu()
-        wanted: list[int | None] = [None] * len(num_visual)
+        num_keep = None
         if tokens.decoder_keep is not None:
-            wanted = torch.zeros_like(num_visual).index_add(0, units.sample, tokens.decoder_keep).tolist()
-        counts = torch.tensor(
-            [
-                [visual] * num_layers
-                if visual == 0 or (keep is not None and keep >= visual)
-                else reducer.layer_counts(visual, keep, num_layers)
-                for visual, keep in zip(num_visual.tolist(), wanted, strict=True)
-            ]
+            num_keep = torch.zeros(len(prompt.input_ids), dtype=torch.long)
+            num_keep.index_add_(0, units.sample, tokens.decoder_keep)
+        is_flat = prompt.attention_mask.dim() == 2
+        return VisualTokenPolicy.of_prompt(
+            tokens.decoder.name,
+            tokens.decoder.reducer,
+            prompt.visual_index,
+            is_before_answer(prompt.attention_mask, prompt.labels) if is_flat else None,
+            num_keep,
+            self.config.text_config.num_hidden_layers,
+            always=self.training,
         )
-        if not self.training and bool((counts == num_visual[:, None]).all()):
-            return None
-        if prompt.attention_mask.dim() != 2:
-            raise ValueError(
-                f"{tokens.decoder.name!r} drops tokens inside the decoder, which needs an `attention_mask` of shape "
-                "[batch, sequence] and no gates inside attention; use gradient_gates='features', or another reducer."
-            )
-        asks = is_before_answer(prompt.attention_mask, prompt.labels)
-        column = torch.arange(asks.shape[1], device=asks.device)
-        last = torch.where(asks, column, -1).amax(dim=-1)
-        return DecoderPlan(reducer, counts, prompt.visual_index, last.clamp(min=0))
-
-
-def depth_of_tokens(selection: Selection, visual_index: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
-    """
-    How many layers saw each visual token.
-
-    Args:
-        selection: of the prompt's units.
-        visual_index: `[batch, columns]`, see [`Prompt`].
-        depth: `[batch, columns]` int64, how many layers saw each column.
-
-    Returns:
-        `[num_units, largest N]` int64.
-    """
-    is_token, is_visual = selection.is_token, visual_index >= 0
-    of_token = torch.zeros(int(selection.sizes.sum()), dtype=torch.long, device=depth.device)
-    of_token = of_token.scatter(0, visual_index[is_visual], depth[is_visual])
-    return torch.zeros_like(is_token, dtype=torch.long).masked_scatter(is_token, of_token)
 
 
 def _check_attention_takes_gates(language_model: "PreTrainedModel", length: int) -> None:

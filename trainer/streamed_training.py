@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from .conversation_stream import ConversationStream
-from .rejected_samples import RejectedSamples
+from .data.rejected_samples import RejectedSamples
+from .data.stream import ConversationStream
 
 
 class StreamProgress(TrainerCallback, ExportableState):

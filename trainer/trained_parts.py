@@ -7,7 +7,7 @@ copies of modules that it trains whole.
 from torch import nn
 
 from ..modeling.modeling_adavtp import AdaVTPModel
-from .controller_targets import adavtp_model_of
+from .losses import adavtp_model_of
 from .training_arguments import TRAIN_PARTS
 
 # What PEFT puts before the names that parameters have in the model that it wraps.

@@ -9,8 +9,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers.trainer_utils import speed_metrics
 
-from .adapters import save_beside_adapter
-from .controller_targets import (
+from .adapter_folders import save_beside_adapter
+from .hub_push import HubPushMixin
+from .losses import (
     adavtp_model_of,
     distillation_loss,
     full_budget_logits,
@@ -20,7 +21,6 @@ from .controller_targets import (
     targets_per_image,
     visual_relevance,
 )
-from .pushing import PushingMixin
 from .sharded_models import layer_classes, require_same_modules
 from .streamed_training import StreamedTraining
 from .trained_parts import choose_trained_parts
@@ -28,7 +28,7 @@ from .training_arguments import AdaVTPTrainingArguments
 from .whole_checkpoints import WholeCheckpointsMixin
 
 
-class AdaVTPTrainer(WholeCheckpointsMixin, PushingMixin, StreamedTraining):
+class AdaVTPTrainer(WholeCheckpointsMixin, HubPushMixin, StreamedTraining):
     """
     Trains the parts of an AdaVTP model that `args.train_parts` names, and evaluates it at `args.eval_budgets`.
     `predict` runs at the configuration's budget.

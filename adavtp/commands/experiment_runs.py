@@ -20,8 +20,8 @@ from ..evaluation.runs import Run
 from ..evaluation.settings import budget_of_text
 from ..evaluation.variant_runs import join_variants
 from ..modeling.processing_adavtp import AdaVTPProcessor
-from ..trainer.recipe import Recipe, RecipeLoader, Stage, check_fields
-from ..trainer.recipe_run import run_recipe
+from ..trainer.recipes.recipe import Recipe, RecipeLoader, Stage, check_fields
+from ..trainer.recipes.run import run_recipe
 from .console import parse_reducer
 from .evaluate import DIGIT_SCENES, evaluate_checkpoint
 

@@ -24,7 +24,7 @@ def merge(
     """
     from transformers.utils import logging
 
-    from ..trainer.adapters import base_of, merge_adapter
+    from ..trainer.adapter_folders import base_of, merge_adapter
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -15,33 +15,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..budget.selection import Selection
 from ..prompt import PreparedInputs, check_attention_mask, count_positions
-from .plan import DecoderPlan
-
-
-@dataclass
-class LayerColumns:
-    """
-    What each decoder layer holds in the cache.
-
-    Attributes:
-        masks: for each layer, `[batch, columns in the layer's cache]` int64, 0 for padding.
-        dropped: for each layer, `[batch]` int64, tokens that left before it. Layers between two cuts share tensors.
-    """
-
-    masks: list[torch.Tensor]
-    dropped: list[torch.Tensor]
-
-    def of_cache(self, lengths: list[int], batch_size: int) -> "LayerColumns":
-        """The same for a cache that was since cut to `lengths`, one for each layer, or repeated for beams."""
-        repeats, made = batch_size // len(self.masks[0]), {}
-
-        def rows(tensor: torch.Tensor, length: int) -> torch.Tensor:
-            if (id(tensor), length) not in made:
-                made[id(tensor), length] = tensor[..., :length].repeat_interleave(repeats, dim=0)
-            return made[id(tensor), length]
-
-        masks = [rows(mask, length) for mask, length in zip(self.masks, lengths, strict=True)]
-        return LayerColumns(masks, [rows(dropped, batch_size) for dropped in self.dropped])
+from .cached_columns import CachedLayers
+from .policy import DecoderPolicy
 
 
 @dataclass
@@ -56,8 +31,8 @@ class PrunedCache:
     """
 
     prompt: "PrunedPrompt | None" = None
-    layers: LayerColumns | None = None
-    policy: DecoderPlan | None = None
+    layers: CachedLayers | None = None
+    policy: DecoderPolicy | None = None
 
 
 def pruned_cache(past_key_values: Cache | None) -> PrunedCache:
@@ -71,10 +46,15 @@ def pruned_cache(past_key_values: Cache | None) -> PrunedCache:
 
 def has_layer_columns(past_key_values: Cache | None) -> bool:
     """Whether a cache holds different columns in different layers."""
-    return pruned_cache(past_key_values).layers is not None and int(past_key_values.get_seq_length()) > 0
+    pruned = pruned_cache(past_key_values)
+    # A static cache's length is a tensor, which a compiled forward must not read; `generate` has then seen to it.
+    if pruned.layers is not None and not torch.compiler.is_compiling() and int(past_key_values.get_seq_length()) == 0:
+        # It was reset, and nothing is left of what its layers held.
+        pruned.layers = None
+    return pruned.layers is not None
 
 
-def pending_policy(past_key_values: Cache | None) -> DecoderPlan | None:
+def pending_policy(past_key_values: Cache | None) -> DecoderPolicy | None:
     """The policy that was left on a cache for the prompt that fills it next, which is taken off it."""
     pruned = pruned_cache(past_key_values)
     policy, pruned.policy = pruned.policy, None

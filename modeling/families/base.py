@@ -4,13 +4,11 @@ Everything else is written once for all families: the family's own class sees an
 placeholders and as many visual features.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from transformers import PreTrainedConfig
-
-from ..prompt import count_positions
 
 
 @dataclass
@@ -39,15 +37,18 @@ class Units:
         return torch.arange(int(self.sizes.max())) < self.sizes[:, None]
 
 
-class Family(Protocol):
+class Family(ABC):
     """The adapter of a family: a few dozen lines in a file of its own."""
 
+    @abstractmethod
     def tokens_per_image(self, config: PreTrainedConfig) -> int:
         """Visual tokens of an image in its usual size: what counting costs ahead of any image goes by."""
 
+    @abstractmethod
     def placeholders(self, config: PreTrainedConfig, input_ids: torch.Tensor) -> torch.Tensor:
         """`[batch, sequence]` bool, the columns that hold the place of visual tokens and separators."""
 
+    @abstractmethod
     def units(self, config: PreTrainedConfig, placeholders: torch.Tensor, num_images: int) -> Units:
         """
         The units of a batch.
@@ -60,7 +61,3 @@ class Family(Protocol):
         Raises:
             ValueError: if placeholders and images do not agree.
         """
-
-    def position_ids(self, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Positions `[..., batch, sequence]` of a prompt that has its own text and images alone."""
-        return count_positions(attention_mask)

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any, Self
 
 from transformers import PreTrainedConfig
-from transformers.dynamic_module_utils import get_cached_module_file
+from transformers.dynamic_module_utils import get_cached_module_file, get_relative_imports
 from transformers.utils import HF_MODULES_CACHE
 
 from ...configuration.configuration_adavtp import reducer_entries
@@ -24,12 +24,11 @@ from ..reducers.base import REDUCERS, TokenReducer, register_reducer
 from ..reducers.custom import CUSTOM_REDUCERS
 from ..reducers.published import PUBLISHED_REDUCERS
 from .class_source import FlatSource
-from .former_names import FORMER_FILES, FORMER_NAMES
 from .saving import CODE_FOLDER, PACKAGE, code_paths, module_name
 
 CUSTOM = "reducers_custom"
 # Files that may bring reducers, with the name of the dictionary in each.
-CUSTOM_FILES = {f"{CODE_FOLDER}/{CUSTOM}.py": "CUSTOM_REDUCERS", **FORMER_FILES}
+CUSTOM_FILES = {f"{CODE_FOLDER}/{CUSTOM}.py": "CUSTOM_REDUCERS", "own_reducers_adavtp.py": "OWN_REDUCERS"}
 # Modules here are called as they are in a saved folder.
 _FLAT = f"{PACKAGE}.{CODE_FOLDER}"
 _HEADER = '"""Reducers of this checkpoint that do not come with AdaVTP, by name. Saving a model writes this file."""'
@@ -142,8 +141,8 @@ def load_custom_reducers(
     if unknown := ", ".join(repr(name) for name in custom if name not in REDUCERS):
         raise ValueError(
             f"The configuration of {str(source)!r} names the reducer(s) {unknown}, which do not come with AdaVTP. "
-            f"A folder that was saved with them brings their code in {CODE_FOLDER}/{CUSTOM}.py: pass `trust_remote_code=True` to run "
-            "it, or import the module that registers them."
+            f"A folder that was saved with them brings their code in {CODE_FOLDER}/{CUSTOM}.py: pass "
+            "`trust_remote_code=True` to run it, or import the module that registers them."
         )
 
 
@@ -206,8 +205,9 @@ def _module_of(file: Path) -> ModuleType:
     name = f"{_FLAT}.{CUSTOM}_{hashlib.sha256(content).hexdigest()[:16]}"
     if name not in sys.modules:
         modules = _modules()
-        for flat, module in [*modules.items(), *((former, modules[now]) for former, now in FORMER_NAMES.items())]:
-            sys.modules[f"{_FLAT}.{flat}"] = importlib.import_module(module)
+        for flat in get_relative_imports(file):
+            module = importlib.import_module(modules[flat]) if flat in modules else _former_file(flat)
+            sys.modules[f"{_FLAT}.{flat}"] = module
         spec = importlib.util.spec_from_file_location(name, file)
         sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
@@ -216,6 +216,22 @@ def _module_of(file: Path) -> ModuleType:
             del sys.modules[name]
             raise
     return sys.modules[name]
+
+
+def _former_file(flat: str) -> ModuleType:
+    """A file that folders had before names said where a file lies: what it had is now in one of the present files."""
+
+    def find(name: str) -> Any:
+        modules = [vars(importlib.import_module(module)) for module in _modules().values()]
+        homes = [module for module in modules if getattr(module.get(name), "__module__", None) == module["__name__"]]
+        for module in [*homes, *modules]:
+            if name in module:
+                return module[name]
+        raise AttributeError(f"{flat}.py had {name!r}, which no file has any more.")
+
+    former = ModuleType(f"{_FLAT}.{flat}")
+    former.__getattr__ = find
+    return former
 
 
 __all__ = ["CUSTOM_REDUCERS", "CustomReducersMixin", "is_custom", "load_custom_reducers", "save_custom_reducers"]

@@ -1,9 +1,9 @@
 """A saved folder that carries its own code.
 
-`save_pretrained` writes the Python files that a checkpoint needs into the folder's `adavtp_code/`, flat, and an
-`auto_map` that tells `AutoModel.from_pretrained(folder, trust_remote_code=True)` where to look, so that the folder loads
-where this package is not installed. A model loaded from such a folder runs from those files, and saving it writes them
-again. They are flat because transformers looks for everything that a file imports relatively beside that file.
+`save_pretrained` writes the Python files that a checkpoint needs into `adavtp_code/`, and an `auto_map` that tells
+`AutoModel.from_pretrained(folder, trust_remote_code=True)` where to look, so that the folder loads where this package
+is not installed. A model loaded from such a folder runs from those files, and saving it writes them again. They lie
+flat in one folder because transformers looks for what a file imports relatively beside that file.
 """
 
 import os
@@ -25,8 +25,8 @@ AUTO_MAP = {
 
 _RELATIVE_IMPORT = re.compile(r"^(\s*from\s+)(\.+)([\w.]*)(\s+import\s)", re.MULTILINE)
 
-# In the package this is `modeling/hub/saving.py`, two folders below the one with all rooms; in a saved folder all files
-# lie beside it.
+# In the package this is `modeling/hub/saving.py`, two folders below the one with all rooms; in a saved folder all
+# files lie beside it.
 _FILE = Path(__file__).resolve()
 _DEPTH = 2 if _FILE.stem == "saving" else 0
 _ROOT = _FILE.parents[_DEPTH]
@@ -93,7 +93,7 @@ def own_class(cls: type) -> type:
 
 
 def save_code(cls: type, folder: Path) -> None:
-    """Writes the file that defines `cls` (see `own_class`), and the files it needs, into `adavtp_code/` of `folder`."""
+    """Writes the file that defines `cls` (see `own_class`), and those it needs, into `adavtp_code/` of `folder`."""
     code = folder / CODE_FOLDER
     code.mkdir(parents=True, exist_ok=True)
     for name, text in code_files(Path(sys.modules[own_class(cls).__module__].__file__)).items():

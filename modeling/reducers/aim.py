@@ -13,7 +13,8 @@ from torch import nn
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..budget.selection import Selection
 from ..decoder.layer_counts import in_proportion, solved_counts
-from ..decoder.reducer import DecoderReducer, DecoderView, require_in, require_layer
+from ..decoder.reducer import DecoderReducer, require_in, require_layer
+from ..decoder.view import DecoderView
 from ..vision.features import VisionFeatures
 from .base import TokenReducer, feature_layer_index, register_reducer
 

@@ -15,7 +15,8 @@ from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..budget.selection import Selection
 from ..budget.top_k import top_k_mask
 from ..decoder.layer_counts import distinct_cuts, in_proportion, shares_behind, solved_counts
-from ..decoder.reducer import DecoderReducer, DecoderView, require_layer
+from ..decoder.reducer import DecoderReducer, require_layer
+from ..decoder.view import DecoderView
 from ..vision.features import VisionFeatures
 from .base import TokenReducer, register_reducer
 

@@ -10,7 +10,8 @@ import torch
 
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..decoder.layer_counts import distinct_cuts, in_proportion, solved_counts
-from ..decoder.reducer import DecoderReducer, DecoderView, attention_of_last, require_layer
+from ..decoder.reducer import DecoderReducer, require_layer
+from ..decoder.view import DecoderView, attention_of_last
 from .base import register_reducer
 
 

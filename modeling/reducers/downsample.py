@@ -76,8 +76,9 @@ class DownsampleReducer(EncoderReducer):
         """See [`EncoderReducer.forward`]."""
         count = int(num_keep[0])
         rows, columns = smallest_grid(count)
-        side = math.isqrt(self.config.num_patches)
-        is_smaller = rows * columns < self.config.num_patches
+        # Only a tower for square images of one size can be shown a smaller one: its positions are interpolated.
+        side = pixel_values.shape[-1] // self.config.vision_config.patch_size
+        is_smaller = rows * columns < side * side
         if is_smaller:
             pixel_values = self._resized(pixel_values, rows, columns)
         sequence = tower.embed(pixel_values, of_any_size=is_smaller)

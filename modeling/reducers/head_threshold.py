@@ -11,7 +11,8 @@ import torch
 
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..decoder.layer_counts import distinct_cuts, in_proportion
-from ..decoder.reducer import DecoderReducer, DecoderView, require_layer, softmax_or_zero
+from ..decoder.reducer import DecoderReducer, require_layer
+from ..decoder.view import DecoderView, softmax_or_zero
 from .base import register_reducer
 from .fastv import one_cut_counts
 

@@ -45,18 +45,18 @@ def tiled_prompts(sample: torch.Tensor, num_tiles: int) -> torch.Tensor:
     return by_prompt[num_images[prompt[by_prompt]] > 1].view(-1, 1 + num_tiles)
 
 
-def tile_of(positions: torch.Tensor, side: int, tile_grid: Sequence[int]) -> torch.Tensor:
+def tile_of(positions: torch.Tensor, grid: tuple[int, int], tile_grid: Sequence[int]) -> torch.Tensor:
     """
     The tile, counted row by row, whose part of the whole picture holds the centre of a patch.
 
     Args:
-        positions: int64, any shape, patches of a picture of `side` x `side`.
-        side: patches in a row and in a column.
+        positions: int64, any shape, patches of the picture in raster order.
+        grid: rows and columns of patches.
         tile_grid: rows and columns of tiles.
     """
-    rows, columns = tile_grid
-    row = (2 * (positions // side) + 1) * rows // (2 * side)
-    column = (2 * (positions % side) + 1) * columns // (2 * side)
+    (height, width), (rows, columns) = grid, tile_grid
+    row = (2 * (positions // width) + 1) * rows // (2 * height)
+    column = (2 * (positions % width) + 1) * columns // (2 * width)
     return row * columns + column
 
 
@@ -222,7 +222,7 @@ class HiREDReducer(ScoringReducer):
             num_best = math.floor((1 - self.alpha) * attention.shape[1] + 1e-9)
             best = torch.full((len(attention),), num_best, dtype=torch.long, device=attention.device)
             attention = top_k_mask(attention, best).float()
-        tile = tile_of(whole.positions, math.isqrt(whole.num_patches), self.tile_grid)
+        tile = tile_of(whole.positions, whole.grid, self.tile_grid)
         return sum_per_tile(attention, tile, math.prod(self.tile_grid))
 
 

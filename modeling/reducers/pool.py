@@ -1,7 +1,7 @@
 """Spatial pooling to any number of tokens: the plainest way to merge.
 
-The square grid of patches is cut into K rectangles of nearly the same size, and each becomes the mean (or the maximum)
-of its patches. Where K is a square whose root divides the grid's side, this is ordinary average pooling.
+The grid of patches is cut into K rectangles of nearly the same size, and each becomes the mean (or the maximum)
+of its patches. Where the grid is square and K a square whose root divides its side, this is ordinary average pooling.
 """
 
 import math
@@ -40,70 +40,70 @@ class PoolReducer(TokenReducer):
         See [`TokenReducer.forward`].
 
         Raises:
-            ValueError: if the tokens are not the whole of a square grid.
+            ValueError: if the tokens are not the whole of the grid.
         """
         patches, num_cells = features.patches, int(num_keep[0])
         num_images, num_tokens, _ = patches.shape
-        side = math.isqrt(num_tokens)
-        if num_tokens != features.num_patches or side * side != num_tokens:
+        rows, columns = features.grid
+        if num_tokens != rows * columns:
             raise ValueError(
-                f"Reducer 'pool' needs the whole square grid of patches and got {num_tokens} of "
-                f"{features.num_patches} tokens; it has to come first."
+                f"Reducer 'pool' needs the whole grid of {rows} x {columns} patches and got {num_tokens} tokens; it "
+                "has to come first."
             )
-        cell = cell_of_patch(side, num_cells, patches.device)
+        cell = cell_of_patch(rows, columns, num_cells, patches.device)
         pooled = (
             cell_means(patches, cell, num_cells) if self.kind == "average" else cell_maxima(patches, cell, num_cells)
         )
-        middle = middle_of_cells(cell, side, num_cells)
+        middle = middle_of_cells(cell, columns, num_cells)
         return Selection.from_tokens(pooled, middle.expand(num_images, -1), num_tokens)
 
 
-def num_bands(num_cells: int) -> int:
+def num_bands(rows: int, columns: int, num_cells: int) -> int:
     """
-    The bands of rows that a grid is cut into for K cells: h, the whole number nearest to sqrt(K).
-
-    No band has more cells than the grid has columns: K <= h (h + 1) for the nearest h, and a side of more than h, as
-    it is unless K = h^2, makes h times side at least that.
+    The bands of rows that a grid is cut into for K cells: h, the whole number nearest to sqrt(K rows / columns), so
+    that cells are about square, as far as there are rows for it and no band has more cells than the grid has columns.
     """
-    root = math.isqrt(num_cells)
-    # sqrt(K) is nearer to root + 1 where K > (root + 1/2)^2 = root^2 + root + 1/4.
-    return root + int(num_cells > root * (root + 1))
+    root = math.isqrt(num_cells * rows // columns)
+    # The nearest is root + 1 where K rows / columns > (root + 1/2)^2.
+    nearest = root + int(4 * num_cells * rows > columns * (2 * root + 1) ** 2)
+    return max(-(-num_cells // columns), min(nearest, rows, num_cells))
 
 
-def cell_of_patch(side: int, num_cells: int, device: torch.device) -> torch.Tensor:
+def cell_of_patch(rows: int, columns: int, num_cells: int, device: torch.device) -> torch.Tensor:
     """
     Cuts the grid into h bands of rows, and band i into w_i cells.
 
-    Band i is rows floor(i side / h) to floor((i + 1) side / h) - 1, it starts at cell o_i = floor(i K / h) and has
-    w_i = o_{i + 1} - o_i cells, which differ by at most one and add up to K. Its cell j is columns floor(j side / w_i)
-    to floor((j + 1) side / w_i) - 1. Read backwards, x is in part ((x + 1) p - 1) // side of p parts.
+    Band i is rows floor(i rows / h) to floor((i + 1) rows / h) - 1, it starts at cell o_i = floor(i K / h) and has
+    w_i = o_{i + 1} - o_i cells, which differ by at most one and add up to K. Its cell j is columns
+    floor(j columns / w_i) to floor((j + 1) columns / w_i) - 1. Read backwards, x of n is in part
+    ((x + 1) p - 1) // n of p parts.
 
     Args:
-        side: of the square grid.
-        num_cells: K, from 1 to side * side.
+        rows, columns: of the grid.
+        num_cells: K, from 1 to rows * columns.
         device: of the result.
 
     Returns:
-        The cell of each patch, `[side * side]` int64, cells numbered in raster order.
+        The cell of each patch, `[rows * columns]` int64, cells numbered in raster order.
     """
-    bands = num_bands(num_cells)
-    line = torch.arange(side, device=device)
-    band = ((line + 1) * bands - 1) // side
+    bands = num_bands(rows, columns, num_cells)
+    row, column = torch.arange(rows, device=device), torch.arange(columns, device=device)
+    band = ((row + 1) * bands - 1) // rows
     first_cell = band * num_cells // bands
     width = (band + 1) * num_cells // bands - first_cell
-    cell_in_band = ((line + 1) * width[:, None] - 1) // side
+    cell_in_band = ((column + 1) * width[:, None] - 1) // columns
     return (first_cell[:, None] + cell_in_band).flatten()
 
 
-def middle_of_cells(cell: torch.Tensor, side: int, num_cells: int) -> torch.Tensor:
-    """The patch in the middle of each rectangle of `cell` `[side * side]`, of four the upper left: `[num_cells]`."""
+def middle_of_cells(cell: torch.Tensor, columns: int, num_cells: int) -> torch.Tensor:
+    """The middle patch of each rectangle of `cell` `[rows * columns]`, of four the upper left. `[num_cells]`"""
     patch = torch.arange(len(cell), device=cell.device)
     corners = patch.new_zeros(2, num_cells)
     # Of a rectangle in raster order the first patch is its upper left corner, and the last its lower right.
     for corner, which in zip(corners, ("amin", "amax"), strict=True):
         corner.scatter_reduce_(0, cell, patch, which, include_self=False)
-    row, column = (corners // side).sum(dim=0) // 2, (corners % side).sum(dim=0) // 2
-    return row * side + column
+    row, column = (corners // columns).sum(dim=0) // 2, (corners % columns).sum(dim=0) // 2
+    return row * columns + column
 
 
 def cell_means(patches: torch.Tensor, cell: torch.Tensor, num_cells: int) -> torch.Tensor:

@@ -59,7 +59,7 @@ class ResamplerReducer(TokenReducer):
         num_images, num_tokens, width = patches.shape
         step = torch.arange(int(num_keep.max()), device=patches.device)
         latents = self.query_norm(self.queries(step)).expand(num_images, -1, -1)
-        places = grid_encoding(features.positions, self.config.num_patches, width).to(patches.dtype)
+        places = grid_encoding(features.positions, features.grid, width).to(patches.dtype)
         for layer in self.layers:
             latents = layer(latents, patches, places)
         tokens = at_the_scale_of(patches, self.output_norm(latents))
@@ -110,23 +110,22 @@ class ResamplerLayer(nn.Module):
         return hidden_states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
-def grid_encoding(positions: torch.Tensor, num_patches: int, width: int) -> torch.Tensor:
+def grid_encoding(positions: torch.Tensor, grid: tuple[int, int], width: int) -> torch.Tensor:
     """
-    Sinusoidal encoding of where in the square grid each token stands: one half of the channels for its row, the other
+    Sinusoidal encoding of where in the grid each token stands: one half of the channels for its row, the other
     for its column, each as in the Transformer (arXiv 1706.03762).
 
     Args:
         positions: `[num_images, num_tokens]` int64, patches in raster order.
-        num_patches: of the whole grid.
+        grid: rows and columns.
         width: of the encoding.
 
     Returns:
         `[num_images, num_tokens, width]` float32, in [-1, 1].
     """
-    side = round(num_patches**0.5)
     num_frequencies = -(-width // 4)
     frequency = 10_000.0 ** -(torch.arange(num_frequencies, device=positions.device) / num_frequencies)
-    lines = torch.stack([positions // side, positions % side], dim=-1)
+    lines = torch.stack([positions // grid[1], positions % grid[1]], dim=-1)
     angle = lines[..., None] * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(-2)[..., :width]
 

@@ -11,7 +11,8 @@ import torch
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..budget.top_k import top_k_mask
 from ..decoder.layer_counts import distinct_cuts, in_proportion
-from ..decoder.reducer import DecoderReducer, DecoderView, best_visual, marked_columns, require_in, softmax_or_zero
+from ..decoder.reducer import DecoderReducer, best_visual, require_in
+from ..decoder.view import DecoderView, marked_columns, softmax_or_zero
 from .base import register_reducer
 from .pyramiddrop import pyramid_counts
 

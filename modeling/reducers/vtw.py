@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..decoder.layer_counts import distinct_cuts, in_proportion, unreachable
-from ..decoder.reducer import DecoderReducer, DecoderView, require_layer
+from ..decoder.reducer import DecoderReducer, require_layer
+from ..decoder.view import DecoderView
 from .base import register_reducer
 
 

@@ -1,10 +1,14 @@
 """What a reducer is shown of an image."""
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from .tower import TowerAttention
+
+# Fields with one entry for each image, whatever its number of tokens.
+BY_IMAGE = ("cls", "budget", "question", "question_ids", "pixel_values", "sample", "grids")
 
 
 @dataclass
@@ -27,7 +31,9 @@ class VisionFeatures:
         pixel_values: `[num_images, channels, height, width]`.
         attention: of the tower layers that the reducer's `attention_layers` names.
         sample: `[num_images]` int64, the prompt that each image belongs to.
-        num_patches: N of a whole image.
+        num_patches: N of a whole image, of the largest where they differ.
+        grids: `[num_images, 2]` int64 on the CPU, rows and columns in which the N patches of each image stand; by
+            default those of a square.
     """
 
     patches: torch.Tensor
@@ -41,6 +47,16 @@ class VisionFeatures:
     attention: dict[int, TowerAttention] = field(default_factory=dict)
     sample: torch.Tensor | None = None
     num_patches: int = 0
+    grids: torch.Tensor | None = None
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the whole images; those of one call of a reducer all have the same."""
+        if self.grids is not None and len(self.grids):
+            rows, columns = self.grids[0].tolist()
+            return rows, columns
+        side = math.isqrt(self.num_patches)
+        return side, side
 
     def images(self, rows: torch.Tensor, num_tokens: int) -> "VisionFeatures":
         """Only the images at `rows`, of which each has `num_tokens` tokens; columns behind those are cut off."""
@@ -50,8 +66,5 @@ class VisionFeatures:
             positions=self.positions[rows, :num_tokens],
             tower_patches=None if self.tower_patches is None else self.tower_patches[rows, :num_tokens],
             attention={layer: attention.images(rows, num_tokens) for layer, attention in self.attention.items()},
-            **{
-                name: None if getattr(self, name) is None else getattr(self, name)[rows]
-                for name in ("cls", "budget", "question", "question_ids", "pixel_values", "sample")
-            },
+            **{name: None if getattr(self, name) is None else getattr(self, name)[rows] for name in BY_IMAGE},
         )

@@ -14,7 +14,7 @@ from ..budget.selection import Selection
 from ..reducers.base import ScoringReducer, TokenReducer
 from .encode import BudgetToken, encode_image, start_pass
 from .encoder_reducer import EncoderReducer
-from .features import VisionFeatures
+from .features import BY_IMAGE, VisionFeatures
 from .tower import TowerAttention
 
 
@@ -47,7 +47,8 @@ def reduce_tokens(
     keeps_all = torch.zeros_like(num_tokens, dtype=torch.bool)
     if num_keep is not None and not reducer.training and not reducer.redistributes:
         keeps_all = num_keep >= num_tokens
-    groups, results = image_groups(num_tokens, keeps_all, num_keep if reducer.one_count else None), []
+    shapes = [] if features.grids is None else features.grids.unbind(dim=1)
+    groups, results = image_groups(num_tokens, keeps_all, num_keep if reducer.one_count else None, *shapes), []
     for rows in groups:
         own = features.images(rows, int(num_tokens[rows[0]]))
         if keeps_all[rows[0]]:
@@ -199,10 +200,7 @@ def _joined(
         positions=positions,
         tower_patches=tokens("tower_patches"),
         attention=attention,
-        **{
-            name: joined([getattr(part, name) for part in parts])
-            for name in ("cls", "budget", "question", "question_ids", "pixel_values", "sample")
-        },
+        **{name: joined([getattr(part, name) for part in parts]) for name in BY_IMAGE},
     )
     return left, whole
 

@@ -91,6 +91,7 @@ class VisualModel:
         num_keep = budget.of_step(steps[0], units.sizes)
         features, selection = self._encode(pixel_values, schedule, units, num_keep, question)
         features.sample = units.sample
+        features.grids = torch.tensor(units.grids) if units.grids else None
         features.question = question if "question" in needs else None
         features.question_ids = question_ids if "question_ids" in needs else None
         features.pixel_values = pixel_values if "pixel_values" in needs else None

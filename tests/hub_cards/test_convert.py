@@ -24,7 +24,7 @@ from adavtp import AdaVTPForConditionalGeneration, AdaVTPProcessor
 from adavtp.command_line import app
 from adavtp.hub_cards.conversion.convert import Conversion, convert_checkpoint
 from adavtp.hub_cards.conversion.llava_tokens import new_rows
-from adavtp.trainer.conversation import encode_conversation
+from adavtp.trainer.data.chat_template import encode_conversation
 from convert_processes import COMMAND, IMPORTS
 from forked_processes import Forks
 from llava_folders import (

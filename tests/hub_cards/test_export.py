@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from adavtp import AdaVTPForConditionalGeneration
 from adavtp.hub_cards.export import export_checkpoint
 from adavtp.hub_cards.model_card import TEMPLATE
-from adavtp.tasks.digit_processor import build_digit_processor
 from adavtp.tasks.digit_scenes import draw_scene
+from adavtp.tasks.digit_scenes.processor import build_digit_processor
 from tiny_models import tiny_model
 from without_package import snippet_of
 

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from adavtp import AdaVTPForConditionalGeneration, AdaVTPProcessor
-from adavtp.tasks.digit_processor import build_digit_processor
 from adavtp.tasks.digit_scenes import VOCABULARY, ask_questions, draw_scene
+from adavtp.tasks.digit_scenes.processor import build_digit_processor
 from tiny_models import tiny_model
 
 NUM_PATCHES = 16

@@ -29,13 +29,12 @@ from adavtp import (
 from adavtp.modeling.budget.top_k import sample_top_k, top_k_mask
 from adavtp.modeling.reducers.adaptive import VisionTokenController
 from adavtp.modeling.reducers.base import REDUCERS
-from adavtp.trainer.adapters import add_adapters, load_adapter, merge_adapter, quantization
-from adavtp.trainer.recipe import Recipe, Stage
-from adavtp.trainer.recipe_adapters import whole_checkpoint
-from adavtp.trainer.recipe_run import FINISHED, run_recipe
+from adavtp.trainer.adapter_folders import load_adapter, merge_adapter
+from adavtp.trainer.adapters import add_adapters, quantization
+from adavtp.trainer.recipes.recipe import Recipe, Stage
+from adavtp.trainer.recipes.run import FINISHED, run_recipe
+from adavtp.trainer.recipes.starting_model import whole_checkpoint
 from adavtp.trainer.trained_parts import choose_trained_parts
-from forked_processes import Forks, as_launched
-from repository import FIXTURES
 from tiny_adapters import (
     MIXED,
     PARTS,
@@ -43,10 +42,9 @@ from tiny_adapters import (
     adapter_trainer,
     base_checkpoint,
     trained_adapter,
-    trained_in_processes,
-    weights_of,
 )
 from tiny_conversations import conversation_rows, digit_model, digit_processor, picture
+from tiny_trainers import weights_of
 
 QUESTION = "which digit is red ?"
 WHOLE = ("model.budget_token.", "model.controller.", "model.multi_modal_projector.")
@@ -608,19 +606,3 @@ def test_adapters_need_a_whole_checkpoint_to_belong_to(base: Path, data: dict[st
     AdaVTPProcessor.from_pretrained(base).save_pretrained(llava)
     with pytest.raises(ValueError, match="adavtp convert"):
         run_recipe(Recipe({"checkpoint": str(llava)}, stages), tmp_path / "run")
-
-
-# Several processes
-
-
-def test_two_processes_do_together_what_one_does_alone(base: Path, tmp_path: Path) -> None:
-    imports = f"import sys; sys.path.insert(0, {str(FIXTURES)!r}); from tiny_adapters import one_of_two"
-    with Forks(imports, "one_of_two(*sys.argv[1:])") as forks:
-        forks.begin(["", str(tmp_path), str(base)], tmp_path / "output", as_launched(2))
-        expected = trained_in_processes(tmp_path / "alone", base, batch_size=2)
-        assert forks.exit_codes() == [0, 0], (tmp_path / "output").read_text()
-    first, second = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    assert any(value.abs().max() > 0 for name, value in expected.items() if ".lora_B." in name)
-    for name, value in expected.items():
-        assert torch.equal(first[name], second[name]), name
-        assert torch.allclose(first[name], value, atol=1e-4), name

@@ -10,90 +10,52 @@ from typing import Any
 import pytest
 import torch
 
-from adavtp import AdaVTPTrainer, AdaVTPTrainingArguments, BudgetCollator
-from adavtp.tasks.digit_processor import build_digit_processor
-from adavtp.trainer.conversation_reader import ConversationReader
-from adavtp.trainer.conversation_sources import load_conversations
-from adavtp.trainer.conversation_stream import ConversationStream
-from adavtp.trainer.recipe import Stage
-from adavtp.trainer.recipe_stages import stage_arguments, stage_trainer
-from adavtp.trainer.training_arguments import TRAIN_PARTS
+from adavtp import AdaVTPTrainer, BudgetCollator
+from adavtp.tasks.digit_scenes.processor import build_digit_processor
+from adavtp.trainer.data.reader import ConversationReader
+from adavtp.trainer.data.sources import load_conversations
+from adavtp.trainer.data.stream import ConversationStream
+from adavtp.trainer.recipes.recipe import Stage
+from adavtp.trainer.recipes.stages import stage_arguments, stage_trainer
 from forked_processes import Forks, as_launched
 from tiny_conversations import conversation_rows, digit_model, digit_processor
 from tiny_models import tiny_text_config, tiny_vision_config
 from tiny_streams import source, stored_rows, tiny_stream
-
-Batch = dict[str, Any]
+from tiny_trainers import EVERY_PART, FULL, batches_seen_by, budgets_of, differing, losses_of, tiny_trainer, weights_of
 
 
 def stream_trainer(
     folder: Path, data: Any, seed: int = 0, stream: dict[str, Any] | None = None, **arguments: Any
 ) -> AdaVTPTrainer:
     """A trainer of all parts on a stream of batches of four, two to a step; `seed` is that of the weights."""
-    processor = digit_processor()
     defaults = {
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
         "max_steps": 8,
-        "learning_rate": 0.01,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "train_parts": list(TRAIN_PARTS),
+        "train_parts": EVERY_PART,
     }
-    arguments = AdaVTPTrainingArguments(str(folder), **defaults | arguments)
-    return AdaVTPTrainer(
-        model=digit_model(processor, seed=seed),
-        args=arguments,
-        data_collator=BudgetCollator(processor, (1.0, 1.0)),
-        processing_class=processor,
-        train_dataset=tiny_stream(data, **{"batch_size": arguments.train_batch_size} | (stream or {})),
-    )
+    model, arguments = digit_model(digit_processor(), seed=seed), defaults | arguments
+    rows = tiny_stream(data, **{"batch_size": arguments["per_device_train_batch_size"]} | (stream or {}))
+    return tiny_trainer(folder, rows, model, FULL, **arguments)
 
 
-def batches_seen_by(trainer: AdaVTPTrainer) -> list[Batch]:
-    """A list that gets what every training step's forwards get, from now on."""
-    batches = []
-    trainer.model.register_forward_pre_hook(lambda _, __, inputs: batches.append(inputs), with_kwargs=True)
-    return batches
-
-
-def budgets_of(batches: list[Batch]) -> list[list[float]]:
-    return [batch["token_budget"].tolist() for batch in batches]
-
-
-def weights_of(trainer: AdaVTPTrainer) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
-
-
-def differing(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> list[str]:
-    return [name for name in first if not torch.equal(first[name], second[name])]
-
-
-def losses_of(trainer: AdaVTPTrainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-@pytest.mark.parametrize("kind", ["indexed", "streamed"])
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(("kind", "num_workers"), [("indexed", 2), ("streamed", 0)])
 def test_a_resumed_run_ends_where_one_without_a_break_ends(tmp_path: Path, kind: str, num_workers: int) -> None:
     # Five batches an epoch and two a step: the third step has the end of the first epoch in it, the fifth ends with
     # the end of the second one.
     data, fields = source(kind, stored_rows(22)), {"dataloader_num_workers": num_workers, "max_steps": 6}
     saving = {"save_strategy": "steps", "save_steps": 3 if num_workers else 1}
     whole = stream_trainer(tmp_path / "whole", data, **saving, **fields)
-    batches = batches_seen_by(whole)
+    batches = batches_seen_by(whole.model)
     whole.train()
     random_state = torch.get_rng_state()
     for step in (3,) if num_workers else (2, 5):
         torch.manual_seed(99)
         resumed = stream_trainer(tmp_path / "resumed", data, seed=99, **fields)
-        again = batches_seen_by(resumed)
+        again = batches_seen_by(resumed.model)
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         assert len(batches) == 12 and budgets_of(again) == budgets_of(batches[2 * step :])
-        assert differing(weights_of(resumed), weights_of(whole)) == []
+        assert differing(weights_of(resumed.model), weights_of(whole.model)) == []
         assert losses_of(resumed) == losses_of(whole)
         assert torch.equal(torch.get_rng_state(), random_state)
         assert resumed.state.epoch == whole.state.epoch
@@ -105,7 +67,7 @@ def test_the_model_sees_the_stream_s_batches_with_their_budgets(tmp_path: Path, 
     stream = tiny_stream(data)
     expected = [sample for _ in range(2) for sample in stream]
     trainer = stream_trainer(tmp_path, data, max_steps=5, dataloader_num_workers=2)
-    batches = batches_seen_by(trainer)
+    batches = batches_seen_by(trainer.model)
     trainer.train()
     assert sum(budgets_of(batches), []) == [sample["token_budget"] for sample in expected]
     rows = [
@@ -225,7 +187,7 @@ def test_a_stage_with_sources_trains_on_their_stream(tmp_path: Path) -> None:
         training=training | {"save_strategy": "no", "disable_tqdm": True, "logging_steps": 2},
     )
     trainer = stage_trainer(model, processor, stage, stage_arguments(stage, tmp_path / "run", 4), seed=4)
-    batches = batches_seen_by(trainer)
+    batches = batches_seen_by(trainer.model)
     trainer.train()
     assert trainer.state.global_step == len(batches) == 4
     rows = load_conversations(of_digit_scenes(tmp_path, "train", 9))
@@ -288,7 +250,7 @@ def test_budgets_of_plain_data_sets_are_numbered_over_batches_and_samples(tmp_pa
         )
         collator = BudgetCollator(digit_processor(), (0.2, 1.0), "sample")
         plain = AdaVTPTrainer(trainer.model, trainer.args, data_collator=collator, train_dataset=conversation_rows(12))
-        batches = batches_seen_by(plain)
+        batches = batches_seen_by(plain.model)
         plain.train()
         seen[batch_size] = sum(budgets_of(batches), [])
     # Four samples a step, in one batch or two: the same budgets in the same order, each of its own.
@@ -312,7 +274,7 @@ def run_of_a_process(folder: Path, batch_size: int, **arguments: Any) -> dict[st
         per_device_train_batch_size=batch_size,
         **step | arguments,
     )
-    batches = batches_seen_by(trainer)
+    batches = batches_seen_by(trainer.model)
     trainer.train()
     counted = [entry["rejected_samples"] for entry in trainer.state.log_history if "loss" in entry]
     rows = [batch["input_ids"].tolist() for batch in batches]

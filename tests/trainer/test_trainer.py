@@ -7,69 +7,34 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    AutoModel,
-    AutoProcessor,
-    EarlyStoppingCallback,
-    EvalPrediction,
-    TrainerCallback,
-)
+from transformers import AutoModel, AutoProcessor, EarlyStoppingCallback, EvalPrediction
 
 from adavtp import (
     AdaVTPForConditionalGeneration,
     AdaVTPProcessor,
-    AdaVTPTrainer,
     AdaVTPTrainingArguments,
     BudgetCollator,
 )
-from adavtp.tasks.digit_processor import build_digit_processor
 from adavtp.tasks.digit_scenes import load_digit_questions
+from adavtp.tasks.digit_scenes.processor import build_digit_processor
 from adavtp.trainer.trained_parts import choose_trained_parts
 from adavtp.trainer.training_arguments import TRAIN_PARTS
 from tiny_conversations import conversation_rows, digit_model, digit_processor
 from tiny_models import tiny_text_config, tiny_vision_config
+from tiny_trainers import (
+    EVERY_PART,
+    FULL,
+    PLAIN_STEP,
+    batches_seen_by,
+    budgets_of,
+    differing,
+    losses_of,
+    tiny_trainer,
+    weights_of,
+)
+from training_process import modules_run_by
 
-FULL = (1.0, 1.0)
-EVERY_PART = list(TRAIN_PARTS)
 MIXED = (1, 0, 2)
-
-
-def tiny_trainer(
-    folder: Path,
-    rows: list[dict[str, Any]],
-    model: AdaVTPForConditionalGeneration | None = None,
-    eval_rows: Any = None,
-    budgets: tuple[float, float] = (0.2, 1.0),
-    callbacks: list[TrainerCallback] | None = None,
-    compute_metrics: Any = None,
-    **arguments: Any,
-) -> AdaVTPTrainer:
-    processor = digit_processor()
-    defaults = {
-        "per_device_train_batch_size": 2,
-        "per_device_eval_batch_size": 2,
-        "max_steps": 2,
-        "learning_rate": 0.01,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-    return AdaVTPTrainer(
-        model=digit_model(processor) if model is None else model,
-        args=AdaVTPTrainingArguments(str(folder), **(defaults | arguments)),
-        data_collator=BudgetCollator(processor, budgets),
-        processing_class=processor,
-        train_dataset=rows,
-        eval_dataset=eval_rows,
-        callbacks=callbacks,
-        compute_metrics=compute_metrics,
-    )
-
-
-def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
 def are_equal(first: Any, second: Any) -> bool:
@@ -83,25 +48,11 @@ def are_equal(first: Any, second: Any) -> bool:
     return first == second
 
 
-def budgets_seen_by(model: nn.Module) -> list[list[float]]:
-    """A list that gets the budgets of every forward from now on."""
-    seen = []
-    model.register_forward_pre_hook(
-        lambda _, __, inputs: seen.append(inputs["token_budget"].tolist()), with_kwargs=True
-    )
-    return seen
-
-
-def training_losses(trainer: AdaVTPTrainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
 # Resuming
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("per", ["batch", "sample"])
-def test_a_resumed_run_ends_where_one_without_a_break_ends(tmp_path: Path, num_workers: int, per: str) -> None:
+@pytest.mark.parametrize(("per", "num_workers"), [("batch", 0), ("sample", 2)])
+def test_a_resumed_run_ends_where_one_without_a_break_ends(tmp_path: Path, per: str, num_workers: int) -> None:
     # Seven batches, so four steps, an epoch: the break at step 3 is inside an epoch, and an epoch's end follows it.
     fields = {
         "gradient_accumulation_steps": 2,
@@ -113,7 +64,7 @@ def test_a_resumed_run_ends_where_one_without_a_break_ends(tmp_path: Path, num_w
     }
     whole = tiny_trainer(tmp_path / "whole", conversation_rows(14, MIXED), **fields)
     whole.data_collator.budgets.per = per
-    seen = budgets_seen_by(whole.model)
+    seen = batches_seen_by(whole.model)
     whole.train()
     random_state = torch.get_rng_state()
 
@@ -122,35 +73,39 @@ def test_a_resumed_run_ends_where_one_without_a_break_ends(tmp_path: Path, num_w
     new_model = digit_model(digit_processor(), seed=99)
     resumed = tiny_trainer(tmp_path / "resumed", conversation_rows(14, MIXED), model=new_model, **fields)
     resumed.data_collator.budgets.per = per
-    seen_again = budgets_seen_by(resumed.model)
+    seen_again = batches_seen_by(resumed.model)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
 
-    assert len(seen) == 11 and len(seen_again) == 5
-    assert seen_again == seen[-5:]
-    assert are_equal(weights_of(resumed.model), weights_of(whole.model))
+    assert len(seen) == 11 and budgets_of(seen_again) == budgets_of(seen[-5:])
+    assert differing(weights_of(resumed.model), weights_of(whole.model)) == []
     assert are_equal(resumed.optimizer.state_dict(), whole.optimizer.state_dict())
     assert torch.equal(torch.get_rng_state(), random_state)
-    assert training_losses(resumed) == training_losses(whole)
+    assert losses_of(resumed) == losses_of(whole)
 
 
 def test_budgets_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
     seen = []
     for num_workers in (0, 2):
         trainer = tiny_trainer(tmp_path, conversation_rows(8), max_steps=3, dataloader_num_workers=num_workers)
-        seen.append(budgets_seen_by(trainer.model))
+        seen.append(batches_seen_by(trainer.model))
         trainer.train()
-    assert seen[0] == seen[1]
-    assert len({tuple(budgets) for budgets in seen[0]}) == 3
+    drawn = [budgets_of(batches) for batches in seen]
+    assert drawn[0] == drawn[1]
+    assert len(set(map(tuple, drawn[0]))) == 3
 
 
 # What trains
 
 
-@pytest.mark.parametrize("vision", ["clip", "siglip", "dinov2"])
 @pytest.mark.parametrize(
-    "train_parts", [["controller"], ["projector"], ["vision"], ["decoder"], ["controller", "projector"], EVERY_PART]
+    ("vision", "train_parts"),
+    [
+        *(("clip", [part]) for part in EVERY_PART),
+        ("clip", ["controller", "projector"]),
+        *((vision, EVERY_PART) for vision in ("clip", "siglip", "dinov2")),
+    ],
 )
-def test_a_step_changes_the_named_parts_and_no_others(tmp_path: Path, train_parts: list[str], vision: str) -> None:
+def test_a_step_changes_the_named_parts_and_no_others(tmp_path: Path, vision: str, train_parts: list[str]) -> None:
     model = digit_model(digit_processor(), vision=vision)
     before = weights_of(model)
     trainer = tiny_trainer(
@@ -188,6 +143,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "head patch": {"controller_head": "patch"},
     "head dot": {"controller_head": "dot"},
     "random": {"reducer": "random"},
+    "divprune": {"reducer": "divprune"},
+    "gates on features": {"gradient_gates": "features"},
 }
 
 
@@ -205,24 +162,25 @@ def test_every_trained_parameter_gets_a_gradient_whatever_the_batch(
     assert any(p.requires_grad for p in model.model.vision_tower.parameters())
 
 
+@pytest.mark.parametrize("output", ["gather", "mask"])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_training_batch_runs_the_same_modules_in_the_same_order_whatever_its_budgets_and_images(name: str) -> None:
+def test_a_training_batch_runs_the_same_modules_in_the_same_order_whatever_its_budgets_and_images(
+    name: str, output: str
+) -> None:
     processor = digit_processor()
-    model = digit_model(processor, selection_output="mask", **MODELS[name]).train()
-    called = []
-    for module_name, module in model.named_modules():
-        if not list(module.children()):
-            module.register_forward_hook(lambda *_, name=module_name: called.append(name))
+    model = digit_model(processor, selection_output=output, **MODELS[name]).train()
+    called = modules_run_by(model)
 
-    def order(images_per_row: tuple[int, ...], budget: float) -> list[str]:
+    def order(images_per_row: tuple[int, ...], budgets: list[float]) -> list[str]:
         called.clear()
-        model(**BudgetCollator(processor, (budget, budget))(conversation_rows(2, images_per_row)))
+        batch = BudgetCollator(processor)(conversation_rows(2, images_per_row))
+        model(**batch | {"token_budget": budgets})
         return list(called)
 
-    expected = order((1,), 0.2)
+    expected = order((1,), [0.2, 0.7])
     assert any(name.startswith("model.vision_tower") for name in expected)
-    for images_per_row, budget in [((1,), 0.6), ((1,), 1.0), ((2, 0), 0.2), ((0,), 0.2), ((0,), 1.0)]:
-        assert order(images_per_row, budget) == expected
+    for images_per_row, budgets in [((1,), [1.0, 1.0]), ((2, 0), [0.2, 0.2]), ((0,), [1.0, 0.0]), ((0,), [0.2, 0.2])]:
+        assert order(images_per_row, budgets) == expected
 
 
 def test_arguments_that_are_not_allowed_are_errors(tmp_path: Path) -> None:
@@ -242,8 +200,6 @@ def test_arguments_that_are_not_allowed_are_errors(tmp_path: Path) -> None:
 
 # How it trains
 
-PLAIN_STEP = {"optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "train_parts": EVERY_PART}
-
 
 def test_four_batches_of_one_are_one_batch_of_four(tmp_path: Path) -> None:
     weights, losses = [], []
@@ -258,7 +214,7 @@ def test_four_batches_of_one_are_one_batch_of_four(tmp_path: Path) -> None:
         )
         trainer.train()
         weights.append(weights_of(trainer.model))
-        losses.append(training_losses(trainer))
+        losses.append(losses_of(trainer))
     # Float32 sums in another order: a few millionths of a loss of five.
     assert losses[0] == pytest.approx(losses[1], rel=2e-5)
     for name, value in weights[0].items():
@@ -285,7 +241,7 @@ def test_dropped_tokens_may_leave_or_hide_and_training_is_the_same(tmp_path: Pat
         model = digit_model(digit_processor(), selection_output=output)
         trainer = tiny_trainer(tmp_path, conversation_rows(6, (1, 2)), model, max_steps=4, **PLAIN_STEP)
         trainer.train()
-        losses.append(training_losses(trainer))
+        losses.append(losses_of(trainer))
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     assert len(set(losses[0])) == 4
 
@@ -296,7 +252,7 @@ def test_bfloat16_trains_weights_that_stay_float32(tmp_path: Path) -> None:
         trainer = tiny_trainer(tmp_path, conversation_rows(4), bf16=bf16, train_parts=EVERY_PART)
         before = weights_of(trainer.model)
         trainer.train()
-        losses.append(training_losses(trainer))
+        losses.append(losses_of(trainer))
         assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
         assert not are_equal(weights_of(trainer.model), before)
     assert losses[0] == pytest.approx(losses[1], rel=0.1)
@@ -319,7 +275,7 @@ def test_eight_digit_scenes_are_learnt_by_heart(tmp_path: Path) -> None:
     )
     trainer.data_collator.processor = processor
     trainer.train()
-    losses = training_losses(trainer)
+    losses = losses_of(trainer)
     assert sum(losses[-5:]) / 5 < 0.3 * losses[0]
 
 
@@ -340,7 +296,7 @@ def loss_by_hand(
 
 def test_evaluation_measures_at_every_budget(tmp_path: Path) -> None:
     rows, budgets = conversation_rows(5, MIXED), [1.0, 0.6, 0.2]
-    trainer = tiny_trainer(tmp_path, [], eval_rows=rows, eval_budgets=budgets)
+    trainer = tiny_trainer(tmp_path, [], data={"eval_dataset": rows}, eval_budgets=budgets)
     metrics = trainer.evaluate()
     by_hand = [loss_by_hand(trainer.model, rows, budget) for budget in budgets]
     assert [metrics[f"eval_loss_b{budget}"] for budget in budgets] == pytest.approx(by_hand, abs=1e-5)
@@ -350,7 +306,7 @@ def test_evaluation_measures_at_every_budget(tmp_path: Path) -> None:
 
 
 def test_evaluation_does_not_depend_on_the_collator_s_draws(tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path, [], eval_rows=conversation_rows(3))
+    trainer = tiny_trainer(tmp_path, [], data={"eval_dataset": conversation_rows(3)})
     first, second = trainer.evaluate(), trainer.evaluate()
     assert all(first[name] == second[name] for name in first if name.startswith("eval_loss"))
 
@@ -377,7 +333,7 @@ def test_an_evaluation_is_one_entry_of_the_log_with_the_budgets_in_its_names(tmp
     trainer = tiny_trainer(
         tmp_path,
         conversation_rows(4),
-        eval_rows=conversation_rows(2),
+        data={"eval_dataset": conversation_rows(2)},
         eval_budgets=[1.0, 0.2],
         eval_strategy="steps",
         eval_steps=1,
@@ -405,8 +361,7 @@ def test_metrics_get_logits_and_labels_that_line_up(tmp_path: Path) -> None:
     trainer = tiny_trainer(
         tmp_path,
         [],
-        eval_rows=conversation_rows(5, MIXED),
-        compute_metrics=loss_per_row,
+        data={"eval_dataset": conversation_rows(5, MIXED), "compute_metrics": loss_per_row},
         eval_budgets=[1.0, 0.3],
         per_device_eval_batch_size=1,
     )
@@ -422,8 +377,10 @@ def test_early_stopping_counts_evaluations_and_not_budgets(tmp_path: Path, metri
     trainer = tiny_trainer(
         tmp_path,
         conversation_rows(2),
-        eval_rows=conversation_rows(2),
-        callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+        data={
+            "eval_dataset": conversation_rows(2),
+            "callbacks": [EarlyStoppingCallback(early_stopping_patience=2)],
+        },
         eval_budgets=[1.0, 0.2],
         eval_strategy="steps",
         eval_steps=1,
@@ -448,7 +405,7 @@ def test_the_best_model_at_a_budget_is_restored(tmp_path: Path) -> None:
     trainer = tiny_trainer(
         tmp_path,
         conversation_rows(4),
-        eval_rows=conversation_rows(4, (1,))[1:],
+        data={"eval_dataset": conversation_rows(4, (1,))[1:]},
         eval_budgets=[1.0, 0.4],
         eval_strategy="steps",
         eval_steps=1,
@@ -482,13 +439,3 @@ def test_a_checkpoint_of_training_loads_with_its_processor(tmp_path: Path) -> No
     assert are_equal(weights_of(model), weights_of(trainer.model))
     rows = conversation_rows(2)
     assert loss_by_hand(model, rows, 0.4, processor) == loss_by_hand(trainer.model, rows, 0.4)
-
-
-# Several processes
-
-
-def model_for_several_processes() -> AdaVTPForConditionalGeneration:
-    # Gates inside attention make a dropped token's gradient a thousand times that of its weight, and so its rounding.
-    model = digit_model(digit_processor(), selection_output="mask", gradient_gates="features").train()
-    choose_trained_parts(model, EVERY_PART)
-    return model

@@ -36,8 +36,8 @@ from adavtp.evaluation.training_memory import (
 )
 from adavtp.modeling.vision.encode import encode_image
 from adavtp.modeling.vision.features import VisionFeatures
-from adavtp.trainer.controller_targets import full_budget_logits, visual_relevance
-from adavtp.trainer.length_groups import length_groups
+from adavtp.trainer.data.group_by_length import length_groups
+from adavtp.trainer.losses import full_budget_logits, visual_relevance
 from adavtp.trainer.trained_parts import choose_trained_parts
 from counted_flops import ON_A_CPU, uneven_model
 from tiny_models import GATE_IDS, GATES, targets, tiny_batch

@@ -13,7 +13,8 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from adavtp import AdaVTPForConditionalGeneration, register_reducer
-from adavtp.modeling.decoder.reducer import DecoderReducer, DecoderView
+from adavtp.modeling.decoder.reducer import DecoderReducer
+from adavtp.modeling.decoder.view import DecoderView
 from adavtp.modeling.reducers.base import REDUCERS
 from layered_reader import LayeredReader, as_conversation
 from tiny_models import (

@@ -6,16 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from adavtp.modeling.decoder import reducer as decoder_reducers
-from adavtp.modeling.decoder.reducer import (
-    AttentionRows,
-    DecoderReducer,
-    attention_of_last,
-    best_visual,
-    marked_columns,
-    require_in,
-    require_layer,
-)
+from adavtp.modeling.decoder import view as decoder_views
+from adavtp.modeling.decoder.reducer import DecoderReducer, best_visual, require_in, require_layer
+from adavtp.modeling.decoder.view import AttentionRows, attention_of_last, marked_columns
 from adavtp.modeling.reducers.aim import AimPrune
 from adavtp.modeling.reducers.depth import DepthReducer
 from adavtp.modeling.reducers.fastv import FastVReducer
@@ -110,7 +103,7 @@ def test_a_layer_without_projections_is_refused() -> None:
 
 @pytest.mark.parametrize("from_others", [False, True])
 def test_what_columns_receive_is_a_weighted_sum_of_rows(monkeypatch: pytest.MonkeyPatch, from_others: bool) -> None:
-    monkeypatch.setattr(decoder_reducers, "_ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(decoder_views, "_ROWS_AT_ONCE", 2)
     view, attentions = tiny_view()
     rows = torch.tensor([[12, 5, 8, 3, 9], [4, 10, 12, 6, 7]])
     weights = torch.rand(2, 4, 5, generator=torch.Generator().manual_seed(0))
@@ -134,7 +127,7 @@ def test_a_temperature_divides_the_logits() -> None:
 
 
 def test_no_more_rows_than_a_block_are_in_memory_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder_reducers, "_ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(decoder_views, "_ROWS_AT_ONCE", 4)
     shapes, logits = [], AttentionRows.logits
 
     def watched(self: AttentionRows, *part: slice) -> torch.Tensor:

@@ -52,7 +52,7 @@ def batch_of_tiles(model: AdaVTPForConditionalGeneration) -> dict[str, torch.Ten
 
 @pytest.fixture
 def model() -> Iterator[AdaVTPForConditionalGeneration]:
-    model = tiny_model(vision_feature_select_strategy="full")
+    model = tiny_model(vision_feature_select_strategy="full", trained_reducers=["resampler"])
     model.generation_config.eos_token_id = None
     model.model.family = TilesOfManySizes(GRIDS)
     return model
@@ -113,7 +113,9 @@ def test_units_of_different_size_keep_their_own_share(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("reducer", ["adaptive", "fastv"])
+@pytest.mark.parametrize(
+    "reducer", ["adaptive", "fastv", "pool", "resampler", "prumerge", ["visionzip", "dart"]], ids=str
+)
 def test_a_batch_of_many_sizes_gives_what_its_samples_give_alone(
     model: AdaVTPForConditionalGeneration, reducer: str
 ) -> None:

@@ -24,8 +24,8 @@ from transformers import (
 
 from adavtp import AdaVTPConfig, AdaVTPForConditionalGeneration, AdaVTPModel, AdaVTPProcessor
 from adavtp.modeling.hub.saving import CODE_FOLDER, flat_name
-from adavtp.tasks.digit_processor import build_digit_processor
 from adavtp.tasks.digit_scenes import draw_scene
+from adavtp.tasks.digit_scenes.processor import build_digit_processor
 from load_without_package import answers, piped
 from repository import FIXTURES, ROOT
 from tiny_models import tiny_config, tiny_model

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from adavtp import Selection
-from adavtp.modeling.decoder import reducer as decoder_reducers
+from adavtp.modeling.decoder import view as decoder_views
 from adavtp.modeling.reducers.aim import AimMerge, AimPrune, AimReducer
 from adavtp.modeling.vision.features import VisionFeatures
 from adavtp.modeling.vision.tower import TowerAttention
@@ -200,7 +200,7 @@ def page_rank(attention_logits: torch.Tensor) -> list[float]:
 @pytest.mark.parametrize("rows_at_once", [4, 128])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_page_rank_ranks(monkeypatch: pytest.MonkeyPatch, side: str, rows_at_once: int) -> None:
-    monkeypatch.setattr(decoder_reducers, "_ROWS_AT_ONCE", rows_at_once)
+    monkeypatch.setattr(decoder_views, "_ROWS_AT_ONCE", rows_at_once)
     view, attentions = tiny_view(cut=2, side=side)
     scores = AimPrune(deep_config(3)).scores(view, 0)
     for row in range(2):

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaModel
 
 from adavtp import AdaVTPConfig
-from adavtp.modeling.decoder.reducer import DecoderView
+from adavtp.modeling.decoder.view import DecoderView
 from adavtp.modeling.reducers.dart import DARTLayerReducer, DARTReducer
 from adavtp.modeling.vision.features import VisionFeatures
 from adavtp.modeling.vision.tower import TowerAttention

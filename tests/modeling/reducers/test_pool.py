@@ -71,11 +71,28 @@ def test_it_is_ordinary_pooling_where_the_root_divides_the_side(side: int, root:
 
 def test_cells_of_a_24_grid_cover_it_evenly_at_every_number() -> None:
     for num_cells in range(1, 577):
-        cell = cell_of_patch(24, num_cells, torch.device("cpu"))
+        cell = cell_of_patch(24, 24, num_cells, torch.device("cpu"))
         sizes = cell.bincount(minlength=num_cells)
         assert len(sizes) == num_cells and sizes.min() >= 1
         # Heights differ by one row at most and widths by one cell a band, so that neither more than doubles.
         assert sizes.max() <= 4 * sizes.min()
+
+
+def test_a_grid_that_is_no_square_is_covered_evenly_at_every_number() -> None:
+    for rows, columns in ((2, 9), (9, 2), (3, 5), (1, 6), (7, 1)):
+        for num_cells in range(1, rows * columns + 1):
+            sizes = cell_of_patch(rows, columns, num_cells, torch.device("cpu")).bincount(minlength=num_cells)
+            assert len(sizes) == num_cells and sizes.min() >= 1
+            assert sizes.max() <= 4 * sizes.min()
+
+
+def test_images_that_are_no_squares_are_pooled_to_ordinary_pooling() -> None:
+    patches = torch.randn(2, 6 * 4, 8, generator=torch.Generator().manual_seed(0))
+    positions, grids = torch.arange(24).expand(2, -1), torch.tensor([[6, 4], [6, 4]])
+    selection = PoolReducer(tiny_config())(VisionFeatures(patches, positions, grids=grids), torch.tensor([6, 6]))
+    expected = patches.unflatten(1, (3, 2, 2, 2)).mean(dim=(2, 4)).flatten(1, 2)
+    assert torch.allclose(selection.features, expected, atol=1e-6)
+    assert selection.positions.tolist() == [[0, 2, 8, 10, 16, 18]] * 2
 
 
 def test_a_cell_stands_at_the_patch_in_its_middle() -> None:
@@ -130,11 +147,11 @@ def test_gradients_reach_the_patches(kind: str) -> None:
     assert torch.allclose(patches.grad.sum(), torch.tensor(25.0))
 
 
-def test_what_is_no_whole_square_grid_is_refused() -> None:
+def test_what_is_no_whole_grid_is_refused() -> None:
     patches = random_patches(1, 4)
     rest = VisionFeatures(patches[:, :9], torch.arange(9)[None], num_patches=16)
     for features in (rest, features_of(patches[:, :12])):
-        with pytest.raises(ValueError, match="needs the whole square grid"):
+        with pytest.raises(ValueError, match="needs the whole grid"):
             PoolReducer(tiny_config())(features, torch.tensor([4]))
 
 

@@ -654,11 +654,12 @@ def test_weights_beside_the_stack_are_saved_too(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def saved_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("saved") / "model"
-    own_model(reducer={"name": "token_fusion", "order": "official"}, trained_reducers=["resampler"]).save_pretrained(
-        folder
-    )
-    return folder
+    folder = tmp_path_factory.mktemp("saved")
+    model = own_model(reducer={"name": "token_fusion", "order": "official"}, trained_reducers=["resampler"])
+    model.save_pretrained(folder / "new")
+    # Loading writes down the dtype.
+    AdaVTPForConditionalGeneration.from_pretrained(folder / "new").save_pretrained(folder / "loaded")
+    return folder / "loaded"
 
 
 def content_of(folder: Path) -> dict[str, bytes]:

@@ -76,8 +76,8 @@ def place_by_definition(position: int, width: int = WIDTH, side: int = 4) -> lis
 
 def test_a_token_s_place_is_where_its_patch_was_in_the_image() -> None:
     expected = torch.tensor([[place_by_definition(position) for position in (3, 9, 14)]])
-    assert torch.allclose(grid_encoding(torch.tensor([[3, 9, 14]]), NUM_PATCHES, WIDTH), expected, atol=1e-6)
-    assert grid_encoding(torch.tensor([[3, 9, 14]]), NUM_PATCHES, 30).shape == (1, 3, 30)
+    assert torch.allclose(grid_encoding(torch.tensor([[3, 9, 14]]), (4, 4), WIDTH), expected, atol=1e-6)
+    assert grid_encoding(torch.tensor([[3, 9, 14]]), (4, 4), 30).shape == (1, 3, 30)
     patches, reducer = random_patches(1, 3), resampler()
     with torch.no_grad():
         here, there = (

@@ -7,7 +7,7 @@ from decimal import Decimal
 import pytest
 import torch
 
-from adavtp.modeling.decoder.reducer import DecoderView
+from adavtp.modeling.decoder.view import DecoderView
 from adavtp.modeling.reducers.sparsevlm import SparseVLMReducer, density_peaks, gravity, text_raters
 from tiny_decoder_views import deep_config, tiny_view, view_of, without_columns
 

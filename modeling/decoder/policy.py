@@ -1,0 +1,188 @@
+"""What decides inside the decoder: before each layer the loop asks one policy, and the policy answers with a decision.
+
+Where a policy may decide is known before the loop begins, and how many columns leave is known on the host, so that
+deciding never waits for the device. A new dial is a new policy and, where it turns something new, a new field of
+[`Decision`].
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from .plan import DecoderPlan
+from .reducer import DecoderReducer, best_visual
+from .view import DecoderView, LayerView
+
+_SCORES = "scores of the last cut"
+
+
+@dataclass
+class Decision:
+    """
+    What changes from one layer on.
+
+    Attributes:
+        keep_columns: `[batch, n]` bool, the columns that stay in the sequence. Padding never does.
+        num_leaving: for each row, how many columns that are no padding leave.
+        hidden_states: `[batch, n, hidden_size]`, changed where a column that stays stands for others too.
+    """
+
+    keep_columns: torch.Tensor
+    num_leaving: list[int]
+    hidden_states: torch.Tensor
+
+
+class DecoderPolicy:
+    """
+    The contract. A policy belongs to one pass over a prompt.
+
+    Attributes:
+        name: of what decides, for messages.
+        layers: the layers, 1 or above, before which there may be something to decide; the loop asks at no other.
+    """
+
+    name: str
+    layers: frozenset[int]
+
+    def decide(self, layer: int, view: LayerView) -> Decision | None:
+        """
+        Args:
+            layer: the layer that runs next.
+            view: what is known before it.
+
+        Returns:
+            What changes, or `None` if nothing does.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has to define decide(layer, view).")
+
+    def expand(self, expand_size: int) -> "DecoderPolicy":
+        """The policy for a prompt in which every row is repeated."""
+        raise NotImplementedError(f"{type(self).__name__} has to define expand(expand_size).")
+
+
+class VisualTokenPolicy(DecoderPolicy):
+    """
+    Visual tokens leave as a plan says how many and a reducer says which.
+
+    Args:
+        name: of the reducer.
+        reducer: what scores and chooses.
+        plan: how many visual tokens each layer sees.
+    """
+
+    def __init__(self, name: str, reducer: DecoderReducer, plan: DecoderPlan) -> None:
+        self.name, self.reducer, self.plan = name, reducer, plan
+        num_layers = plan.counts.shape[1]
+        self.cuts = [cut for cut in reducer.cuts(num_layers) if cut > 0]
+        falls = [layer for layer in range(1, num_layers) if bool((self._leaving(layer) > 0).any())]
+        # Scores are for what leaves before the next cut, which makes its own.
+        spans = pairwise([*self.cuts, num_layers])
+        self._scored = {start for start, end in spans if any(start <= layer < end for layer in falls)}
+        self.layers = frozenset(falls) | self._scored
+        self._num_keep = plan.counts.to(plan.visual_index.device, non_blocking=True)
+
+    @classmethod
+    def of_prompt(
+        cls,
+        name: str,
+        reducer: DecoderReducer,
+        visual_index: torch.Tensor,
+        asks: torch.Tensor | None,
+        num_keep: torch.Tensor | None,
+        num_layers: int,
+        always: bool = False,
+    ) -> "VisualTokenPolicy | None":
+        """
+        What a reducer does with the prompts of a batch.
+
+        Args:
+            name: of the reducer.
+            reducer: which says how many leave where.
+            visual_index: `[batch, columns]`, see [`DecoderPlan`].
+            asks: `[batch, columns]` bool, what is no padding and stands before the answer; `None` where the attention
+                mask is not `[batch, sequence]`.
+            num_keep: `[batch]` int64, the mean number of visual tokens over layers; `None` for the reducer's own rule.
+            num_layers: of the decoder.
+            always: whether there is a policy even where nothing leaves, as in training, where every batch has to run
+                the same modules.
+
+        Returns:
+            The policy, or `None` if nothing leaves.
+
+        Raises:
+            ValueError: if the reducer cannot keep so few, or the attention mask is not `[batch, sequence]`.
+        """
+        num_visual = (visual_index >= 0).sum(dim=-1).tolist()
+        wanted = [None] * len(num_visual) if num_keep is None else num_keep.tolist()
+        counts = torch.tensor(
+            [
+                [visual] * num_layers
+                if visual == 0 or (keep is not None and keep >= visual)
+                else reducer.layer_counts(visual, keep, num_layers)
+                for visual, keep in zip(num_visual, wanted, strict=True)
+            ]
+        )
+        if not always and bool((counts == counts[:, :1]).all()):
+            return None
+        if asks is None:
+            raise ValueError(
+                f"{name!r} drops tokens inside the decoder, which needs an `attention_mask` of shape "
+                "[batch, sequence] and no gates inside attention; use gradient_gates='features', or another reducer."
+            )
+        return cls(name, reducer, DecoderPlan(counts, visual_index, _last(asks)))
+
+    def _leaving(self, layer: int) -> torch.Tensor:
+        """`[batch]` int64 on the CPU, visual tokens that leave before a layer."""
+        return self.plan.counts[:, layer - 1] - self.plan.counts[:, layer]
+
+    def decide(self, layer: int, view: LayerView) -> Decision | None:
+        """See [`DecoderPolicy.decide`]. At a cut the reducer scores anew; in between, the last scores decide."""
+        seen, num_leaving, num_keep = self._seen(view), self._leaving(layer).tolist(), self._num_keep[:, layer]
+        if layer in self._scored:
+            with torch.no_grad():
+                view.carried[_SCORES] = self.reducer.scores(seen, self.cuts.index(layer))
+        if not any(num_leaving):
+            return None
+        if layer not in self._scored:
+            keep = best_visual(seen.is_visual, view.carried[_SCORES], num_keep)
+            return Decision(keep, num_leaving, view.hidden_states)
+        keep, hidden_states = self.reducer.reduce(seen, view.carried[_SCORES], num_keep)
+        return Decision(keep, num_leaving, hidden_states)
+
+    def _seen(self, view: LayerView) -> DecoderView:
+        visual_index, length = self.plan.visual_index, self.plan.visual_index.shape[1]
+        # Assisted decoding puts its candidates behind the prompt.
+        in_prompt = view.is_real & (view.index < length)
+        is_visual = in_prompt & (visual_index.gather(1, view.index.clamp(0, length - 1)) >= 0)
+        # Where a prompt ends with an image, the column that asks may have left; the last before it asks then.
+        may_ask = view.is_real & (view.index <= self.plan.last[:, None])
+        return DecoderView(**vars(view), is_visual=is_visual, last=_last(may_ask))
+
+    def depth_of_tokens(self, is_token: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
+        """
+        How many layers saw each visual token.
+
+        Args:
+            is_token: `[num_units, largest N]` bool, see [`Selection`].
+            depth: `[batch, columns]` int64, how many layers saw each column of the prompt.
+
+        Returns:
+            `[num_units, largest N]` int64, 0 for tokens that did not enter the decoder.
+        """
+        visual_index, num_tokens = self.plan.visual_index, is_token.numel()
+        # What is no visual token goes to one place more. Assisted decoding puts its candidates behind the prompt.
+        place = torch.where(visual_index >= 0, visual_index, num_tokens).flatten()
+        depth = depth[:, : visual_index.shape[1]].flatten()
+        of_token = depth.new_zeros(num_tokens + 1).scatter(0, place, depth)
+        return torch.zeros_like(is_token, dtype=torch.long).masked_scatter(is_token, of_token)
+
+    def expand(self, expand_size: int) -> "VisualTokenPolicy":
+        """See [`DecoderPolicy.expand`]."""
+        return VisualTokenPolicy(self.name, self.reducer, self.plan.expand(expand_size))
+
+
+def _last(marked: torch.Tensor) -> torch.Tensor:
+    """The last marked column `[batch]` int64 of each row of `[batch, n]`; 0 where there is none."""
+    column = torch.arange(marked.shape[1], device=marked.device)
+    return torch.where(marked, column, -1).amax(dim=-1).clamp(min=0)

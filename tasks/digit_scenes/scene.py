@@ -1,0 +1,121 @@
+"""What a digit scene is: a picture with digits on it, and which random numbers it is drawn from."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+COLOUR_VALUES: dict[str, tuple[int, int, int]] = {
+    "red": (238, 32, 36),
+    "orange": (255, 142, 20),
+    "yellow": (250, 238, 50),
+    "green": (40, 205, 60),
+    "cyan": (50, 230, 235),
+    "blue": (45, 95, 255),
+    "magenta": (240, 60, 225),
+    "white": (248, 248, 248),
+}
+"""The eight digit colours, as red, green and blue out of 255."""
+
+COLOURS: tuple[str, ...] = tuple(COLOUR_VALUES)
+"""Colour names; a colour's place here is its index in the patch labels."""
+
+SPLITS: tuple[str, ...] = ("train", "validation", "test")
+
+SMALLEST_IMAGE_SIZE, LARGEST_IMAGE_SIZE = 96, 168
+# How far apart two digits' middles are that a relation is asked of, in a picture of 96 pixels.
+_RELATION_DISTANCE = 8.0
+
+Box = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """
+    One digit of a scene.
+
+    Attributes:
+        digit: its value, 0 to 9.
+        colour: its colour's name, one of `COLOURS`.
+        box: left, top, right and bottom in whole pixels; right and bottom are exclusive.
+        instance: which of scikit-learn's 1797 handwritten digits it is.
+    """
+
+    digit: int
+    colour: str
+    box: Box
+    instance: int
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        """The middle of the box: x to the right, y downwards, in pixels."""
+        left, top, right, bottom = self.box
+        return (left + right) / 2, (top + bottom) / 2
+
+    @property
+    def side(self) -> int:
+        """The longer side of the box in pixels; "largest" compares this."""
+        left, top, right, bottom = self.box
+        return max(right - left, bottom - top)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """
+    A picture and what is on it.
+
+    Attributes:
+        image: the RGB picture, `image_size` pixels square.
+        objects: its two to six digits, in no meaningful order.
+        index: its place in its split.
+    """
+
+    image: Image.Image
+    objects: tuple[SceneObject, ...]
+    index: int
+
+
+def relation_distance(image_size: int) -> float:
+    """How many pixels two digits' middles are apart, at least, for one to be left of or above the other."""
+    return _RELATION_DISTANCE * image_size / SMALLEST_IMAGE_SIZE
+
+
+def random_numbers(split: str, index: int, seed: int, for_questions: bool = False) -> np.random.Generator:
+    """
+    What a scene is drawn from, or its questions: a stream of their own, so that a new kind of question leaves the
+    pictures as they are.
+
+    Raises:
+        ValueError: if the split is unknown, or a number is not whole or below 0.
+    """
+    numbers = [seed, split_number(split), index]
+    require_at_least("index", index, 0)
+    require_at_least("seed", seed, 0)
+    return np.random.default_rng([*numbers, 1] if for_questions else numbers)
+
+
+def split_number(split: str) -> int:
+    """The split's place in `SPLITS`. Raises `ValueError` for an unknown one."""
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}; allowed are {', '.join(SPLITS)}")
+    return SPLITS.index(split)
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value is a whole number, which `True` is not."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def require_at_least(name: str, value: int, least: int) -> None:
+    """Raises `ValueError` for what is no whole number from `least`."""
+    if not is_whole(value) or value < least:
+        raise ValueError(f"{name} is {value!r}; allowed are whole numbers from {least}")
+
+
+def require_image_size(image_size: int) -> None:
+    """Raises `ValueError` for a size in which no scene can be drawn."""
+    if not is_whole(image_size) or image_size not in range(SMALLEST_IMAGE_SIZE, LARGEST_IMAGE_SIZE + 1, 8):
+        raise ValueError(
+            f"image_size is {image_size!r}; allowed are multiples of 8 from {SMALLEST_IMAGE_SIZE} to"
+            f" {LARGEST_IMAGE_SIZE}"
+        )

@@ -1,0 +1,127 @@
+"""A conversation in the chat template, as token ids with targets on the assistant's turns alone."""
+
+from bisect import bisect_right
+from typing import Any, NamedTuple
+
+from transformers import BatchEncoding
+
+from ...modeling.processing_adavtp import AdaVTPProcessor
+
+IGNORED = -100
+
+Message = dict[str, Any]
+
+
+class EncodedConversation(NamedTuple):
+    """
+    Attributes:
+        input_ids: token ids, with every image's placeholders.
+        labels: the same length; the token where the assistant speaks, -100 elsewhere.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def encode_conversation(
+    processor: AdaVTPProcessor, messages: list[Message], num_image_tokens: int
+) -> EncodedConversation:
+    """
+    Puts a conversation into the processor's chat template and finds the assistant's turns in it. No image is needed.
+
+    A turn is what the template adds when the assistant's message follows the prompt that asks for it. A template that
+    writes no end of sequence behind the last turn gets one here: without it a model does not learn to stop. Where the
+    template writes no beginning of sequence either, the tokenizer adds its own, as it does for a prompt.
+
+    Args:
+        processor: with a chat template and a fast tokenizer.
+        messages: `[{"role": "user" | "assistant" | "system", "content": [...]}, ...]`; a string is one text.
+        num_image_tokens: placeholder tokens of one image, 0 where there are no images.
+
+    Raises:
+        ValueError: if the conversation is empty or begins with the assistant, shows images without placeholder tokens,
+            or has a template that rewrites earlier turns when later ones are added, so that turns cannot be told
+            apart.
+    """
+    messages = _in_parts(messages)
+    text = _text(processor, messages)
+    turns = _turns(processor, messages, text)
+    if processor.image_token in text and num_image_tokens < 1:
+        raise ValueError(f"`messages` shows an image and none was given with it: {text!r}.")
+    tokens = _tokens(processor, text, return_offsets_mapping=True)
+    begins = [begin for begin, _ in turns]
+    input_ids, labels = [], []
+    for token, (start, stop) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
+        if token == processor.image_token_id:
+            input_ids += [token] * num_image_tokens
+            labels += [IGNORED] * num_image_tokens
+            continue
+        turn = bisect_right(begins, start) - 1
+        input_ids.append(token)
+        labels.append(token if turn >= 0 and start < stop <= turns[turn][1] else IGNORED)
+    return EncodedConversation(input_ids, labels)
+
+
+def count_tokens(processor: AdaVTPProcessor, messages: list[Message]) -> tuple[int, int]:
+    """
+    How long a conversation is, in less time than [`encode_conversation`] takes, with the same arguments.
+
+    Returns:
+        The number of tokens that are no image's placeholders, and the number of images that have some.
+    """
+    input_ids = _tokens(processor, _text(processor, _in_parts(messages)))["input_ids"]
+    num_images = input_ids.count(processor.image_token_id)
+    return len(input_ids) - num_images, num_images
+
+
+def content_parts(message: Message) -> list[dict[str, Any]]:
+    """
+    A message's content as parts without empty fields: LLaVA's template prints nothing of a string, and `datasets`
+    gives every part the fields of all, of which a template would print an image's empty text.
+    """
+    content = message["content"]
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return [{key: value for key, value in part.items() if value is not None} for part in parts]
+
+
+def _in_parts(messages: list[Message]) -> list[Message]:
+    if not messages or messages[0]["role"] == "assistant":
+        raise ValueError(
+            f"`messages` is {messages!r}; a conversation begins with a message of the user's or of the system's."
+        )
+    return [{"role": message["role"], "content": content_parts(message)} for message in messages]
+
+
+def _text(processor: AdaVTPProcessor, messages: list[Message]) -> str:
+    """The conversation in the chat template, an image as one placeholder, with an end behind a last answer."""
+    text, end = processor.apply_chat_template(messages), processor.tokenizer.eos_token or ""
+    if messages[-1]["role"] != "assistant" or text.rstrip().endswith(end):
+        return text
+    prompt = processor.apply_chat_template(messages[:-1], add_generation_prompt=True)
+    # The space that a template writes behind a turn belongs to the next one, and here there is none.
+    return text[: len(prompt)] + text[len(prompt) :].rstrip() + end
+
+
+def _turns(processor: AdaVTPProcessor, messages: list[Message], text: str) -> list[tuple[int, int]]:
+    """Of every answer, its first character in the text and the one behind its last."""
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
+        return []
+    # Many conversations in one call: the call costs more than the template.
+    before = processor.apply_chat_template([messages[:index] for index in answers], add_generation_prompt=True)
+    through = processor.apply_chat_template([messages[: index + 1] for index in answers])
+    if answers[-1] == len(messages) - 1:
+        through[-1] = text
+    if not all(text.startswith(to) and to.startswith(prompt) for prompt, to in zip(before, through, strict=True)):
+        raise ValueError(
+            "`processor.chat_template` rewrites earlier turns when later ones are added, so the assistant's turns "
+            "cannot be found; use a template that only appends."
+        )
+    return [(len(prompt), len(to)) for prompt, to in zip(before, through, strict=True)]
+
+
+def _tokens(processor: AdaVTPProcessor, text: str, **options: Any) -> BatchEncoding:
+    """Token ids with one beginning of sequence: the template's, or where it writes none the tokenizer's."""
+    tokenizer = processor.tokenizer
+    has_begin = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    return tokenizer(text, add_special_tokens=not has_begin, **options)

@@ -1,0 +1,102 @@
+"""From conversations with images to batches with a token budget.
+
+Two steps: a row becomes token ids, targets and images; rows become a batch, padded. The first is done here for rows
+as they stand in a data set, and has been done for those of a [`ConversationStream`].
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from ...modeling.processing_adavtp import AdaVTPProcessor, readable_images
+from .budget_stream import BudgetStream
+from .chat_template import IGNORED, EncodedConversation, encode_conversation
+from .image_tokens import image_tokens
+
+
+@dataclass
+class BudgetCollator:
+    """
+    Batches conversational data in the Hugging Face form, and draws the batch's token budgets where rows have none.
+
+    Attributes:
+        processor: tokenizer, image processor and chat template.
+        budget_range, per, seed: see [`BudgetStream`].
+
+    Raises:
+        ValueError: if the range is empty or leaves [0, 1], or `per` is neither.
+    """
+
+    processor: AdaVTPProcessor
+    budget_range: tuple[float, float] = (0.2, 1.0)
+    per: Literal["batch", "sample"] = "batch"
+    seed: int = 0
+    budgets: BudgetStream = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.budgets = BudgetStream(self.budget_range, self.per, self.seed)
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """
+        Args:
+            rows: with `messages`, and `images` in the order of the messages' image entries; or encoded, with
+                `input_ids` and `labels` and the same images, as a [`ConversationStream`] gives them. Other columns are
+                ignored.
+
+        Returns:
+            `input_ids`, `attention_mask` and `labels` `[batch, sequence]`, padded on the right, with labels -100
+            except on the assistant's turns; `token_budget` `[batch]`, the rows' own if they have any; and
+            `pixel_values` `[num_images, channels, height, width]` if the batch has images. Of a stream's rows also
+            what is not for the model: `rejected`, a list, and `stream_position`, the last row's.
+
+        Raises:
+            ValueError: if a row has another number of images than it shows, or see [`encode_conversation`].
+        """
+        images = [image for row in rows for image in row.get("images") or []]
+        batch, num_image_tokens = {}, 0
+        if images:
+            pixel_values = self.processor.image_processor(readable_images(images), return_tensors="pt")["pixel_values"]
+            batch["pixel_values"] = pixel_values
+            num_image_tokens = image_tokens(self.processor, pixel_values).num_placeholders
+        batch |= _padded([self._encoded(row, num_image_tokens) for row in rows], self.processor.tokenizer.pad_token_id)
+        if "token_budget" in rows[0]:
+            batch["token_budget"] = torch.tensor([row["token_budget"] for row in rows], dtype=torch.float32)
+        else:
+            batch["token_budget"] = self.budgets.next(len(rows))
+        if "stream_position" in rows[-1]:
+            batch["rejected"] = [rejected for row in rows for rejected in row["rejected"]]
+            batch["stream_position"] = rows[-1]["stream_position"]
+        return batch
+
+    def _encoded(self, row: dict[str, Any], num_image_tokens: int) -> EncodedConversation:
+        if "input_ids" in row:
+            encoded = EncodedConversation(row["input_ids"], row["labels"])
+        else:
+            encoded = encode_conversation(self.processor, row["messages"], num_image_tokens)
+        # A row with an image too many beside a row with one too few would pass for right: the sums agree.
+        num_given, num_placeholders = (
+            len(row.get("images") or []),
+            encoded.input_ids.count(self.processor.image_token_id),
+        )
+        if num_placeholders != num_given * num_image_tokens:
+            shown = f"`messages`, which are {row['messages']!r}," if "messages" in row else "`input_ids`"
+            raise ValueError(
+                f"{shown} shows {num_placeholders / max(num_image_tokens, 1):g} image(s) and `images` has "
+                f"{num_given}; every image needs one entry of type 'image' in its row's messages."
+            )
+        return encoded
+
+
+def _padded(rows: list[EncodedConversation], pad_id: int) -> dict[str, torch.Tensor]:
+    shape = (len(rows), max(len(row.input_ids) for row in rows))
+    batch = {
+        "input_ids": torch.full(shape, pad_id),
+        "attention_mask": torch.zeros(shape, dtype=torch.int64),
+        "labels": torch.full(shape, IGNORED),
+    }
+    for index, (input_ids, labels) in enumerate(rows):
+        batch["input_ids"][index, : len(input_ids)] = torch.tensor(input_ids)
+        batch["attention_mask"][index, : len(input_ids)] = 1
+        batch["labels"][index, : len(labels)] = torch.tensor(labels)
+    return batch

@@ -1,0 +1,160 @@
+"""From a row of conversational data to what a batch is made of: token ids, targets and decoded images.
+
+In hundreds of thousands of rows some images are cut off, some files are missing and some conversations do not fit.
+Such a row is rejected with its id and a reason that says what to do, and is never repaired, shortened or passed over
+in silence. How long a row is can be asked before any image is opened.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+from jinja2 import TemplateError
+
+from ...modeling.processing_adavtp import AdaVTPProcessor
+from .chat_template import content_parts, count_tokens, encode_conversation
+from .image_tokens import tokens_of_any_image
+from .stored_images import decoded_image
+
+Row = dict[str, Any]
+Result = TypeVar("Result")
+
+
+class RejectedSample(ValueError):
+    """
+    A row that cannot be trained on.
+
+    Attributes:
+        id: of the row.
+        reason: what is wrong with it.
+        kind: of the reason: `"conversation"`, `"image"` or `"length"`.
+    """
+
+    def __init__(
+        self, id: str, reason: str, kind: Literal["conversation", "image", "length"] = "conversation"
+    ) -> None:
+        super().__init__(f"Sample {id!r}: {reason}")
+        self.id, self.reason, self.kind = id, reason, kind
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        # A data loader's workers hand exceptions over pickled, and by default that keeps the message alone.
+        return type(self), (self.id, self.reason, self.kind)
+
+
+class ConversationReader:
+    """
+    Reads rows with the columns `id`, `images` and `messages`, as [`load_conversations`] gives them.
+
+    Args:
+        processor: tokenizer, image processor and chat template; the image processor makes images of one size.
+        max_length: tokens that a row may have at most, counted at full budget; `None` for no limit.
+
+    Raises:
+        ValueError: if `max_length` is below 1, or the number of an image's tokens depends on the image.
+    """
+
+    def __init__(self, processor: AdaVTPProcessor, max_length: int | None = None) -> None:
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"`max_length` is {max_length}; allowed are whole numbers from 1, or None for no limit.")
+        self.processor, self.max_length = processor, max_length
+        self.image_tokens = tokens_of_any_image(processor)
+
+    def lengths(self, row: Row) -> tuple[int, int]:
+        """
+        How long a row is. No image is opened.
+
+        Returns:
+            The number of tokens that are not an image's, and the number of images. Of N visual tokens for an image at
+            budget b, the row has `num_text_tokens + num_images * floor(b * N)` tokens.
+
+        Raises:
+            RejectedSample: for what can be seen without opening images.
+        """
+        num_images = self._num_images(row)
+        num_text_tokens, num_shown = self._in_template(row, count_tokens, row["messages"])
+        self._require_fit(_id(row), num_text_tokens, num_shown, num_images)
+        return num_text_tokens, num_images
+
+    def read(self, row: Row) -> Row:
+        """
+        Encodes a row and decodes its images.
+
+        Returns:
+            `id`; `input_ids`, with every image's placeholders at full budget, and `labels` (see
+            [`encode_conversation`]); and `images`, PIL, in the order of their placeholders.
+
+        Raises:
+            RejectedSample: if the conversation cannot be read, its images and its placeholders do not agree, it has
+                more than `max_length` tokens, or an image is missing or broken.
+        """
+        num_images, num_placeholders = self._num_images(row), self.image_tokens.num_placeholders
+        encoded = self._in_template(row, encode_conversation, row["messages"], num_placeholders)
+        num_visual = encoded.input_ids.count(self.processor.image_token_id)
+        num_text_tokens = len(encoded.input_ids) - num_visual
+        self._require_fit(_id(row), num_text_tokens, num_visual // num_placeholders, num_images)
+        images = [self._decoded(image, f"images[{number}]", row) for number, image in enumerate(_images(row))]
+        return {"id": _id(row), **encoded._asdict(), "images": images}
+
+    def _num_images(self, row: Row) -> int:
+        """The number of a row's images, if it is a conversation that shows as many."""
+        num_images = len(_images(row))
+        if problem := row.get("problem") or _problem(row["messages"], num_images):
+            raise RejectedSample(_id(row), problem)
+        return num_images
+
+    def _in_template(self, row: Row, take: Callable[..., Result], *arguments: Any) -> Result:
+        try:
+            return take(self.processor, *arguments)
+        except (TemplateError, ValueError) as error:
+            raise RejectedSample(_id(row), f"the conversation does not fit the chat template: {error}") from error
+
+    def _decoded(self, image: Any, name: str, row: Row) -> Any:
+        try:
+            return decoded_image(image)
+        except (OSError, ValueError) as error:
+            place = image.get("path") if isinstance(image, dict) else None
+            where = f"{name} ({place})" if place else name
+            raise RejectedSample(_id(row), f"{where}: {str(error).removeprefix('`images[0]` ')}", "image") from error
+
+    def _require_fit(self, id: str, num_text_tokens: int, num_shown: int, num_images: int) -> None:
+        if num_shown != num_images:
+            raise RejectedSample(
+                id,
+                f"the conversation in the chat template shows {num_shown} image(s) and the row has {num_images}; a "
+                f"text may not have {self.processor.image_token!r} in it, and the template has to print every image",
+            )
+        num_visual = num_images * self.image_tokens.num_placeholders
+        if self.max_length is not None and num_text_tokens + num_visual > self.max_length:
+            raise RejectedSample(
+                id,
+                f"{num_text_tokens + num_visual} tokens, {num_visual} of them visual, are more than `max_length`, "
+                f"{self.max_length}",
+                "length",
+            )
+
+
+def _id(row: Row) -> str:
+    return str(row.get("id", "without id"))
+
+
+def _images(row: Row) -> list[Any]:
+    # A data set that keeps one image in a column has None there for a row without one.
+    return [image for image in row.get("images") or [] if image is not None]
+
+
+def _problem(messages: list[Row] | None, num_images: int) -> str | None:
+    """What is wrong with a conversation apart from its words, or `None`."""
+    if not messages:
+        return "there are no messages"
+    roles = [message["role"] for message in messages]
+    turns = roles[1:] if roles[0] == "system" else roles
+    if turns != [("user", "assistant")[index % 2] for index in range(len(turns))]:
+        return f"the turns are {', '.join(roles)}; user and assistant take turns, the user first"
+    if "assistant" not in roles:
+        return "the assistant says nothing, so that there is nothing to learn"
+    shown = Counter(m["role"] for m in messages for part in content_parts(m) if part["type"] == "image")
+    if others := sorted(set(shown) - {"user"}):
+        return f"an image is shown by {' and '.join(others)}; only the user shows images"
+    if shown["user"] != num_images:
+        return f"the messages show {shown['user']} image(s) and the row has {num_images}"
+    return None

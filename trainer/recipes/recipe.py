@@ -1,0 +1,190 @@
+"""A training run written down: a YAML file that says what is trained, on what, and how it is measured.
+
+A recipe builds or loads a model and takes it through stages, one after another. Each stage leaves a checkpoint, so a
+run that is interrupted goes on where it stopped.
+
+```yaml
+seed: 0
+model: {checkpoint: llava-hf/llava-1.5-7b-hf}
+stages:
+  - name: budgets
+    kind: conversations
+    data: {path: my/conversations, split: train}
+    budgets: {budget_range: [0.2, 1.0], per: sample}
+    training: {max_steps: 2000, train_parts: [controller, projector]}
+evaluation: {questions: 2400, budgets: [1.0, 0.4], reducers: [adaptive, random]}
+```
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import TrainingArguments
+
+from ..adapters import ADAPTED_PARTS, QUANTIZATIONS
+from ..data.budget_stream import BudgetStream
+from ..training_arguments import AdaVTPTrainingArguments
+
+STAGE_KINDS = ("patch_labels", "packed_questions", "conversations")
+EVALUATION_FIELDS = ("questions", "budgets", "reducers")
+# Of data with `sources`, the stream to train on and the rows to evaluate on; see stages.py.
+SOURCE_FIELDS = {
+    "data": ("sources", "max_length", "group_by_length", "block_size"),
+    "eval_data": ("sources", "max_length"),
+}
+ADAPTER_FIELDS = ("r", "lora_alpha", "lora_dropout", "target_modules", "quantize")
+
+
+@dataclass
+class Stage:
+    """
+    One stretch of training.
+
+    Attributes:
+        name: names the stage's folder.
+        kind: one of `STAGE_KINDS`: `"patch_labels"`, `"packed_questions"` or `"conversations"`.
+        data: arguments of the stage's data set.
+        eval_data: the same for the data set that `Trainer` evaluates on, if `training` asks it to.
+        budgets: arguments of [`BudgetStream`]; empty for the full budget throughout.
+        reducer: what chooses the visual tokens, as in `set_reducer`; `"random"` makes a model ready for any choice.
+        gradient_gates: where the choice gets its gradient in this stage and those behind it, `"attention"` or
+            `"features"`, as in [`AdaVTPConfig`]; `None` for no change.
+        training: arguments of [`AdaVTPTrainingArguments`], or of `TrainingArguments` for `"patch_labels"`.
+        adapters: arguments of [`add_adapters`], such as `{"r": 16, "lora_alpha": 32}`, and `quantize`, `"nf4"` to have
+            four-bit weights under them; empty to train the weights themselves. The stage leaves an adapter, and the
+            next one starts from it merged.
+
+    Raises:
+        ValueError: if the kind is not known, or an argument of `budgets`, `training` or `adapters`; or a budget, or
+            adapters here, are not allowed.
+    """
+
+    name: str
+    kind: str
+    data: dict[str, Any] = field(default_factory=dict)
+    eval_data: dict[str, Any] = field(default_factory=dict)
+    budgets: dict[str, Any] = field(default_factory=dict)
+    reducer: Any = "adaptive"
+    gradient_gates: str | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    adapters: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.kind not in STAGE_KINDS:
+            raise ValueError(f"stage {self.name!r}: `kind` is {self.kind!r}; allowed are {', '.join(STAGE_KINDS)}.")
+        if self.gradient_gates not in (None, "attention", "features"):
+            raise ValueError(
+                f"stage {self.name!r}: `gradient_gates` is {self.gradient_gates!r}; allowed are 'attention', "
+                "'features' and none."
+            )
+        of_training = TrainingArguments if self.kind == "patch_labels" else AdaVTPTrainingArguments
+        arguments = [f.name for f in fields(of_training) if f.name != "output_dir"]
+        known = {"training": arguments, "budgets": ["budget_range", "per", "seed"], "adapters": ADAPTER_FIELDS}
+        for group, names in known.items():
+            _check_names(getattr(self, group), names, f"stage {self.name!r}, {group}")
+        for group, names in SOURCE_FIELDS.items():
+            if self.kind == "conversations" and "sources" in getattr(self, group):
+                _check_names(getattr(self, group), names, f"stage {self.name!r}, {group}")
+        # Now, and not when the stages before this one have run for hours.
+        BudgetStream(**self.budgets)
+        if self.adapters:
+            self._check_adapters()
+
+    def _check_adapters(self) -> None:
+        quantize = self.adapters.get("quantize")
+        if quantize not in (None, *QUANTIZATIONS):
+            raise ValueError(
+                f"stage {self.name!r}: `quantize` is {quantize!r}; allowed are {', '.join(QUANTIZATIONS)} and none."
+            )
+        # What trains where the recipe does not say is the decoder, among others.
+        train_parts = self.training.get("train_parts", list(ADAPTED_PARTS))
+        if self.kind == "patch_labels" or not set(train_parts) & set(ADAPTED_PARTS):
+            raise ValueError(
+                f"stage {self.name!r}: `adapters` is {self.adapters}, with `kind` {self.kind!r} and `train_parts` "
+                f"{train_parts}; adapters are for {' and '.join(ADAPTED_PARTS)} in the other kinds of stages."
+            )
+
+
+@dataclass
+class Recipe:
+    """
+    A whole run.
+
+    Attributes:
+        model: `{"checkpoint": path or repository}`, of AdaVTP or LLaVA, and beside it what `from_pretrained` takes,
+            configuration fields among it; or the fields of an [`AdaVTPConfig`] for a new model for digit scenes.
+        stages: what is done, in order.
+        seed: of initialisation, of the order of data and of the budgets.
+        reducer: what the last stage's checkpoint chooses tokens with, as in `set_reducer`, if not with what that stage
+            trained. The weights of all reducers that were trained are in it.
+        evaluation: what `adavtp train` measures at the end on digit scenes: `questions`, the number of them, `budgets`
+            and `reducers`; empty for nothing.
+
+    Raises:
+        ValueError: if there are no stages or two have the same name, or the model or the evaluation is not complete.
+    """
+
+    model: dict[str, Any]
+    stages: list[Stage]
+    seed: int = 0
+    reducer: Any = None
+    evaluation: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [stage.name for stage in self.stages]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"`stages` are named {names}; a recipe has at least one, and no name twice.")
+        if "checkpoint" not in self.model and not {"vision_config", "text_config"} <= set(self.model):
+            raise ValueError(
+                f"`model` has {', '.join(self.model) or 'no fields'}; it needs `checkpoint`, or `vision_config` and "
+                "`text_config`."
+            )
+        if self.stages[0].adapters and "checkpoint" not in self.model:
+            raise ValueError(
+                f"stage {self.stages[0].name!r} is the first and has adapters, and `model` has no `checkpoint` that "
+                "they could belong to; name one, or train a stage without adapters before."
+            )
+        if self.evaluation:
+            _check_names(self.evaluation, EVALUATION_FIELDS, "evaluation", EVALUATION_FIELDS)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "Recipe":
+        """
+        Reads a recipe.
+
+        Raises:
+            ValueError: if a field is unknown or missing, or a stage's kind is not known.
+        """
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=RecipeLoader)
+        check_fields(content, cls, str(path))
+        stages = content["stages"] or []
+        for number, stage in enumerate(stages):
+            check_fields(stage, Stage, f"{path}, stage {number}")
+        return cls(**content | {"stages": [Stage(**stage) for stage in stages]})
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """Reads `1e-3` as the number that everybody means; YAML 1.1, which PyYAML follows, takes it for a word."""
+
+
+RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def check_fields(content: Any, of: type, where: str) -> None:
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: found {content!r}; expected are fields, `name: value`.")
+    needed = [f.name for f in fields(of) if f.default is MISSING and f.default_factory is MISSING]
+    _check_names(content, [f.name for f in fields(of)], where, needed)
+
+
+def _check_names(content: dict[str, Any], known: Sequence[str], where: str, needed: Sequence[str] = ()) -> None:
+    if unknown := sorted(set(content) - set(known)):
+        raise ValueError(f"{where}: unknown field(s) {', '.join(unknown)}; allowed are {', '.join(known)}.")
+    if missing := [name for name in needed if name not in content]:
+        raise ValueError(f"{where}: missing field(s) {', '.join(missing)}.")

@@ -1,0 +1,142 @@
+"""What each kind of a recipe's stages is trained by: its data, its collator and its trainer.
+
+Data of conversations that names `sources` is a stream to train on, and checked rows to evaluate on:
+
+```yaml
+data:
+  sources:
+    - {path: llava_v1_5_mix665k.json, images: images, weight: 0.9}
+    - {path: org/more-conversations, streaming: true, weight: 0.1}
+  max_length: 2048
+```
+"""
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset, load_from_disk
+from transformers import Trainer, TrainingArguments
+
+from ...modeling.modeling_adavtp import AdaVTPForConditionalGeneration
+from ...modeling.processing_adavtp import AdaVTPProcessor
+from ...tasks.digit_scenes import load_digit_questions, load_digit_scenes
+from ..adapters import add_adapters
+from ..data.budget_stream import BudgetStream
+from ..data.collator import BudgetCollator
+from ..data.packed_collator import PackedQuestionCollator
+from ..data.reader import ConversationReader
+from ..data.sources import load_conversations
+from ..data.stream import ConversationStream, measured_lengths
+from ..tower_pretraining import PatchLabelCollator, TowerTrainer
+from ..trainer import AdaVTPTrainer
+from ..training_arguments import AdaVTPTrainingArguments
+from .recipe import Stage
+
+
+def stage_arguments(stage: Stage, folder: Path, seed: int) -> TrainingArguments:
+    """
+    The training arguments of one stage. They come before its model: DeepSpeed learns from them how to load it.
+
+    Args:
+        stage: what is done.
+        folder: for the stage's checkpoints.
+        seed: of the order of data and of the budgets.
+    """
+    common = {"report_to": [], "seed": seed}
+    if stage.kind == "patch_labels":
+        fixed = {"label_names": ["patch_digits", "patch_colours"], "remove_unused_columns": False}
+        return TrainingArguments(str(folder), **fixed | common | stage.training)
+    return AdaVTPTrainingArguments(str(folder), **common | stage.training)
+
+
+def stage_trainer(
+    model: AdaVTPForConditionalGeneration,
+    processor: AdaVTPProcessor,
+    stage: Stage,
+    arguments: TrainingArguments,
+    seed: int,
+) -> Trainer:
+    """
+    The trainer of one stage, ready to `train`.
+
+    Args:
+        model: to be trained, in place.
+        processor: of the model.
+        stage: what is done.
+        arguments: see [`stage_arguments`].
+        seed: of the order of data and of the budgets.
+
+    Returns:
+        An [`AdaVTPTrainer`], or a [`TowerTrainer`] for `"patch_labels"`.
+
+    Raises:
+        ValueError: if the tower alone is to be trained with its parameters spread over processes; if a source cannot
+            be read, its rows do not fill a batch, or one to evaluate on is streamed.
+    """
+    budgets = {"budget_range": (1.0, 1.0), "seed": seed} | stage.budgets
+    # One process prepares what the others then find on the disk.
+    with arguments.main_process_first(desc="preparing data"):
+        train = _rows(stage, stage.data, seed)
+        evaluated = _rows(stage, stage.eval_data, seed) if stage.eval_data else None
+        if "sources" in stage.data:
+            train = _stream(train, stage.data, processor, budgets, arguments)
+        if evaluated is not None and "sources" in stage.eval_data:
+            evaluated = _encoded(evaluated, ConversationReader(processor, stage.eval_data.get("max_length")))
+    data = {"train_dataset": train, "eval_dataset": evaluated}
+    if stage.kind == "patch_labels":
+        return TowerTrainer(model, arguments, data_collator=PatchLabelCollator(processor.image_processor), **data)
+    model.set_reducer(stage.reducer)
+    if stage.gradient_gates is not None:
+        model.config.gradient_gates = stage.gradient_gates
+    if stage.adapters:
+        adapters = {name: value for name, value in stage.adapters.items() if name != "quantize"}
+        model = add_adapters(model, arguments.train_parts, **adapters)
+    if stage.kind == "packed_questions":
+        collator = PackedQuestionCollator(processor, BudgetStream(**budgets))
+    else:
+        collator = BudgetCollator(processor, **budgets)
+    return AdaVTPTrainer(model=model, args=arguments, data_collator=collator, processing_class=processor, **data)
+
+
+def _rows(stage: Stage, data: dict[str, Any], seed: int) -> Any:
+    """
+    Digit scenes for the first two kinds. For conversations: `sources`; or as `path` `"digit-scenes"`, a folder written
+    by `Dataset.save_to_disk`, or whatever `datasets.load_dataset` takes.
+    """
+    if stage.kind != "conversations":
+        return load_digit_scenes(**data)
+    if "sources" in data:
+        return load_conversations(data["sources"], seed)
+    path, arguments = data["path"], {name: value for name, value in data.items() if name != "path"}
+    if path == "digit-scenes":
+        return load_digit_questions(**arguments)
+    is_saved = (Path(path) / "dataset_info.json").is_file()
+    return (load_from_disk if is_saved else load_dataset)(path, **arguments)
+
+
+def _stream(
+    rows: Any,
+    data: dict[str, Any],
+    processor: AdaVTPProcessor,
+    budgets: dict[str, Any],
+    arguments: AdaVTPTrainingArguments,
+) -> ConversationStream:
+    reader = ConversationReader(processor, data.get("max_length"))
+    of_stream = {name: data[name] for name in ("group_by_length", "block_size") if name in data}
+    if isinstance(rows, Dataset) and data.get("group_by_length", True):
+        of_stream["lengths"] = measured_lengths(rows, reader, max(arguments.dataloader_num_workers, 1))
+    share = {"num_processes": arguments.world_size, "process_index": arguments.process_index}
+    return ConversationStream(rows, reader, arguments.train_batch_size, **budgets | of_stream | share)
+
+
+def _encoded(rows: Any, reader: ConversationReader) -> Dataset:
+    """Rows that are encoded when they are asked for. One that cannot be read is an error: an evaluation that leaves
+    rows out measures something else."""
+    if not isinstance(rows, Dataset):
+        raise ValueError("`eval_data`: a source is streamed; an evaluation needs rows with a length.")
+
+    def encoded(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        read = [reader.read(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)]
+        return {name: [row[name] for row in read] for name in read[0]}
+
+    return rows.with_transform(encoded)

@@ -1,0 +1,108 @@
+"""The model that a stage of a recipe starts from: a new one, the recipe's checkpoint, or what the stage before left.
+
+An adapter belongs to a checkpoint that lies somewhere, so a stage that trains one starts from a checkpoint on disk and
+leaves an adapter beside it. Whoever needs an ordinary checkpoint of it, the next stage or an evaluation, gets it
+merged, in the stage's folder.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.integrations import deepspeed
+
+from ...configuration.configuration_adavtp import AdaVTPConfig
+from ...modeling.modeling_adavtp import AdaVTPForConditionalGeneration
+from ...modeling.processing_adavtp import AdaVTPProcessor
+from ...tasks.digit_scenes.processor import build_digit_processor
+from ..adapter_folders import ADAPTER_CONFIG, merge_adapter
+from ..adapters import quantization
+from .recipe import Recipe, Stage
+
+# What a recipe says of its checkpoint and a saved configuration does not.
+HOW_TO_LOAD = ("attn_implementation", "dtype")
+
+ModelAndProcessor = tuple[AdaVTPForConditionalGeneration, AdaVTPProcessor]
+
+
+def new_model(model: dict[str, Any]) -> ModelAndProcessor:
+    """A model for digit scenes with random weights, of the fields of an [`AdaVTPConfig`]."""
+    vision = model["vision_config"]
+    processor = build_digit_processor(vision["image_size"], vision["patch_size"])
+    tokenizer = processor.tokenizer
+    special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    text = AutoConfig.for_model(**model["text_config"] | special | {"vocab_size": len(tokenizer)})
+    config = AdaVTPConfig(
+        **model | {"vision_config": AutoConfig.for_model(**vision), "text_config": text},
+        image_token_index=processor.image_token_id,
+        image_seq_length=(vision["image_size"] // vision["patch_size"]) ** 2,
+    )
+    made = AdaVTPForConditionalGeneration(config)
+    # Answers are a word, captions a line; without a limit of its own `generate` counts the prompt towards twenty.
+    made.generation_config.max_new_tokens = 16
+    return made, processor
+
+
+def model_on_disk(recipe: Recipe, stage: Stage, before: Path | None) -> ModelAndProcessor:
+    """
+    Args:
+        recipe: whose checkpoint the first stage starts from.
+        stage: that starts.
+        before: the folder of the stage before it, if there is one.
+
+    Raises:
+        ValueError: if the stage has adapters and the checkpoint is not a whole AdaVTP one.
+    """
+    fields = dict(recipe.model)
+    if before is not None:
+        fields = {name: fields[name] for name in HOW_TO_LOAD if name in fields}
+        fields["checkpoint"] = str(whole_checkpoint(before))
+    checkpoint = fields.pop("checkpoint")
+    if stage.adapters:
+        fields |= _under_adapters(checkpoint, stage)
+    processor = AdaVTPProcessor.from_pretrained(checkpoint)
+    return AdaVTPForConditionalGeneration.from_pretrained(checkpoint, **fields), processor
+
+
+def _under_adapters(checkpoint: str, stage: Stage) -> dict[str, Any]:
+    """What `from_pretrained` is told for weights that stay as they are, of four bits if the stage says so."""
+    model_type = PreTrainedConfig.get_config_dict(checkpoint)[0].get("model_type")
+    if model_type != "adavtp":
+        raise ValueError(
+            f"stage {stage.name!r} has adapters, and {checkpoint!r}, which they would belong to, is of type "
+            f"{model_type!r}: its budget token and controller would start from numbers that are saved nowhere. "
+            "`adavtp convert` makes a whole checkpoint of it."
+        )
+    if stage.adapters.get("quantize") is None:
+        return {}
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    computes_in = next((dtype for name, dtype in half.items() if stage.training.get(name)), torch.float32)
+    return {"quantization_config": quantization(stage.adapters["quantize"], computes_in), "dtype": torch.float32}
+
+
+def whole_checkpoint(folder: Path) -> Path:
+    """A finished stage's folder; or the checkpoint that its adapter and its base are together, made now if need be."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return folder
+    merged = folder / "merged"
+    with PartialState().main_process_first():
+        if not merged.is_dir():
+            with _whole_models():
+                merge_adapter(folder, merged)
+    return merged
+
+
+@contextmanager
+def _whole_models() -> Iterator[None]:
+    """Under DeepSpeed ZeRO-3 every model is made in parts, by all processes. The one that merges is alone with its."""
+    noted = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if noted is not None and noted() is not None:
+            deepspeed.set_hf_deepspeed_config(noted())
