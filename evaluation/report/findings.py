@@ -43,7 +43,10 @@ def lead(checkpoint: dict[str, Any]) -> str:
     asked = [budget for budget in row["asked"] if isinstance(budget, float)]
     share = 100 * (asked[0] if asked else row["num_keep"] / checkpoint["num_patches"])
     clauses += [f"the model with all tokens {everything}" for everything in full]
-    return f"At {share:.3g}% of the visual tokens {', '.join(clauses)}.{_how_sure(row, best)}"
+    share = round(share, 1) if share < 10 else round(share)
+    *first, last = clauses
+    text = f"{', '.join(first)} and {last}" if first else last
+    return f"At {share:g}% of the visual tokens {text}.{_how_sure(row, best)}"
 
 
 def _best_other(others: Sequence[dict[str, Any]], checkpoint: dict[str, Any]) -> dict[str, Any] | None:
@@ -65,9 +68,7 @@ def _how_sure(row: dict[str, Any], best: dict[str, Any] | None) -> str:
     if one["low"] <= 0 <= one["high"]:
         return f" The answers do not tell `{row['reducer']}` and `{best['reducer']}` apart."
     first, second = (best, row) if one["low"] > 0 else (row, best)
-    return (
-        f" `{first['reducer']}` is better than `{second['reducer']}` beyond chance (95% interval of the difference)."
-    )
+    return f" `{first['reducer']}` is better than `{second['reducer']}` beyond chance (95% interval)."
 
 
 def statistics_in_short(checkpoint: dict[str, Any]) -> list[str]:

@@ -10,13 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import typer
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 from typer.testing import CliRunner
 
 import latency
 from adavtp import AdaVTPForConditionalGeneration
-from adavtp.commands.measure import measure as measure_command
+from adavtp.command_line import app
 from adavtp.evaluation.flops import count_flops
 from adavtp.evaluation.measurements import (
     Measurement,
@@ -240,7 +239,7 @@ def test_the_model_is_left_as_it_was(budget: float) -> None:
     reducers, modules = model.config.to_dict(), dict(model.model.reducers.items())
     modes = {name: module.training for name, module in model.named_modules()}
     weights = list(model.state_dict())
-    settings = [("full", 1.0), ("resampler", 0.5), ({"name": "fastv", "layer": None}, budget)]
+    settings = [("full", 1.0), ("visionzip", 0.5), ({"name": "fastv", "layer": None}, budget)]
     batch = tiny_batch(model.config)
     if budget == 0.1:
         with pytest.raises(ValueError, match="'fastv' cannot go below"):
@@ -369,11 +368,9 @@ def test_a_gpu_is_measured_by_its_own_events_and_allocator(model: AdaVTPForCondi
 
 
 def run(*arguments: str, exit_code: int = 0) -> str:
-    app = typer.Typer()
-    app.command()(measure_command)
-    result = CliRunner().invoke(app, list(arguments))
+    result = CliRunner().invoke(app, ["measure", *arguments])
     assert result.exit_code == exit_code, result.output
-    return result.output
+    return result.stdout
 
 
 def test_the_command_measures_the_reference_checkpoint() -> None:

@@ -301,7 +301,7 @@ def checkpoint_with(tmp_path: Path, scores: dict[tuple[str, float | int], list[f
 def test_the_finding_stands_first_in_plain_words(numbers: dict[str, Any], checkpoint: dict[str, Any]) -> None:
     text = (
         "At 25% of the visual tokens the controller (`adaptive`) answers 90.0% right, the best control (`grid`) "
-        "55.0%, the model with all tokens 95.0%."
+        "55.0% and the model with all tokens 95.0%."
     )
     assert lead(checkpoint) == text
     assert report_markdown(numbers).startswith(f"# A title\n\n{text}\n\n![")
@@ -322,12 +322,12 @@ def test_the_finding_follows_the_numbers_when_they_are_turned_round(
     text = lead(checkpoint_with(tmp_path / "run", scores))
     first, second = (f"{100 * sum(own) / NUM_EXAMPLES:.1f}%" for own in (controller, fastv))
     assert text.startswith(f"At 50% of the visual tokens the controller (`adaptive`) answers {first} right")
-    assert f"the best published method (`fastv`) {second}." in text and said in text
+    assert f" right and the best published method (`fastv`) {second}." in text and said in text
 
 
 def test_a_finding_needs_no_controller_and_no_control(tmp_path: Path) -> None:
     text = lead(checkpoint_with(tmp_path / "run", {("tome", 0.5): right(30), ("own", 0.5): right(20)}))
-    assert text == "At 50% of the visual tokens `tome` answers 75.0% right, the best other method (`own`) 50.0%."
+    assert text == "At 50% of the visual tokens `tome` answers 75.0% right and the best other method (`own`) 50.0%."
     everything = lead(checkpoint_with(tmp_path / "full", {("full", 1.0): right(30)}))
     assert everything == "With all tokens the score is 75.0%; nothing else was measured."
 
