@@ -115,7 +115,7 @@ class Experiment:
 
 def named_experiments() -> dict[str, Path]:
     """The experiments that come with the package, by the name that `adavtp experiment` takes."""
-    folder = Path(__file__).parent / "experiments"
+    folder = Path(__file__).parents[1] / "experiments"
     return {path.stem.removeprefix("experiment_"): path for path in sorted(folder.glob("experiment_*.yaml"))}
 
 

@@ -22,8 +22,9 @@ def lead(checkpoint: dict[str, Any]) -> str:
     """
     subject = checkpoint["against"]
     reduced = [row for row in checkpoint["settings"] if row["reducer"] != FULL]
+    full = [score(row["score"], checkpoint) for row in checkpoint["settings"] if row["reducer"] == FULL]
     if not reduced:
-        return f"{_everything(checkpoint) or 'Nothing'} is all that was measured."
+        return f"With all tokens the score is {full[0]}; nothing else was measured."
     subject = subject or max(reduced, key=lambda row: row["score"])["reducer"]
     own = sorted((row for row in reduced if row["reducer"] == subject), key=lambda row: row["num_keep"])
     beside = {row["num_keep"] for row in reduced if row["reducer"] != subject}
@@ -39,11 +40,13 @@ def lead(checkpoint: dict[str, Any]) -> str:
     if controls:
         control = max(controls, key=lambda one: one["score"])
         clauses.append(f"the best control (`{control['reducer']}`) {score(control['score'], checkpoint)}")
-    share = 100 * row["num_keep"] / checkpoint["num_patches"]
-    text = f"At {share:.3g}% of the visual tokens {', '.join(clauses)}"
-    everything = _everything(checkpoint)
-    text += f"; {everything[0].lower()}{everything[1:]}." if everything else "."
-    return text + _how_sure(row, best)
+    asked = [budget for budget in row["asked"] if isinstance(budget, float)]
+    share = 100 * (asked[0] if asked else row["num_keep"] / checkpoint["num_patches"])
+    clauses += [f"the model with all tokens {everything}" for everything in full]
+    share = round(share, 1) if share < 10 else round(share)
+    *first, last = clauses
+    text = f"{', '.join(first)} and {last}" if first else last
+    return f"At {share:g}% of the visual tokens {text}.{_how_sure(row, best)}"
 
 
 def _best_other(others: Sequence[dict[str, Any]], checkpoint: dict[str, Any]) -> dict[str, Any] | None:
@@ -57,11 +60,6 @@ def _called(reducer: str) -> str:
     return f"the controller (`{reducer}`)" if reducer == CONTROLLER else f"`{reducer}`"
 
 
-def _everything(checkpoint: dict[str, Any]) -> str:
-    full = [row for row in checkpoint["settings"] if row["reducer"] == FULL]
-    return f"With all tokens it is {score(full[0]['score'], checkpoint)}" if full else ""
-
-
 def _how_sure(row: dict[str, Any], best: dict[str, Any] | None) -> str:
     """Whether the first two are told apart; the difference is the other's minus the subject's."""
     if best is None or best.get("against", {}).get("other") != row["reducer"]:
@@ -70,9 +68,7 @@ def _how_sure(row: dict[str, Any], best: dict[str, Any] | None) -> str:
     if one["low"] <= 0 <= one["high"]:
         return f" The answers do not tell `{row['reducer']}` and `{best['reducer']}` apart."
     first, second = (best, row) if one["low"] > 0 else (row, best)
-    return (
-        f" `{first['reducer']}` is better than `{second['reducer']}` beyond chance (95% interval of the difference)."
-    )
+    return f" `{first['reducer']}` is better than `{second['reducer']}` beyond chance (95% interval)."
 
 
 def statistics_in_short(checkpoint: dict[str, Any]) -> list[str]:

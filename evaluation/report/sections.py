@@ -101,7 +101,12 @@ def over_checkpoints_sections(over: dict[str, Any], checkpoints: Sequence[dict[s
         Section(f"Over checkpoints: {over['data']}", 2, [text]),
         *([Section("What they agree on", 3, [Listing(lines)])] if lines else []),
         Section(
-            "Mean and spread", 3, [*([f"{missing} settings were not measured for all."] if missing else []), *tables]
+            "Mean and spread",
+            3,
+            [
+                *([f"{missing} settings were not measured for all."] if missing else []),
+                *tables.spread_tables(over, first),
+            ],
         ),
         Section("Whether the order of methods agrees", 3, [tables.agreement_table(over)]),
         Section(f"Beside {first['checkpoint']}", 3, tables.beside_first_blocks(over, first)),

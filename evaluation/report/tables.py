@@ -10,6 +10,9 @@ from .blocks import Cell, Table
 
 NOTHING = "–"
 
+# Reducers; of more, a table of all pairs is read by nobody. The numbers are in the JSON file.
+MOST_COMPARED_IN_PAIRS = 12
+
 
 def everything_kept(checkpoint: dict[str, Any]) -> list[str]:
     rows = [row for row in checkpoint["settings"] if row["reducer"] == FULL]
@@ -219,7 +222,7 @@ def area_blocks(checkpoint: dict[str, Any]) -> list[str | Table]:
         ]
         caption = f"{_unit(checkpoint)}: mean over {between}, which {len(rows)} reducers cover, with 95% intervals"
         blocks.append(Table(caption, ["reducer", "area"], rows))
-        if len(rows) > 1:
+        if 1 < len(rows) <= MOST_COMPARED_IN_PAIRS:
             blocks.append(_pairs_table(area, [row[0] for row in rows], checkpoint))
     return blocks or ["No range of FLOPs is covered by all reducers with two points or more on their curve."]
 

@@ -10,8 +10,9 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from adavtp.command_line import app
-from adavtp.commands.console import parse_reducer
-from adavtp.evaluation.accuracy import reducer_label
+from adavtp.commands.presets import GALLERY_TEXT
+from adavtp.evaluation.report.markdown import report_markdown
+from adavtp.evaluation.settings import reducer_label, reducer_of_text
 from adavtp.modeling.reducers.base import REDUCERS
 from adavtp.tasks.digit_scenes import draw_scene
 
@@ -71,7 +72,7 @@ def test_ask_refuses_a_budget_that_is_none(scene: Path, budget: str) -> None:
     ],
 )
 def test_a_reducer_is_written_as_it_is_labelled(written: str, meant: Any) -> None:
-    stack = parse_reducer(written)
+    stack = reducer_of_text(written)
     assert stack in (meant, [meant])
     assert reducer_label(stack) == written
 
@@ -118,16 +119,21 @@ def test_ask_refuses_a_file_that_is_no_image(tmp_path: Path) -> None:
     assert run("ask", path, "how many digits are there ?").exit_code == 2
 
 
-def test_compare_writes_a_page_two_pictures_and_the_measurements(tmp_path: Path) -> None:
-    chosen = ("--reducer", "adaptive", "--reducer", "vtw", "--budget", 0.1, "--budget", 0.6)
-    result = run("compare", "--questions", 12, *chosen, "--output", tmp_path)
-    assert result.exit_code == 0, result.output
+def test_compare_writes_a_page_two_pictures_and_the_numbers_of_a_run_it_goes_on_with(tmp_path: Path) -> None:
+    folders = ("--output", tmp_path / "page", "--work", tmp_path / "run")
+    for reducers in (["vtw"], ["adaptive", "vtw"]):
+        result = run("compare", "--questions", 12, "--reducers", *reducers, "--budgets", 0.1, 0.6, *folders)
+        assert result.exit_code == 0, result.output
     names = {"reducers.md", "reducers.json", "reducers_accuracy.png", "reducers_gallery.png"}
-    assert {path.name for path in tmp_path.iterdir()} == names
-    page, record = (tmp_path / "reducers.md").read_text(), json.loads((tmp_path / "reducers.json").read_text())
+    assert {path.name for path in (tmp_path / "page").iterdir()} == names
+    page, numbers = ((tmp_path / "page" / name).read_text() for name in ("reducers.md", "reducers.json"))
     assert "| `vtw` | 0.1 | `token_budget` asks for" in page and "(reducers_gallery.png)" in page
-    assert record["budgets"] == [0.1, 0.6] and record["command"] in page
-    assert str(tmp_path.parent) not in record["checkpoint"]
+    (checkpoint,) = json.loads(numbers)["checkpoints"]
+    measured = [(row["reducer"], row["num_keep"]) for row in checkpoint["settings"]]
+    assert measured == [("full", 144), ("vtw", 86), ("adaptive", 14), ("adaptive", 86)]
+    assert (
+        report_markdown(json.loads(numbers), "reducers_accuracy.png", {GALLERY_TEXT: "reducers_gallery.png"}) == page
+    )
 
 
 @pytest.mark.parametrize("budget", [1.0, 1.5])
@@ -137,7 +143,17 @@ def test_compare_refuses_a_budget_that_is_nothing_to_compare(tmp_path: Path, bud
 
 
 def test_gallery_draws_chosen_reducers(tmp_path: Path) -> None:
-    result = run("gallery", "--reducer", "tome", "--reducer", "grid,fastv", "--output", tmp_path / "new" / "all.png")
+    result = run(
+        "gallery",
+        "--reducers",
+        "tome",
+        "grid,fastv",
+        "resampler",
+        "--budget",
+        0.1,
+        "--output",
+        tmp_path / "new" / "all.png",
+    )
     assert result.exit_code == 0, result.output
     assert min(Image.open(tmp_path / "new" / "all.png").size) > 200
 

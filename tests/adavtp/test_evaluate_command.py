@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from adavtp.commands.evaluate import ManyValues, budget_of, evaluate, evaluate_checkpoint, repeated_options
+from adavtp.command_line import app
+from adavtp.commands.console import repeated_options
+from adavtp.commands.evaluate import evaluate_checkpoint
 from adavtp.evaluation.runs import Run
+from adavtp.evaluation.settings import budget_of_text
 from forked_processes import Forks, as_launched
 
 # The settings that most tests run, as they are typed; 58 of 144 is what 230 of 576 is.
@@ -27,15 +29,13 @@ IMPORTS = """
 import evaluate
 from sklearn import datasets
 from adavtp.command_line import app
-from adavtp.evaluation import answering, run_results
-from adavtp.trainer import digit_scenes
+from adavtp.evaluation import answering, summary
+from adavtp.tasks import digit_scenes
 """
 
 
 def run(*arguments: str | Path) -> Result:
-    app = typer.Typer()
-    app.command(cls=ManyValues)(evaluate)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +67,11 @@ def test_several_values_may_follow_one_name(typed: str, meant: str) -> None:
 
 
 def test_budgets_are_fractions_counts_and_exact_fractions() -> None:
-    assert [budget_of(text) for text in ("0.4", "115", "115/576", "1.0")] == [0.4, 115, Fraction(115, 576), 1.0]
-    assert isinstance(budget_of("115"), int) and isinstance(budget_of("1.0"), float)
+    assert [budget_of_text(text) for text in ("0.4", "115", "115/576", "1.0")] == [0.4, 115, Fraction(115, 576), 1.0]
+    assert isinstance(budget_of_text("115"), int) and isinstance(budget_of_text("1.0"), float)
     for text in ("115/0", "a/b", "much"):
-        with pytest.raises(typer.BadParameter):
-            budget_of(text)
+        with pytest.raises(ValueError, match="is no budget"):
+            budget_of_text(text)
 
 
 def test_every_setting_answers_every_question_once(whole: Run) -> None:
@@ -101,7 +101,7 @@ def test_the_header_says_what_was_measured_with_what(whole: Run) -> None:
     assert (header["num_examples"], header["num_patches"], header["num_layers"], header["shown"]) == (24, 144, 4, 12)
     assert header["checkpoint"] == "adavtp-digits" and len(header["checkpoint_hash"]) == 64
     assert {"command", "versions", "machine", "data_hash", "max_new_tokens", "batch_size"} <= set(header)
-    total_ms = sum(line["ms"] for line in whole.answers())
+    total_ms = sum(answer.ms for answer in whole.answers())
     assert header["model_seconds"] == pytest.approx(total_ms / 1000, rel=0.01)
     assert header["seconds"] > header["model_seconds"] + header["evaluation_seconds"] > 0
 
@@ -109,7 +109,7 @@ def test_the_header_says_what_was_measured_with_what(whole: Run) -> None:
 def test_the_summary_is_printed_and_a_model_card_reads_it(whole: Run, tmp_path: Path) -> None:
     result = run(*ASKED, *SIZES, "--output", whole.folder)
     assert result.exit_code == 0, result.output
-    full = [line["score"] for line in whole.answers() if line["reducer"] == "full"]
+    full = [answer.score for answer in whole.answers() if answer.reducer == "full"]
     assert f"{100 * sum(full) / len(full):.1f}" in result.output and "GFLOPs" in result.output
     assert "cannot go below" in " ".join(result.output.split())
     from adavtp.commands.console import reference_checkpoint
@@ -136,9 +136,7 @@ def test_a_finished_run_answers_nothing_again_and_new_settings_are_added(whole: 
     assert run("--budget", 0.2, "--reducer", "random", *SIZES, "--output", folder).exit_code == 0
     assert (folder / "answers.jsonl").read_bytes().startswith(before)
     added = Run.open(folder).answers()[len(before.splitlines()) :]
-    assert [(line["reducer"], line["budget"], line["index"]) for line in added] == [
-        ("random", 0.2, index) for index in range(24)
-    ]
+    assert [answer.key for answer in added] == [("random", 0.2, index) for index in range(24)]
 
 
 @pytest.mark.parametrize(
@@ -201,9 +199,9 @@ def test_a_benchmark_s_files_are_evaluated_with_its_metric(tmp_path: Path) -> No
     finished = Run.open(tmp_path / "run")
     assert finished.header["metric"] == "pope"
     for line, label in zip(finished.answers(), labels, strict=True):
-        says_no = bool({"No", "no", "not"} & set(line["prediction"].split()))
-        assert line["score"] == float(says_no == (label["label"] == "no"))
-    said_yes = [not {"No", "no", "not"} & set(line["prediction"].split()) for line in finished.answers()]
+        says_no = bool({"No", "no", "not"} & set(line.prediction.split()))
+        assert line.score == float(says_no == (label["label"] == "no"))
+    said_yes = [not {"No", "no", "not"} & set(line.prediction.split()) for line in finished.answers()]
     right = sum(said and label["label"] == "yes" for said, label in zip(said_yes, labels, strict=True))
     (row,) = finished.header["figures"]
     assert row["figures"]["yes_ratio"] == sum(said_yes) / 4 and row["figures"]["recall"] == right / 2
@@ -246,13 +244,12 @@ def test_two_processes_killed_and_begun_again_leave_the_same_file_as_one(whole: 
     assert result.exit_code == 0, result.output
     assert untimed(tmp_path / "one") == untimed(whole.folder)
     for finished in (folder, tmp_path / "one"):
-        assert Run.open(finished).kept() == whole.kept()
         names = {path.name for path in (finished / "pictures").iterdir()}
-        assert names == {"kept.jsonl", *(f"{index}.png" for index in range(12))}
+        assert names == {f"{index}.png" for index in range(12)}
 
 
 def test_python_gets_the_finished_run(tmp_path: Path) -> None:
     finished = evaluate_checkpoint(
         None, "digit-scenes", [0.5], ["adaptive"], output=tmp_path / "run", questions=6, max_new_tokens=2
     )
-    assert [line["reducer"] for line in finished.answers()] == ["adaptive"] * 6
+    assert [answer.reducer for answer in finished.answers()] == ["adaptive"] * 6

@@ -74,16 +74,16 @@ def test_a_report_s_scores_are_those_of_its_run(carried_out: Path) -> None:
     assert {row["reducer"] for row in checkpoint["settings"]} == {"dot head", "patch head", "grid"}
     for row in checkpoint["settings"]:
         own = [
-            line["score"]
-            for line in answers
-            if (line["reducer"], line["num_keep"]) == (row["reducer"], row["num_keep"])
+            answer.score
+            for answer in answers
+            if (answer.reducer, answer.num_keep) == (row["reducer"], row["num_keep"])
         ]
         assert len(own) == 12 and row["score"] == pytest.approx(sum(own) / 12)
 
 
 def test_controls_are_those_of_the_checkpoint_as_it_is(carried_out: Path) -> None:
     heads = carried_out / "work" / "adavtp-digits" / "heads"
-    joined = [line["prediction"] for line in Run.open(heads / "run").answers() if line["reducer"] == "grid"]
+    joined = [answer.prediction for answer in Run.open(heads / "run").answers() if answer.reducer == "grid"]
     output = carried_out / "grid"
     result = run(
         "evaluate",
@@ -99,7 +99,7 @@ def test_controls_are_those_of_the_checkpoint_as_it_is(carried_out: Path) -> Non
         output,
     )
     assert result.exit_code == 0, result.output
-    assert joined == [line["prediction"] for line in Run.open(output).answers()]
+    assert joined == [answer.prediction for answer in Run.open(output).answers()]
 
 
 def test_a_variant_is_what_it_says(carried_out: Path) -> None:

@@ -42,9 +42,9 @@ ALLOWED = {
     "adavtp.evaluation.measurements": set(),
     "adavtp.modeling.costs.model_costs": set(),
     "adavtp.evaluation.runs": set(),
-    "adavtp.evaluation.accuracy": set(),
+    "adavtp.evaluation.answering": set(),
     "adavtp.evaluation.continuations": set(),
-    "adavtp.measure_command": {"rich", "typer"},
+    "adavtp.commands.measure": {"rich", "typer"},
     "adavtp.command_line": {"rich", "typer"},
 }
 

@@ -12,11 +12,10 @@ import torch
 from PIL import Image
 
 from adavtp.evaluation.answering import Scorer, answer, answer_examples, inputs_of, score_together
-from adavtp.evaluation.asked_settings import AskedSetting, asked_settings, reachable_settings
-from adavtp.evaluation.examples import Example
-from adavtp.evaluation.run_results import results, unfinished
-from adavtp.evaluation.runs import Run
-from adavtp.evaluation.settings import Setting
+from adavtp.evaluation.data.examples import Example
+from adavtp.evaluation.runs import Answer, Run
+from adavtp.evaluation.settings import Setting, asked_settings, reachable_settings
+from adavtp.evaluation.summary import evaluation_record, unfinished
 from adavtp.modeling.costs.model_costs import ModelCosts
 from tiny_conversations import QUESTIONS, digit_model, digit_processor, picture
 from tiny_models import NUM_PATCHES, tiny_text_config
@@ -36,8 +35,8 @@ def model(processor: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def settings(model: Any) -> list[AskedSetting]:
-    return asked_settings(model.config, REDUCERS, BUDGETS)
+def settings(model: Any) -> list[Setting]:
+    return asked_settings(NUM_PATCHES, REDUCERS, BUDGETS)
 
 
 def examples_with(*num_images: int) -> list[Example]:
@@ -54,7 +53,7 @@ def examples_with(*num_images: int) -> list[Example]:
 EXAMPLES = examples_with(1, 1, 2, 0, 1, 1, 1)
 
 
-def begun(folder: Path, settings: list[AskedSetting], metric: str = "exact_match", **fields: Any) -> Run:
+def begun(folder: Path, settings: list[Setting], metric: str = "exact_match", **fields: Any) -> Run:
     run = Run.begin(
         folder,
         {
@@ -63,7 +62,7 @@ def begun(folder: Path, settings: list[AskedSetting], metric: str = "exact_match
             "data_hash": "d",
             "metric": metric,
             "max_new_tokens": 4,
-            "settings": [asked.as_dict() for asked in settings],
+            "settings": [{"reducer": one.label, "budget": one.key[1], "num_keep": one.num_keep} for one in settings],
             "unreachable": [],
             "num_patches": NUM_PATCHES,
             "num_examples": len(EXAMPLES),
@@ -76,7 +75,7 @@ def begun(folder: Path, settings: list[AskedSetting], metric: str = "exact_match
 
 
 def answered(
-    model: Any, folder: Path, settings: list[AskedSetting], examples: list[Example] = EXAMPLES, **options: Any
+    model: Any, folder: Path, settings: list[Setting], examples: list[Example] = EXAMPLES, **options: Any
 ) -> Run:
     run = begun(folder, settings)
     options = {"max_new_tokens": 4, "batch_size": 3, "shown": 2} | options
@@ -86,17 +85,17 @@ def answered(
 
 
 @pytest.fixture(scope="module")
-def whole(model: Any, settings: list[AskedSetting], tmp_path_factory: pytest.TempPathFactory) -> Run:
+def whole(model: Any, settings: list[Setting], tmp_path_factory: pytest.TempPathFactory) -> Run:
     return answered(model, tmp_path_factory.mktemp("whole"), settings)
 
 
 def untimed(run: Run) -> list[dict[str, Any]]:
-    return [{name: value for name, value in line.items() if name != "ms"} for line in run.answers()]
+    return [vars(answer) | {"ms": None} for answer in run.answers()]
 
 
 def test_full_runs_once_and_others_where_something_is_left_out(model: Any) -> None:
-    asked = asked_settings(model.config, ["adaptive", "full", "fastv"], [1.0, 0.25, 9, NUM_PATCHES, 0.0])
-    assert [(one.reducer, one.budget, one.num_keep) for one in asked] == [
+    asked = asked_settings(NUM_PATCHES, ["adaptive", "full", "fastv"], [1.0, 0.25, 9, NUM_PATCHES, 0.0])
+    assert [(*one.key, one.num_keep) for one in asked] == [
         ("full", 1.0, 16),
         ("adaptive", 0.25, 4),
         ("adaptive", 9, 9),
@@ -105,34 +104,33 @@ def test_full_runs_once_and_others_where_something_is_left_out(model: Any) -> No
         ("fastv", 9, 9),
         ("fastv", 0.0, 1),
     ]
-    assert [one.reducer for one in asked_settings(model.config, ["adaptive"], [1.0])] == ["full"]
-    assert [one.reducer for one in asked_settings(model.config, ["full"], [])] == ["full"]
-    assert [one.key for one in asked_settings(model.config, ["adaptive"], [0.5])] == [("adaptive", 0.5)]
+    assert [one.label for one in asked_settings(NUM_PATCHES, ["adaptive"], [1.0])] == ["full"]
+    assert [one.label for one in asked_settings(NUM_PATCHES, ["full"], [])] == ["full"]
+    assert [one.key for one in asked_settings(NUM_PATCHES, ["adaptive"], [0.5])] == [("adaptive", 0.5)]
 
 
 def test_an_exact_fraction_keeps_its_share_of_any_number_of_patches() -> None:
     for count, num_patches in product(range(1, 577), (576, 144, 100, 16)):
-        config = SimpleNamespace(num_patches=num_patches)
-        (one,) = asked_settings(config, ["adaptive"], [Fraction(count, 576)])
+        (one,) = asked_settings(num_patches, ["adaptive"], [Fraction(count, 576)])
         expected = max(1, count * num_patches // 576)
         assert one.num_keep == expected
         if expected < num_patches:
-            assert one.budget == count / 576
-            assert one.setting.budget == (expected if expected > 1 else 0.0)
+            assert one.key == ("adaptive", count / 576)
+            assert one.budget == (expected if expected > 1 else 0.0)
         else:
-            assert one.reducer == "full"
+            assert one.label == "full"
 
 
 @pytest.mark.parametrize("budget", [Fraction(3, 2), Fraction(-1, 2), 1.5, 1, -3, math.nan])
 def test_a_budget_that_is_none_is_refused(model: Any, budget: float | Fraction) -> None:
     with pytest.raises(ValueError):
-        asked_settings(model.config, ["adaptive"], [budget])
+        asked_settings(NUM_PATCHES, ["adaptive"], [budget])
     with pytest.raises(ValueError):
-        asked_settings(model.config, ["adaptive"], [])
+        asked_settings(NUM_PATCHES, ["adaptive"], [])
 
 
 def test_what_is_out_of_reach_is_listed_with_its_reason(model: Any, processor: Any) -> None:
-    asked = asked_settings(model.config, ["full", "fastv:layer=2".partition(":")[0], "resampler"], [0.1, 0.9])
+    asked = asked_settings(NUM_PATCHES, ["full", "fastv:layer=2".partition(":")[0], "resampler"], [0.1, 0.9])
     inputs = inputs_of(processor, EXAMPLES[:1])
     reachable, unreachable = reachable_settings(model, inputs, asked)
     assert [one.key for one in reachable] == [("full", 1.0), ("fastv", 0.9)]
@@ -141,51 +139,49 @@ def test_what_is_out_of_reach_is_listed_with_its_reason(model: Any, processor: A
         ("resampler", 0.1),
         ("resampler", 0.9),
     ]
-    assert "cannot go below" in unreachable[0]["reason"] and "trained" in unreachable[1]["reason"]
+    assert "cannot go below" in unreachable[0]["reason"] and "weights to learn" in unreachable[1]["reason"]
     with pytest.raises(ValueError, match="nosuch"):
-        reachable_settings(model, inputs, [AskedSetting("nosuch", 0.5, 8, Setting("nosuch", 0.5))])
+        reachable_settings(model, inputs, [Setting("nosuch", 0.5)])
 
 
 def test_every_line_says_what_the_model_says_when_it_is_asked_alone(
-    model: Any, processor: Any, whole: Run, settings: list[AskedSetting]
+    model: Any, processor: Any, whole: Run, settings: list[Setting]
 ) -> None:
     lines = whole.answers()
-    assert [(line["reducer"], line["budget"], line["index"]) for line in lines] == [
-        (*asked.key, index) for asked in settings for index in range(len(EXAMPLES))
-    ]
+    assert [one.key for one in lines] == [(*asked.key, index) for asked in settings for index in range(len(EXAMPLES))]
     by_label = {asked.key: asked for asked in settings}
     end, num_layers = model.generation_config.eos_token_id, model.config.text_config.num_hidden_layers
     for line in lines:
-        example, asked = EXAMPLES[line["index"]], by_label[line["reducer"], line["budget"]]
-        assert (line["id"], line["question"], line["category"]) == (example.id, example.question, example.category)
-        assert line["num_keep"] == {1.0: 16, 0.5: 8, 9: 9}[line["budget"]]
+        example, asked = EXAMPLES[line.index], by_label[line.setting]
+        assert (line.id, line.question, line.category) == (example.id, example.question, example.category)
+        assert line.num_keep == {1.0: 16, 0.5: 8, 9: 9}[line.budget]
         inputs = inputs_of(processor, [example])
-        arguments = asked.setting.arguments()
+        arguments = asked.arguments()
         output = model.generate(**inputs, **arguments, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
         new = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
         new = new[: new.index(end) + 1] if end in new else new
-        assert line["new_tokens"] == len(new)
-        assert line["prediction"] == processor.decode(new, skip_special_tokens=True).strip()
-        assert line["score"] == float(line["prediction"] in ("red", "7"))
+        assert line.new_tokens == len(new)
+        assert line.prediction == processor.decode(new, skip_special_tokens=True).strip()
+        assert line.score == float(line.prediction in ("red", "7"))
         placeholders = int((inputs["input_ids"] == model.config.image_token_id).sum())
-        assert line["text_tokens"] == inputs["input_ids"].shape[1] - placeholders
+        assert line.text_tokens == inputs["input_ids"].shape[1] - placeholders
         assert placeholders == NUM_PATCHES * len(example.images)
         if not example.images:
-            assert line["visual_tokens"] == 0
-        elif line["reducer"] == "fastv:layer=1":
+            assert line.visual_tokens == 0
+        elif line.reducer == "fastv:layer=1":
             # The mean over layers is exact: layer 0 sees all, and the others share what is left of 3 K.
             depth = output["selection"].depth
-            assert line["visual_tokens"] == pytest.approx(depth.sum().item() / num_layers / len(depth))
-            assert line["visual_tokens"] == pytest.approx(line["num_keep"], abs=1 / num_layers)
+            assert line.visual_tokens == pytest.approx(depth.sum().item() / num_layers / len(depth))
+            assert line.visual_tokens == pytest.approx(line.num_keep, abs=1 / num_layers)
         else:
-            assert line["visual_tokens"] == line["num_keep"]
-        counted = ModelCosts.of(model.config).of_selection(output["selection"], line["text_tokens"], **arguments)
-        assert line["flops"] == counted.with_new_tokens(len(new))
-        assert line["ms"] > 0
+            assert line.visual_tokens == line.num_keep
+        counted = ModelCosts.of(model.config).of_selection(output["selection"], line.text_tokens, **arguments)
+        assert line.flops == counted.with_new_tokens(len(new))
+        assert line.ms > 0
 
 
 def test_costs_differ_with_what_is_kept_the_text_and_the_answer(whole: Run) -> None:
-    flops = {(line["reducer"], line["budget"], line["index"]): line["flops"] for line in whole.answers()}
+    flops = {one.key: one.flops for one in whole.answers()}
     assert flops["full", 1.0, 2] > 1.5 * flops["full", 1.0, 0]
     assert flops["adaptive", 0.5, 0] < flops["adaptive", 9, 0] < flops["full", 1.0, 0] * 1.3
     assert flops["full", 1.0, 3] < 0.5 * flops["full", 1.0, 0]
@@ -202,7 +198,7 @@ def test_time_is_that_of_generate_alone(model: Any, processor: Any, monkeypatch:
 
 @pytest.mark.parametrize("stop_after", [0, 1, 5, 9])
 def test_an_interrupted_run_goes_on_without_repeating_or_losing_an_answer(
-    model: Any, settings: list[AskedSetting], whole: Run, tmp_path: Path, stop_after: int
+    model: Any, settings: list[Setting], whole: Run, tmp_path: Path, stop_after: int
 ) -> None:
     def interrupted(units: list[Any]) -> Any:
         for number, unit in enumerate(units):
@@ -225,15 +221,14 @@ def test_an_interrupted_run_goes_on_without_repeating_or_losing_an_answer(
 
     run = answered(model, tmp_path, settings, progress=noted)
     assert untimed(run) == untimed(whole)
-    assert len(run.lines.path.read_text().splitlines()) == len(settings) * len(EXAMPLES)
-    assert run.kept() == whole.kept()
+    assert len(run.path.read_text().splitlines()) == len(settings) * len(EXAMPLES)
     num_units = len(settings) * math.ceil(len(EXAMPLES) / 3)
     assert len(asked_again) == num_units - max(stop_after - 1, 0)
 
 
 @pytest.mark.parametrize(("begun_by", "finished_by"), [(2, 2), (2, 1), (1, 3)])
 def test_any_number_of_processes_leaves_the_same_answers(
-    model: Any, settings: list[AskedSetting], whole: Run, tmp_path: Path, begun_by: int, finished_by: int
+    model: Any, settings: list[Setting], whole: Run, tmp_path: Path, begun_by: int, finished_by: int
 ) -> None:
     run = begun(tmp_path, settings)
     options = {"max_new_tokens": 4, "batch_size": 3, "shown": 2}
@@ -252,35 +247,36 @@ def test_any_number_of_processes_leaves_the_same_answers(
     assert len(written) == len(settings) * len(EXAMPLES)
     run.merge()
     assert untimed(run) == untimed(whole)
-    assert run.kept() == whole.kept()
 
 
 def test_settings_that_an_interruption_left_unfinished_are_named_and_left_out(
-    model: Any, settings: list[AskedSetting], tmp_path: Path
+    model: Any, settings: list[Setting], tmp_path: Path
 ) -> None:
     answered(model, tmp_path, settings[:2])
     run = begun(tmp_path, settings)
-    run.lines.append([{"reducer": settings[2].reducer, "budget": settings[2].budget, "index": 0}])
-    assert [(row.reducer, row.budget) for row in results(run)] == [asked.key for asked in settings[:2]]
+    run.append([answered_by(settings[2], 0, 1.0)])
+    assert [(row["reducer"], row["budget"]) for row in evaluation_record(run)["rows"]] == [
+        asked.key for asked in settings[:2]
+    ]
     missing = [(asked["reducer"], asked["budget"], number) for asked, number in unfinished(run)]
     assert missing == [(*settings[2].key, 1), *[(*asked.key, 0) for asked in settings[3:]]]
 
 
 def test_pictures_and_kept_patches_of_the_first_examples(
-    model: Any, processor: Any, whole: Run, settings: list[AskedSetting]
+    model: Any, processor: Any, whole: Run, settings: list[Setting]
 ) -> None:
     assert {path.name for path in (whole.folder / "pictures").glob("*.png")} == {"0.png", "1.png"}
     for index in (0, 1):
         seen = Image.open(whole.picture(index)).convert("RGB")
         assert seen.size == EXAMPLES[index].images[0].size
         assert (torch.tensor(seen.getdata()) - torch.tensor(EXAMPLES[index].images[0].getdata())).abs().max() <= 1
-    kept = whole.kept()
-    assert set(kept) == {(index, *asked.key) for asked in settings for index in (0, 1)}
+    kept = {one.key: one.layers_seen for one in whole.answers() if one.layers_seen is not None}
+    assert set(kept) == {(*asked.key, index) for asked in settings for index in (0, 1)}
     for asked in settings:
         inputs = inputs_of(processor, EXAMPLES[1:2])
-        selection = model.select_tokens(**inputs, **asked.setting.arguments())
+        selection = model.select_tokens(**inputs, **asked.arguments())
         expected = 3 * selection.keep[0].long() if selection.depth is None else selection.depth[0]
-        assert kept[(1, *asked.key)] == expected.tolist()
+        assert kept[*asked.key, 1] == expected.tolist()
 
 
 def test_an_image_that_cannot_be_decoded_is_named_by_its_example(processor: Any, tmp_path: Path) -> None:
@@ -305,52 +301,47 @@ def test_conversations_are_asked_as_they_are(processor: Any) -> None:
     assert inputs_of(processor, [alone])["input_ids"].tolist() == inputs_of(processor, [plain])["input_ids"].tolist()
 
 
-def line(setting: AskedSetting, index: int, score: float, **fields: Any) -> dict[str, Any]:
-    return {
-        "index": index,
-        "reducer": setting.reducer,
-        "budget": setting.budget,
-        "score": score,
-        "category": ["odd", "even"][index % 2],
-        "visual_tokens": 4.0,
-        "text_tokens": index,
-        "flops": 10.0 * index,
-        "ms": float(index),
-    } | fields
+def answered_by(setting: Setting, index: int, score: float) -> Answer:
+    return Answer(
+        *(index, f"q{index}", *setting.key, "is it ?", ["yes"], "yes", score, ["odd", "even"][index % 2]),
+        **{"num_keep": setting.num_keep, "visual_tokens": 4.0, "text_tokens": index, "new_tokens": 1},
+        **{"flops": 10.0 * index, "ms": float(index)},
+    )
 
 
-def test_results_are_means_with_wilson_s_interval(tmp_path: Path, settings: list[AskedSetting]) -> None:
+def test_results_are_means_with_wilson_s_interval(tmp_path: Path, settings: list[Setting]) -> None:
     unreachable = [{"reducer": "fastv", "budget": 0.1, "reason": "too low"}]
     run = begun(tmp_path, settings[:2], unreachable=unreachable, num_examples=4)
-    run.lines.append([line(settings[0], index, float(index < 3)) for index in range(4)])
-    run.lines.append([line(settings[1], index, 1.0) for index in range(4)])
-    first, second, refused = results(run)
+    run.append([answered_by(settings[0], index, float(index < 3)) for index in range(4)])
+    run.append([answered_by(settings[1], index, 1.0) for index in range(4)])
+    record = evaluation_record(run)
+    first, second = record["rows"]
     # Wilson's interval of 3 of 4 at 95%.
     z, n, p = 1.959964, 4, 0.75
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    assert (first.accuracy_low, first.accuracy_high) == pytest.approx(
+    assert (first["accuracy_low"], first["accuracy_high"]) == pytest.approx(
         ((middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)), abs=1e-5
     )
-    assert (first.reducer, first.accuracy, first.milliseconds, first.flops) == ("full", 0.75, 1.5, 15.0)
-    assert first.accuracy_by_kind == {"even": 0.5, "odd": 1.0}
-    assert (first.visual_tokens, first.decoder_tokens) == (4.0, 5.5)
-    assert (second.accuracy, second.accuracy_high) == (1.0, 1.0)
-    assert (refused.reducer, refused.num_keep, refused.unreachable, refused.accuracy) == ("fastv", 1, "too low", None)
+    assert [first[name] for name in ("reducer", "accuracy", "milliseconds", "flops")] == ["full", 0.75, 1.5, 15.0]
+    assert first["accuracy_by_kind"] == {"even": 0.5, "odd": 1.0}
+    assert (first["visual_tokens"], first["decoder_tokens"]) == (4.0, 5.5)
+    assert (second["accuracy"], second["accuracy_high"]) == (1.0, 1.0)
+    assert record["unreachable"] == unreachable
 
 
-def test_scores_between_right_and_wrong_get_a_bootstrap_interval(tmp_path: Path, settings: list[AskedSetting]) -> None:
+def test_scores_between_right_and_wrong_get_a_bootstrap_interval(tmp_path: Path, settings: list[Setting]) -> None:
     run = begun(tmp_path, settings[:1], num_examples=100)
     scores = [0.3] * 50 + [0.9] * 50
-    run.lines.append([line(settings[0], index, score) for index, score in enumerate(scores)])
-    (only,) = results(run)
+    run.append([answered_by(settings[0], index, score) for index, score in enumerate(scores)])
+    (only,) = evaluation_record(run)["rows"]
     # The mean of 100 draws has a standard deviation of 0.3 / 10.
-    assert only.accuracy == pytest.approx(0.6)
-    assert only.accuracy_low == pytest.approx(0.6 - 1.96 * 0.03, abs=0.006)
-    assert only.accuracy_high == pytest.approx(0.6 + 1.96 * 0.03, abs=0.006)
+    assert only["accuracy"] == pytest.approx(0.6)
+    assert only["accuracy_low"] == pytest.approx(0.6 - 1.96 * 0.03, abs=0.006)
+    assert only["accuracy_high"] == pytest.approx(0.6 + 1.96 * 0.03, abs=0.006)
 
 
 def test_a_metric_of_all_answers_together_scores_them_at_the_end(
-    model: Any, processor: Any, settings: list[AskedSetting], tmp_path: Path
+    model: Any, processor: Any, settings: list[Setting], tmp_path: Path
 ) -> None:
     from adavtp.evaluation.metric_modules import score_examples
 
@@ -358,16 +349,16 @@ def test_a_metric_of_all_answers_together_scores_them_at_the_end(
     options = {"max_new_tokens": 4, "batch_size": 3}
     answer_examples(model, processor, EXAMPLES, settings[:2], run, Scorer("cider"), **options)
     run.merge()
-    assert {line["score"] for line in run.answers()} == {None}
+    assert {one.score for one in run.answers()} == {None}
     score_together(run, Scorer("cider"), EXAMPLES)
     for asked in settings[:2]:
-        own = [line for line in run.answers() if line["reducer"] == asked.reducer]
-        predictions = [line["prediction"] for line in own]
-        assert [line["score"] for line in own] == score_examples("cider", predictions, [["red", "7"]] * len(EXAMPLES))
+        own = [one for one in run.answers() if one.reducer == asked.label]
+        predictions = [one.prediction for one in own]
+        assert [one.score for one in own] == score_examples("cider", predictions, [["red", "7"]] * len(EXAMPLES))
 
 
 def test_a_metric_that_needs_choices_says_whose_are_missing(
-    model: Any, settings: list[AskedSetting], tmp_path: Path
+    model: Any, settings: list[Setting], tmp_path: Path
 ) -> None:
     run = begun(tmp_path, settings[:1], metric="multiple_choice")
     with pytest.raises(ValueError, match="'q0' has no choices"):

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from adavtp.evaluation.benchmark_formats import BENCHMARKS, read_benchmark
-from adavtp.evaluation.data_names import read_data
-from adavtp.evaluation.examples import Example
+from adavtp.evaluation.data.benchmarks import BENCHMARKS, read_benchmark
+from adavtp.evaluation.data.examples import Example
+from adavtp.evaluation.data.names import read_data
 
 SHORT = "\nAnswer the question using a single word or phrase."
 INSUFFICIENT = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."

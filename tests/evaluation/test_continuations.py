@@ -11,8 +11,7 @@ from PIL import Image
 from adavtp import AdaVTPForConditionalGeneration, AdaVTPProcessor
 from adavtp.commands.console import reference_checkpoint
 from adavtp.evaluation.continuations import generate_continuations, score_continuations
-from adavtp.evaluation.settings import Setting
-from adavtp.evaluation.written_settings import budget_of_text, reducer_of_text
+from adavtp.evaluation.settings import Setting, budget_of_text, reducer_of_text
 from repository import ROOT
 
 SCENE = ROOT / "docs" / "scene.png"

@@ -9,8 +9,8 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PILImage
 
-from adavtp.evaluation.data_names import read_data
-from adavtp.evaluation.examples import ConversationExamples, EvaluationData, Example
+from adavtp.evaluation.data.examples import ConversationExamples, EvaluationData, Example
+from adavtp.evaluation.data.names import read_data
 
 
 def picture(colour: int) -> PILImage.Image:

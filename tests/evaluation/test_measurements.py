@@ -10,13 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import typer
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 from typer.testing import CliRunner
 
 import latency
 from adavtp import AdaVTPForConditionalGeneration
-from adavtp.commands.measure import measure as measure_command
+from adavtp.command_line import app
 from adavtp.evaluation.measurements import (
     Measurement,
     Timing,
@@ -30,7 +29,7 @@ from adavtp.evaluation.measurements import (
     summary_of_repeats,
     time_generation,
 )
-from adavtp.evaluation.settings import Setting, reason_unreachable, reducer_label
+from adavtp.evaluation.settings import Setting, reducer_label
 from adavtp.modeling.costs.model_costs import ModelCosts
 from adavtp.modeling.reducers.fastv import FastVReducer
 from tiny_models import EOS_TOKEN_ID, tiny_batch, tiny_model, tiny_text_config
@@ -240,15 +239,15 @@ def test_the_model_is_left_as_it_was(budget: float) -> None:
     reducers, modules = model.config.to_dict(), dict(model.model.reducers.items())
     modes = {name: module.training for name, module in model.named_modules()}
     weights = list(model.state_dict())
-    settings = [("full", 1.0), ("resampler", 0.5), ({"name": "fastv", "layer": None}, budget)]
+    settings = [("full", 1.0), ("visionzip", 0.5), ({"name": "fastv", "layer": None}, budget)]
     batch = tiny_batch(model.config)
     if budget == 0.1:
         with pytest.raises(ValueError, match="'fastv' cannot go below"):
             measure(model, batch, settings, new_tokens=2, repeats=1)
-        assert "'fastv' cannot go below" in reason_unreachable(model, batch, Setting(*settings[-1]))
+        assert "'fastv' cannot go below" in Setting(*settings[-1]).unreachable(model, batch)
     else:
         measure(model, batch, settings, new_tokens=2, repeats=1)
-        assert reason_unreachable(model, batch, Setting(*settings[-1])) is None
+        assert Setting(*settings[-1]).unreachable(model, batch) is None
     assert model.config.to_dict() == reducers
     assert dict(model.model.reducers.items()) == modules
     assert list(model.state_dict()) == weights
@@ -369,11 +368,9 @@ def test_a_gpu_is_measured_by_its_own_events_and_allocator(model: AdaVTPForCondi
 
 
 def run(*arguments: str, exit_code: int = 0) -> str:
-    app = typer.Typer()
-    app.command()(measure_command)
-    result = CliRunner().invoke(app, list(arguments))
+    result = CliRunner().invoke(app, ["measure", *arguments])
     assert result.exit_code == exit_code, result.output
-    return result.output
+    return result.stdout
 
 
 def test_the_command_measures_the_reference_checkpoint() -> None:

@@ -2,19 +2,20 @@
 
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
-from adavtp.commands.report import report
-from adavtp.evaluation.report import compared_checkpoints, report_markdown, unit_of
-from adavtp.evaluation.report_curves import save_curves
-from adavtp.evaluation.report_findings import Finding, findings, findings_over_checkpoints
-from adavtp.evaluation.report_numbers import join_runs, report_numbers
+from adavtp.command_line import app
+from adavtp.evaluation.report.curves import save_curves
+from adavtp.evaluation.report.findings import agreement_of_checkpoints, lead, statistics_in_short
+from adavtp.evaluation.report.joined import join_runs
+from adavtp.evaluation.report.markdown import report_markdown
+from adavtp.evaluation.report.numbers import report_numbers
+from adavtp.evaluation.report.sections import compared_checkpoints
+from adavtp.evaluation.report.tables import unit_of
 from adavtp.evaluation.runs import Run
 from run_folders import FULL_FLOPS, measurement, write_run
 
@@ -293,67 +294,83 @@ def test_another_reducer_may_be_the_one_to_compare_with(folder: Path) -> None:
 # Sentences.
 
 
-def sentences(found: Sequence[Finding]) -> list[str]:
-    return [line for one in found for line in (one.text, *one.details)]
+def checkpoint_with(tmp_path: Path, scores: dict[tuple[str, float | int], list[float]], **how: Any) -> dict[str, Any]:
+    return numbers_of(write_run(tmp_path, scores, **how))["checkpoints"][0]
 
 
-def found_with(tmp_path: Path, adaptive: list[float], random: list[float]) -> list[str]:
-    scores = {("adaptive", 0.5): adaptive, ("random", 0.5): random}
-    return sentences(findings(numbers_of(write_run(tmp_path, scores))["checkpoints"][0]))
+def test_the_finding_stands_first_in_plain_words(numbers: dict[str, Any], checkpoint: dict[str, Any]) -> None:
+    text = (
+        "At 25% of the visual tokens the controller (`adaptive`) answers 90.0% right, the best control (`grid`) "
+        "55.0% and the model with all tokens 95.0%."
+    )
+    assert lead(checkpoint) == text
+    assert report_markdown(numbers).startswith(f"# A title\n\n{text}\n\n![")
 
 
-def test_sentences_follow_the_numbers_when_they_are_turned_round(tmp_path: Path) -> None:
-    above = found_with(tmp_path / "above", right(37), right(20))
-    below = found_with(tmp_path / "below", right(20), right(37))
-    even = found_with(tmp_path / "even", right(37), right(36))
-    assert "K = 8: the highest score of 2 measured is 92.5%, of `adaptive`." in above
-    assert "K = 8: the highest score of 2 measured is 92.5%, of `random`." in below
-    assert "Above the best control, `random`: `adaptive` (1 of 1 also after Holm's correction)." in above
-    assert "Below the best control, `random`: `adaptive` (1 of 1 also after Holm's correction)." in below
-    assert "Below `adaptive`: `random` (1 of 1 also after Holm's correction)." in above
-    assert "Above `adaptive`: `random` (1 of 1 also after Holm's correction)." in below
-    assert "Not told apart from the best control, `random`: `adaptive`." in even
-    assert not any(line.startswith(("Above", "Below")) for line in even)
+@pytest.mark.parametrize(
+    ("controller", "fastv", "said"),
+    [
+        (right(37), right(20), "`adaptive` is better than `fastv` beyond chance"),
+        (right(20), right(37), "`fastv` is better than `adaptive` beyond chance"),
+        (right(37), right(36), "The answers do not tell `adaptive` and `fastv` apart."),
+    ],
+)
+def test_the_finding_follows_the_numbers_when_they_are_turned_round(
+    tmp_path: Path, controller: list[float], fastv: list[float], said: str
+) -> None:
+    scores = {("adaptive", 0.5): controller, ("fastv", 0.5): fastv, ("own", 0.5): right(40)}
+    text = lead(checkpoint_with(tmp_path / "run", scores))
+    first, second = (f"{100 * sum(own) / NUM_EXAMPLES:.1f}%" for own in (controller, fastv))
+    assert text.startswith(f"At 50% of the visual tokens the controller (`adaptive`) answers {first} right")
+    assert f" right and the best published method (`fastv`) {second}." in text and said in text
+
+
+def test_a_finding_needs_no_controller_and_no_control(tmp_path: Path) -> None:
+    text = lead(checkpoint_with(tmp_path / "run", {("tome", 0.5): right(30), ("own", 0.5): right(20)}))
+    assert text == "At 50% of the visual tokens `tome` answers 75.0% right and the best other method (`own`) 50.0%."
+    everything = lead(checkpoint_with(tmp_path / "full", {("full", 1.0): right(30)}))
+    assert everything == "With all tokens the score is 75.0%; nothing else was measured."
+
+
+def test_statistics_say_how_many_are_on_which_side(tmp_path: Path) -> None:
+    above, below, even = (
+        statistics_in_short(checkpoint_with(tmp_path / name, {("adaptive", 0.5): own, ("random", 0.5): other}))[0]
+        for name, own, other in (
+            ("above", right(37), right(20)),
+            ("below", right(20), right(37)),
+            ("even", right(37), right(36)),
+        )
+    )
+    assert above == (
+        "K = 8: highest of 2 is `adaptive` with 92.5%; beside `adaptive`: 0 above, 1 below (1 after Holm's "
+        "correction), 0 not told apart; beside the best control, `random`: 1 above (1 after Holm's correction), "
+        "0 below, 0 not told apart."
+    )
+    assert "`random` with 92.5%" in below and "beside `adaptive`: 1 above (1 after Holm's" in below
+    assert even.count("0 above, 0 below, 1 not told apart") == 2
 
 
 def test_what_only_a_single_interval_tells_apart_is_said_to_be_that(tmp_path: Path) -> None:
     """5 answers better and none worse: the interval leaves out 0, and the exact test has p = 1/16."""
-    found = found_with(tmp_path / "run", right(25), right(20))
-    assert "Above the best control, `random`: `adaptive` (0 of 1 also after Holm's correction)." in found
-
-
-def test_every_reducer_is_said_to_be_on_exactly_one_side(checkpoint: dict[str, Any]) -> None:
-    (at_8,) = [one for one in findings(checkpoint) if one.text.startswith("K = 8:")]
-    full = [line for line in at_8.details if "everything kept" in line]
-    named = re.findall(r"`([^`]+)`", " ".join(full))
-    assert sorted(named) == ["adaptive", "fastv:layer=2", "grid", "random"]
+    (line,) = statistics_in_short(
+        checkpoint_with(tmp_path / "run", {("adaptive", 0.5): right(25), ("random", 0.5): right(20)})
+    )
+    assert "beside the best control, `random`: 1 above (0 after Holm's correction)" in line
 
 
 def test_without_a_control_that_is_said(tmp_path: Path) -> None:
-    (one,) = numbers_of(write_run(tmp_path / "run", {("adaptive", 0.5): right(3)}))["checkpoints"]
-    assert "No control (`random`, `grid`, `downsample`) was measured." in sentences(findings(one))[0]
+    (line,) = statistics_in_short(checkpoint_with(tmp_path / "run", {("adaptive", 0.5): right(3)}))
+    assert "no control was measured" in line
 
 
-def test_the_largest_area_stands_beside_what_is_not_told_apart_from_it(checkpoint: dict[str, Any]) -> None:
-    narrow = [one for one in findings(checkpoint) if one.text.startswith("Area")][0]
-    assert (
-        narrow.text
-        == "Area under the score-FLOPs curve, 4 reducers: the largest is that of `adaptive`, `fastv:layer=2`."
-    )
-    assert narrow.details == [
-        "Told apart below `adaptive`: `random`, `grid`.",
-    ]
-
-
-def test_a_control_with_the_largest_area_is_called_one(tmp_path: Path) -> None:
+def test_the_largest_area_stands_beside_what_is_not_told_apart_from_it(
+    checkpoint: dict[str, Any], tmp_path: Path
+) -> None:
+    text = "Area under the score-FLOPs curve, 4 reducers: the largest is that of"
+    assert f"{text} `adaptive`, `fastv:layer=2`." in statistics_in_short(checkpoint)
     scores = {key: wrong(sum(map(int, own))) if key[0] != "full" else own for key, own in SCORES.items()}
-    found = findings(numbers_of(write_run(tmp_path / "run", scores))["checkpoints"][0])
-    (area,) = [one for one in found if one.text.startswith("Area under the score-FLOPs curve, 4 reducers")]
-    assert area.text.endswith("the largest is that of `grid` (control).")
-    assert area.details == [
-        "Not told apart from `grid`: `random`.",
-        "Told apart below `grid`: `fastv:layer=2`, `adaptive`.",
-    ]
+    turned = statistics_in_short(checkpoint_with(tmp_path / "run", scores))
+    assert f"{text} `grid` (control); not told apart from it: `random`." in turned
 
 
 # Several checkpoints.
@@ -384,7 +401,7 @@ def test_the_order_of_methods_is_compared_by_kendalls_tau(over_two: dict[str, An
 
 
 def test_what_holds_for_every_checkpoint_is_said_of_all(over_two: dict[str, Any]) -> None:
-    found = sentences(findings_over_checkpoints(over_two["over_checkpoints"][0], over_two["checkpoints"]))
+    found = agreement_of_checkpoints(over_two["over_checkpoints"][0], over_two["checkpoints"])
     at_8 = [line for line in found if line.startswith("K = 8: below `adaptive` in each of the 2 checkpoints")]
     assert len(at_8) == 1 and at_8[0].endswith(": `random`.")
 
@@ -457,7 +474,7 @@ def test_units_follow_the_largest_value() -> None:
 def test_the_same_numbers_draw_the_same_file(tmp_path: Path, numbers: dict[str, Any]) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        save_curves(numbers, tmp_path / name)
+        save_curves(numbers["checkpoints"], tmp_path / name / "curves.svg", tmp_path / name / "curves.png")
     first, second = ((tmp_path / name / "curves.svg").read_bytes() for name in ("a", "b"))
     assert first == second
     assert b"<dc:date>" not in first
@@ -467,7 +484,7 @@ def test_the_same_numbers_draw_the_same_file(tmp_path: Path, numbers: dict[str, 
 def test_every_reducer_is_named_in_the_curves_and_controls_are_called_so(
     tmp_path: Path, numbers: dict[str, Any]
 ) -> None:
-    save_curves(numbers, tmp_path)
+    save_curves(numbers["checkpoints"], tmp_path / "curves.svg")
     words = re.findall(r">([^<>]+)</text>", (tmp_path / "curves.svg").read_text())
     for label in ("adaptive", "fastv:layer=2", "random (control)", "grid (control)", "everything kept"):
         assert label in words
@@ -477,7 +494,7 @@ def test_every_reducer_is_named_in_the_curves_and_controls_are_called_so(
 def test_many_reducers_are_drawn_by_stage(tmp_path: Path) -> None:
     names = ["tome", "dynamicvit", "visionzip", "prumerge", "pool", "dart", "divprune", "cdpruner", "fastv", "vtw"]
     scores = {(name, 0.5): right(20 + place) for place, name in enumerate([*names, "adaptive", "random"])}
-    save_curves(numbers_of(write_run(tmp_path / "run", scores)), tmp_path)
+    save_curves(numbers_of(write_run(tmp_path / "run", scores))["checkpoints"], tmp_path / "curves.svg")
     words = re.findall(r">([^<>]+)</text>", (tmp_path / "curves.svg").read_text())
     stages = [word for word in words if word.startswith("stage: ")]
     assert stages == ["stage: encoder", "stage: vision", "stage: projector", "stage: decoder"]
@@ -488,9 +505,7 @@ def test_many_reducers_are_drawn_by_stage(tmp_path: Path) -> None:
 
 
 def run_command(*arguments: str | Path) -> Any:
-    app = typer.Typer()
-    app.command()(report)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, ["report", *map(str, arguments)])
 
 
 def test_the_command_writes_tables_curves_numbers_and_a_page(tmp_path: Path, folder: Path) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from adavtp.evaluation.report import Table, report_sections
-from adavtp.evaluation.report_numbers import join_runs, report_numbers
-from adavtp.evaluation.report_page import report_page
+from adavtp.evaluation.report.blocks import Table
+from adavtp.evaluation.report.joined import join_runs
+from adavtp.evaluation.report.numbers import report_numbers
+from adavtp.evaluation.report.page import report_page, viewed_examples
+from adavtp.evaluation.report.sections import report_sections
 from adavtp.evaluation.runs import Run
 from run_folders import NUM_LAYERS, NUM_PATCHES, write_run
 
@@ -56,7 +58,8 @@ class Page(HTMLParser):
 def page_of(*folders: Path) -> tuple[str, dict[str, Any]]:
     measured = join_runs([Run.open(folder) for folder in folders])
     numbers = report_numbers(measured, None, "Accuracy & <FLOPs>", "adavtp report RUN")
-    return report_page(numbers, measured, SVG), numbers
+    viewed = [viewed_examples(*pair) for pair in zip(measured, numbers["checkpoints"], strict=True)]
+    return report_page(numbers, viewed, SVG), numbers
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +166,8 @@ def test_the_first_examples_are_shown_with_every_answer(viewed: dict[str, Any]) 
 
 
 def test_kept_patches_are_those_of_the_run(viewed: dict[str, Any], folder: Path) -> None:
-    lines = [json.loads(line) for line in (folder / "pictures" / "kept.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["layers_seen"]]
     shown = {(one["reducer"], index): one for index in range(3) for one in viewed["examples"][index]["answered"]}
     assert len(lines) == len(shown) == 9
     for line in lines:
@@ -190,9 +194,10 @@ def test_pictures_may_come_from_another_run_of_the_same(tmp_path: Path, folder: 
 
 def test_patches_that_are_no_square_are_not_drawn(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", {("adaptive", 0.25): [1.0, 0.0]}, shown=1)
-    line = json.loads((folder / "pictures" / "kept.jsonl").read_text())
+    first, second = (folder / "answers.jsonl").read_text().splitlines()
+    line = json.loads(first)
     line["layers_seen"] += line["layers_seen"]
-    (folder / "pictures" / "kept.jsonl").write_text(json.dumps(line) + "\n")
+    (folder / "answers.jsonl").write_text(json.dumps(line) + "\n" + second + "\n")
     (text,) = [text for text in Page(page_of(folder)[0]).text["script"] if text.startswith("{")]
     assert json.loads(text)["checkpoints"][0]["examples"][0]["answered"][0]["layers"] is None
 

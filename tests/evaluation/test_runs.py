@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from adavtp.evaluation.runs import Run, SharedLines, unanswered
+from adavtp.evaluation.runs import Answer, Run, unanswered
 
 SETTINGS = [
     {"reducer": "full", "budget": 1.0, "num_keep": 16},
@@ -29,8 +29,13 @@ def header(**fields: Any) -> dict[str, Any]:
     } | fields
 
 
-def line(setting: int, index: int, **fields: Any) -> dict[str, Any]:
-    return {"index": index, "reducer": SETTINGS[setting]["reducer"], "budget": SETTINGS[setting]["budget"]} | fields
+def answer(setting: int, index: int, prediction: str = "yes", layers_seen: list[int] | None = None) -> Answer:
+    asked = SETTINGS[setting]
+    return Answer(
+        *(index, f"q{index}", asked["reducer"], asked["budget"], "Is it?", ["yes"], prediction, 1.0, None),
+        **{"num_keep": asked["num_keep"], "visual_tokens": 8.0, "text_tokens": 3, "new_tokens": 2, "flops": 1e9},
+        **{"ms": 1.5, "layers_seen": layers_seen},
+    )
 
 
 def begun(folder: Path, **fields: Any) -> Run:
@@ -42,73 +47,74 @@ def begun(folder: Path, **fields: Any) -> Run:
 
 def test_answers_come_in_the_order_of_settings_and_examples_whoever_wrote_them(tmp_path: Path) -> None:
     run = begun(tmp_path)
-    run.lines.append([line(2, 1), line(0, 1)], process=1)
-    run.lines.append([line(1, 0), line(0, 0)], process=0)
-    expected = [line(0, 0), line(0, 1), line(1, 0), line(2, 1)]
+    run.append([answer(2, 1), answer(0, 1)], process=1)
+    run.append([answer(1, 0), answer(0, 0)], process=0)
+    expected = [answer(0, 0), answer(0, 1), answer(1, 0), answer(2, 1)]
     assert Run.open(tmp_path).answers() == expected
     run.merge()
-    assert [json.loads(text) for text in (tmp_path / "answers.jsonl").read_text().splitlines()] == expected
+    lines = [Answer(**json.loads(text)) for text in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert lines == expected
     assert [path.name for path in tmp_path.glob("*.jsonl")] == ["answers.jsonl"]
-    run.lines.append([line(1, 1)], process=1)
-    assert Run.open(tmp_path).answers() == [*expected[:3], line(1, 1), expected[3]]
+    run.append([answer(1, 1)], process=1)
+    assert Run.open(tmp_path).answers() == [*expected[:3], answer(1, 1), expected[3]]
 
 
 @pytest.mark.parametrize("length", range(1, 30, 4))
 def test_a_line_that_was_cut_off_is_asked_again_and_no_other(tmp_path: Path, length: int) -> None:
     run = begun(tmp_path)
-    run.lines.append([line(0, 0), line(0, 1)])
+    run.append([answer(0, 0), answer(0, 1)])
     own = next(tmp_path.glob("answers_*"))
-    own.write_text(own.read_text() + (json.dumps(line(0, 2)) + "\n")[:length])
+    own.write_text(own.read_text() + (json.dumps(vars(answer(0, 2))) + "\n")[:length])
     again = begun(tmp_path)
     assert again.done() == {("full", 1.0, 0), ("full", 1.0, 1)}
-    again.lines.append([line(0, 2)])
-    assert Run.open(tmp_path).answers() == [line(0, 0), line(0, 1), line(0, 2)]
+    again.append([answer(0, 2)])
+    assert Run.open(tmp_path).answers() == [answer(0, 0), answer(0, 1), answer(0, 2)]
 
 
 def test_whoever_is_killed_while_merging_leaves_every_answer_once(tmp_path: Path) -> None:
     run = begun(tmp_path)
-    run.lines.append([line(0, 0), line(0, 1)])
+    run.append([answer(0, 0), answer(0, 1)])
     own = next(tmp_path.glob("answers_*"))
     content = own.read_text()
     run.merge()
     # Killed after the merged file was written, and before the other was taken away.
     own.write_text(content)
-    assert Run.open(tmp_path).answers() == [line(0, 0), line(0, 1)]
+    assert Run.open(tmp_path).answers() == [answer(0, 0), answer(0, 1)]
     begun(tmp_path)
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_broken_line_in_the_middle_is_reported_with_its_place(tmp_path: Path) -> None:
     run = begun(tmp_path)
-    run.lines.append([line(0, 0)])
+    run.append([answer(0, 0)])
     own = next(tmp_path.glob("answers_*"))
     own.write_text('{"index": \n' + own.read_text())
     with pytest.raises(ValueError, match=f"{own.name}, line 1"):
         run.answers()
 
 
-def append_for_ever(path: Path, last: Any) -> None:
+def append_for_ever(folder: Path, last: Any) -> None:
     for index in range(10**9):
-        SharedLines(path).append([line(0, index, text="x" * 3000)])
+        Run(folder, header()).append([answer(0, index, prediction="x" * 3000)])
         last.value = index
 
 
 def test_what_was_appended_before_a_kill_is_there(tmp_path: Path) -> None:
-    path, forking = tmp_path / "answers.jsonl", get_context("fork")
+    forking = get_context("fork")
     last = forking.Value("q", -1)
-    process = forking.Process(target=append_for_ever, args=(path, last))
+    process = forking.Process(target=append_for_ever, args=(tmp_path, last))
     process.start()
     while last.value < 50:
         time.sleep(0.01)
     process.kill()
     process.join()
-    indices = [entry["index"] for entry in SharedLines(path).read()]
+    indices = [one.index for one in Run(tmp_path, header()).answers()]
     assert indices == list(range(len(indices))) and last.value <= indices[-1] <= last.value + 1
 
 
 @pytest.mark.parametrize("name", ["checkpoint_hash", "data_hash", "metric", "max_new_tokens"])
 def test_a_folder_of_another_run_is_refused_and_left_as_it_is(tmp_path: Path, name: str) -> None:
-    begun(tmp_path).lines.append([line(0, 0)])
+    begun(tmp_path).append([answer(0, 0)])
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     with pytest.raises(ValueError, match=name) as error:
         Run.begin(tmp_path, header(**{name: "other"}))
@@ -123,17 +129,6 @@ def test_settings_may_be_added_behind_those_that_are_there(tmp_path: Path) -> No
     assert run.header["settings"] == [SETTINGS[1], SETTINGS[2], SETTINGS[0]]
     assert run.header["unreachable"] == []
     assert run.header["command"] == "adavtp evaluate\nadavtp evaluate --more"
-
-
-def test_what_was_kept_is_found_by_example_and_setting(tmp_path: Path) -> None:
-    run = begun(tmp_path)
-    run.kept_lines.append([line(1, 3, layers_seen=[2, 0])], process=1)
-    run.kept_lines.append([line(0, 3, layers_seen=[2, 2])], process=0)
-    expected = {(3, "fastv:layer=1", 8): [2, 0], (3, "full", 1.0): [2, 2]}
-    assert Run.open(tmp_path).kept() == expected
-    run.merge()
-    assert Run.open(tmp_path).kept() == expected
-    assert len((tmp_path / "pictures" / "kept.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
