@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, DynamicCache, StaticCache, StoppingCriteria
+from transformers import AutoConfig, CompileConfig, DynamicCache, StaticCache, StoppingCriteria
 
 from adavtp import AdaVTPForConditionalGeneration, register_reducer
 from adavtp.modeling.decoder.reducer import DecoderReducer
@@ -425,6 +426,24 @@ def test_a_step_of_a_padded_batch_waits_for_the_device_no_oftener_than_the_stock
     stock_operations, stock_waits = last_step(model, batch, 1.0)
     assert waits == stock_waits
     assert operations < 1.1 * stock_operations
+
+
+@pytest.mark.parametrize("positions", ["original", "compact"])
+@pytest.mark.parametrize("images", [(1,), (1, 1)], ids=["alone", "padded"])
+def test_decoding_in_a_static_cache_compiles_in_one_piece(images: tuple[int, ...], positions: str) -> None:
+    model = own_model("llama", positions)
+    batch = tiny_batch(model.config, images, LENGTHS[: len(images)])
+    compilation = CompileConfig(backend="eager", mode=None, fullgraph=True)
+    compilation._compile_all_devices = True
+    compiled = {"cache_implementation": "static", "compile_config": compilation}
+    torch._dynamo.reset()
+    counters.clear()
+    answers = generate(model, batch, token_budget=6, **compiled)
+    num_graphs = counters["stats"]["unique_graphs"]
+    assert 0 < num_graphs <= 2
+    assert torch.equal(answers, generate(model, batch, token_budget=6))
+    assert torch.equal(answers, generate(model, batch, token_budget=6, **compiled))
+    assert counters["stats"]["unique_graphs"] == num_graphs, "the same call compiled again"
 
 
 # -------------------------------------------------------------------------------------------------- who asks, outputs
