@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from adavtp import AdaVTPForConditionalGeneration
 from adavtp.evaluation.measurements import Measurement, measure
 from adavtp.evaluation.settings import FULL, Setting
 from adavtp.modeling.reducers.base import REDUCERS
 from circumstances import circumstances, console, write_json
-from latency import build_model
 from overhead import PRESETS, Shape, configuration, make_inputs
 
 SIZES = {
@@ -53,7 +53,12 @@ def ragged_inputs(shape: Shape, model: torch.nn.Module, batch_size: int) -> dict
 def measure_size(arguments: argparse.Namespace, shape: Shape) -> dict[str, list[Measurement]]:
     """Measures all reducers on a model of one size; by the name of the batch."""
     torch.manual_seed(arguments.seed)
-    model = build_model(configuration(shape), arguments.device, getattr(torch, arguments.dtype))
+    with arguments.device:
+        model = AdaVTPForConditionalGeneration._from_config(
+            configuration(shape), dtype=getattr(torch, arguments.dtype)
+        ).eval()
+    # No row is padded behind an answer, but `generate` warns where no word is named for it.
+    model.generation_config.pad_token_id = 0
     settings = [Setting(FULL), *(Setting(name, BUDGET) for name in arguments.reducers)]
     return {
         name: measure(

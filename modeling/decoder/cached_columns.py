@@ -88,7 +88,9 @@ class CachedColumns:
             room = first_key + num_keys - num_columns
             if not self.has_padding and not room:
                 return None
-            seen = pad(self.until(num_columns)[:, first_key:], (0, room), value=False)[:, None, None]
+            seen = self.until(num_columns)[:, None, None, first_key:]
+            if room:
+                seen = pad(seen, (0, room), value=False)
             return seen if implementation == "sdpa" else torch.where(seen, 0.0, torch.finfo(new.dtype).min).to(new)
         # Given a mask or a length in a tensor, transformers asks the device whether there is padding. We know.
         is_static = cache is not None and isinstance(cache.get_seq_length(number), torch.Tensor)

@@ -4,13 +4,16 @@ The reference, `LayeredReader`, runs the stock layers over one prompt at a time,
 and gives each layer only the columns that it sees. Which these are is worked out here, in plain Python.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from transformers import AutoConfig, DynamicCache, StaticCache
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, CompileConfig, DynamicCache, StaticCache, StoppingCriteria
 
 from adavtp import AdaVTPForConditionalGeneration, register_reducer
 from adavtp.modeling.decoder.reducer import DecoderReducer
@@ -380,6 +383,67 @@ def test_a_cache_that_was_reset_starts_anew() -> None:
     assert torch.equal(generate(model, text, past_key_values=cache), generate(model, text))
     cache.reset()
     assert torch.equal(generate(model, batch, token_budget=BUDGETS, past_key_values=cache), first)
+
+
+# ------------------------------------------------------------------------------------------------- what a step costs
+
+
+class Operations(TorchDispatchMode, StoppingCriteria):
+    """Counts the tensor operations of every step of a generation, and how many of them wait for a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[Counter[str]] = [Counter()]
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.steps[-1][function.name()] += 1
+        return function(*args, **(kwargs or {}))
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.steps.append(Counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def last_step(model: Model, batch: Batch, budget: float | int) -> tuple[int, int]:
+    """Operations of the last decoding step, and waits."""
+    with Operations() as operations:
+        generate(model, batch, token_budget=budget, stopping_criteria=[operations])
+    step = operations.steps[NUM_NEW_TOKENS - 1]
+    return step.total(), step["aten::_local_scalar_dense"]
+
+
+def test_a_step_behind_different_columns_runs_no_more_than_the_stock_forward() -> None:
+    model = model_of()
+    batch = tiny_batch(model.config, (1,), (6,))
+    assert last_step(model, batch, 6) == last_step(model, batch, 1.0)
+
+
+@pytest.mark.parametrize("positions", ["original", "compact"])
+def test_a_step_of_a_padded_batch_waits_for_the_device_no_oftener_than_the_stock_forward(positions: str) -> None:
+    model = model_of("llama", positions)
+    batch = tiny_batch(model.config, (1, 1), (6, 9))
+    operations, waits = last_step(model, batch, 6)
+    stock_operations, stock_waits = last_step(model, batch, 1.0)
+    assert waits == stock_waits
+    assert operations < 1.1 * stock_operations
+
+
+@pytest.mark.parametrize("positions", ["original", "compact"])
+@pytest.mark.parametrize("images", [(1,), (1, 1)], ids=["alone", "padded"])
+def test_decoding_in_a_static_cache_compiles_in_one_piece(images: tuple[int, ...], positions: str) -> None:
+    model = own_model("llama", positions)
+    batch = tiny_batch(model.config, images, LENGTHS[: len(images)])
+    compilation = CompileConfig(backend="eager", mode=None, fullgraph=True)
+    compilation._compile_all_devices = True
+    compiled = {"cache_implementation": "static", "compile_config": compilation}
+    torch._dynamo.reset()
+    counters.clear()
+    answers = generate(model, batch, token_budget=6, **compiled)
+    num_graphs = counters["stats"]["unique_graphs"]
+    assert 0 < num_graphs <= 2
+    assert torch.equal(answers, generate(model, batch, token_budget=6))
+    assert torch.equal(answers, generate(model, batch, token_budget=6, **compiled))
+    assert counters["stats"]["unique_graphs"] == num_graphs, "the same call compiled again"
 
 
 # -------------------------------------------------------------------------------------------------- who asks, outputs
