@@ -321,7 +321,7 @@ def test_prediction_runs_at_the_configuration_s_budget(tmp_path: Path) -> None:
 
 def test_several_data_sets_have_metrics_of_their_own(tmp_path: Path) -> None:
     sets = {"few": conversation_rows(2), "more": conversation_rows(4)[2:]}
-    trainer = tiny_trainer(tmp_path, [], eval_rows=sets, eval_budgets=[0.4])
+    trainer = tiny_trainer(tmp_path, [], data={"eval_dataset": sets}, eval_budgets=[0.4])
     metrics = trainer.evaluate()
     for name, rows in sets.items():
         expected = loss_by_hand(trainer.model, rows, 0.4)
