@@ -1,6 +1,6 @@
 """Measured cost: time to first token, decoding speed, peak memory, and bytes of keys and values.
 
-What flops.py counts from shapes is read off a clock here. Every number comes from the real `generate`, made to run an
+What `modeling/costs` counts is read off a clock here. Every number comes from the real `generate`, made to run an
 exact number of steps. Settings take turns in an order that is shuffled anew for every repeat, so that a machine that
 slows down slows all of them down; what is reported is the median of the repeats with its quartiles, and ratios are
 taken repeat by repeat. Memory does not scatter, and is taken in runs of their own that no clock sees.

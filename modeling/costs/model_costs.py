@@ -7,7 +7,7 @@ costs follows from its polynomials, and is worked out for thousands of prompts i
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache
@@ -307,13 +307,21 @@ class _StackCosts:
         self.decoder = self.steps[-1] if self.steps[-1].reducer.stage == "decoder" else None
         self.before = self.steps[: len(self.steps) - (self.decoder is not None)]
         self._runs: dict[Any, Counter] = {}
+        self._plans: dict[Any, VisualTokens] = {}
+        self._kept: set[int] = set()
         if self.decoder is not None:
             # Nothing that scores looks at what MLPs make of noise.
             for layer in self.model.get_decoder().layers:
                 layer.mlp = torch.nn.Identity()
 
     def planned(self, token_budget: StackBudget | None, num_images: int) -> VisualTokens:
-        """As the model's own plan."""
+        """How many tokens go where, by the model's own rules."""
+        key = (_written(token_budget), num_images)
+        if key not in self._plans:
+            self._plans[key] = self._planned(token_budget, num_images)
+        return self._plans[key]
+
+    def _planned(self, token_budget: StackBudget | None, num_images: int) -> VisualTokens:
         num_layers = self.config.text_config.num_hidden_layers
         schedule = self.model.model.resolve_budget(token_budget, None, 1)
         sizes = torch.full((num_images,), self.model.family.tokens_per_image(self.config))
@@ -386,9 +394,30 @@ class _StackCosts:
             return self._with_projected(self.spent(token_budget, num_images, text_tokens, tokens), tokens)
         whole: Counter = Counter()
         for size, keep in zip(tokens.sizes, tokens.num_keep, strict=True):
-            budget: StackBudget = 1.0 if keep >= size else 0.0 if keep == 1 else keep
-            whole += self.spent(self._with_decoder(budget, names, tokens), 1, text_tokens, tokens)
+            whole += self._of_kept(
+                size, keep, lambda budget: self._with_decoder(budget, names, tokens), text_tokens, tokens
+            )
         return self._with_projected(whole, tokens)
+
+    def _of_kept(
+        self,
+        size: int,
+        keep: int,
+        budget_of: Callable[[float | int], StackBudget],
+        text_tokens: int,
+        tokens: VisualTokens,
+    ) -> Counter:
+        """A unit of which so many tokens stay: run for the first few numbers, others lie on the parabola."""
+
+        def run(number: int) -> Counter:
+            budget = 1.0 if number >= size else 0.0 if number == 1 else number
+            self._kept.add(number)
+            return self.spent(budget_of(budget), 1, text_tokens, tokens)
+
+        if keep in self._kept or len(self._kept) < len(_TEXTS) or self.decoder is not None:
+            return run(keep)
+        points = [(number, run(number)) for number in (size // 4, size // 2, 3 * size // 4)]
+        return Counter({**points[0][1], None: _on_parabola(keep, [(number, spent[None]) for number, spent in points])})
 
     def _with_decoder(self, budget: StackBudget, names: list[str], tokens: VisualTokens) -> StackBudget:
         """A budget for the reducer before the decoder, with the mean that was left inside it."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from adavtp import AdaVTPForConditionalGeneration
+from adavtp import AdaVTPForConditionalGeneration, Selection
 from adavtp.modeling.budget.schedule import StackBudget
 from adavtp.modeling.costs.model_costs import ModelCosts
 from adavtp.modeling.modeling_adavtp import ReducerSpec
@@ -115,6 +115,14 @@ def test_a_selection_says_what_a_rule_of_its_own_did(reducer: str) -> None:
     layers = MODEL.config.text_config.num_hidden_layers
     depth = selection.keep * layers if selection.depth is None else selection.depth
     assert counted.mean_visual_tokens == pytest.approx(float(depth.sum()) / layers)
+
+
+def test_any_number_of_kept_tokens_costs_what_a_budget_of_as_many_does() -> None:
+    costs, patches = ModelCosts.of(MODEL.config), torch.arange(MODEL.family.tokens_per_image(MODEL.config))[None]
+    for keep in (9, 21, 35, 40, 50, 63):
+        kept = costs.of_selection(Selection.from_keep(patches < keep), 6, reducer="prumerge")
+        told = costs.of_prompt(6, reducer="prumerge", token_budget=keep)
+        assert parts_of(kept) == pytest.approx(parts_of(told), rel=1e-3)
 
 
 def test_a_floor_on_the_entropy_is_counted_from_the_selection() -> None:
