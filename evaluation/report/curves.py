@@ -178,7 +178,4 @@ def _draw_curve(
     if full and all(row["num_keep"] != full[0]["num_keep"] for row in rows):
         end = [places[-1], full[0][cost] / divisor], [scores[-1], scale * full[0]["score"]]
         axis.plot(*end, color=style["color"], linestyle=":", linewidth=0.8, alpha=0.6, zorder=1.1)
-    below = [score - end for score, end in zip(scores, low, strict=True)]
-    above = [end - score for score, end in zip(scores, high, strict=True)]
-    bars = {"color": style["color"], "linestyle": "none", "linewidth": 0.9, "alpha": 0.6}
-    axis.errorbar(places, scores, [below, above], elinewidth=0.9, capsize=0, zorder=1.2, **bars)
+    axis.vlines(places, low, high, color=style["color"], linewidth=0.9, alpha=0.6, zorder=1.2)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..reducer_table import CONTROLS
-from . import tables
+from . import tables, tables_over_checkpoints
 from .blocks import Command, Curves, Listing, Section
 from .findings import agreement_of_checkpoints, lead, listed, statistics_in_short
 
@@ -105,11 +105,11 @@ def over_checkpoints_sections(over: dict[str, Any], checkpoints: Sequence[dict[s
             3,
             [
                 *([f"{missing} settings were not measured for all."] if missing else []),
-                *tables.spread_tables(over, first),
+                *tables_over_checkpoints.spread_tables(over, first),
             ],
         ),
-        Section("Whether the order of methods agrees", 3, [tables.agreement_table(over)]),
-        Section(f"Beside {first['checkpoint']}", 3, tables.beside_first_blocks(over, first)),
+        Section("Whether the order of methods agrees", 3, [tables_over_checkpoints.agreement_table(over)]),
+        Section(f"Beside {first['checkpoint']}", 3, tables_over_checkpoints.beside_first_blocks(over, first)),
     ]
 
 

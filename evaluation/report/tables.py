@@ -50,42 +50,42 @@ def _by_budget(
         cells = [None if setting is None else cell(setting) for setting in settings]
         if any(cells):
             about = [checkpoint["stages"][reducer], checkpoint["papers"][reducer]] if with_stage else []
-            rows.append([_name(reducer), *map(Cell, about), *(one or Cell(NOTHING) for one in cells)])
+            rows.append([named(reducer), *map(Cell, about), *(one or Cell(NOTHING) for one in cells)])
     about = ["stage", "published"] if with_stage else []
     return Table(caption, ["reducer", *about, *map(_budget_label, budgets)], rows)
 
 
-def _name(reducer: str) -> Cell:
+def named(reducer: str) -> Cell:
     return Cell(f"`{reducer}`" + (" (control)" if is_control(reducer) else ""))
 
 
 def score_table(checkpoint: dict[str, Any]) -> Table:
     interval = "Wilson" if checkpoint["is_binary"] else "bootstrap"
-    caption = f"{_unit(checkpoint)}, with the 95% interval ({interval}) of each single cell"
+    caption = f"{score_unit(checkpoint)}, with the 95% interval ({interval}) of each single cell"
     return _by_budget(checkpoint, caption, lambda row: _score_cell(row, checkpoint), with_stage=True)
 
 
-def _unit(checkpoint: dict[str, Any]) -> str:
+def score_unit(checkpoint: dict[str, Any]) -> str:
     return f"Mean {checkpoint['metric']}" + (", percent" if checkpoint["is_share"] else "")
 
 
-def _scaled(value: float, checkpoint: dict[str, Any], sign: str = "") -> str:
+def scaled(value: float, checkpoint: dict[str, Any], sign: str = "") -> str:
     return f"{100 * value:{sign}.1f}" if checkpoint["is_share"] else f"{value:{sign}.3f}"
 
 
 def _score_cell(row: dict[str, Any], checkpoint: dict[str, Any]) -> Cell:
-    ends = f"{_scaled(row['low'], checkpoint)} to {_scaled(row['high'], checkpoint)}"
-    return Cell(f"{_scaled(row['score'], checkpoint)} ({ends})", row["score"])
+    ends = f"{scaled(row['low'], checkpoint)} to {scaled(row['high'], checkpoint)}"
+    return Cell(f"{scaled(row['score'], checkpoint)} ({ends})", row["score"])
 
 
-def _difference_cell(one: dict[str, Any] | None, checkpoint: dict[str, Any]) -> Cell | None:
+def difference_cell(one: dict[str, Any] | None, checkpoint: dict[str, Any]) -> Cell | None:
     """Bold where the interval leaves out 0, a star where it stays told apart under Holm's correction."""
     if one is None:
         return None
-    text = _scaled(one["difference"], checkpoint, "+")
+    text = scaled(one["difference"], checkpoint, "+")
     text = f"**{text}**" if one["low"] > 0 or one["high"] < 0 else text
     star = "\\*" if one.get("p_holm", 1.0) < 0.05 else ""
-    ends = f"{_scaled(one['low'], checkpoint, '+')} to {_scaled(one['high'], checkpoint, '+')}"
+    ends = f"{scaled(one['low'], checkpoint, '+')} to {scaled(one['high'], checkpoint, '+')}"
     return Cell(f"{text}{star} ({ends})", one["difference"])
 
 
@@ -106,8 +106,8 @@ def difference_blocks(checkpoint: dict[str, Any], name: str) -> list[str | Table
     if name == "control":
         best = [f"`{one['reducer']}` at K = {one['num_keep']}" for one in checkpoint["best_controls"]]
         text = f"Of the controls that were measured, the best is {', '.join(best)}. {text}"
-    caption = f"{_unit(checkpoint)}: difference to {others[name]}, with its 95% interval (paired bootstrap)"
-    return [text, _by_budget(checkpoint, caption, lambda row: _difference_cell(row.get(name), checkpoint))]
+    caption = f"{score_unit(checkpoint)}: difference to {others[name]}, with its 95% interval (paired bootstrap)"
+    return [text, _by_budget(checkpoint, caption, lambda row: difference_cell(row.get(name), checkpoint))]
 
 
 def adherence_blocks(checkpoint: dict[str, Any]) -> list[str | Table]:
@@ -136,10 +136,18 @@ def cost_table(checkpoint: dict[str, Any]) -> Table:
     unit, divisor = unit_of([row["flops"] for row in checkpoint["settings"]], "FLOPs")
     full = [row["flops"] for row in checkpoint["settings"] if row["reducer"] == FULL]
     share = ["of full, %"] if full else []
-    columns = ["reducer", "K", _unit(checkpoint), "visual tokens seen", f"{unit} an example", *share, "ms an answer"]
+    columns = [
+        "reducer",
+        "K",
+        score_unit(checkpoint),
+        "visual tokens seen",
+        f"{unit} an example",
+        *share,
+        "ms an answer",
+    ]
     rows = [
         [
-            _name(row["reducer"]),
+            named(row["reducer"]),
             Cell(str(row["num_keep"]), row["num_keep"]),
             _score_cell(row, checkpoint),
             Cell(f"{row['visual_tokens']:.1f}", row["visual_tokens"]),
@@ -172,13 +180,13 @@ def _measured_table(rows: list[dict[str, Any]], device: str, batch_size: int, ch
     settings = {(row["reducer"], asked): row for row in checkpoint["settings"] for asked in row["asked"]}
     peak, peak_divisor = unit_of([row["peak_memory_bytes"] for row in rows], "B")
     kept, kept_divisor = unit_of([row["kv_bytes"] for row in rows], "B")
-    columns = ["reducer", "budget", _unit(checkpoint), "ms to first token", "tokens/s"]
+    columns = ["reducer", "budget", score_unit(checkpoint), "ms to first token", "tokens/s"]
     cells = []
     for row in rows:
         setting = settings.get((row["reducer"], row["budget"]))
         cells.append(
             [
-                _name(row["reducer"]),
+                named(row["reducer"]),
                 Cell(json.dumps(_rounded(row["budget"]))),
                 Cell(NOTHING) if setting is None else _score_cell(setting, checkpoint),
                 _with_quartiles(row, "time_to_first_token_ms"),
@@ -217,10 +225,12 @@ def area_blocks(checkpoint: dict[str, Any]) -> list[str | Table]:
         unit, divisor = unit_of([area["high_flops"]], "FLOPs")
         between = f"{area['low_flops'] / divisor:.3f} to {area['high_flops'] / divisor:.3f} {unit}"
         rows = [
-            [_name(row["reducer"]), _score_cell(row | {"score": row["area"]}, checkpoint)]
+            [named(row["reducer"]), _score_cell(row | {"score": row["area"]}, checkpoint)]
             for row in sorted(area["rows"], key=lambda row: -row["area"])
         ]
-        caption = f"{_unit(checkpoint)}: mean over {between}, which {len(rows)} reducers cover, with 95% intervals"
+        caption = (
+            f"{score_unit(checkpoint)}: mean over {between}, which {len(rows)} reducers cover, with 95% intervals"
+        )
         blocks.append(Table(caption, ["reducer", "area"], rows))
         if 1 < len(rows) <= MOST_COMPARED_IN_PAIRS:
             blocks.append(_pairs_table(area, [row[0] for row in rows], checkpoint))
@@ -233,7 +243,7 @@ def _pairs_table(area: dict[str, Any], names: list[Cell], checkpoint: dict[str, 
     known = {(pair["reducer"], pair["other"]): pair for pair in area["pairs"]}
     known |= {(pair["other"], pair["reducer"]): _turned(pair) for pair in area["pairs"]}
     rows = [
-        [name, *(_difference_cell(known.get((own, other)), checkpoint) or Cell("") for other in order)]
+        [name, *(difference_cell(known.get((own, other)), checkpoint) or Cell("") for other in order)]
         for name, own in zip(names, order, strict=True)
     ]
     caption = (
@@ -257,13 +267,13 @@ def _category_table(checkpoint: dict[str, Any], budget: dict[str, Any]) -> Table
     rows = [row for row in checkpoint["settings"] if row["num_keep"] == budget["num_keep"]]
     cells = []
     for row in rows:
-        cells.append([_name(row["reducer"])])
+        cells.append([named(row["reducer"])])
         for category in checkpoint["categories"]:
             one = row["categories"][category]
-            text = _scaled(one["score"], checkpoint)
-            difference = _difference_cell(one.get("against"), checkpoint)
+            text = scaled(one["score"], checkpoint)
+            difference = difference_cell(one.get("against"), checkpoint)
             cells[-1].append(Cell(f"{text}; {difference.text}" if difference else text, one["score"]))
-    caption = f"{_budget_label(budget)}: {_unit(checkpoint)}"
+    caption = f"{_budget_label(budget)}: {score_unit(checkpoint)}"
     if checkpoint["against"] is not None:
         caption += f"; difference to `{checkpoint['against']}`, with its 95% interval, not corrected"
     sizes = [f"{name} ({number:,})" for name, number in checkpoint["categories"].items()]
@@ -278,7 +288,7 @@ def figure_tables(checkpoint: dict[str, Any]) -> list[str | Table]:
         own = [(row, row["figures"] if category is None else row["by_category"].get(category)) for row in rows]
         names = list(dict.fromkeys(name for _, figures in own for name in figures or {}))
         cells = [
-            [_name(row["reducer"]), Cell(f"{row['budget']:g}", row["budget"])]
+            [named(row["reducer"]), Cell(f"{row['budget']:g}", row["budget"])]
             + [Cell(f"{figures[name]:.4g}", figures[name]) for name in names]
             for row, figures in own
             if figures
@@ -299,68 +309,7 @@ def unreachable_blocks(checkpoint: dict[str, Any]) -> list[str | Table]:
     if not budgets:
         return ["Every reducer was measured at every budget that was asked for."]
     rows = [
-        [_name(reducer), Cell(", ".join(f"{budget:g}" for budget in asked)), Cell(reason)]
+        [named(reducer), Cell(", ".join(f"{budget:g}" for budget in asked)), Cell(reason)]
         for (reducer, reason), asked in budgets.items()
     ]
     return [Table("Settings that were asked for and could not be run", ["reducer", "budgets", "why"], rows)]
-
-
-# Tables over several checkpoints.
-
-
-def spread_tables(over: dict[str, Any], first: dict[str, Any]) -> list[Table]:
-    """Mean over checkpoints, with the lowest and the highest."""
-    number = len(over["checkpoints"])
-    cells = {(row["reducer"], row["num_keep"]): row for row in over["settings"]}
-    budgets = dict.fromkeys(row["num_keep"] for row in sorted(over["settings"], key=lambda row: row["num_keep"]))
-    reducers = dict.fromkeys(row["reducer"] for row in over["settings"])
-    rows = [
-        [_name(name), *(_spread_cell(cells.get((name, num_keep)), first) for num_keep in budgets)] for name in reducers
-    ]
-    tables = [
-        Table(f"{_unit(first)}: mean over {number} checkpoints", ["reducer", *map("K = {}".format, budgets)], rows)
-    ]
-    if over["areas"]:
-        rows = [[_name(row["reducer"]), _spread_cell(row, first)] for row in over["areas"]]
-        tables.append(
-            Table("Area under the score-FLOPs curve, each over its checkpoint's range", ["reducer", "area"], rows)
-        )
-    return tables
-
-
-def beside_first_blocks(over: dict[str, Any], first: dict[str, Any]) -> list[str | Table]:
-    """For each other checkpoint its difference to the first, in the same settings on the same examples."""
-    text = (
-        "Every other checkpoint minus this one, in the same setting on the same examples. **Bold** and \\* as above. "
-        "These intervals are over examples: they say how these checkpoints differ, not how ways to train do."
-    )
-    tables = []
-    for checkpoint, rows in zip(over["checkpoints"][1:], over["beside_first"], strict=True):
-        cells = {(row["reducer"], row["num_keep"]): row for row in rows}
-        budgets = sorted({row["num_keep"] for row in rows})
-        caption = f"`{checkpoint['checkpoint']}` minus `{first['checkpoint']}`; {_unit(first)}, with 95% intervals"
-        body = [
-            [_name(name), *(_difference_cell(cells.get((name, keep)), first) or Cell(NOTHING) for keep in budgets)]
-            for name in dict.fromkeys(row["reducer"] for row in rows)
-        ]
-        tables.append(Table(caption, ["reducer", *map("K = {}".format, budgets)], body))
-    return [text, *tables]
-
-
-def _spread_cell(row: dict[str, Any] | None, checkpoint: dict[str, Any]) -> Cell:
-    if row is None:
-        return Cell(NOTHING)
-    ends = f"{_scaled(row['lowest'], checkpoint)} to {_scaled(row['highest'], checkpoint)}"
-    return Cell(f"{_scaled(row['mean'], checkpoint)} ({ends})", row["mean"])
-
-
-def agreement_table(over: dict[str, Any]) -> Table:
-    rows = [(f"K = {row['num_keep']}", row["num_reducers"], row["tau"]) for row in over["agreement"]]
-    rows.append(("area", len(over["areas"]), over["area_agreement"]["tau"]))
-    cells = []
-    for name, number, taus in rows:
-        known = [tau for tau in taus if tau is not None]
-        text = ", ".join(NOTHING if tau is None else f"{tau:.2f}" for tau in taus)
-        cells.append([Cell(name), Cell(str(number), number), Cell(text, min(known, default=None))])
-    caption = "Kendall's tau-b of the scores of the same methods, for every two checkpoints: 1 is the same order"
-    return Table(caption, ["by", "methods", "tau"], cells)
