@@ -16,10 +16,21 @@ from adavtp.hub_cards.published_folder import published_folder
 from adavtp.hub_cards.reference_code import LEADING_FILE, write_reference_code
 from adavtp.hub_cards.training_record import TrainingRecord
 from adavtp.modeling.hub.saving import AUTO_MAP, CODE_FOLDER
+from adavtp.tasks.digit_scenes import load_digit_questions
 from repository import ROOT
 from without_package import run_without_package
 
 FOLDER = reference_checkpoint()
+
+
+@pytest.fixture(scope="module")
+def model() -> AdaVTPForConditionalGeneration:
+    return AdaVTPForConditionalGeneration.from_pretrained(FOLDER).eval()
+
+
+@pytest.fixture(scope="module")
+def processor() -> AdaVTPProcessor:
+    return AdaVTPProcessor.from_pretrained(FOLDER)
 
 
 def test_the_folder_has_at_most_ten_megabytes_and_no_pickles() -> None:
@@ -95,7 +106,9 @@ def test_the_evaluation_file_meets_the_promised_accuracy() -> None:
     assert ("random", 0.4) in accuracy
 
 
-def test_a_fresh_measurement_agrees_with_the_evaluation_file(tmp_path: Path) -> None:
+def test_a_fresh_measurement_agrees_with_the_evaluation_file(
+    model: AdaVTPForConditionalGeneration, processor: AdaVTPProcessor
+) -> None:
     recorded = {
         (row["reducer"], row["budget"]): row["accuracy"]
         for row in json.loads((FOLDER / "evaluation.json").read_text())["rows"]
