@@ -428,8 +428,7 @@ def sample_costs(reader: ConversationReader, rows: list[dict[str, Any]], argumen
     collator = BudgetCollator(reader.processor, BUDGET_RANGE)
 
     def one() -> None:
-        read = reader.read(rows[0])
-        collator([{"input_ids": read.input_ids, "labels": read.labels, "images": read.images}])
+        collator([reader.read(rows[0])])
 
     spread = interleaved_medians({"sample": one}, 9)["sample"]
     step = Step(Trained.of(TRAIN_PARTS), checkpointing=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import BatchFeature
 
@@ -20,7 +21,6 @@ from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
 from ..modeling.processing_adavtp import AdaVTPProcessor
 from .data.examples import Example
 from .metric_modules import SCORED_TOGETHER, needs_choices, score_examples
-from .pictures import image_as_seen
 from .prompt_costs import CountedFlops, now, num_new_tokens, prompt_costs, selections_of_prompts
 from .runs import Answer, Run, unanswered
 from .settings import Setting
@@ -306,3 +306,16 @@ def score_together(run: Run, scorer: Scorer, examples: Sequence[Example]) -> Non
         for one, score in zip(own, scorer.scores([one.prediction for one in own], examples), strict=True):
             one.score = score
     run.write([one for own in answers.values() for one in own])
+
+
+def image_as_seen(processor: AdaVTPProcessor, pixel_values: torch.Tensor) -> Image.Image:
+    """
+    The picture that a model was shown: resized and cropped, with normalisation undone.
+
+    Args:
+        processor: that made `pixel_values`.
+        pixel_values: `[3, height, width]`.
+    """
+    mean, std = processor.image_processor.image_mean, processor.image_processor.image_std
+    pixels = pixel_values.cpu().float() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+    return Image.fromarray(pixels.clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy())

@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..modeling.budget.selection import Selection
-from ..modeling.processing_adavtp import AdaVTPProcessor
 from .reducer_table import known_of_label, reducer_table
 from .runs import Answer, Run, setting_of
 from .settings import FULL
@@ -61,19 +60,6 @@ def draw_kept_patches(image: Image.Image, shares: torch.Tensor, scale: int = 3) 
     brightness = _DROPPED_BRIGHTNESS + (1.0 - _DROPPED_BRIGHTNESS) * grid
     mask = Image.fromarray(brightness.astype(np.float32)).resize(size, Image.Resampling.NEAREST)
     return Image.fromarray((pixels * np.asarray(mask)[..., None]).astype(np.uint8))
-
-
-def image_as_seen(processor: AdaVTPProcessor, pixel_values: torch.Tensor) -> Image.Image:
-    """
-    The picture that a model was shown: resized and cropped, with normalisation undone.
-
-    Args:
-        processor: that made `pixel_values`.
-        pixel_values: `[3, height, width]`.
-    """
-    mean, std = processor.image_processor.image_mean, processor.image_processor.image_std
-    pixels = pixel_values.cpu().float() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
-    return Image.fromarray(pixels.clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
 class _Cell(NamedTuple):

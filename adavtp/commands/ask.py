@@ -30,7 +30,8 @@ def ask(
     max_new_tokens: Annotated[int, typer.Option(help="Length limit of the answer.", min=1)] = 32,
 ) -> None:
     """Ask a question about an image at a token budget."""
-    from ..evaluation.pictures import draw_kept_patches, image_as_seen, patch_shares
+    from ..evaluation.answering import image_as_seen
+    from ..evaluation.pictures import draw_kept_patches, patch_shares
     from ..evaluation.prompt_costs import visual_tokens_seen
     from ..evaluation.reducer_table import as_trained
 

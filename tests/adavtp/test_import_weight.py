@@ -37,7 +37,7 @@ ALLOWED = {
     "adavtp.hub_cards": set(),
     "adavtp.hub_cards.publish": set(),
     "adavtp.hub_cards.dataset_card": set(),
-    "adavtp.hub_cards.convert": set(),
+    "adavtp.hub_cards.conversion.convert": set(),
     "adavtp.evaluation.settings": set(),
     "adavtp.evaluation.measurements": set(),
     "adavtp.modeling.costs.model_costs": set(),

@@ -155,5 +155,5 @@ def test_what_is_no_reducer_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "half", "40%"])
 def test_what_is_no_budget_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="neither a fraction"):
+    with pytest.raises(ValueError, match="is no budget; allowed are"):
         budget_of_text(text)

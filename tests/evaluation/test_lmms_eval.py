@@ -81,7 +81,7 @@ def lmms_eval(workplace: Path) -> Iterator[Forks]:
     (without_tasks / "tasks" / "__init__.py").symlink_to(installed / "tasks" / "__init__.py")
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(workplace / "home")}
     environment["PYTHONPATH"] = os.pathsep.join([str(without_tasks.parent), *sys.path])
-    imports = "import runpy, lmms_eval.__main__, adavtp.evaluation.lmms_eval_adavtp"
+    imports = "import runpy, lmms_eval.__main__, adavtp.evaluation.lmms_eval.model"
     command = "runpy.run_module('lmms_eval', run_name='__main__', alter_sys=True)"
     with Forks(imports, command, environment, workplace) as forks:
         yield forks
