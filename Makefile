@@ -15,7 +15,7 @@ demo: .venv/.installed
 
 test: .venv/.installed-with-tests
 	$(REFERENCE_CODE)
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: .venv/.installed-with-tests
 	.venv/bin/ruff check .
