@@ -429,7 +429,7 @@ def sample_costs(reader: ConversationReader, rows: list[dict[str, Any]], argumen
 
     def one() -> None:
         read = reader.read(rows[0])
-        collator([{"input_ids": read.input_ids, "labels": read.labels, "images": read.images}])
+        collator([{name: read[name] for name in ("input_ids", "labels", "images")}])
 
     spread = interleaved_medians({"sample": one}, 9)["sample"]
     step = Step(Trained.of(TRAIN_PARTS), checkpointing=True)
