@@ -338,6 +338,9 @@ def tower_layer_bytes(config: AdaVTPConfig, n: int, trains: bool, b: int) -> flo
     vision = config.vision_config
     width, scales = vision.hidden_size, vision.model_type == "dinov2"
     mlp = int(width * vision.mlp_ratio) if scales else vision.intermediate_size
+    if scales and vision.use_swiglu_ffn:
+        # Two thirds of it, in multiples of 8, since there is a third matrix.
+        mlp = (mlp * 2 // 3 + 7) // 8 * 8
     # x sigmoid(1.702 x) is two tensors to autograd, every other activation one.
     inner = 2 if getattr(vision, "hidden_act", "gelu") == "quick_gelu" else 1
     numbers = 2 * b * (width + 2) + 4 * b * width + 4 * vision.num_attention_heads + inner * b * mlp
