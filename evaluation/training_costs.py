@@ -2,9 +2,9 @@
 
     hours = samples x FLOPs of a sample x overhead / (GPUs x peak x utilisation) / 3600
 
-FLOPs and memory are counted (`training_flops.py`, `training_memory.py`). The overhead is what a benchmark measured
-beyond the count. The utilisation is nobody's to count: it is an input, a range, and what published runs reached by
-this very formula stands beside it.
+Torch counts the FLOPs (`training_flops.py`), formulas the memory (`training_memory.py`). The overhead is what a
+benchmark measured beyond the count. The utilisation is nobody's to count: it is an input, a range, and what published
+runs reached by this very formula stands beside it.
 """
 
 import json
@@ -16,6 +16,7 @@ from typing import Any
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
 from ..modeling.costs.presets import preset_config
+from ..modeling.families.llava import LLAVA
 from .training_flops import Step, Trained, TrainingFlops, longest_counts, mean_training_flops, plain_training_flops
 from .training_memory import Layout, Memory, training_memory
 
@@ -58,18 +59,19 @@ class Run:
         for name in ("samples", "text_tokens", "micro_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; allowed are whole numbers from 1.")
-        if self.longest < self.config.num_image_tokens:
-            raise ValueError(
-                f"`longest` is {self.longest}; an image alone has {self.config.num_image_tokens} columns."
-            )
+        if self.longest < self.image_columns:
+            raise ValueError(f"`longest` is {self.longest}; an image alone has {self.image_columns} columns.")
+
+    @property
+    def image_columns(self) -> int:
+        """That an image takes at full budget."""
+        return LLAVA.tokens_per_image(self.config) + int(self.config.keep_cls)
 
     @cached_property
     def flops(self) -> TrainingFlops:
         """Of a sample, the mean over budgets."""
-        step = mean_training_flops(
-            self.config, [self.text_tokens] * self.micro_batch, self.step, self.budget_range, per=self.per
-        )
-        return TrainingFlops.weighted([(1 / self.micro_batch, step)])
+        asked = (self.text_tokens, self.step, self.budget_range)
+        return mean_training_flops(self.config, *asked, per=self.per, rows=self.micro_batch)
 
     @cached_property
     def plain_flops(self) -> TrainingFlops:
@@ -79,7 +81,7 @@ class Run:
     @cached_property
     def memory(self) -> Memory:
         """On each GPU, at the longest batch: at the highest budget."""
-        patches = self.config.num_patches
+        patches = LLAVA.tokens_per_image(self.config)
         kept = max(keep for keep, _ in longest_counts(self.budget_range, patches))
         stays = self.step.trained.controller and self.step.gates == "attention"
         return training_memory(

@@ -1,30 +1,34 @@
-"""Counted FLOPs of a training step: what every product of the forward pass costs on the way back.
+"""A training step's FLOPs, forward and on the way back, counted by torch while a weightless model takes the step.
 
-A product y = x w of f FLOPs costs f for the gradient of w, if w trains, and f for that of x, if something in front of
-it trains. Attention, two products forward, is five on the way back where its kernel keeps no scores. A checkpointed
-layer runs once more, up to its last product. So a frozen part costs nothing behind the first trained one's back, the
-forward again where a gradient only passes through, and twice the forward where it trains.
+Autograd numbers its nodes in the order in which the forward pass makes them. So each part's modules say which numbers
+are theirs, and a product on the way back belongs to the part that has its node's number. Layers of the decoder are
+alike, from the second on: two of them say what all cost.
 """
 
+import copy
+import math
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
 from ..modeling.budget.schedule import StackBudget
-from ..modeling.costs.model_costs import FULL
-from ..modeling.reducers.bank import ReducerSpec
-from ..modeling.reducers.bank import Step as ReducerStep
-from ..modeling.reducers.base import REDUCERS
-from .decoder_flops import Prompts, inside_decoder_flops, layer_columns
-from .model_shape import BUDGET_ENCODING, DecoderShape, ModelShape
-from .reducer_flops import TowerRun, attention_rows, budget_cross_attention, image_flops, product, tower_run
-from .token_plan import StepTokens, TokenPlan, plan_tokens, weightless_steps
+from ..modeling.costs.counting import ProductsAreNoise, counter, make_weightless, weightless_model
+from ..modeling.families.llava import LLAVA
+from ..modeling.reducers.base import feature_layer_index
+from ..modeling.vision.tower import _attention, tower_layers
 
 PARTS = ("controller", "projector", "vision", "decoder")
-# Scores once more, and the gradients of weights, values, queries and keys: five products for two. Without the first
-# where scores are kept; the second alone where nothing but a bias on the scores wants a gradient.
-FUSED_ATTENTION, KEPT_SCORES, ONLY_BIAS = 2.5, 2.0, 0.5
+# Scores again, and the gradients of weights, values, queries and keys: five products for attention's two.
+FUSED_ATTENTION = 2.5
 
 
 @dataclass(frozen=True)
@@ -150,75 +154,6 @@ class TrainingFlops:
         return cls(parts)
 
 
-@dataclass(frozen=True)
-class Product:
-    """
-    A product of the forward pass.
-
-    Attributes:
-        flops: of it, f.
-        trains: whether its weights get a gradient.
-        flows: whether what enters gets one.
-    """
-
-    flops: float
-    trains: bool
-    flows: bool
-
-    @property
-    def backward(self) -> float:
-        """f (w trains) + f (x gets a gradient)."""
-        return self.flops * (self.trains + self.flows)
-
-
-@dataclass(frozen=True)
-class Flow:
-    """
-    Which tensors get a gradient.
-
-    Attributes:
-        embeddings: of the words. Checkpointing makes these and the patches' want one whatever trains, so that layers
-            have something to run again for (`enable_input_require_grads` of transformers).
-        token: the budget token; also where only the question in it wants one.
-        tower: what enters the tower's layers. The budget token stands in one sequence with the patches, so that where
-            it wants a gradient, all of them get one, though a read-only token passes none on.
-        gates: the choice has gates.
-        visual: what enters the projector.
-        decoder: what enters the decoder.
-        bias: gates inside the decoder's attention.
-        language: a loss comes back through the decoder.
-    """
-
-    embeddings: bool
-    token: bool
-    tower: bool
-    gates: bool
-    visual: bool
-    decoder: bool
-    bias: bool
-    language: bool
-
-    @classmethod
-    def of(cls, step: Step, shape: ModelShape, meets_budget: bool, is_adaptive: bool) -> "Flow":
-        """Read off what trains, from the images to the loss."""
-        trained = step.trained
-        embeddings = trained.decoder_weights or step.checkpointing
-        token = meets_budget and (trained.controller or (shape.question_aware and embeddings))
-        tower = trained.vision or step.checkpointing or (token and shape.budget_fusion == "encoder")
-        gates = trained.controller and is_adaptive
-        visual = tower or (gates and step.gates == "features")
-        return cls(
-            embeddings=embeddings,
-            token=token,
-            tower=tower,
-            gates=gates,
-            visual=visual,
-            decoder=embeddings or visual or trained.projector,
-            bias=gates and step.gates == "attention",
-            language=set(step.losses) != {"relevance"},
-        )
-
-
 # ---------------------------------------------------------------- what users call
 
 
@@ -228,66 +163,36 @@ def count_training_flops(
     step: Step,
     *,
     token_budget: StackBudget | None = None,
-    reducer: ReducerSpec | None = None,
     num_images: Sequence[int] | None = None,
-    selection_output: str | None = None,
 ) -> TrainingFlops:
     """
     The FLOPs of forward and backward on one padded batch; the optimizer's own are a few per weight and not counted.
-
-    Exact for the controller and for methods without weights, which have no gradient of their own. Of other learned
-    reducers the way back is taken to cost twice their forward.
 
     Args:
         config: the model's.
         text_tokens: of each prompt with its answer, placeholders of images not among them.
         step: how it is carried out.
-        token_budget, reducer: see [`AdaVTPForConditionalGeneration.forward`].
+        token_budget: see [`AdaVTPForConditionalGeneration.forward`].
         num_images: of each prompt, one by default.
-        selection_output: `"gather"` or `"mask"`; by default the configuration's.
 
     Raises:
-        ValueError: if an argument is not allowed; see also [`count_flops`].
+        ValueError: if an argument is not allowed.
     """
-    if reducer == FULL:
-        reducer, token_budget = "grid", 1.0
-    shape, steps = ModelShape.of(config), weightless_steps(config, reducer)
-    return _counted(config, shape, steps, text_tokens, step, token_budget, num_images, selection_output)
-
-
-def _counted(
-    config: AdaVTPConfig,
-    shape: ModelShape,
-    steps: list[ReducerStep],
-    text_tokens: Sequence[int],
-    step: Step,
-    token_budget: StackBudget | None,
-    num_images: Sequence[int] | None,
-    selection_output: str | None,
-) -> TrainingFlops:
-    num_images = tuple([1] * len(text_tokens) if num_images is None else num_images)
-    output = config.selection_output if selection_output is None else selection_output
-    if output not in ("gather", "mask"):
-        raise ValueError(f"`selection_output` is {output!r}; allowed are 'gather' and 'mask'.")
-    tokens = _tokens(config, steps, token_budget, num_images)
-    # A batch without images looks at a blank one, so that all processes run the same modules.
-    is_blank = not sum(num_images)
-    seen = _tokens(config, steps, token_budget, [1] + [0] * (len(num_images) - 1)) if is_blank else tokens
-    names = {tokens_of.step.name for tokens_of in seen.steps}
-    flow = Flow.of(step, shape, seen.meets_budget, "adaptive" in names)
-    stays = output == "mask" or flow.bias
-    prompts = Prompts(tuple(text_tokens), tuple(text_tokens), num_images, stays)
-    columns = layer_columns(prompts, shape, tokens)
-    inside = PartFlops(inside_decoder_flops(prompts, shape, tokens))
-    parts = {
-        "vision": _tower(config, shape, seen, step, flow),
-        "reducer": _reducer(config, shape, seen, step, flow).plus(inside),
-        "projector": _projector(shape, seen, stays or is_blank, step, flow),
-        "decoder": _decoder(shape.decoder, columns, prompts.rows, step, flow),
-        "head": _head(shape.decoder, columns[-1] * prompts.rows, step, flow),
-    }
-    extra = _full_budget_passes(config, text_tokens, num_images, step)
-    return TrainingFlops(parts if extra is None else parts | {"full_budget": extra})
+    # A floor on the entropy adds tokens to noise; how many it adds to an image, no count can say.
+    changes = {"min_token_entropy": 0.0, "gradient_gates": step.gates, "image_token_id": 0, "trained_reducers": []}
+    num_images = [1] * len(text_tokens) if num_images is None else num_images
+    inputs = _prompts(config, text_tokens, num_images)
+    model = weightless_model(config, **changes).train()
+    counted = _count(model, inputs | {"token_budget": token_budget}, step)
+    passes = {"distillation", "relevance"} & set(step.losses)
+    if not passes or not sum(num_images):
+        return counted
+    # Each runs the model at full budget; the gradient of relevance comes back to the projected tokens.
+    whole = replace(step, trained=Trained(projector=True), checkpointing=False, losses=("lm",))
+    once = _count(weightless_model(config, **changes), inputs | {"token_budget": 1.0}, whole).parts
+    forward = len(passes) * sum(part.forward for part in once.values())
+    back = once["decoder"].backward + once["head"].backward if "relevance" in passes else 0.0
+    return TrainingFlops({**counted.parts, "full_budget": PartFlops(forward, back)})
 
 
 def plain_training_flops(
@@ -300,59 +205,64 @@ def plain_training_flops(
     Args:
         config, text_tokens, step, num_images: see [`count_training_flops`].
     """
-    num_images = tuple([1] * len(text_tokens) if num_images is None else num_images)
-    trained = replace(step.trained, controller=False)
-    step = replace(step, trained=trained, losses=("lm",))
-    # A choice without weights, at full budget, is no choice.
-    counted = count_training_flops(
-        config, text_tokens, step, token_budget=1.0, reducer="grid", num_images=num_images, selection_output="gather"
+    plain = LlavaConfig(
+        vision_config=copy.deepcopy(config.vision_config),
+        text_config=copy.deepcopy(config.text_config),
+        image_token_index=0,
+        vision_feature_layer=config.vision_feature_layer,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
     )
-    if not sum(num_images):
-        return TrainingFlops({**counted.parts, **dict.fromkeys(("vision", "reducer", "projector"), PartFlops())})
-    shape = ModelShape.of(config)
-    above = config.vision_config.num_hidden_layers - shape.vision.num_layers
-    tokens = shape.vision.num_patches + int(shape.vision.has_cls)
-    unused = sum(above * each.flops for each in tower_layer(shape, tokens, tokens, False, False))
-    vision = counted.parts["vision"].plus(PartFlops(unused * sum(num_images)))
-    return TrainingFlops({**counted.parts, "vision": vision})
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(plain).train()
+    make_weightless(model)
+    step = replace(step, trained=replace(step.trained, controller=False), losses=("lm",))
+    return _count(model, _prompts(config, text_tokens, num_images or [1] * len(text_tokens)), step)
 
 
 def mean_training_flops(
     config: AdaVTPConfig,
-    text_tokens: Sequence[int],
+    text_tokens: int,
     step: Step,
     budget_range: tuple[float, float],
     *,
     per: str = "batch",
-    reducer: ReducerSpec | None = None,
-    num_images: Sequence[int] | None = None,
-    selection_output: str | None = None,
+    rows: int = 1,
 ) -> TrainingFlops:
     """
-    The mean of [`count_training_flops`] over budgets b ~ U[low, high].
+    The mean of a sample over budgets b ~ U[low, high], of the parabola through the counts of three budgets. It is
+    exact where K says no more than how many tokens projector and decoder get.
 
     A batch is as long as its longest row. With one budget for each of B samples that row keeps K or fewer tokens with
     probability P(floor(b N) <= K)^B: the more samples, the nearer to the highest budget.
 
     Args:
+        text_tokens: of every sample.
         budget_range: low and high, fractions in [0, 1].
-        per: `"batch"` or `"sample"`, see `BudgetCollator`. For "sample" all prompts are taken to be equally long.
-        others: see [`count_training_flops`].
+        per: `"batch"` or `"sample"`, see `BudgetCollator`.
+        rows: samples of a batch.
+        config, step: see [`count_training_flops`].
 
     Raises:
         ValueError: if the range or `per` is not allowed.
     """
     if per not in ("batch", "sample"):
         raise ValueError(f"`per` is {per!r}; allowed are 'batch' and 'sample'.")
-    draws = 1 if per == "batch" else len(text_tokens)
-    steps = weightless_steps(config, "grid" if reducer == FULL else reducer)
-    counted, shape = [], ModelShape.of(config)
-    for keep, probability in longest_counts(budget_range, config.num_patches, draws):
+    size, draws = LLAVA.tokens_per_image(config), 1 if per == "batch" else rows
+    counts = dict(longest_counts(budget_range, size, draws))
+    low, high = min(counts), max(counts)
+    places = sorted({low, (low + high) // 2, high})
+    weighted = []
+    for keep in places:
+        # Lagrange's: what the count of this budget adds to the mean of the parabola.
+        others = [other for other in places if other != keep]
+        weight = sum(
+            probability * math.prod((at - other) / (keep - other) for other in others)
+            for at, probability in counts.items()
+        )
         # As a count, except where it would be a count of one, which only a fraction can ask for.
-        budget = 1.0 if reducer == FULL else 0.0 if keep == 1 else keep
-        once = _counted(config, shape, steps, text_tokens, step, budget, num_images, selection_output)
-        counted.append((probability, once))
-    return TrainingFlops.weighted(counted)
+        budget = 0.0 if keep == 1 else keep
+        weighted.append((weight, count_training_flops(config, [text_tokens], step, token_budget=budget)))
+    return TrainingFlops.weighted(weighted)
 
 
 def longest_counts(budget_range: tuple[float, float], num_patches: int, draws: int = 1) -> Iterator[tuple[int, float]]:
@@ -385,233 +295,205 @@ def longest_counts(budget_range: tuple[float, float], num_patches: int, draws: i
         below = reached
 
 
-# ---------------------------------------------------------------- tokens
+# ---------------------------------------------------------------- a step
 
 
-def _tokens(
-    config: AdaVTPConfig, steps: list[ReducerStep], token_budget: StackBudget | None, num_images: Sequence[int]
-) -> TokenPlan:
-    """As in evaluation, but that in training a reducer that hears the budget does so at any budget."""
-    tokens = plan_tokens(config, steps, token_budget, num_images)
-    asks = any("budget" in step.step.reducer.needs for step in tokens.steps)
-    return replace(tokens, meets_budget=asks and bool(tokens.sample))
+def part_of(name: str, config: AdaVTPConfig | LlavaConfig) -> str:
+    """
+    The part that a parameter of this name belongs to: one of `PARTS`, the controller's with the budget token and all
+    reducers, or `"idle"`: the tower's above the feature layer, which never train.
+    """
+    words = name.removeprefix("model.").split(".")
+    if words[0] == "vision_tower":
+        after = {"post_layernorm", "layernorm", "head", "mask_token"} & set(words)
+        above = words[1] == "encoder" and int(words[3]) >= feature_layer_index(config)
+        return "idle" if after or above else "vision"
+    names = {"multi_modal_projector": "projector", "language_model": "decoder", "lm_head": "decoder"}
+    return names.get(words[0], "controller")
 
 
-# ---------------------------------------------------------------- parts
+def linear_maps(layer: nn.Module) -> dict[str, nn.Linear]:
+    """By name, the linear maps of a decoder layer, which four bits and adapters are for."""
+    return {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
 
 
-def _spent(products: Sequence[Product], attention_backward: float = 0.0) -> PartFlops:
-    """Products once forward and once back."""
-    forward = sum(each.flops for each in products)
-    return PartFlops(forward, sum(each.backward for each in products) + attention_backward)
+class Adapted(nn.Module):
+    """A linear map with an adapter, y = W x + B A x."""
 
-
-def tower_layer(shape: ModelShape, attended: int, transformed: int, trains: bool, flows: bool) -> list[Product]:
-    """Four projections and the MLP of a tower layer, its last product last; attention in between, without weights."""
-    width, mlp = shape.vision.hidden_size, shape.vision.mlp_size
-    # A first product of a layer that trains always passes on: the norm before it trains too.
-    linear = [Product(product(attended, width, width), trains, flows or trains)] * 4
-    attention = Product(2 * product(attended, width, attended), False, False)
-    matrices = [Product(product(transformed, width, mlp), trains, flows or trains)] * shape.vision.mlp_matrices
-    return [*linear, attention, *matrices]
-
-
-def _tower(config: AdaVTPConfig, shape: ModelShape, tokens: TokenPlan, step: Step, flow: Flow) -> PartFlops:
-    """Each image's convolution and layers; what reducers spend inside counts as theirs."""
-    others = int(shape.vision.has_cls) + int(tokens.meets_budget and shape.budget_fusion == "encoder")
-    reaches = flow.tower and (flow.language or flow.token)
-    total, trains = PartFlops(), step.trained.vision
-    for run in _tower_runs(shape, tokens):
-        patches = product(run.patches, shape.vision.patch_pixels, shape.vision.hidden_size)
-        total = total.plus(_spent([Product(patches, trains and reaches, False)]))
-        for (attended, transformed), number in Counter(zip(run.attended, run.transformed, strict=True)).items():
-            products = tower_layer(
-                shape, attended + others, transformed + others, trains and reaches, flow.tower and reaches
+    def __init__(self, linear: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.linear = linear
+        with torch.device("meta"):
+            self.adapter = nn.Sequential(
+                nn.Linear(linear.in_features, rank, bias=False), nn.Linear(rank, linear.out_features, bias=False)
             )
-            attention = products[4].flops
-            layer = _spent(products, FUSED_ATTENTION * attention if reaches else 0.0)
-            # DINOv2 scales what its MLP makes, and the way back through the scale needs that.
-            unneeded = 0.0 if config.vision_config.model_type == "dinov2" else products[-1].flops
-            again = layer.forward - unneeded if step.checkpointing and reaches else 0.0
-            total = total.plus(replace(layer, recomputed=again).times(number))
-    return total
+        make_weightless(self.adapter)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.linear(hidden_states) + self.adapter(hidden_states)
 
 
-def _tower_runs(shape: ModelShape, tokens: TokenPlan) -> list[TowerRun]:
-    first = tokens.steps[0] if tokens.steps else None
-    if first is not None and first.step.reducer.stage == "encoder":
-        return [tower_run(first.step.reducer, first.step.name, shape, keep) for keep in first.leaving]
-    return [TowerRun.whole(shape)] * len(tokens.sample)
+def _prompts(config: AdaVTPConfig, text_tokens: Sequence[int], num_images: Sequence[int]) -> dict[str, Any]:
+    """Prompts of images and, behind them, words, filled up to the longest."""
+    vision, size = config.vision_config, LLAVA.tokens_per_image(config) + int(config.keep_cls)
+    rows = [[0] * size * images + [1] * text for images, text in zip(num_images, text_tokens, strict=True)]
+    longest, side = max(map(len, rows)), vision.image_size
+    inputs = {
+        "input_ids": torch.tensor([row + [1] * (longest - len(row)) for row in rows]),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
+        "use_cache": False,
+    }
+    images = {"pixel_values": torch.zeros(sum(num_images), vision.num_channels, side, side)}
+    return inputs | images if sum(num_images) else inputs
 
 
-def _reducer(config: AdaVTPConfig, shape: ModelShape, tokens: TokenPlan, step: Step, flow: Flow) -> PartFlops:
-    """Choosing, wherever it happens before the decoder, and the budget's embedding."""
-    total, images = PartFlops(), len(tokens.sample)
-    reducers = [step_tokens.step.reducer for step_tokens in tokens.steps]
-    reducers += [tokens.decoder[1]] if tokens.decoder else []
-    read = {layer for reducer in reducers if "attention" in reducer.needs for layer in reducer.attention_layers}
-    total = total.plus(PartFlops(images * attention_rows(shape, len(read))))
-    total = total.plus(PartFlops(sum(run.own for run in _tower_runs(shape, tokens))))
-    chosen_by = flow.gates and (flow.language or "relevance" in step.losses)
-    if tokens.meets_budget:
-        arrives = (flow.tower or chosen_by) if shape.budget_fusion == "encoder" else chosen_by
-        total = total.plus(_budget_token(shape, step, flow, arrives).times(images))
-    for step_tokens in tokens.steps:
-        reducer, name = step_tokens.step.reducer, step_tokens.step.name
-        if reducer.stage not in ("vision", "projector"):
-            continue
-        pairs = zip(step_tokens.entering, step_tokens.leaving, strict=True)
-        forward = sum(image_flops(reducer, name, shape, n, keep) for n, keep in pairs)
-        if name == "adaptive" and flow.gates and shape.controller_choice == "spread":
-            # Choosing what is unlike each other is for a controller that does not train.
-            forward -= sum(product(n, shape.vision.patch_width, n) for n in step_tokens.entering)
-        learns = chosen_by if name == "adaptive" else step.trained.controller and REDUCERS[name].trained
-        total = total.plus(PartFlops(forward, 2.0 * forward if learns else 0.0))
-    return total
-
-
-def _budget_token(shape: ModelShape, step: Step, flow: Flow, arrives: bool) -> PartFlops:
-    """The two layers of the budget's embedding, the question's projection, and Option B's cross-attention."""
-    width, trains = shape.vision.hidden_size, step.trained.controller and arrives
-    products = [Product(product(1, BUDGET_ENCODING, width), trains, False)]
-    products.append(Product(product(1, width, width), trains, trains))
-    if shape.question_aware:
-        asks = product(1, shape.decoder.hidden_size, width)
-        products.append(Product(asks, trains, flow.embeddings and arrives))
-    embedded = _spent(products)
-    if shape.budget_fusion == "encoder":
-        return embedded
-    read = budget_cross_attention(shape, shape.vision.num_patches)
-    attention = 2 * product(1, width, shape.vision.num_patches)
-    back = 2.0 * (read - attention) + FUSED_ATTENTION * attention if trains else 0.0
-    return embedded.plus(PartFlops(read, back))
-
-
-def _projector(shape: ModelShape, tokens: TokenPlan, stays: bool, step: Step, flow: Flow) -> PartFlops:
-    """Two linear maps, of as many tokens as reach them; rows filled up to the longest."""
-    # What `projector_flops` counts is rows times the two maps.
-    width, patch = shape.decoder.hidden_size, shape.vision.patch_width
-    one = product(1, patch, width) + product(1, width, width)
-    rows = projector_flops(shape, tokens, stays) / one
-    trains = step.trained.projector and flow.language
-    flows = flow.visual and flow.language
-    first = Product(product(rows, patch, width), trains, flows)
-    return _spent([first, Product(product(rows, width, width), trains, flows or trains)])
-
-
-def projector_flops(shape: ModelShape, tokens: TokenPlan, masks: bool) -> float:
-    """
-    Two linear maps, W to D and D to D, of the tokens that reach them: those that a reducer of stage "projector" gets,
-    with CLS, or else those that all reducers before the decoder leave; rows filled up to the longest.
-
-    Args:
-        shape: of the model.
-        tokens: of all images.
-        masks: whether dropped tokens stay in the sequence, zero, and are projected too.
-    """
-    if not tokens.sample:
-        return 0.0
-    # Without a step before the decoder, what its first layer sees, which the images of a prompt share.
-    of_each = [-(-tokens.layer_counts[prompt][0] // tokens.sample.count(prompt)) for prompt in tokens.sample]
-    with_cls = shape.keep_cls
-    for step in tokens.steps:
-        if step.step.reducer.stage == "projector" and _acts(step):
-            of_each, with_cls = step.entering, shape.vision.has_cls
-            break
-        of_each = step.leaving
-    else:
-        if masks and tokens.decoder is None:
-            of_each = [shape.vision.num_patches]
-    projected = len(tokens.sample) * (max(of_each) + int(with_cls))
-    width = shape.decoder.hidden_size
-    return product(projected, shape.vision.patch_width, width) + product(projected, width, width)
-
-
-def _acts(step: StepTokens) -> bool:
-    """A step that would leave every image as it is is skipped."""
-    return any(left < came for came, left in zip(step.entering, step.leaving, strict=True))
-
-
-def decoder_layer(decoder: DecoderShape, n: int, trained: Trained, enters: bool, inside: bool) -> list[Product]:
-    """
-    The linear maps of a decoder layer on n columns, the last one last, each with its adapter x A B where there is one.
-
-    Args:
-        decoder: its shape.
-        n: columns.
-        trained: what trains.
-        enters, inside: whether what enters the layer gets a gradient, and what its first maps and attention make.
-    """
-    width, query, key, mlp = decoder.hidden_size, decoder.query_width, decoder.key_width, decoder.mlp_size
-    trains, rank = trained.decoder_weights and inside, trained.lora_rank
-    # Where the layer trains, so does the norm before its first maps.
-    first = enters or trains
-    maps = [(width, query, first), (width, key, first), (width, key, first)]
-    maps += [(query, width, inside), (width, mlp, inside), (width, mlp, inside), (mlp, width, inside)]
-    products = []
-    for wide, out, passes in maps:
-        products.append(Product(product(n, wide, out), trains, passes))
-        if rank is not None:
-            products += [
-                Product(product(n, wide, rank), inside, passes),
-                Product(product(n, rank, out), inside, inside),
-            ]
-    return products
-
-
-def _decoder(decoder: DecoderShape, columns: Sequence[int], rows: int, step: Step, flow: Flow) -> PartFlops:
-    """All layers, each with its own number of columns; those that are alike are counted once."""
-    enters = [flow.decoder or (number > 0 and (step.trained.decoder or flow.bias)) for number in range(len(columns))]
-    total = PartFlops()
-    for (n, flows), number in Counter(zip(columns, enters, strict=True)).items():
-        total = total.plus(_decoder_layer(decoder, n, flows, step, flow).times(number * rows))
-    return total
-
-
-def _decoder_layer(decoder: DecoderShape, n: int, flows: bool, step: Step, flow: Flow) -> PartFlops:
-    """One layer on one row of n columns."""
+def _let_train(model: PreTrainedModel, step: Step) -> None:
     trained = step.trained
-    reaches = flow.language and (flows or trained.decoder or flow.bias)
-    products = decoder_layer(decoder, n, trained, flows and reaches, reaches)
-    attention, factor = 2 * product(n, decoder.query_width, n), FUSED_ATTENTION
-    if flow.bias and not step.gates_fused:
-        factor = KEPT_SCORES if flows or trained.decoder else ONLY_BIAS
-    spent = _spent(products)
-    back = spent.backward + factor * attention if reaches else 0.0
-    # What comes last in a layer is added up, and nothing on the way back needs it.
-    again = spent.forward + attention - products[-1].flops if reaches and step.checkpointing else 0.0
-    return PartFlops(spent.forward + attention, back, again)
+    whole = {name: getattr(trained, name) for name in PARTS} | {"decoder": trained.decoder_weights}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(whole.get(part_of(name, model.config), False))
+    if step.checkpointing:
+        model.activation_checkpointing_enable()
+    if trained.decoder_weights:
+        # No product makes the gradient of the table, which would be as large as it.
+        embed = model.get_input_embeddings().requires_grad_(False)
+        embed.register_forward_hook(lambda *called: called[-1].requires_grad_())
+    for layer in model.get_decoder().layers if trained.lora_rank else []:
+        for name, linear in linear_maps(layer).items():
+            layer.set_submodule(name, Adapted(linear, trained.lora_rank))
 
 
-def _head(decoder: DecoderShape, positions: int, step: Step, flow: Flow) -> PartFlops:
-    """Logits of every position, as the loss of a training step has them."""
-    flops = product(positions, decoder.hidden_size, decoder.vocab_size)
-    flows = flow.decoder or step.trained.decoder or flow.bias
-    head = Product(flops, step.trained.decoder_weights and flow.language, flows and flow.language)
-    return _spent([head])
-
-
-def _full_budget_passes(
-    config: AdaVTPConfig, text_tokens: Sequence[int], num_images: Sequence[int], step: Step
-) -> PartFlops | None:
+@dataclass(frozen=True)
+class Stretch:
     """
-    Distillation runs the model once more at full budget. So does relevance, and its gradient comes back through head
-    and decoder to the projected tokens, past weights that get none.
+    Modules of a part, none inside another's, that stand for several like them.
+
+    Attributes:
+        part: as in [`TrainingFlops`].
+        modules: that run.
+        times: how many they stand for, themselves included.
     """
-    passes = [name for name in ("distillation", "relevance") if name in step.losses]
-    if not passes or not sum(num_images):
-        return None
-    frozen = replace(step, trained=Trained(projector=True), checkpointing=False, losses=("lm",))
-    once = count_training_flops(
-        config, text_tokens, frozen, token_budget=1.0, reducer="grid", num_images=num_images, selection_output="gather"
-    )
-    if config.budget_fusion == "encoder" and config.budget_attention == "mutual":
-        raise ValueError(
-            "`losses` asks for a pass at full budget, which is not counted for budget_attention='mutual'."
-        )
-    total = PartFlops()
-    for name in passes:
-        forward = sum(part.forward for part in once.parts.values())
-        back = once.parts["decoder"].backward + once.parts["head"].backward if name == "relevance" else 0.0
-        total = total.plus(PartFlops(forward, back))
-    return total
+
+    part: str
+    modules: list[nn.Module]
+    times: int = 1
+
+
+def _shortened(model: PreTrainedModel) -> list[Stretch]:
+    """
+    Leaves of tower and decoder the layers that are unlike: the first, whose input may want no gradient, the second,
+    and in the tower one above the feature layer. Of layers between which a reducer looks or acts all stay.
+    """
+    config, tower, decoder = model.config, model.model.vision_tower, model.get_decoder()
+    reducers = [step.reducer for step in model.model.steps()] if isinstance(config, AdaVTPConfig) else []
+    # Keys and values that a reducer asks a layer for are the reducer's.
+    halves = [[_attention(layer), layer.mlp] for layer in tower_layers(tower)]
+    stretches = [Stretch("vision", [tower.embeddings]), Stretch("decoder", [decoder.rotary_emb])]
+    stretches += [Stretch("projector", [model.model.multi_modal_projector]), Stretch("head", [model.lm_head])]
+    run, depth = feature_layer_index(config), len(decoder.layers)
+    in_tower = any(reducer.stage == "encoder" or "attention" in reducer.needs for reducer in reducers)
+    if in_tower or run < 3 or not isinstance(config.vision_feature_layer, int):
+        stretches += [Stretch("vision", modules) for modules in halves]
+    else:
+        times = (1, run - 1, len(halves) - run)
+        stretches += [Stretch("vision", *each) for each in zip(halves, times, strict=False)]
+        del tower_layers(tower)[3:]
+        config.vision_feature_layer = 2
+    if not any(reducer.stage == "decoder" for reducer in reducers):
+        del decoder.layers[2:]
+    times = (depth - 1) // max(len(decoder.layers) - 1, 1)
+    layers = [list(layer.children()) for layer in decoder.layers]
+    return stretches + [Stretch("decoder", children, times if number else 1) for number, children in enumerate(layers)]
+
+
+def _count(model: PreTrainedModel, inputs: Mapping[str, Any], step: Step) -> TrainingFlops:
+    """One step of a weightless model, which is spent."""
+    stretches = _shortened(model)
+    _let_train(model, step)
+    scores = []
+    if set(step.losses) == {"relevance"}:
+        controller = model.model.controller
+        scores_of = controller.scores
+        controller.scores = lambda *asked, **named: scores.append(scores_of(*asked, **named)) or scores[-1]
+    watched = [stretch.modules for stretch in stretches]
+    # Libraries for CPUs refuse noise whose rows overlap.
+    plain = torch.backends.mkldnn.flags(enabled=False, allow_tf32=None)
+    with plain, ProductsAreNoise(every=True), counter() as flops, PartsOfAStep(flops, watched) as spent:
+        logits = model(**inputs).logits
+        (learned,) = scores or [logits]
+        if learned.requires_grad:
+            learned.backward(torch.ones(()).expand(learned.shape))
+    counted = dict.fromkeys(("vision", "reducer", "projector", "decoder", "head"), PartFlops())
+    counted["reducer"] = spent.of(None, fused=False)
+    for number, stretch in enumerate(stretches):
+        each = spent.of(number, stretch.part == "decoder" and step.gates_fused)
+        counted[stretch.part] = counted[stretch.part].plus(each.times(stretch.times))
+    return TrainingFlops(counted)
+
+
+class PartsOfAStep(TorchDispatchMode):
+    """
+    Notes what is spent on which part, forward, on the way back and in layers that run again on it.
+
+    Args:
+        flops: torch's counter.
+        parts: the modules of each part, none inside another's; what is outside of all is under `None`.
+    """
+
+    def __init__(self, flops: FlopCounterMode, parts: Sequence[list[nn.Module]]) -> None:
+        super().__init__()
+        self.flops, self.spent, self.inside, self.hooks = flops, Counter(), [], []
+        # Numbers of autograd's nodes at which parts begin and end, and the part from there on.
+        self.numbers, self.parts = [0], [None]
+        for part, modules in enumerate(parts):
+            for module in modules:
+                self.hooks.append(module.register_forward_pre_hook(lambda *_, part=part: self._enter(part)))
+                # A layer that runs again stops, by an exception, where nothing further is needed.
+                self.hooks.append(module.register_forward_hook(lambda *_: self._leave(), always_call=True))
+
+    def _enter(self, part: int) -> None:
+        self.inside.append(part)
+        self._from_here(part)
+
+    def _leave(self) -> None:
+        self.inside.pop()
+        self._from_here(None)
+
+    def _from_here(self, part: int | None) -> None:
+        self.numbers.append(torch._C._autograd._get_sequence_nr())
+        self.parts.append(part)
+
+    def __exit__(self, *error: Any) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        super().__exit__(*error)
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        before = self.flops.get_total_flops()
+        result = operation(*args, **(kwargs or {}))
+        spent, node = self.flops.get_total_flops() - before, torch._C._current_autograd_node()
+        if spent:
+            part, phase = self.inside[-1] if self.inside else None, "forward"
+            if node is not None:
+                phase = "recomputed" if self.inside else "backward"
+            if phase == "backward":
+                part = self.parts[bisect_right(self.numbers, node._sequence_nr()) - 1]
+            self.spent[part, phase, operation is torch.ops.aten.bmm.default] += spent
+        return result
+
+    def of(self, part: int | None, fused: bool) -> PartFlops:
+        """
+        What a part has spent.
+
+        Args:
+            part: its place among the parts.
+            fused: whether products of batches are attention that a CPU takes apart, with a gradient of its bias, and
+                that keeps no scores on a GPU.
+        """
+        plain = [self.spent[part, phase, False] for phase in ("forward", "backward", "recomputed")]
+        attention = [self.spent[part, phase, True] for phase in ("forward", "backward", "recomputed")]
+        if fused and attention[1]:
+            attention[1] = FUSED_ATTENTION * attention[0]
+        return PartFlops(*(float(a + b) for a, b in zip(plain, attention, strict=True)))

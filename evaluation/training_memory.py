@@ -7,16 +7,21 @@ one layer that runs again. What the CUDA context, the communication library and 
 is a reserve that the caller states.
 """
 
+import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-import torch
+from transformers import PreTrainedConfig
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
+from ..modeling.costs.counting import weightless_model
+from ..modeling.families.llava import LLAVA
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
-from .model_shape import DecoderShape, ModelShape
-from .training_flops import Flow, Step, Trained
+from ..modeling.reducers.base import feature_layer_index
+from ..modeling.vision.budget_token import patch_width
+from .training_flops import Step, Trained, linear_maps, part_of
 
 STRATEGIES = ("ddp", "zero2", "zero3", "fsdp2")
 # DeepSpeed's own defaults, in numbers: `reduce_bucket_size` and `stage3_max_live_parameters`.
@@ -61,57 +66,24 @@ class Weights:
         """
         if quantize and trained.decoder_weights:
             raise ValueError("`quantize` is True and the decoder's own weights train; four bits are for adapters.")
-        parts, decoder = parameters(config), DecoderShape.of(config)
-        whole = {"controller": trained.controller, "projector": trained.projector, "vision": trained.vision}
-        train = sum(parts[name] for name, trains in whole.items() if trains)
-        train += parts["decoder"] if trained.decoder_weights else adapter_parameters(decoder, trained.lora_rank)
-        total = sum(parts.values()) + adapter_parameters(decoder, trained.lora_rank)
-        maps = decoder.num_layers * sum(wide * out for wide, out in linear_maps(decoder)) if quantize else 0
-        layer = sum(wide * out for wide, out in linear_maps(decoder)) + 2 * decoder.hidden_size
-        return cls(train, total - train - maps, maps, layer, decoder.vocab_size * decoder.hidden_size)
-
-
-def linear_maps(decoder: DecoderShape) -> list[tuple[int, int]]:
-    """The linear maps of a decoder layer, what enters and what leaves: queries, keys, values, output, gated MLP."""
-    width, query, key, mlp = decoder.hidden_size, decoder.query_width, decoder.key_width, decoder.mlp_size
-    return [(width, query), (width, key), (width, key), (query, width), (width, mlp), (width, mlp), (mlp, width)]
-
-
-def adapter_parameters(decoder: DecoderShape, rank: int | None) -> int:
-    """r (in + out) for every linear map of every layer."""
-    return 0 if rank is None else decoder.num_layers * rank * sum(wide + out for wide, out in linear_maps(decoder))
-
-
-def parameters(config: AdaVTPConfig) -> Mapping[str, int]:
-    """
-    Parameters by part: `"controller"` with the budget token, `"projector"`, `"vision"` up to the feature layer,
-    `"decoder"` with embeddings and head, and `"idle"`, the tower's above the feature layer, which never train.
-    """
-    return _parameters(config.to_json_string())
+        model, parts = _weightless(config.to_json_string()), Counter()
+        for name, parameter in model.named_parameters():
+            parts[part_of(name, config)] += parameter.numel()
+        layers = model.get_decoder().layers
+        maps = [(linear.in_features, linear.out_features) for linear in linear_maps(layers[0]).values()]
+        # r (in + out) for every linear map of every layer.
+        adapters = len(layers) * (trained.lora_rank or 0) * sum(map(sum, maps))
+        train = sum(parts[name] for name in ("controller", "projector", "vision") if getattr(trained, name))
+        train += parts["decoder"] if trained.decoder_weights else adapters
+        quantized = len(layers) * sum(wide * out for wide, out in maps) if quantize else 0
+        frozen = parts.total() + adapters - train - quantized
+        layer = sum(parameter.numel() for parameter in layers[0].parameters())
+        return cls(train, frozen, quantized, layer, model.get_output_embeddings().weight.numel())
 
 
 @lru_cache(maxsize=16)
-def _parameters(config: str) -> Mapping[str, int]:
-    import json
-
-    with torch.device("meta"):
-        model = AdaVTPForConditionalGeneration(AdaVTPConfig(**json.loads(config)))
-    parts = dict.fromkeys(("controller", "projector", "vision", "decoder", "idle"), 0)
-    num_run = ModelShape.of(model.config).vision.num_layers
-    for name, parameter in model.named_parameters():
-        parts[_part_of(name, num_run)] += parameter.numel()
-    return parts
-
-
-def _part_of(name: str, num_run: int) -> str:
-    """The part of a parameter; of a tower's layers those count that run."""
-    words = name.removeprefix("model.").split(".")
-    if words[0] == "vision_tower":
-        after = {"post_layernorm", "layernorm", "head", "mask_token"} & set(words)
-        is_layer = words[1] == "encoder"
-        return "idle" if after or (is_layer and int(words[3]) >= num_run) else "vision"
-    names = {"multi_modal_projector": "projector", "language_model": "decoder", "lm_head": "decoder"}
-    return names.get(words[0], "controller")
+def _weightless(config: str) -> AdaVTPForConditionalGeneration:
+    return weightless_model(AdaVTPConfig(**json.loads(config)))
 
 
 @dataclass(frozen=True)
@@ -284,58 +256,66 @@ def activations(
         `"tower"`, `"controller"`, `"projector"`, `"decoder"`: what is saved; and `"logits or a layer"`: what comes on
         top at its beginning, or later while a checkpointed layer runs again, with the gradients inside its MLP.
     """
-    shape, trained, b = ModelShape.of(config), step.trained, number
-    images = rows if num_images is None else num_images
+    text, vision, trained, b = config.text_config, config.vision_config, step.trained, number
+    images, patches = rows if num_images is None else num_images, LLAVA.tokens_per_image(config)
+    num_layers, depth = feature_layer_index(config), text.num_hidden_layers
+    # Which tensors want a gradient. Checkpointing makes words and patches want one whatever trains, and the budget
+    # token, which stands in one sequence with the patches, makes all of them.
     adaptive = "adaptive" in config.reducer.split(", ")
-    flow = Flow.of(step, shape, adaptive and images > 0, adaptive)
-    vision, decoder = shape.vision, shape.decoder
-    sequence = vision.num_patches + int(vision.has_cls) + int(flow.token and shape.budget_fusion == "encoder")
-    of_tower_layer = images * tower_layer_bytes(config, sequence, trained.vision, b) if flow.tower else 0.0
+    words = trained.decoder_weights or step.checkpointing
+    token = adaptive and images > 0 and (trained.controller or (config.question_aware and words))
+    joins = token and config.budget_fusion == "encoder"
+    in_tower, gates = trained.vision or step.checkpointing or joins, trained.controller and adaptive
+    in_attention = gates and step.gates == "attention"
+    in_projector = in_tower or trained.projector or (gates and not in_attention)
+    sequence = patches + int(config.has_cls) + int(joins)
+    of_tower_layer = images * tower_layer_bytes(config, sequence, trained.vision, b) if in_tower else 0.0
     masked = rows > 1 if padded is None else padded
-    of_layer = rows * decoder_layer_bytes(decoder, length, trained, b, autocast, masked)
-    tower, layers = vision.num_layers * of_tower_layer, decoder.num_layers * of_layer
+    of_layer = rows * decoder_layer_bytes(text, length, trained, b, autocast, masked)
+    tower, layers = num_layers * of_tower_layer, depth * of_layer
     again = 0.0
     if step.checkpointing:
-        again = max(of_tower_layer, of_layer + 3 * rows * length * decoder.mlp_size * b)
-        tower = vision.num_layers * images * sequence * vision.hidden_size * b if flow.tower else 0.0
-        layers = decoder.num_layers * rows * length * decoder.hidden_size * b
-    kept = vision.num_patches if visual_tokens is None or flow.bias else visual_tokens
-    projected = images * kept * b * (vision.patch_width * trained.projector + 2 * decoder.hidden_size)
+        again = max(of_tower_layer, of_layer + 3 * rows * length * text.intermediate_size * b)
+        tower = num_layers * images * sequence * vision.hidden_size * b
+        layers = depth * rows * length * text.hidden_size * b
+    kept = patches if visual_tokens is None or in_attention else visual_tokens
+    projected = images * kept * b * (patch_width(config) * trained.projector + 2 * text.hidden_size)
     # Normed patches, what enters GELU and score, and the features behind the gates.
-    scored = 5 * images * vision.num_patches * vision.hidden_size * b if flow.gates else 0.0
-    bias = rows * length * length * b * (3 + decoder.num_heads) if flow.bias else 0.0
-    needs_projector = flow.visual or trained.projector
+    scored = 5 * images * patches * vision.hidden_size * b if gates else 0.0
+    bias = rows * length * length * b * (3 + text.num_attention_heads) if in_attention else 0.0
     return {
         "tower": float(tower),
         "controller": float(scored + bias),
-        "projector": float(projected) if needs_projector else 0.0,
-        "decoder": float(layers + rows * last_norm_bytes(decoder, length, trained, b)),
-        "logits or a layer": float(max(again, LOGIT_BYTES * rows * length * decoder.vocab_size)),
+        "projector": float(projected) if in_projector else 0.0,
+        "decoder": float(layers + rows * last_norm_bytes(text, length, trained, b)),
+        "logits or a layer": float(max(again, LOGIT_BYTES * rows * length * text.vocab_size)),
     }
 
 
 def decoder_layer_bytes(
-    decoder: DecoderShape, n: int, trained: Trained, b: int, autocast: bool = False, masked: bool = False
+    text: PreTrainedConfig, n: int, trained: Trained, b: int, autocast: bool = False, masked: bool = False
 ) -> float:
     """
     What autograd saves of a Llama-shaped layer, for one row of n columns.
 
     Args:
-        decoder: D hidden_size, Q and P the widths of all queries and keys, M mlp_size, H heads.
+        text: configuration of the text model.
         n: columns.
         trained: what trains.
         b: bytes of a number.
         autocast: whether every product casts what enters it anew.
         masked: whether rows are padded, which makes attention take a mask, and as many keys as queries.
     """
-    width, query, key, mlp = decoder.hidden_size, decoder.query_width, decoder.key_width, decoder.mlp_size
+    width, heads, mlp = text.hidden_size, text.num_attention_heads, text.intermediate_size
+    head_dim = getattr(text, "head_dim", None) or width // heads
+    query, key = heads * head_dim, text.num_key_value_heads * head_dim
     weights, adapters = trained.decoder_weights, trained.lora_rank is not None
     numbers = 2 * (4 * width + 4)  # of both norms: what enters, in float32, and the inverse of its size
     if weights:
         numbers += 2 * width * (4 if autocast else b)  # of both norms: what their weights multiply
         numbers += (5 if autocast else 2) * width * b  # what enters queries, keys and values; gate and up
         numbers += mlp * b  # what enters down
-    numbers += b * (2 * query + 2 * (query if masked else key)) + 4 * decoder.num_heads  # q, result; k, v; log-sums
+    numbers += b * (2 * query + 2 * (query if masked else key)) + 4 * heads  # q, result; k, v; log-sums
     numbers += 3 * mlp * b  # gate, silu(gate), up
     if adapters:
         numbers += (5 * width + query + mlp) * (b + 1)  # what enters each adapter behind dropout of its own; its mask
@@ -343,9 +323,9 @@ def decoder_layer_bytes(
     return float(n * numbers + (b * n * n if masked else 0))
 
 
-def last_norm_bytes(decoder: DecoderShape, n: int, trained: Trained, b: int) -> float:
+def last_norm_bytes(text: PreTrainedConfig, n: int, trained: Trained, b: int) -> float:
     """The norm before the head and what enters the head, for one row of n columns."""
-    width = decoder.hidden_size
+    width = text.hidden_size
     return float(n * (4 * width + 4 + (2 * b * width if trained.decoder_weights else 0)))
 
 
@@ -355,13 +335,17 @@ def tower_layer_bytes(config: AdaVTPConfig, n: int, trains: bool, b: int) -> flo
     keys, values, result and log-sums of attention; what the MLP's activation needs; and what enters products that
     train.
     """
-    vision = ModelShape.of(config).vision
-    width, mlp = vision.hidden_size, vision.mlp_size
+    vision = config.vision_config
+    width, scales = vision.hidden_size, vision.model_type == "dinov2"
+    mlp = int(width * vision.mlp_ratio) if scales else vision.intermediate_size
+    if scales and vision.use_swiglu_ffn:
+        # Two thirds of it, in multiples of 8, since there is a third matrix.
+        mlp = (mlp * 2 // 3 + 7) // 8 * 8
     # x sigmoid(1.702 x) is two tensors to autograd, every other activation one.
-    inner = 2 if getattr(config.vision_config, "hidden_act", "gelu") == "quick_gelu" else 1
-    numbers = 2 * b * (width + 2) + 4 * b * width + 4 * vision.num_heads + inner * b * mlp
+    inner = 2 if getattr(vision, "hidden_act", "gelu") == "quick_gelu" else 1
+    numbers = 2 * b * (width + 2) + 4 * b * width + 4 * vision.num_attention_heads + inner * b * mlp
     if trains:
         numbers += 2 * b * width + b * mlp
         # DINOv2 scales what both halves make, by weights that train.
-        numbers += 2 * b * width if config.vision_config.model_type == "dinov2" else 0
+        numbers += 2 * b * width if scales else 0
     return float(n * numbers)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..modeling.costs.presets import preset_config
+from ..modeling.families.llava import LLAVA
 from .training_costs import (
     A100_PEAK,
     GIB,
@@ -101,9 +102,10 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 def _assumptions(about: Run, utilisations: list[float]) -> str:
     low, high = about.budget_range
     shares = ", ".join(f"{share:g}" for share in utilisations)
+    patches = LLAVA.tokens_per_image(about.config)
     return f"""## What is assumed
 
-{about.samples} samples with one image of {about.config.num_patches} visual tokens and {about.text_tokens} text tokens
+{about.samples} samples with one image of {patches} visual tokens and {about.text_tokens} text tokens
 on average; the longest has {about.longest} columns at full budget. Budgets are drawn from U[{low:g}, {high:g}], one
 for each batch; gates on the features (`gradient_gates="features"`), sequences gathered; gradient checkpointing;
 bfloat16 with AdamW; {GPUS} GPUs of {A100_PEAK / 1e12:g} TFLOPs a second (A100, bfloat16, data sheet). Utilisation,
@@ -185,13 +187,14 @@ def _flops_formulas(about: Run) -> str:
         cells = [part.forward, part.backward, part.recomputed, part.total, other.total]
         rows.append([name, *(f"{cell / 1e12:.3f}" for cell in cells)])
     rows.append(["total", "", "", "", f"{flops.total / 1e12:.3f}", f"{plain.total / 1e12:.3f}"])
-    mean = sum(keep * probability for keep, probability in longest_counts(BUDGETS, about.config.num_patches))
+    patches = LLAVA.tokens_per_image(about.config)
+    mean = sum(keep * probability for keep, probability in longest_counts(BUDGETS, patches))
     return f"""## FLOPs: the formula
 
 A product of f FLOPs costs f forward, f for the gradient of its weights if they train, f for that of what enters it if
 something in front of it trains; attention costs 2.5 times its forward on the way back; checkpointing runs each layer
 once more. The mean over budgets is a sum over K with the probabilities that U[{BUDGETS[0]:g}, {BUDGETS[1]:g}] gives
-them; the mean K is {mean:.1f} of {about.config.num_patches}. TFLOPs of a sample, {MODELS[0]} trained whole:
+them; the mean K is {mean:.1f} of {patches}. TFLOPs of a sample, {MODELS[0]} trained whole:
 
 {_table(["part", "forward", "backward", "again", "total", "plain LLaVA"], rows)}
 
@@ -201,13 +204,14 @@ own over forward and backward (`tests/test_training_costs.py`)."""
 
 def _time(about: Run, utilisations: list[float], measured: MeasuredStep | None) -> str:
     overhead = 1.0 if measured is None else measured.overhead
-    rows, of_sample = [], {}
+    rows, of_sample = [], {(MODELS[0], SETTINGS[0].parts, SETTINGS[0].lora): about}
     for model in MODELS:
         for setting, run in _runs(about, model):
             # How weights are kept changes no FLOPs.
             same = (model, setting.parts, setting.lora)
-            ours = of_sample[same] = of_sample.get(same) or run.flops.total
-            plain = run.plain_flops.total if run.trains_like_plain else None
+            counted = of_sample.setdefault(same, run)
+            ours = counted.flops.total
+            plain = counted.plain_flops.total if run.trains_like_plain else None
             cells = [f"{ours / 1e12:.1f}", "-" if plain is None else f"{plain / 1e12:.1f}"]
             cells.append("-" if plain is None else f"{plain / ours:.2f}")
             for share in utilisations:
@@ -264,15 +268,12 @@ def _overheads(measured: MeasuredStep | None, choice: MeasuredChoice | None) -> 
 
 
 def _advice(about: Run) -> str:
-    speed = {}
-    for name, changes in {
-        "one budget a batch": {},
-        "a budget for each of 8 samples": {"per": "sample", "micro_batch": 8},
-        "gates inside attention": {"step": replace(about.step, gates="attention")},
-    }.items():
-        run = replace(about, **changes)
-        speed[name] = run.plain_flops.total / run.flops.total
-    rows = [[name, f"{ratio:.2f}"] for name, ratio in speed.items()]
+    runs = {
+        "one budget a batch": about,
+        "a budget for each of 8 samples": replace(about, per="sample", micro_batch=8),
+        "gates inside attention": replace(about, step=replace(about.step, gates="attention")),
+    }
+    rows = [[name, f"{about.plain_flops.total / run.flops.total:.2f}"] for name, run in runs.items()]
     return f"""## What makes it fast
 
 {MODELS[0]} trained whole, plain LLaVA's FLOPs over ours:

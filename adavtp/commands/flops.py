@@ -55,9 +55,11 @@ def flops(
         from ..evaluation.flops_conventions import count_flops, latency_plan
         from ..evaluation.settings import FULL
         from ..modeling.costs.model_costs import ModelCosts
+        from ..modeling.families.llava import LLAVA
 
         config = model_config(preset, checkpoint, visual_tokens)
-        token_budget = None if budget is None else budget_for(budget, config.num_patches)
+        num_patches = LLAVA.tokens_per_image(config)
+        token_budget = None if budget is None else budget_for(budget, num_patches)
         asked = None if reducer is None else reducer if reducer == FULL else parse_reducer(reducer)
         plan = None if latency is None else latency_plan(latency, config.text_config, latency_unit)
         counted = count_flops(
@@ -75,7 +77,7 @@ def flops(
         "model": preset or str(checkpoint),
         "reducer_name": reducer or config.reducer,
         "budget": token_budget,
-        "visual_tokens": config.num_patches,
+        "visual_tokens": num_patches,
         "text_tokens": text_tokens,
         "images": images,
         "latency": latency,
@@ -94,14 +96,14 @@ def model_config(preset: str | None, checkpoint: Path | None, visual_tokens: int
     if preset is not None:
         return preset_config(preset, visual_tokens)
     from ..configuration.configuration_adavtp import AdaVTPConfig
+    from ..modeling.families.llava import LLAVA
 
     if not (checkpoint / "config.json").is_file():
         raise ValueError(f"`checkpoint` is '{checkpoint}'; a folder with a config.json is needed.")
     config = AdaVTPConfig.from_pretrained(checkpoint)
-    if visual_tokens not in (None, config.num_patches):
-        raise ValueError(
-            f"`visual_tokens` is {visual_tokens}; this checkpoint's images have {config.num_patches}. Leave it out."
-        )
+    if visual_tokens not in (None, LLAVA.tokens_per_image(config)):
+        size = LLAVA.tokens_per_image(config)
+        raise ValueError(f"`visual_tokens` is {visual_tokens}; this checkpoint's images have {size}. Leave it out.")
     return config
 
 

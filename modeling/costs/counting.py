@@ -29,7 +29,7 @@ CPU_FORMULAS: dict[Any, Callable[..., int]] = {
         grad, query, key, value
     ),
 }
-_NOISE = 2**20
+_NOISE, _LARGE = 2**20, 2**18
 
 
 def counter() -> FlopCounterMode:
@@ -50,16 +50,21 @@ def weightless_model(config: AdaVTPConfig, **changes: Any) -> AdaVTPForCondition
         setattr(config, name, value)
     with torch.device("meta"):
         model = AdaVTPForConditionalGeneration(config)
+    make_weightless(model)
+    # Words differ, so that a method which asks what each has to do with the images can tell one from another.
+    table = model.get_input_embeddings().weight
+    table.data = torch.arange(len(table), dtype=table.dtype)[:, None].expand(table.shape)
+    return model.eval()
+
+
+def make_weightless(model: nn.Module) -> None:
+    """Gives a model on the meta device weights that take no memory."""
     for module in model.modules():
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
                 if tensor is not None:
                     value = torch.full((), tensor.is_floating_point(), dtype=tensor.dtype).expand(tensor.shape)
                     held[name] = nn.Parameter(value) if isinstance(tensor, nn.Parameter) else value
-    # Words differ, so that a method which asks what each has to do with the images can tell one from another.
-    table = model.get_input_embeddings().weight
-    table.data = torch.arange(len(table), dtype=table.dtype)[:, None].expand(table.shape)
-    return model.eval()
 
 
 class ProductsAreNoise(TorchDispatchMode):
@@ -67,7 +72,8 @@ class ProductsAreNoise(TorchDispatchMode):
     Does not carry out products, whose results are noise.
 
     Args:
-        every: all of them; by default only those with a weight of [`weightless_model`], and attention.
+        every: all of them, and what else works number by number on many, as where nothing asks for values; by default
+            only those with a weight of [`weightless_model`], and attention.
     """
 
     def __init__(self, every: bool = False) -> None:
@@ -81,7 +87,9 @@ class ProductsAreNoise(TorchDispatchMode):
         kwargs = kwargs or {}
         packet = operation.overloadpacket
         is_product = packet in flop_registry or packet in CPU_FORMULAS
-        if not is_product or not (self.every or packet in CPU_FORMULAS or any(map(_is_weight, args))):
+        if not is_product and not (self.every and _is_large(operation, args)):
+            return operation(*args, **kwargs)
+        if is_product and not (self.every or packet in CPU_FORMULAS or any(map(_is_weight, args))):
             return operation(*args, **kwargs)
         shapes = operation(*tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), args), **kwargs)
         return tree_map_only(torch.Tensor, self._result, shapes)
@@ -95,6 +103,19 @@ class ProductsAreNoise(TorchDispatchMode):
         self.made = (self.made + 7919) % (_NOISE // 2)
         strides = [step * stride for stride in rows.stride()]
         return self.noise.to(shape.dtype).as_strided(shape.shape, [*strides, 1], self.made)
+
+
+def _is_large(operation: Any, args: tuple) -> bool:
+    """Whether an operation works number by number on many numbers, or would copy the gradient of a weight."""
+    tensors = [argument for argument in args if isinstance(argument, torch.Tensor)]
+    if operation._schema.is_mutable or not any(tensor.numel() > _LARGE for tensor in tensors):
+        return False
+    if not all(tensor.is_floating_point() for tensor in tensors):
+        return False
+    if operation is torch.ops.aten.clone.default:
+        node = torch._C._current_autograd_node()
+        return node is not None and "AccumulateGrad" in node.name()
+    return torch.Tag.pointwise in operation.tags
 
 
 def _is_weight(argument: Any) -> bool:

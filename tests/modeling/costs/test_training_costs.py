@@ -14,7 +14,6 @@ from transformers import LlamaConfig, LlamaModel, LlavaConfig, LlavaForCondition
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from adavtp import AdaVTPForConditionalGeneration
-from adavtp.evaluation.model_shape import DecoderShape, ModelShape
 from adavtp.evaluation.training_flops import (
     Step,
     Trained,
@@ -34,6 +33,7 @@ from adavtp.evaluation.training_memory import (
     kept_by_weights,
     tower_layer_bytes,
 )
+from adavtp.modeling.reducers.base import feature_layer_index
 from adavtp.modeling.vision.encode import encode_image
 from adavtp.modeling.vision.features import VisionFeatures
 from adavtp.trainer.data.group_by_length import length_groups
@@ -261,12 +261,12 @@ def test_budgets_are_averaged_as_they_are_drawn() -> None:
 def test_a_batch_with_a_budget_for_each_sample_is_as_long_as_its_longest() -> None:
     config, step = uneven_model().config, step_of(["controller", "projector", "decoder"])
     per_batch, per_sample, full = (
-        mean_training_flops(config, [9] * 4, step, budgets, per=per).parts["decoder"].total
+        mean_training_flops(config, 9, step, budgets, per=per, rows=4).parts["decoder"].total
         for budgets, per in (((0.2, 1.0), "batch"), ((0.2, 1.0), "sample"), ((1.0, 1.0), "batch"))
     )
     assert per_batch < per_sample < full
     with pytest.raises(ValueError, match="`per` is 'token'"):
-        mean_training_flops(config, [9], step, (0.2, 1.0), per="token")
+        mean_training_flops(config, 9, step, (0.2, 1.0), per="token")
 
 
 def test_grouping_by_length_nearly_makes_up_for_a_budget_for_each_sample() -> None:
@@ -377,9 +377,8 @@ def test_activations_of_other_towers_are_what_autograd_saves(vision: str) -> Non
     pixels = torch.randn(2, 3, 32, 32)
     run = lambda: encode_image(model.model.vision_tower, pixels, model.config).patches  # noqa: E731
     saved = bytes_saved(run, model.parameters())
-    shape = ModelShape.of(model.config).vision
-    tokens = shape.num_patches + int(shape.has_cls)
-    counted = 2 * shape.num_layers * tower_layer_bytes(model.config, tokens, True, 4)
+    tokens = 64 + int(model.config.has_cls)
+    counted = 2 * feature_layer_index(model.config) * tower_layer_bytes(model.config, tokens, True, 4)
     assert counted == pytest.approx(saved, rel=0.06)
 
 
@@ -394,8 +393,7 @@ def test_adapters_keep_what_autograd_saves() -> None:
         embeds = torch.randn(2, 50, 40, dtype=torch.bfloat16, requires_grad=True)
         run = partial(adapted, inputs_embeds=embeds, use_cache=False)
         results[layers] = bytes_saved(lambda run=run: run().last_hidden_state, adapted.parameters())
-    shape = DecoderShape(2, 40, 104, 67, 4, 2, 12, (None,) * 2)
-    counted = 2 * decoder_layer_bytes(shape, 50, Trained.of(["decoder"], lora_rank=3), 2)
+    counted = 2 * decoder_layer_bytes(LlamaConfig(**LLAMA), 50, Trained.of(["decoder"], lora_rank=3), 2)
     # A GPU keeps dropout's masks in bytes, a CPU in numbers of the input's kind.
     masks = 2 * 50 * (5 * 40 + 48 + 104)
     assert counted + masks == pytest.approx((results[4] - results[2]) / 2, rel=1e-3)
