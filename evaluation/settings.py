@@ -17,13 +17,10 @@ import torch
 from ..configuration.configuration_adavtp import reducer_entries
 from ..modeling.budget.schedule import StackBudget
 from ..modeling.budget.token_budget import num_tokens_to_keep
+from ..modeling.costs.model_costs import FULL, NEVER_ASKED
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration, ReducerSpec
 
-FULL = "full"
 FULL_BUDGET = 1.0
-
-# At the full budget a reducer is not asked. This one reads nothing, so that nothing is prepared for it either.
-NEVER_ASKED = "grid"
 
 WrittenBudget = float | int | Fraction
 

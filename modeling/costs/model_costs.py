@@ -25,7 +25,8 @@ from ..vision.tower import _attention, tower_layers
 from .counting import flops_by_part, weightless_model
 from .decoder import DecodeCost, DecoderCost, ExecutionPlan
 
-# Nothing is chosen and everything is kept; the reducer that stands for it is never asked.
+# Nothing is chosen and everything is kept. At the full budget a reducer is not asked, and the one that stands for it
+# reads nothing, so that nothing is prepared for it either.
 FULL, NEVER_ASKED = "full", "grid"
 # Prompts of so many text tokens are run; what a reducer inside the decoder spends on others lies on the parabola.
 _TEXTS = (8, 16, 32)
