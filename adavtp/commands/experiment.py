@@ -101,8 +101,9 @@ def summary(plan: "Experiment", output: Path, command: str) -> str:
 
 def part_summary(part: "Part", numbers: dict[str, Any]) -> list[str]:
     """Paragraphs on one part: what it asks, what was found, its curves, and its statistics in short."""
-    from ..evaluation.report.findings import agreement_of_checkpoints, statistics_in_short
-    from ..evaluation.report.sections import compared_checkpoints, leads
+    from ..evaluation.report.findings import statistics_in_short
+    from ..evaluation.report.over_checkpoints import agreement_of_checkpoints, compared_checkpoints
+    from ..evaluation.report.sections import leads
 
     text = [
         f"## {part.name}",

@@ -95,8 +95,8 @@ def write_comparison(run: "Run", output: Path) -> None:
     from ..evaluation.pictures import save_gallery
     from ..evaluation.report.curves import save_curves
     from ..evaluation.report.joined import join_runs
-    from ..evaluation.report.markdown import report_markdown
     from ..evaluation.report.numbers import report_numbers
+    from ..evaluation.report.sections import report_markdown
 
     output.mkdir(parents=True, exist_ok=True)
     numbers = report_numbers(join_runs([run]), None, "Reducers compared", command_as_typed())

@@ -49,9 +49,9 @@ def write_report(folders: Sequence[Path], output: Path, against: str | None, tit
     """
     from ..evaluation.report.curves import save_curves
     from ..evaluation.report.joined import join_runs
-    from ..evaluation.report.markdown import report_markdown
     from ..evaluation.report.numbers import report_numbers
     from ..evaluation.report.page import report_page, viewed_examples
+    from ..evaluation.report.sections import report_markdown
     from ..evaluation.runs import Run
 
     with console.status("Reading answers ..."):

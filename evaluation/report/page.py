@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from ..runs import Answer
-from .blocks import Command, Curves, Listing, Table
+from .blocks import Command, Curves, Table, number_of
 from .joined import Measured
 from .sections import report_sections
 
@@ -43,8 +43,8 @@ def report_page(numbers: dict[str, Any], viewed: Sequence[dict[str, Any]], curve
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["inline"] = _inline
-    environment.tests |= {"table": _is(Table), "listing": _is(Listing), "command": _is(Command), "curves": _is(Curves)}
+    environment.filters |= {"inline": _inline, "number": number_of}
+    environment.tests |= {"table": _is(Table), "command": _is(Command), "curves": _is(Curves)}
     return environment.get_template(TEMPLATE).render(
         title=numbers["title"],
         sections=report_sections(numbers),

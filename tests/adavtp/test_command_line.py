@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from adavtp.command_line import app
 from adavtp.commands.presets import GALLERY_TEXT
-from adavtp.evaluation.report.markdown import report_markdown
+from adavtp.evaluation.report.sections import report_markdown
 from adavtp.evaluation.settings import reducer_label, reducer_of_text
 from adavtp.modeling.reducers.base import REDUCERS
 from adavtp.tasks.digit_scenes import draw_scene
