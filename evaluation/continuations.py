@@ -5,7 +5,7 @@ left. What a prompt cost is counted from the selection that was really made for 
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from transformers import BatchFeature, StoppingCriteria, StoppingCriteriaList
 from transformers.image_utils import ImageInput
 
+from ..modeling.budget.selection import Selection
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
 from ..modeling.processing_adavtp import AdaVTPProcessor
 from .prompt_costs import CountedFlops, PromptCost, now, num_new_tokens, prompt_costs, selections_of_prompts
@@ -23,10 +24,18 @@ _NO_TARGET = -100
 
 @dataclass(frozen=True)
 class Generated:
-    """A continuation that the model made, without special tokens and stop strings, and what it cost."""
+    """
+    A continuation that the model made.
+
+    Attributes:
+        text: without special tokens and stop strings.
+        cost: what it cost.
+        selection: what was chosen of the prompt's images, on the CPU and without features; `None` without images.
+    """
 
     text: str
     cost: PromptCost
+    selection: Selection | None
 
 
 @dataclass(frozen=True)
@@ -93,21 +102,45 @@ def generate_continuations(
     Raises:
         ValueError: if images and placeholders do not agree, or the setting is not allowed or cannot be met.
     """
-    inputs = _inputs(model, processor, prompts, images)
-    length = inputs["input_ids"].shape[1]
+    inputs, num_images = _inputs(model, processor, prompts, images), [len(group) for group in images]
+    flops = CountedFlops(model.config, setting, may_be_unknown=True)
+    return continued(model, processor, inputs, num_images, flops, stop, **generation)
+
+
+def continued(
+    model: AdaVTPForConditionalGeneration,
+    processor: AdaVTPProcessor,
+    inputs: Mapping[str, torch.Tensor],
+    num_images: Sequence[int],
+    flops: CountedFlops,
+    stop: Sequence[str] = (),
+    **generation: Any,
+) -> list[Generated]:
+    """
+    As [`generate_continuations`], from inputs that are ready: padded on the left, and on the model's device. The clock
+    runs around `generate` alone.
+
+    Args:
+        model, processor, stop, generation: see there.
+        inputs: of one prompt or more.
+        num_images: that each prompt shows.
+        flops: of the setting.
+    """
+    arguments, length = flops.setting.arguments(), inputs["input_ids"].shape[1]
     if stop:
         generation["stopping_criteria"] = StoppingCriteriaList([StopsAtText(processor.tokenizer, stop, length)])
+    # A reducer whose parameters differ from those of the last one of its name is made anew, which is no part of this.
+    model.model.steps(arguments["reducer"])
     started = now(model.device)
-    outputs = model.generate(**inputs, **setting.arguments(), **generation, return_dict_in_generate=True)
+    outputs = model.generate(**inputs, **arguments, **generation, return_dict_in_generate=True)
     seconds = now(model.device) - started
-    new_ids = outputs.sequences[:, length:]
+    new_ids = outputs.sequences[:, length:].cpu()
     padding = processor.tokenizer.pad_token_id if stop else None
     new_tokens = num_new_tokens(new_ids, model.generation_config.eos_token_id, padding)
-    selections = selections_of_prompts(outputs["selection"], [len(group) for group in images])
-    flops = CountedFlops(model.config, setting, may_be_unknown=True)
+    selections = selections_of_prompts(outputs["selection"], num_images)
     costs = prompt_costs(flops, inputs["attention_mask"], selections, new_tokens, seconds)
-    texts = processor.batch_decode(new_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return [Generated(_cut(text, stop), cost) for text, cost in zip(texts, costs, strict=True)]
+    texts = [_cut(text, stop) for text in processor.batch_decode(new_ids, skip_special_tokens=True)]
+    return [Generated(*row) for row in zip(texts, costs, selections, strict=True)]
 
 
 @torch.inference_mode()

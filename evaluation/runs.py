@@ -7,7 +7,7 @@ whoever goes on with it first puts all whole lines into one file, and what has n
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -213,18 +213,3 @@ def _write(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.part")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
-
-
-def unanswered(
-    settings: Sequence[Any], num_examples: int, batch_size: int, is_done: Callable[[Any, int], bool]
-) -> list[tuple[int, Any]]:
-    """
-    What is left to do: the first example of each batch with each setting that has not answered all of it, batch by
-    batch. Batches begin at multiples of `batch_size` whatever is done, so that answers do not depend on interruptions.
-    """
-    return [
-        (start, setting)
-        for start in range(0, num_examples, batch_size)
-        for setting in settings
-        if not all(is_done(setting, index) for index in range(start, min(start + batch_size, num_examples)))
-    ]

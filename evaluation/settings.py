@@ -80,6 +80,11 @@ class Setting(NamedTuple):
         return model.unreachable(**inputs, **self.arguments())
 
 
+def tokens_per_image(model: AdaVTPForConditionalGeneration) -> int:
+    """Visual tokens of an image, N, as the model's family says; a run's images have equally many."""
+    return model.family.tokens_per_image(model.config)
+
+
 def asked_settings(
     num_patches: int, reducers: Sequence[ReducerSpec], budgets: Sequence[WrittenBudget]
 ) -> list[Setting]:

@@ -14,6 +14,7 @@ from rich.progress import track
 from typer.core import TyperCommand
 
 from ..evaluation.settings import reducer_of_text
+from ..hub_cards.publish import HubRefused
 
 console = Console()
 parse_reducer = reducer_of_text
@@ -21,8 +22,8 @@ parse_reducer = reducer_of_text
 
 class Command(TyperCommand):
     """
-    A command whose options take several values after one name, `--budgets 0.2 0.4`, and that answers a value which is
-    refused with the reason and exit code 2.
+    A command whose options take several values after one name, `--budgets 0.2 0.4`, and that answers what is refused
+    with the reason.
     """
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
@@ -57,12 +58,12 @@ def repeated_options(arguments: list[str], several: set[str]) -> list[str]:
 
 @contextmanager
 def refusals_shown() -> Iterator[None]:
-    """A value that is refused ends the command with the reason and exit code 2."""
+    """A value that is refused ends the command with code 2, what the Hub refuses with code 1; both with the reason."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, HubRefused) as error:
         console.print(f"[red]{escape(str(error))}[/red]")
-        raise typer.Exit(2) from error
+        raise typer.Exit(1 if isinstance(error, HubRefused) else 2) from error
 
 
 def reference_checkpoint() -> Path:

@@ -7,7 +7,9 @@ training leave checkpoints, evaluations go on where they stopped.
 
 import json
 import re
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,8 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 
 from ..evaluation.circumstances import checkpoint_hash, checkpoint_name
-from ..evaluation.runs import Run
+from ..evaluation.runs import PICTURES, Run
 from ..evaluation.settings import budget_of_text
-from ..evaluation.variant_runs import join_variants
 from ..modeling.processing_adavtp import AdaVTPProcessor
 from ..trainer.recipes.recipe import Recipe, RecipeLoader, Stage, check_fields
 from ..trainer.recipes.run import run_recipe
@@ -206,6 +207,43 @@ def evaluate_part(experiment: Experiment, part: Part, checkpoint: str, folder: P
         reducers = [parse_reducer(name)]
         runs[name] = evaluate_checkpoint(checkpoint, DIGIT_SCENES, reducers=reducers, output=own, **asked)
     return join_variants(runs, folder / "run", about | {"command": command})
+
+
+def join_variants(runs: Mapping[str, Run], folder: str | Path, about: Mapping[str, Any]) -> Run:
+    """
+    Writes the run that several variants' runs are together, in which a variant stands where a reducer would.
+
+    Args:
+        runs: of each variant, by its name; each has one reducer, which chose in that variant.
+        folder: for the joined run; what is there of an earlier one is replaced.
+        about: what the header says in place of what the variants' headers do: above all the checkpoint that all of
+            them started from, `checkpoint` and `checkpoint_hash`.
+
+    Raises:
+        ValueError: if a run has several reducers, or the runs are not of the same questions.
+    """
+    first = next(iter(runs.values()))
+    header = first.header | dict(about) | {"settings": [], "unreachable": []}
+    for name, run in runs.items():
+        reducers = {setting["reducer"] for setting in run.header["settings"]}
+        if len(reducers) > 1:
+            raise ValueError(f"The run of variant {name!r} has the reducers {sorted(reducers)}; it has to have one.")
+        for fact in ("data_hash", "metric", "num_examples", "num_patches", "num_layers"):
+            if run.header[fact] != header[fact]:
+                raise ValueError(
+                    f"The run of variant {name!r} has {fact} {run.header[fact]!r}, another has {header[fact]!r}; "
+                    "variants are compared on the same questions."
+                )
+        for entries in ("settings", "unreachable"):
+            header[entries] = header[entries] + [entry | {"reducer": name} for entry in run.header[entries]]
+    for seconds in ("seconds", "model_seconds", "evaluation_seconds"):
+        header[seconds] = sum(run.header[seconds] for run in runs.values())
+    shutil.rmtree(folder, ignore_errors=True)
+    joined = Run(folder, header)
+    joined.write_header()
+    shutil.copytree(first.folder / PICTURES, joined.folder / PICTURES)
+    joined.write(replace(answer, reducer=name) for name, run in runs.items() for answer in run.answers())
+    return joined
 
 
 def _require_same(about: dict[str, str], folder: Path) -> None:

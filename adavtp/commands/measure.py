@@ -1,16 +1,18 @@
 """`adavtp measure`: what each reducer and budget costs on this machine, read off the clock."""
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import torch
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from ..evaluation import measurements
+from ..evaluation.circumstances import circumstances
+from ..evaluation.measurements import Measurement, as_rows
+from ..evaluation.settings import asked_settings, budget_of_text, reachable_settings, tokens_per_image
 from .console import command_as_typed, console, load_checkpoint, parse_reducer, progress
-
-if TYPE_CHECKING:
-    from ..evaluation.measurements import Measurement
 
 # As many as load at least; one question of each kind.
 NUM_QUESTIONS = 6
@@ -42,34 +44,25 @@ def measure(
     The questions are of the digit-scenes test split; `full` keeps everything, and ratios are to it. Settings take
     turns; what is printed is the median over repeats, with quartiles.
     """
-    import torch
-
-    from ..evaluation.circumstances import circumstances
-    from ..evaluation.measurements import as_rows
-    from ..evaluation.measurements import measure as measured
-    from ..evaluation.settings import asked_settings, budget_of_text, reachable_settings
-
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, processor = load_checkpoint(checkpoint)
     model.to(device=torch.device(device), dtype=_dtype(dtype) or model.dtype)
     inputs = _inputs(processor, batch_size).to(model.device)
     values = [budget_of_text(text) for text in budgets]
-    asked = asked_settings(model.config.num_patches, [parse_reducer(text) for text in reducers], values)
+    asked = asked_settings(tokens_per_image(model), [parse_reducer(text) for text in reducers], values)
     settings, unreachable = reachable_settings(model, inputs, asked)
     rounds = iter if as_json else progress("Measuring ...")
-    measurements = measured(model, inputs, settings, new_tokens, repeats, progress=rounds)
+    measured = measurements.measure(model, inputs, settings, new_tokens, repeats, progress=rounds)
     if as_json:
-        rows = {"measurements": as_rows(measurements), "unreachable": unreachable}
+        rows = {"measurements": as_rows(measured), "unreachable": unreachable}
         print(json.dumps({"command": command_as_typed(), **circumstances(), **rows}, indent=1))
         return
-    console.print(measurement_table(measurements))
+    console.print(measurement_table(measured))
     for row in unreachable:
         console.print(f"{row['reducer']} at {row['budget']:g}: {row['reason']}", style="dim", markup=False)
 
 
 def _dtype(name: str | None) -> Any:
-    import torch
-
     dtype = getattr(torch, name) if name and hasattr(torch, name) else None
     if name and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"`dtype` is {name!r}; allowed are torch's floating-point types, such as 'bfloat16'.")
@@ -83,7 +76,7 @@ def _inputs(processor: Any, batch_size: int) -> Any:
     return processor.of_questions([images[0] for images in rows["images"]], rows["question"])
 
 
-def measurement_table(measurements: list["Measurement"]) -> Table:
+def measurement_table(measurements: list[Measurement]) -> Table:
     """Measurements as a table narrow enough for any terminal: medians and, below them, quartiles."""
     first = measurements[0]
     table = Table(
@@ -110,6 +103,6 @@ def measurement_table(measurements: list["Measurement"]) -> Table:
     return table
 
 
-def _shown(measurement: "Measurement", name: str, digits: int) -> str:
+def _shown(measurement: Measurement, name: str, digits: int) -> str:
     median, low, high = (getattr(measurement, name + end) for end in ("", "_low", "_high"))
     return "-" if median is None else f"{median:.{digits}f}\n{low:.{digits}f}-{high:.{digits}f}"

@@ -1,17 +1,16 @@
-"""`adavtp demo`, `compare` and `gallery`: evaluations of digit scenes with settings that are chosen already."""
+"""`adavtp demo` and `adavtp compare`: evaluations of digit scenes with settings that are chosen already."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from ..evaluation.runs import Run
 from .console import command_as_typed, console, parse_reducer
 from .evaluate import DIGIT_SCENES, evaluate_checkpoint
-
-if TYPE_CHECKING:
-    from ..evaluation.runs import Run
 
 DEMO_BUDGETS = (1.0, 0.8, 0.6, 0.4, 0.2)
 DEMO_EXAMPLES = 6
@@ -24,19 +23,6 @@ GALLERY_TEXT = (
 )
 # No answer about digit scenes is longer.
 MAX_NEW_TOKENS = 4
-
-CheckpointArgument = Annotated[
-    str | None, typer.Argument(help="Checkpoint folder or Hub repository. Default: the digit-scenes reference.")
-]
-ComparedReducers = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--reducers",
-        "--reducer",
-        help="Several: reducers as in fastv:layer=2, stacks as in tome,adaptive. Default: all registered but those "
-        "that are parts of another.",
-    ),
-]
 
 
 def demo(
@@ -60,14 +46,24 @@ def demo(
 
 
 def compare(
-    checkpoint: CheckpointArgument = None,
+    checkpoint: Annotated[
+        str | None, typer.Argument(help="Checkpoint folder or Hub repository. Default: the digit-scenes reference.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the page, its pictures and its numbers.")] = Path("docs"),
     work: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/comparison"),
     questions: Annotated[int, typer.Option(help="Number of test questions.", min=6)] = 2400,
     budgets: Annotated[
         list[float], typer.Option("--budgets", "--budget", help="Several: fractions below 1.")
     ] = COMPARED_BUDGETS,
-    reducers: ComparedReducers = None,
+    reducers: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--reducers",
+            "--reducer",
+            help="Several: reducers as in fastv:layer=2, stacks as in tome,adaptive. Default: all registered but "
+            "those that are parts of another.",
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Questions answered together.", min=1)] = 100,
 ) -> None:
     """
@@ -84,7 +80,7 @@ def compare(
     write_comparison(run, output)
 
 
-def write_comparison(run: "Run", output: Path) -> None:
+def write_comparison(run: Run, output: Path) -> None:
     """
     Writes the page of a comparison, its numbers and its pictures.
 
@@ -109,35 +105,14 @@ def write_comparison(run: "Run", output: Path) -> None:
     console.print(f"Page: {output / 'reducers.md'}, numbers: {output / 'reducers.json'}")
 
 
-def gallery(
-    checkpoint: CheckpointArgument = None,
-    output: Annotated[Path, typer.Option(help="Picture to write.")] = Path("docs/reducers_gallery.png"),
-    budget: Annotated[float, typer.Option(help="Fraction of visual tokens.")] = GALLERY_BUDGET,
-    reducers: ComparedReducers = None,
-) -> None:
-    """
-    Draw what every reducer keeps of one scene, with its stage and the answer.
-
-    The brighter a patch, the more decoder layers see it. Of reducers that merge, the patches in whose place tokens
-    stand are bright.
-    """
-    from ..evaluation.pictures import save_gallery
-
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory() as folder:
-        run = _answered(checkpoint, DEMO_EXAMPLES, [budget], reducers, Path(folder) / "run")
-        save_gallery(run, budget, output)
-    console.print(f"Picture: {output}")
-
-
 def _answered(
     checkpoint: str | None,
     questions: int,
-    budgets: "list[float] | tuple[float, ...]",
+    budgets: Sequence[float],
     reducers: list[str] | None,
     folder: Path,
     batch_size: int = 50,
-) -> "Run":
+) -> Run:
     """A run of digit scenes, with everything kept beside the reducers that were named."""
     stacks = None if reducers is None else ["full", *map(parse_reducer, reducers)]
     return evaluate_checkpoint(

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from .console import console, reference_checkpoint, refusals_shown
+from .console import console, reference_checkpoint
 
 
 def space(
@@ -46,8 +46,7 @@ def space(
         raise typer.BadParameter("`--examples` goes with `--export`; the page that runs here has digit scenes.")
     _require_gradio()
     checkpoint = checkpoint or str(reference_checkpoint())
-    with refusals_shown():
-        _require_free(port)
+    _require_free(port)
     try:
         run_space(checkpoint, port, share)
     except OSError as error:
@@ -102,8 +101,7 @@ def _export(folder: Path, checkpoint: str | None, examples: Path | None) -> None
             "name its repository, 'owner/name'."
         )
     there = folder / "examples"
-    with refusals_shown():
-        space_folder(folder, checkpoint, examples or (there if there.is_dir() else SPACE / "examples"))
+    space_folder(folder, checkpoint, examples or (there if there.is_dir() else SPACE / "examples"))
     console.print(
         f"{folder}: upload it with `hf upload OWNER/SPACE {folder} --repo-type space`", highlight=False, soft_wrap=True
     )

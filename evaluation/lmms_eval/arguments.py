@@ -19,7 +19,7 @@ from ...modeling.budget.schedule import StackBudget
 from ...modeling.modeling_adavtp import AdaVTPForConditionalGeneration, ReducerSpec
 from ...modeling.processing_adavtp import AdaVTPProcessor
 from ...modeling.reducers.base import REDUCERS
-from ..settings import FULL, FULL_BUDGET, Setting, budget_of_text, exact_budget, reducer_of_text
+from ..settings import FULL, FULL_BUDGET, Setting, budget_of_text, exact_budget, reducer_of_text, tokens_per_image
 
 # What other models of lmms-eval take where a task says nothing.
 DEFAULT_NEW_TOKENS = 1024
@@ -174,7 +174,7 @@ def _setting(
         reducer = FULL
     if reducer == FULL and token_budget is None:
         token_budget = FULL_BUDGET
-    token_budget = exact_budget(token_budget, model.config.num_patches)
+    token_budget = exact_budget(token_budget, tokens_per_image(model))
     setting = Setting(model.config.reducers if reducer is None else reducer, token_budget)
     arguments = setting.arguments()
     names = [entry if isinstance(entry, str) else entry["name"] for entry in reducer_entries(arguments["reducer"])]

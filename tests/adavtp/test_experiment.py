@@ -11,9 +11,8 @@ from typer.testing import CliRunner
 
 from adavtp.command_line import app
 from adavtp.commands.console import reference_checkpoint
-from adavtp.commands.experiment_runs import Experiment, named_experiments, write_start
+from adavtp.commands.experiment_runs import Experiment, join_variants, named_experiments, write_start
 from adavtp.evaluation.runs import Run
-from adavtp.evaluation.variant_runs import join_variants
 
 EXPERIMENT = """
 title: A small experiment

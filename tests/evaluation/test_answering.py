@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from adavtp.evaluation.answering import Scorer, answer, answer_examples, inputs_of, score_together
+from adavtp.evaluation.answering import answer_examples, inputs_of, score_together
 from adavtp.evaluation.data.examples import Example
 from adavtp.evaluation.runs import Answer, Run
 from adavtp.evaluation.settings import Setting, asked_settings, reachable_settings
@@ -79,7 +79,7 @@ def answered(
 ) -> Run:
     run = begun(folder, settings)
     options = {"max_new_tokens": 4, "batch_size": 3, "shown": 2} | options
-    answer_examples(model, digit_processor(), examples, settings, run, Scorer("exact_match"), **options)
+    answer_examples(model, digit_processor(), examples, settings, run, **options)
     run.merge()
     return run
 
@@ -187,15 +187,6 @@ def test_costs_differ_with_what_is_kept_the_text_and_the_answer(whole: Run) -> N
     assert flops["full", 1.0, 3] < 0.5 * flops["full", 1.0, 0]
 
 
-def test_time_is_that_of_generate_alone(model: Any, processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from adavtp.evaluation import answering
-
-    ticks = iter([10.0, 12.5])
-    monkeypatch.setattr(answering.time, "perf_counter", lambda: next(ticks))
-    given = answer(model, processor, inputs_of(processor, EXAMPLES[:2]), Setting("adaptive", 0.5), 2)
-    assert given.seconds == 2.5 and len(given.texts) == 2
-
-
 @pytest.mark.parametrize("stop_after", [0, 1, 5, 9])
 def test_an_interrupted_run_goes_on_without_repeating_or_losing_an_answer(
     model: Any, settings: list[Setting], whole: Run, tmp_path: Path, stop_after: int
@@ -235,13 +226,13 @@ def test_any_number_of_processes_leaves_the_same_answers(
     arguments = (model, digit_processor(), EXAMPLES, settings)
     # Of the first ones only one gets to its work.
     first = SimpleNamespace(process_index=begun_by - 1, num_processes=begun_by)
-    answer_examples(*arguments, run, Scorer("exact_match"), **options, process=first, progress=lambda units: units[:2])
+    answer_examples(*arguments, run, **options, process=first, progress=lambda units: units[:2])
     run = begun(tmp_path, settings)
     done = len(run.done())
     assert done > 0
     for rank in range(finished_by):
         process = SimpleNamespace(process_index=rank, num_processes=finished_by)
-        answer_examples(*arguments, run, Scorer("exact_match"), **options, process=process)
+        answer_examples(*arguments, run, **options, process=process)
     # Nobody answered what another had answered, or was to answer.
     written = [text for path in tmp_path.glob("*.jsonl") for text in path.read_text().splitlines()]
     assert len(written) == len(settings) * len(EXAMPLES)
@@ -347,10 +338,10 @@ def test_a_metric_of_all_answers_together_scores_them_at_the_end(
 
     run = begun(tmp_path, settings[:2], metric="cider")
     options = {"max_new_tokens": 4, "batch_size": 3}
-    answer_examples(model, processor, EXAMPLES, settings[:2], run, Scorer("cider"), **options)
+    answer_examples(model, processor, EXAMPLES, settings[:2], run, **options)
     run.merge()
     assert {one.score for one in run.answers()} == {None}
-    score_together(run, Scorer("cider"), EXAMPLES)
+    score_together(run, EXAMPLES)
     for asked in settings[:2]:
         own = [one for one in run.answers() if one.reducer == asked.label]
         predictions = [one.prediction for one in own]
@@ -362,4 +353,4 @@ def test_a_metric_that_needs_choices_says_whose_are_missing(
 ) -> None:
     run = begun(tmp_path, settings[:1], metric="multiple_choice")
     with pytest.raises(ValueError, match="'q0' has no choices"):
-        answer_examples(model, digit_processor(), EXAMPLES, settings[:1], run, Scorer("multiple_choice"))
+        answer_examples(model, digit_processor(), EXAMPLES, settings[:1], run)
