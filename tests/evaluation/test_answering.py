@@ -1,6 +1,7 @@
 """Answers and what they cost, on a tiny model: every line of a run against the model asked one by one."""
 
 import math
+import time
 from fractions import Fraction
 from itertools import product
 from pathlib import Path
@@ -12,7 +13,9 @@ import torch
 from PIL import Image
 
 from adavtp.evaluation.answering import answer_examples, inputs_of, score_together
+from adavtp.evaluation.continuations import continued
 from adavtp.evaluation.data.examples import Example
+from adavtp.evaluation.prompt_costs import CountedFlops
 from adavtp.evaluation.runs import Answer, Run
 from adavtp.evaluation.settings import Setting, asked_settings, reachable_settings
 from adavtp.evaluation.summary import evaluation_record, unfinished
@@ -185,6 +188,14 @@ def test_costs_differ_with_what_is_kept_the_text_and_the_answer(whole: Run) -> N
     assert flops["full", 1.0, 2] > 1.5 * flops["full", 1.0, 0]
     assert flops["adaptive", 0.5, 0] < flops["adaptive", 9, 0] < flops["full", 1.0, 0] * 1.3
     assert flops["full", 1.0, 3] < 0.5 * flops["full", 1.0, 0]
+
+
+def test_time_is_that_of_generate_alone(model: Any, processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([10.0, 12.5])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
+    inputs, flops = inputs_of(processor, EXAMPLES[:2]), CountedFlops(model.config, Setting("adaptive", 0.5))
+    answers = continued(model, processor, inputs, [1, 1], flops, max_new_tokens=2)
+    assert [one.cost.milliseconds for one in answers] == [1250.0, 1250.0]
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 5, 9])
