@@ -77,20 +77,24 @@ class AdaVTPModelArguments(lmms):
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = _device(self.accelerator, device, device_map)
-        self._model, self.processor, is_llava = _loaded(
+        of_hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+        model_type = AutoConfig.from_pretrained(pretrained, **of_hub).model_type
+        if model_type not in ("adavtp", "llava"):
+            raise ValueError(f"`pretrained` is {pretrained!r}, of type {model_type!r}; allowed are adavtp and llava.")
+        self._model = AdaVTPForConditionalGeneration.from_pretrained(
             pretrained,
-            trust_remote_code,
-            revision,
+            **of_hub,
             dtype=dtype,
             attn_implementation=attn_implementation,
             device_map=self.device if device_map is None else device_map,
-        )
+        ).eval()
+        self.processor = AdaVTPProcessor.from_pretrained(pretrained, **of_hub)
         if self.processor.chat_template is None:
             raise ValueError(
                 f"`pretrained` is {pretrained!r}, whose processor has no chat template; lmms-eval's requests are "
                 "questions, so set `processor.chat_template` and save the processor again."
             )
-        self.setting = _setting(self._model, is_llava, given_reducer, given_budget)
+        self.setting = _setting(self._model, model_type == "llava", given_reducer, given_budget)
         # Last, so that what is refused leaves no file behind.
         self.statistics = None if statistics is None else _new_file(Path(statistics), self._rank, self._world_size)
 
@@ -149,27 +153,10 @@ def _new_file(path: Path, rank: int, world_size: int) -> Path:
     return path
 
 
-def _loaded(
-    pretrained: str, trust_remote_code: bool, revision: str, **arguments: Any
-) -> tuple[AdaVTPForConditionalGeneration, AdaVTPProcessor, bool]:
-    """Model in evaluation mode, processor, and whether the checkpoint is a LLaVA, with LLaVA's weights only."""
-    of_hub = {"revision": revision, "trust_remote_code": trust_remote_code}
-    model_type = AutoConfig.from_pretrained(pretrained, **of_hub).model_type
-    if model_type not in ("adavtp", "llava"):
-        raise ValueError(f"`pretrained` is {pretrained!r}, of type {model_type!r}; allowed are adavtp and llava.")
-    model = AdaVTPForConditionalGeneration.from_pretrained(pretrained, **of_hub, **arguments).eval()
-    return model, AdaVTPProcessor.from_pretrained(pretrained, **of_hub), model_type == "llava"
-
-
 def _setting(
     model: AdaVTPForConditionalGeneration, is_llava: bool, reducer: ReducerSpec | None, token_budget: Any
 ) -> Setting:
-    """
-    The setting that was asked for.
-
-    Raises:
-        ValueError: if reducer or budget is not allowed, or the checkpoint lacks the reducer's weights.
-    """
+    """The setting that was asked for; an error if it is not allowed, or the checkpoint lacks the reducer's weights."""
     if reducer is None and is_llava and token_budget in (None, FULL_BUDGET):
         reducer = FULL
     if reducer == FULL and token_budget is None:
