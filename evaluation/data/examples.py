@@ -8,7 +8,7 @@ data a run was made of is known by a hash of all of it, so that answers to diffe
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,9 +93,6 @@ class FirstOf(Sequence[Example]):
     def __getitem__(self, index: int | slice) -> Any:
         chosen = range(self.number)[index]
         return self.examples[chosen] if isinstance(index, int) else self.examples[chosen.start : chosen.stop]
-
-    def __iter__(self) -> Iterator[Example]:
-        return (self.examples[place] for place in range(self.number))
 
 
 class ConversationExamples(Sequence[Example]):
