@@ -2,8 +2,6 @@
 
 import math
 import time
-from fractions import Fraction
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -94,42 +92,6 @@ def whole(model: Any, settings: list[Setting], tmp_path_factory: pytest.TempPath
 
 def untimed(run: Run) -> list[dict[str, Any]]:
     return [vars(answer) | {"ms": None} for answer in run.answers()]
-
-
-def test_full_runs_once_and_others_where_something_is_left_out(model: Any) -> None:
-    asked = asked_settings(NUM_PATCHES, ["adaptive", "full", "fastv"], [1.0, 0.25, 9, NUM_PATCHES, 0.0])
-    assert [(*one.key, one.num_keep) for one in asked] == [
-        ("full", 1.0, 16),
-        ("adaptive", 0.25, 4),
-        ("adaptive", 9, 9),
-        ("adaptive", 0.0, 1),
-        ("fastv", 0.25, 4),
-        ("fastv", 9, 9),
-        ("fastv", 0.0, 1),
-    ]
-    assert [one.label for one in asked_settings(NUM_PATCHES, ["adaptive"], [1.0])] == ["full"]
-    assert [one.label for one in asked_settings(NUM_PATCHES, ["full"], [])] == ["full"]
-    assert [one.key for one in asked_settings(NUM_PATCHES, ["adaptive"], [0.5])] == [("adaptive", 0.5)]
-
-
-def test_an_exact_fraction_keeps_its_share_of_any_number_of_patches() -> None:
-    for count, num_patches in product(range(1, 577), (576, 144, 100, 16)):
-        (one,) = asked_settings(num_patches, ["adaptive"], [Fraction(count, 576)])
-        expected = max(1, count * num_patches // 576)
-        assert one.num_keep == expected
-        if expected < num_patches:
-            assert one.key == ("adaptive", count / 576)
-            assert one.budget == (expected if expected > 1 else 0.0)
-        else:
-            assert one.label == "full"
-
-
-@pytest.mark.parametrize("budget", [Fraction(3, 2), Fraction(-1, 2), 1.5, 1, -3, math.nan])
-def test_a_budget_that_is_none_is_refused(model: Any, budget: float | Fraction) -> None:
-    with pytest.raises(ValueError):
-        asked_settings(NUM_PATCHES, ["adaptive"], [budget])
-    with pytest.raises(ValueError):
-        asked_settings(NUM_PATCHES, ["adaptive"], [])
 
 
 def test_what_is_out_of_reach_is_listed_with_its_reason(model: Any, processor: Any) -> None:

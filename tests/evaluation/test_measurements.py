@@ -27,7 +27,7 @@ from adavtp.evaluation.measurements import (
     summary_of_repeats,
     time_generation,
 )
-from adavtp.evaluation.settings import Setting, reducer_label
+from adavtp.evaluation.settings import Setting
 from adavtp.modeling.costs.model_costs import ModelCosts
 from adavtp.modeling.reducers.fastv import FastVReducer
 from tiny_models import EOS_TOKEN_ID, tiny_batch, tiny_model, tiny_text_config
@@ -339,12 +339,6 @@ def test_full_is_plain_llava() -> None:
     output = generate_exactly(model, batch, Setting("full"), 2, output_logits=True)
     assert not asked
     assert torch.allclose(output.logits[0], stock(**batch).logits[:, -1], atol=1e-5)
-
-
-def test_labels_are_what_the_command_line_takes() -> None:
-    assert reducer_label("full") == "full"
-    assert reducer_label(["tome", {"name": "fastv", "layer": 2}]) == "tome, fastv:layer=2"
-    assert Setting({"name": "fastv", "layer": 2}, 0.5).label == "fastv:layer=2"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
