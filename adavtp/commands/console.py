@@ -2,22 +2,42 @@
 
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
+from rich.table import Table
 from typer.core import TyperCommand
 
-from ..evaluation.settings import reducer_of_text
 from ..hub_cards.publish import HubRefused
 
 console = Console()
-parse_reducer = reducer_of_text
+
+_CHECKPOINT = "Checkpoint folder or Hub repository. Default: the digit-scenes reference."
+CheckpointArgument = Annotated[str | None, typer.Argument(help=_CHECKPOINT)]
+CheckpointOption = Annotated[str | None, typer.Option("--checkpoint", help=_CHECKPOINT)]
+BudgetsOption = Annotated[
+    list[str],
+    typer.Option(
+        "--budgets",
+        "--budget",
+        help="Several: fractions such as 0.4, numbers of tokens such as 115, or exact fractions such as 115/576.",
+    ),
+]
+ReducersOption = Annotated[
+    list[str],
+    typer.Option(
+        "--reducers",
+        "--reducer",
+        help="Several: reducers as in fastv:layer=2, stacks as in tome,adaptive, or full, which keeps everything.",
+    ),
+]
 
 
 class Command(TyperCommand):
@@ -106,6 +126,15 @@ def progress(description: str) -> Callable[[Iterable[Any]], Iterator[Any]]:
         yield from track(batches, description=description, console=console)
 
     return wrap
+
+
+def narrow_table(title: str, columns: Sequence[str]) -> Table:
+    """A table for any terminal: reducers, whose names may fold, and columns of numbers."""
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("reducer", overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
 
 
 def command_as_typed() -> str:

@@ -10,7 +10,8 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from .console import console, parse_reducer
+from ..evaluation.settings import reducer_of_text
+from .console import console
 
 if TYPE_CHECKING:
     from ..hub_cards.conversion.convert import Conversion, Shard
@@ -78,7 +79,7 @@ def parse_field(text: str) -> tuple[str, Any]:
     if not found or not name:
         raise ValueError(f"`--set` is {text!r}; expected is NAME=VALUE, as in token_budget=0.5.")
     if name == "reducer":
-        return name, parse_reducer(value)
+        return name, reducer_of_text(value)
     try:
         return name, json.loads(value)
     except ValueError:

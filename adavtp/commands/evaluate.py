@@ -11,7 +11,6 @@ import torch
 import typer
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..evaluation.answering import answer_examples, inputs_of, score_together
@@ -28,10 +27,21 @@ from ..evaluation.settings import (
     asked_settings,
     budget_of_text,
     reachable_settings,
+    reducer_of_text,
     tokens_per_image,
 )
 from ..evaluation.summary import evaluation_record, metric_figures, unfinished
-from .console import command_as_typed, console, load_checkpoint, parse_reducer, progress, reference_checkpoint
+from .console import (
+    BudgetsOption,
+    CheckpointArgument,
+    ReducersOption,
+    command_as_typed,
+    console,
+    load_checkpoint,
+    narrow_table,
+    progress,
+    reference_checkpoint,
+)
 
 DIGIT_SCENES = "digit-scenes"
 DIGIT_SCENES_QUESTIONS = 2400
@@ -43,9 +53,7 @@ SHOWN = 12
 
 
 def evaluate(
-    checkpoint: Annotated[
-        str | None, typer.Argument(help="Checkpoint folder or Hub repository. Default: the digit-scenes reference.")
-    ] = None,
+    checkpoint: CheckpointArgument = None,
     data: Annotated[
         str,
         typer.Option(
@@ -53,22 +61,8 @@ def evaluate(
             "form; or a benchmark's local files: vqav2:FOLDER, gqa:, textvqa:, vizwiz:, scienceqa:, pope:, mme:."
         ),
     ] = DIGIT_SCENES,
-    budgets: Annotated[
-        list[str],
-        typer.Option(
-            "--budgets",
-            "--budget",
-            help="Several: fractions such as 0.4, numbers of tokens such as 115, or exact fractions such as 115/576.",
-        ),
-    ] = BUDGETS,  # noqa: B006
-    reducers: Annotated[
-        list[str],
-        typer.Option(
-            "--reducers",
-            "--reducer",
-            help="Several: reducers as in fastv:layer=2, stacks as in tome,adaptive, or full, which keeps everything.",
-        ),
-    ] = REDUCERS,  # noqa: B006
+    budgets: BudgetsOption = BUDGETS,  # noqa: B006
+    reducers: ReducersOption = REDUCERS,  # noqa: B006
     output: Annotated[
         Path | None, typer.Option(help="Folder of the run. Default: runs/evaluation_CHECKPOINT_DATA.")
     ] = None,
@@ -94,7 +88,7 @@ def evaluate(
     `accelerate launch` or `torchrun`, processes share the questions.
     """
     evaluate_checkpoint(
-        *(checkpoint, data, [budget_of_text(text) for text in budgets], [parse_reducer(text) for text in reducers]),
+        *(checkpoint, data, [budget_of_text(text) for text in budgets], [reducer_of_text(text) for text in reducers]),
         output=output,
         questions=questions,
         split=split,
@@ -259,10 +253,8 @@ def _report(run: Run, examples: Sequence[Example]) -> None:
 def results_table(record: dict[str, Any]) -> Table:
     """A row for each setting of `evaluation.json`: score with interval, and what an answer cost."""
     title = f"{record['num_questions']} questions, {record['metric']}"
-    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("reducer", overflow="fold")
-    for column in ("budget", "K", "score, %", "95% CI", "visual\ntokens", "GFLOPs", "ms per\nanswer"):
-        table.add_column(column, justify="right", no_wrap=True)
+    columns = ("budget", "K", "score, %", "95% CI", "visual\ntokens", "GFLOPs", "ms per\nanswer")
+    table = narrow_table(title, columns)
     for row in record["rows"]:
         table.add_row(
             row["reducer"],

@@ -19,11 +19,10 @@ from safetensors.torch import load_file, save_file
 
 from ..evaluation.circumstances import checkpoint_hash, checkpoint_name
 from ..evaluation.runs import PICTURES, Run
-from ..evaluation.settings import budget_of_text
+from ..evaluation.settings import budget_of_text, reducer_of_text
 from ..modeling.processing_adavtp import AdaVTPProcessor
 from ..trainer.recipes.recipe import Recipe, RecipeLoader, Stage, check_fields
 from ..trainer.recipes.run import run_recipe
-from .console import parse_reducer
 from .evaluate import DIGIT_SCENES, evaluate_checkpoint
 
 NEW_MODULES = (".controller.", ".budget_token.", ".reducers.")
@@ -194,7 +193,7 @@ def evaluate_part(experiment: Experiment, part: Part, checkpoint: str, folder: P
         checkpoint = snapshot_download(checkpoint)
     asked = {"budgets": [budget_of_text(str(budget)) for budget in part.budgets], "questions": part.questions}
     if part.reducers:
-        reducers = [parse_reducer(reducer) for reducer in part.reducers]
+        reducers = [reducer_of_text(reducer) for reducer in part.reducers]
         return evaluate_checkpoint(checkpoint, DIGIT_SCENES, reducers=reducers, output=folder / "run", **asked)
     runs = {}
     for name, settings in part.variants.items():
@@ -204,7 +203,7 @@ def evaluate_part(experiment: Experiment, part: Part, checkpoint: str, folder: P
         runs[name] = evaluate_checkpoint(str(trained), DIGIT_SCENES, reducers=reducers, output=own / "run", **asked)
     for name in part.controls:
         own = folder / "controls" / name / "run"
-        reducers = [parse_reducer(name)]
+        reducers = [reducer_of_text(name)]
         runs[name] = evaluate_checkpoint(checkpoint, DIGIT_SCENES, reducers=reducers, output=own, **asked)
     return join_variants(runs, folder / "run", about | {"command": command})
 

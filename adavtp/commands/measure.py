@@ -5,32 +5,31 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..evaluation import measurements
 from ..evaluation.circumstances import circumstances
 from ..evaluation.measurements import Measurement, as_rows
-from ..evaluation.settings import asked_settings, budget_of_text, reachable_settings, tokens_per_image
-from .console import command_as_typed, console, load_checkpoint, parse_reducer, progress
+from ..evaluation.settings import asked_settings, budget_of_text, reachable_settings, reducer_of_text, tokens_per_image
+from .console import (
+    BudgetsOption,
+    CheckpointArgument,
+    ReducersOption,
+    command_as_typed,
+    console,
+    load_checkpoint,
+    narrow_table,
+    progress,
+)
 
 # As many as load at least; one question of each kind.
 NUM_QUESTIONS = 6
 
 
 def measure(
-    checkpoint: Annotated[
-        str | None, typer.Argument(help="Checkpoint folder or Hub repository. Default: the digit-scenes reference.")
-    ] = None,
-    budgets: Annotated[
-        list[str], typer.Option("--budgets", "--budget", help="Fraction such as 0.4, or number of tokens.")
-    ] = ["0.2", "0.4"],  # noqa: B006
-    reducers: Annotated[
-        list[str],
-        typer.Option(
-            "--reducers", "--reducer", help="Reducer as in fastv:layer=2, a stack as in tome,adaptive, or full."
-        ),
-    ] = ["full", "adaptive"],  # noqa: B006
+    checkpoint: CheckpointArgument = None,
+    budgets: BudgetsOption = ["0.2", "0.4"],  # noqa: B006
+    reducers: ReducersOption = ["full", "adaptive"],  # noqa: B006
     batch_size: Annotated[int, typer.Option(help="Questions answered together.", min=1)] = 1,
     new_tokens: Annotated[int, typer.Option(help="Tokens generated for each, whatever the model says.", min=2)] = 32,
     repeats: Annotated[int, typer.Option(help="Rounds that are timed.", min=1)] = 7,
@@ -49,7 +48,7 @@ def measure(
     model.to(device=torch.device(device), dtype=_dtype(dtype) or model.dtype)
     inputs = _inputs(processor, batch_size).to(model.device)
     values = [budget_of_text(text) for text in budgets]
-    asked = asked_settings(tokens_per_image(model), [parse_reducer(text) for text in reducers], values)
+    asked = asked_settings(tokens_per_image(model), [reducer_of_text(text) for text in reducers], values)
     settings, unreachable = reachable_settings(model, inputs, asked)
     rounds = iter if as_json else progress("Measuring ...")
     measured = measurements.measure(model, inputs, settings, new_tokens, repeats, progress=rounds)
@@ -79,16 +78,11 @@ def _inputs(processor: Any, batch_size: int) -> Any:
 def measurement_table(measurements: list[Measurement]) -> Table:
     """Measurements as a table narrow enough for any terminal: medians and, below them, quartiles."""
     first = measurements[0]
-    table = Table(
-        title=f"{first.device}, {first.dtype}, batch of {first.batch_size}, {first.new_tokens} new tokens, "
+    table = narrow_table(
+        f"{first.device}, {first.dtype}, batch of {first.batch_size}, {first.new_tokens} new tokens, "
         f"{first.repeats} repeats; weights {first.weight_bytes / 2**20:.1f} MiB",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
+        ("budget", "first\ntoken, ms", "\nof full", "\ntokens/s", "\nof full", "peak\nMiB", "K-V\nMiB"),
     )
-    table.add_column("reducer", overflow="fold")
-    for column in ("budget", "first\ntoken, ms", "\nof full", "\ntokens/s", "\nof full", "peak\nMiB", "K-V\nMiB"):
-        table.add_column(column, justify="right", no_wrap=True)
     for row in measurements:
         table.add_row(
             row.reducer,

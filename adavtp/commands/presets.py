@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from ..evaluation.runs import Run
-from .console import command_as_typed, console, parse_reducer
+from ..evaluation.settings import reducer_of_text
+from .console import CheckpointArgument, CheckpointOption, command_as_typed, console
 from .evaluate import DIGIT_SCENES, evaluate_checkpoint
 
 DEMO_BUDGETS = (1.0, 0.8, 0.6, 0.4, 0.2)
@@ -28,9 +29,7 @@ MAX_NEW_TOKENS = 4
 def demo(
     questions: Annotated[int, typer.Option(help="Number of held-out questions.", min=DEMO_EXAMPLES)] = 300,
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("outputs/demo"),
-    checkpoint: Annotated[
-        str | None, typer.Option(help="Checkpoint folder or Hub repository. Default: the digit-scenes reference.")
-    ] = None,
+    checkpoint: CheckpointOption = None,
 ) -> None:
     """Answer held-out questions about digit scenes at five budgets; print a table, write two pictures."""
     from ..evaluation.pictures import save_kept_patches
@@ -46,9 +45,7 @@ def demo(
 
 
 def compare(
-    checkpoint: Annotated[
-        str | None, typer.Argument(help="Checkpoint folder or Hub repository. Default: the digit-scenes reference.")
-    ] = None,
+    checkpoint: CheckpointArgument = None,
     output: Annotated[Path, typer.Option(help="Folder for the page, its pictures and its numbers.")] = Path("docs"),
     work: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/comparison"),
     questions: Annotated[int, typer.Option(help="Number of test questions.", min=6)] = 2400,
@@ -114,7 +111,7 @@ def _answered(
     batch_size: int = 50,
 ) -> Run:
     """A run of digit scenes, with everything kept beside the reducers that were named."""
-    stacks = None if reducers is None else ["full", *map(parse_reducer, reducers)]
+    stacks = None if reducers is None else ["full", *map(reducer_of_text, reducers)]
     return evaluate_checkpoint(
         *(checkpoint, DIGIT_SCENES, budgets, stacks, folder),
         questions=questions,

@@ -10,13 +10,11 @@ from typing import Annotated
 
 import typer
 
-from .console import console, reference_checkpoint
+from .console import CheckpointArgument, console, reference_checkpoint
 
 
 def space(
-    checkpoint: Annotated[
-        str | None, typer.Argument(help="Checkpoint folder or Hub repository. Default: the digit-scenes reference.")
-    ] = None,
+    checkpoint: CheckpointArgument = None,
     port: Annotated[
         int | None, typer.Option(help="Port of the page. Default: the first free one from 7860.", min=1, max=65535)
     ] = None,

@@ -44,6 +44,10 @@ SCORES = {
 UNREACHABLE = [{"reducer": "fastv:layer=2", "budget": 0.25, "reason": "2 of 4 | all tokens."}]
 
 
+def off_by(reducer: str, budget: float | int, index: int) -> float:
+    return -0.5 if reducer.startswith("fastv") and index < 4 else 0.0
+
+
 def numbers_of(*folders: Path, against: str | None = None) -> dict[str, Any]:
     return report_numbers(join_runs([Run.open(folder) for folder in folders]), against, "A title", "adavtp report RUN")
 
@@ -55,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(
         *(tmp_path_factory.mktemp("runs") / "one", SCORES),
         **{"categories": categories, "unreachable": UNREACHABLE, "measurements": measurements},
-        tokens_off_by=lambda reducer, budget, index: -0.5 if reducer.startswith("fastv") and index < 4 else 0.0,
+        tokens_off_by=off_by,
     )
 
 
@@ -175,36 +179,21 @@ def split(tmp_path: Path, second: dict[tuple[str, float | int], list[float]], **
 def test_reducers_measured_in_different_runs_are_one_measurement(
     tmp_path: Path, folder: Path, checkpoint: dict[str, Any]
 ) -> None:
-    categories = ["count"] * 10 + ["colour"] * 30
-    first = {key: own for key, own in SCORES.items() if key[0] in ("full", "adaptive")}
-    others = {key: own for key, own in SCORES.items() if key not in first}
-    folders = [
-        write_run(tmp_path / "a", first, categories=categories),
-        write_run(
-            *(tmp_path / "b", others),
-            **{"categories": categories, "unreachable": UNREACHABLE},
-            tokens_off_by=lambda reducer, budget, index: -0.5 if reducer.startswith("fastv") and index < 4 else 0.0,
-        ),
+    others = {key: own for key, own in SCORES.items() if key[0] not in ("full", "adaptive")}
+    first, second = split(tmp_path, others, unreachable=UNREACHABLE, tokens_off_by=off_by)
+    (joined,) = numbers_of(first, second)["checkpoints"]
+    without_categories = [
+        {name: own for name, own in row.items() if name != "categories"} for row in checkpoint["settings"]
     ]
-    (joined,) = numbers_of(*folders)["checkpoints"]
-    for name in ("settings", "areas", "best_controls", "categories", "unreachable"):
+    assert joined["settings"] == without_categories
+    for name in ("areas", "best_controls", "unreachable"):
         assert joined[name] == checkpoint[name]
     assert [run["folder"] for run in joined["runs"]] == ["a", "b"]
 
 
-def test_what_was_answered_twice_alike_counts_once(tmp_path: Path) -> None:
-    (one,) = numbers_of(*split(tmp_path, {("adaptive", 0.5): right(37), ("random", 0.5): right(26)}))["checkpoints"]
-    assert [row["reducer"] for row in one["settings"]] == ["full", "adaptive", "adaptive", "random"]
-
-
-def test_what_was_answered_twice_differently_is_refused_by_name(tmp_path: Path) -> None:
-    folders = split(tmp_path, {("adaptive", 0.5): right(36), ("random", 0.5): right(26)})
-    with pytest.raises(ValueError, match="'adaptive' with 8 tokens was answered twice and differs: example 'q36'"):
-        numbers_of(*folders)
-
-
-def test_a_fraction_and_a_count_of_the_same_tokens_are_one_setting(tmp_path: Path) -> None:
+def test_what_was_answered_twice_alike_counts_once_also_as_a_fraction_and_a_count(tmp_path: Path) -> None:
     (one,) = numbers_of(*split(tmp_path, {("adaptive", 8): right(37), ("random", 8): right(26)}))["checkpoints"]
+    assert [row["reducer"] for row in one["settings"]] == ["full", "adaptive", "adaptive", "random"]
     assert setting(one, "adaptive", 8)["asked"] == [0.5, 8]
     assert setting(one, "random", 8)["against"]["other"] == "adaptive"
     assert one["budgets"][1] == {"num_keep": 8, "asked": [0.5, 8]}
@@ -216,18 +205,30 @@ def test_what_one_run_could_not_reach_and_another_did_is_not_unreachable(tmp_pat
     assert numbers_of(*folders)["checkpoints"][0]["unreachable"] == UNREACHABLE
 
 
-def rewrite_header(folder: Path, **changes: Any) -> None:
-    header = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps(header | changes))
+def rewrite(path: Path, old: str, new: str, count: int = -1) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, count))
 
 
-@pytest.mark.parametrize(("name", "value"), [("metric", "anls"), ("num_patches", 20), ("max_new_tokens", 9)])
-def test_runs_of_one_checkpoint_that_measured_something_else_are_refused(
-    tmp_path: Path, name: str, value: object
+# File of the second run, what is changed in it, and the reason that is given.
+NOT_JOINED = [
+    ("run.json", '"metric": "exact_match"', '"metric": "anls"', "differ in 'metric'"),
+    ("run.json", '"num_patches": 16', '"num_patches": 20', "differ in 'num_patches'"),
+    ("run.json", '"max_new_tokens": 4', '"max_new_tokens": 9', "differ in 'max_new_tokens'"),
+    ("answers.jsonl", '"q7"', '"q99"', "has the example 7 'q99', where another run of the same data has 7 'q7'"),
+    ("answers.jsonl", '"no"', '"nay"', "'adaptive' with 8 tokens was answered twice and differs: example 'q37'"),
+    ("answers.jsonl", '"score": 1.0', '"score": null', "not finished: 'adaptive' at 0.5 has no scores yet"),
+]
+
+
+@pytest.mark.parametrize(("file", "old", "new", "reason"), NOT_JOINED)
+def test_runs_that_do_not_belong_together_are_refused_with_the_reason(
+    tmp_path: Path, file: str, old: str, new: str, reason: str
 ) -> None:
-    folders = split(tmp_path, {("random", 0.5): right(26)})
-    rewrite_header(folders[1], **{name: value})
-    with pytest.raises(ValueError, match=f"differ in '{name}'"):
+    folders = split(tmp_path, {("adaptive", 0.5): right(37), ("random", 0.5): right(26)})
+    rewrite(folders[1] / file, old, new)
+    with pytest.raises(ValueError, match=reason):
         numbers_of(*folders)
 
 
@@ -237,32 +238,16 @@ def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
     (folder / "answers.jsonl").write_text("".join(lines[:-1]))
     with pytest.raises(ValueError, match="not finished: 'random' at 0.5 has 39 of 40 examples"):
         numbers_of(folder)
-    (folder / "answers.jsonl").write_text("".join(lines[:NUM_EXAMPLES]))
-    with pytest.raises(ValueError, match="not finished: 'random' at 0.5 has 0 of 40 examples"):
-        numbers_of(folder)
 
 
-def test_a_run_whose_answers_are_not_scored_yet_is_refused(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run", {("adaptive", 0.5): right(3)})
-    text = (folder / "answers.jsonl").read_text()
-    (folder / "answers.jsonl").write_text(text.replace('"score": 1.0', '"score": null'))
-    with pytest.raises(ValueError, match="not finished: 'adaptive' at 0.5 has no scores yet"):
-        numbers_of(folder)
-
-
-def test_other_examples_under_the_same_hash_are_refused(tmp_path: Path) -> None:
-    folders = split(tmp_path, {("random", 0.5): right(26)})
-    text = (folders[1] / "answers.jsonl").read_text()
-    (folders[1] / "answers.jsonl").write_text(text.replace('"q7"', '"q99"'))
-    with pytest.raises(ValueError, match="has the example 7 'q99', where another run of the same data has 7 'q7'"):
-        numbers_of(*folders)
-
-
-def test_no_runs_and_an_unmeasured_reducer_to_compare_with_are_refused(folder: Path) -> None:
+def test_where_there_is_nothing_to_report_or_to_compare_with_that_is_refused(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(ValueError, match="`runs` is empty"):
         numbers_of()
     with pytest.raises(ValueError, match="`against` is 'tome'; measured were full, adaptive, random"):
         numbers_of(folder, against="tome")
+    entry = {"reducer": "fastv", "budget": 0.1, "reason": "out of reach"}
+    with pytest.raises(ValueError, match="run has no setting that could be measured"):
+        numbers_of(write_run(tmp_path / "run", {}, unreachable=[entry]))
 
 
 def test_another_reducer_may_be_the_one_to_compare_with(folder: Path) -> None:
@@ -387,7 +372,7 @@ def test_what_holds_for_every_checkpoint_is_said_of_all(over_two: dict[str, Any]
 
 def test_checkpoints_of_the_same_name_are_told_apart_by_their_hash(tmp_path: Path, folder: Path) -> None:
     other = write_run(tmp_path / "other", SCORES, checkpoint="second")
-    rewrite_header(other, checkpoint="first")
+    rewrite(other / "run.json", '"checkpoint": "second"', '"checkpoint": "first"')
     names = [one["checkpoint"] for one in numbers_of(folder, other)["checkpoints"]]
     assert names == ["first (hash of )"] * 2
 
@@ -479,12 +464,6 @@ def test_checkpoints_scored_by_different_metrics_are_not_compared(tmp_path: Path
     (over,) = numbers["over_checkpoints"]
     assert [one["checkpoint"] for one in compared_checkpoints(numbers, over)] == ["first", "second"]
     assert "each of the 3" not in report_markdown(numbers)
-
-
-def test_a_run_in_which_nothing_could_be_measured_is_refused(tmp_path: Path) -> None:
-    entry = {"reducer": "fastv", "budget": 0.1, "reason": "out of reach"}
-    with pytest.raises(ValueError, match="run has no setting that could be measured"):
-        numbers_of(write_run(tmp_path / "run", {}, unreachable=[entry]))
 
 
 def test_other_figures_of_a_metric_have_a_table_of_their_own(tmp_path: Path) -> None:

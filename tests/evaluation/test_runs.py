@@ -59,7 +59,7 @@ def test_answers_come_in_the_order_of_settings_and_examples_whoever_wrote_them(t
     assert Run.open(tmp_path).answers() == [*expected[:3], answer(1, 1), expected[3]]
 
 
-@pytest.mark.parametrize("length", range(1, 30, 4))
+@pytest.mark.parametrize("length", [1, 12, 29])
 def test_a_line_that_was_cut_off_is_asked_again_and_no_other(tmp_path: Path, length: int) -> None:
     run = begun(tmp_path)
     run.append([answer(0, 0), answer(0, 1)])
