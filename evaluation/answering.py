@@ -29,11 +29,7 @@ from .settings import Setting
 
 def inputs_of(processor: AdaVTPProcessor, examples: Sequence[Example]) -> BatchFeature:
     """
-    Model inputs of questions, padded on the left.
-
-    Args:
-        processor: the model's.
-        examples: with any number of images each.
+    Model inputs of questions with any number of images each, padded on the left.
 
     Raises:
         ValueError: if an image cannot be decoded; the message names the example.
@@ -103,8 +99,7 @@ def answer_examples(
     begin at multiples of `batch_size` whatever is done, so that answers do not depend on interruptions.
 
     Args:
-        model: in evaluation mode.
-        processor: the model's.
+        model, processor: in evaluation mode.
         examples: all of the run's.
         settings: that can be measured.
         run: where answers are written; its metric scores them.
@@ -200,12 +195,8 @@ def _scores(metric: str, predictions: Sequence[str], examples: Sequence[Example]
 
 def score_together(run: Run, examples: Sequence[Example]) -> None:
     """
-    Scores the answers of each setting all at once, for a metric whose scores depend on each other. Does nothing for
-    other metrics, whose answers are scored batch by batch.
-
-    Args:
-        run: of its settings, those that have answered all examples are scored.
-        examples: all of the run's.
+    Scores the answers of each setting that has answered all of the run's examples at once, for a metric whose scores
+    depend on each other. Does nothing for other metrics, whose answers are scored batch by batch.
     """
     metric = run.header["metric"]
     if metric not in SCORED_TOGETHER:
@@ -218,13 +209,7 @@ def score_together(run: Run, examples: Sequence[Example]) -> None:
 
 
 def image_as_seen(processor: AdaVTPProcessor, pixel_values: torch.Tensor) -> Image.Image:
-    """
-    The picture that a model was shown: resized and cropped, with normalisation undone.
-
-    Args:
-        processor: that made `pixel_values`.
-        pixel_values: `[3, height, width]`.
-    """
+    """The picture `[3, height, width]` that a model was shown: resized and cropped, with normalisation undone."""
     mean, std = processor.image_processor.image_mean, processor.image_processor.image_std
     pixels = pixel_values.cpu().float() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
     return Image.fromarray(pixels.clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy())

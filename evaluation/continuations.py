@@ -54,19 +54,17 @@ class Scored:
     cost: PromptCost
 
 
+@dataclass
 class StopsAtText(StoppingCriteria):
     """
-    Ends a sequence as soon as its continuation contains one of some strings. It reads text and not the vocabulary, so
-    it works for any tokenizer; transformers' own needs one that can spell any string.
-
-    Args:
-        tokenizer: the model's.
-        stop: strings to stop at.
-        prompt_length: columns of `input_ids` before the continuation.
+    Ends a sequence as soon as its continuation, which begins behind `prompt_length` columns, contains one of the
+    strings `stop`. It reads text and not the vocabulary, so it works for any tokenizer; transformers' own needs one
+    that can spell any string.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str], prompt_length: int) -> None:
-        self.tokenizer, self.stop, self.prompt_length = tokenizer, stop, prompt_length
+    tokenizer: Any
+    stop: Sequence[str]
+    prompt_length: int
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs: Any) -> torch.BoolTensor:
         """Whether each sequence of `input_ids` `[sequences, length]` is at its end, `[sequences]`."""
@@ -88,16 +86,12 @@ def generate_continuations(
     Continues every prompt.
 
     Args:
-        model: in evaluation mode.
-        processor: the model's.
+        model, processor: in evaluation mode.
         prompts: whole, with the image placeholder where an image goes.
         images: those of each prompt.
         setting: reducer and budget.
         stop: strings, not empty, at which a continuation ends; they are not part of it.
         generation: arguments of `generate`.
-
-    Returns:
-        For every prompt its continuation.
 
     Raises:
         ValueError: if images and placeholders do not agree, or the setting is not allowed or cannot be met.
@@ -156,15 +150,8 @@ def score_continuations(
     Says how likely every continuation is after its prompt. The reducer knows the prompt and not the continuation.
 
     Args:
-        model: in evaluation mode.
-        processor: the model's.
-        prompts: whole, with the image placeholder where an image goes.
+        model, processor, prompts, images, setting: see [`generate_continuations`].
         continuations: one for each prompt, with the space in front that belongs there.
-        images: those of each prompt.
-        setting: reducer and budget.
-
-    Returns:
-        For every prompt what its continuation gets.
 
     Raises:
         ValueError: if a continuation has no token, or as [`generate_continuations`].
@@ -192,12 +179,8 @@ def score_continuations(
 
 def _log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Args:
-        logits: `[batch, length, vocabulary]`, each of what stands at the same place in `targets`.
-        targets: `[batch, length]` int64, -100 where there is none.
-
-    Returns:
-        The sum of the targets' log-probabilities, and whether all are the likeliest, both `[batch]`.
+    The sum of the targets' log-probabilities, and whether all are the likeliest, both `[batch]`; of logits
+    `[batch, length, vocabulary]` and the targets `[batch, length]` at the same places, -100 where there is none.
     """
     is_target = targets != _NO_TARGET
     index = targets.clamp(min=0)[..., None]

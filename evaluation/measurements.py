@@ -88,9 +88,6 @@ class StepClock(StoppingCriteria):
 
     On a GPU the notes are events in its own queue of work, so that they say when it had done the step and not when it
     was told to; elsewhere they are readings of the process's clock. The first note is the start.
-
-    Args:
-        device: where the model is; `"cpu"` or `"cuda"`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -278,10 +275,6 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> tuple[int, Any
     It counts what torch's allocator hands out: tensors, and what operators need on the way. It does not count what a
     library sets aside for itself, nor what the allocator keeps for later, so that it does not depend on what ran
     before. On a GPU the allocator's own peak is read; on a CPU the profiler's record of every allocation is added up.
-
-    Args:
-        call: what is measured.
-        device: where it runs; CPU or CUDA.
 
     Returns:
         Bytes, and what the call returned.

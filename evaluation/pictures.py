@@ -24,10 +24,6 @@ def patch_shares(selection: Selection, num_layers: int) -> torch.Tensor:
 
     Where tokens were merged, these are the patches in whose place a token stands; what went into it is not shown.
 
-    Args:
-        selection: of `num_images` images.
-        num_layers: of the decoder.
-
     Returns:
         `[num_images, num_patches]` float32 in [0, 1]; 0 or 1 unless a reducer acts inside the decoder.
     """
@@ -87,7 +83,6 @@ def save_kept_patches(run: Run, reducer: str, num_examples: int, path: str | Pat
     Args:
         run: with pictures of so many examples.
         reducer: as on the command line; where everything is kept it is `"full"`.
-        num_examples: rows.
         path: of the PNG.
     """
     settings = [entry for entry in run.header["settings"] if entry["reducer"] in (FULL, reducer)]

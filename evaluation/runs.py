@@ -72,13 +72,7 @@ def setting_of(entry: Mapping[str, Any]) -> tuple[str, float | int]:
 
 
 class Run:
-    """
-    A run's folder.
-
-    Attributes:
-        folder: where it is.
-        header: what `run.json` says.
-    """
+    """A run's folder, and what its `run.json` says."""
 
     def __init__(self, folder: str | Path, header: dict[str, Any]) -> None:
         self.folder = Path(folder)
@@ -86,12 +80,7 @@ class Run:
 
     @classmethod
     def open(cls, folder: str | Path) -> "Run":
-        """
-        Opens the folder of a run, finished or not.
-
-        Raises:
-            ValueError: if there is none.
-        """
+        """Opens the folder of a run, finished or not; `ValueError` if there is none."""
         path = Path(folder) / HEADER
         if not path.is_file():
             raise ValueError(
@@ -179,7 +168,7 @@ class Run:
             path.unlink()
 
     def merge(self) -> None:
-        """Puts the answers of all processes into one file. Only one process may do so, while no other appends."""
+        """Puts the answers of all processes into one file; see [`write`]."""
         (self.folder / PICTURES).mkdir(parents=True, exist_ok=True)
         self.write(self.answers())
 

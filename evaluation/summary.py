@@ -19,15 +19,10 @@ from .statistics import bootstrap_means, mean_interval
 
 def evaluation_record(run: Run) -> dict[str, Any]:
     """
-    A run's results as a JSON-ready record.
-
-    Args:
-        run: finished, or interrupted; see [`unfinished`].
-
-    Returns:
-        `rows`, one for each setting that has answered all examples, with every number; `unreachable`, what could not
-        be run and why; the metric's `figures`; and what was measured with what. Of scores that are not only 0 and 1,
-        "accuracy" is their mean, and its interval that of the bootstrap.
+    The results of a run, finished or interrupted (see [`unfinished`]), as a JSON-ready record: `rows`, one for each
+    setting that has answered all examples, with every number; `unreachable`, what could not be run and why; the
+    metric's `figures`; and what was measured with what. Of scores that are not only 0 and 1, "accuracy" is their mean,
+    and its interval that of the bootstrap.
     """
     header, answers = run.header, run.answers_of_settings()
     whole = [entry for entry in header["settings"] if len(answers[setting_of(entry)]) == header["num_examples"]]
@@ -78,16 +73,10 @@ def _row(entry: dict[str, Any], answers: Sequence[Answer], interval: tuple[float
 
 def metric_figures(run: Run, examples: Sequence[Example]) -> list[dict[str, Any]]:
     """
-    The figures of a run's metric.
-
-    Args:
-        run: finished.
-        examples: all of its examples.
-
-    Returns:
-        For each setting that has answered all examples `reducer`, `budget` and `figures`, by their names in the
-        metric; `by_category`, the figures of each category where there are several; and in place of these, where the
-        metric cannot be worked out, `reason`. Nothing for metrics that are cited by the mean of their scores.
+    The figures of a run's metric: for each setting that has answered all examples `reducer`, `budget` and `figures`,
+    by their names in the metric; `by_category`, the figures of each category where there are several; and in place of
+    these, where the metric cannot be worked out, `reason`. Nothing for metrics that are cited by the mean of their
+    scores.
     """
     metric, rows = run.header["metric"], []
     if metric not in CITED_BY_OTHER_FIGURES:

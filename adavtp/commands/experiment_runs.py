@@ -97,12 +97,7 @@ class Experiment:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Experiment":
-        """
-        Reads an experiment.
-
-        Raises:
-            ValueError: if a field is unknown or missing.
-        """
+        """Reads an experiment; `ValueError` if a field is unknown or missing."""
         content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=RecipeLoader)
         check_fields(content, cls, str(path))
         for number, part in enumerate(content["parts"]):
@@ -121,17 +116,8 @@ def named_experiments() -> dict[str, Path]:
 
 def write_start(checkpoint: str | Path, folder: Path) -> Path:
     """
-    A checkpoint without what was trained for choosing: the LLaVA in it, from which variants of the controller start.
-
-    Args:
-        checkpoint: folder with a whole checkpoint.
-        folder: where to write.
-
-    Returns:
-        `folder`.
-
-    Raises:
-        ValueError: if the checkpoint has no weights in safetensors files.
+    Writes a checkpoint without what was trained for choosing: the LLaVA in it, from which variants of the controller
+    start. Returns `folder`; `ValueError` if the checkpoint has no weights in safetensors files.
     """
     if (folder / START_IS_WHOLE).is_file():
         return folder
@@ -152,17 +138,7 @@ def write_start(checkpoint: str | Path, folder: Path) -> Path:
 
 
 def train_variant(experiment: Experiment, part: Part, variant: str, checkpoint: str | Path, folder: Path) -> Path:
-    """
-    Trains one variant of a part, or finds it trained.
-
-    Args:
-        experiment, part, variant: which.
-        checkpoint: folder that it starts from.
-        folder: for its checkpoints.
-
-    Returns:
-        The folder of the trained checkpoint.
-    """
+    """Trains one variant of a part from a checkpoint's folder, or finds it trained; the folder of the result."""
     settings = part.variants[variant]
     start = write_start(checkpoint, folder / START) if part.fresh_controller else checkpoint
     reducer = settings.get("reducer", "adaptive")
@@ -176,7 +152,6 @@ def evaluate_part(experiment: Experiment, part: Part, checkpoint: str, folder: P
     The answers of one checkpoint to one part's questions.
 
     Args:
-        experiment, part: which.
         checkpoint: folder or Hub repository.
         folder: for the runs, and for the variants' training.
         command: that asked for it.
