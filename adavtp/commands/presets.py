@@ -78,13 +78,7 @@ def compare(
 
 
 def write_comparison(run: Run, output: Path) -> None:
-    """
-    Writes the page of a comparison, its numbers and its pictures.
-
-    Args:
-        run: finished.
-        output: folder to write.
-    """
+    """Writes the page of a comparison, its numbers and its pictures, from its finished run."""
     from ..evaluation.pictures import save_gallery
     from ..evaluation.report.curves import save_curves
     from ..evaluation.report.joined import join_runs

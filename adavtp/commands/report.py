@@ -36,13 +36,7 @@ def report(
 
 def write_report(folders: Sequence[Path], output: Path, against: str | None, title: str, command: str) -> None:
     """
-    What `adavtp report` does.
-
-    Args:
-        folders: of runs.
-        output: folder to write.
-        against: reducer that all others are compared with; `None` is the controller, where it was measured.
-        title, command: of the report.
+    What `adavtp report` does; see [`report_numbers`].
 
     Raises:
         ValueError: if a folder has no finished run, runs do not agree, or `against` was not measured.

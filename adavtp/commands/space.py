@@ -55,11 +55,6 @@ def run_space(checkpoint: str, port: int | None = None, share: bool = False) -> 
     """
     Serves the page until it is interrupted. Nothing is sent anywhere, unless `share` asks for it.
 
-    Args:
-        checkpoint: folder or Hub repository.
-        port: of the page on localhost; by default the first free one from 7860.
-        share: whether Gradio makes a public link.
-
     Raises:
         OSError: if there is no such checkpoint, or the port is taken.
     """

@@ -47,7 +47,6 @@ def read_benchmark(name: str, folder: Path, split: str | None = None, images: Pa
 
     Args:
         name: a key of [`BENCHMARKS`].
-        folder: of the benchmark's files.
         split: by default the one whose answers are public.
         images: folder of the images, if it is not where LLaVA's evaluation has it.
 
@@ -152,14 +151,8 @@ def read_scienceqa(folder: Path, split: str, images: Path) -> Iterator[Example]:
             continue
         problem = _annotation(problems, row["id"], row["id"])
         text = row["conversations"][0]["value"].replace("<image>", "").strip() + LETTER_ONLY
-        yield _example(
-            row["id"],
-            {"image": row.get("image"), "text": text},
-            images,
-            [LETTERS[problem["answer"]]],
-            problem.get("subject"),
-            problem["choices"],
-        )
+        shown, answers = {"image": row.get("image"), "text": text}, [LETTERS[problem["answer"]]]
+        yield _example(row["id"], shown, images, answers, problem.get("subject"), problem["choices"])
 
 
 def read_pope(folder: Path, split: str, images: Path) -> Iterator[Example]:
@@ -223,19 +216,13 @@ BENCHMARKS = {
 }
 
 
-def _example(
-    own_id: Any,
-    row: dict[str, Any],
-    images: Path,
-    answers: list[str],
-    category: str | None = None,
-    choices: list[str] | None = None,
-) -> Example:
+def _example(own_id: Any, row: dict[str, Any], images: Path, answers: list[str], *more: Any) -> Example:
+    """`more` is the category, and the choices."""
     where = f"Example {str(own_id)!r}"
     if not answers:
         raise ValueError(f"{where} has no answers in the annotations; expected is a split whose answers are public.")
     shown = [] if row["image"] is None else [existing_image(images / row["image"], where)]
-    return Example(str(own_id), shown, row["text"], list(answers), category, choices)
+    return Example(str(own_id), shown, row["text"], list(answers), *more)
 
 
 def _question_of(text: str) -> str:

@@ -219,12 +219,7 @@ def _image(image: Any, folder: Path, where: str) -> Any:
 
 
 def existing_image(path: Path, where: str) -> Path:
-    """
-    The path of an image file that is there.
-
-    Raises:
-        ValueError: if it is not; the message begins with `where` and has the path.
-    """
+    """The path of an image file that is there; else `ValueError`, whose message begins with `where`."""
     if not path.is_file():
         raise ValueError(f"{where} shows {path}, and there is no such file.")
     return path

@@ -37,13 +37,9 @@ class AdaVTPModelArguments(lmms):
         reducer: as in `fastv:layer=2`; a stack in brackets, as in `[tome,adaptive]`; `full` for no reduction. By
             default the configuration's.
         device: of a single process, by default what accelerate picks; several processes get theirs from accelerate.
-        device_map: as in `from_pretrained`, to spread one process's model over devices.
-        dtype, attn_implementation, revision: as in `from_pretrained`.
-        batch_size: requests that are answered together; lmms-eval's own option `--batch_size` says it.
-        max_new_tokens: where a task does not say.
-        trust_remote_code: run the code in the checkpoint, which one with reducers of its own needs.
-        statistics: a file that gets a JSON line for every request. With several processes each writes its own, with
-            its number before the ending.
+        device_map, dtype, attn_implementation, revision, trust_remote_code: as in `from_pretrained`.
+        batch_size, max_new_tokens: requests that are answered together, and the limit where a task says none.
+        statistics: a file that gets a JSON line for every request; of several processes each has its own.
 
     Raises:
         ValueError: if an argument is not known or not allowed; the message names it and what is allowed.

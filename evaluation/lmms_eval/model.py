@@ -240,11 +240,6 @@ def generation_arguments(generation: dict[str, Any], max_new_tokens: int) -> tup
     As with other models of lmms-eval, a temperature above 0 means sampling and 0 means none. What is not of
     `generate` (other models have options of their own there) is left out with a warning.
 
-    Args:
-        generation: `until`, `max_new_tokens`, `temperature`, `do_sample`, `top_p`, `top_k`, `num_beams` and what
-            else a `GenerationConfig` has.
-        max_new_tokens: where `generation` does not say.
-
     Raises:
         ValueError: if a stop string is none, or a setting of the model is among the arguments.
     """

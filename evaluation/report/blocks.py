@@ -47,14 +47,8 @@ class Section(NamedTuple):
     blocks: list[Block]
 
 
-def as_markdown(block: Block, curves: str) -> str:
-    """
-    One block as Markdown.
-
-    Args:
-        block: any.
-        curves: the curves' path from the file.
-    """
+def as_markdown(block: Block, curves: str = "") -> str:
+    """One block as Markdown; `curves` is their path from the file."""
     match block:
         case Table():
             head = [block.columns, ["---", *["---:"] * (len(block.columns) - 1)]]
