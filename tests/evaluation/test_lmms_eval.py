@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from datasets import Dataset, DatasetDict, Image
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from adavtp import AdaVTPConfig, AdaVTPForConditionalGeneration, AdaVTPProcessor
 from adavtp.commands.console import load_checkpoint, reference_checkpoint
+from adavtp.evaluation.continuations import score_continuations
+from adavtp.evaluation.settings import Setting
 from adavtp.tasks.digit_scenes import load_digit_questions
 from forked_processes import Forks, as_launched
 
@@ -88,16 +89,17 @@ def lmms_eval(workplace: Path) -> Iterator[Forks]:
 
 
 def run_lmms_eval(
-    lmms_eval: Forks, workplace: Path, name: str, model_args: str, *more: str, num_processes: int = 1
+    forks: Forks, workplace: Path, name: str, setting: str, tasks: str, *more: str, num_processes: int = 1
 ) -> Path:
     """`python -m lmms_eval --model adavtp ...`; the folder with what it wrote."""
-    arguments = ["--model", "adavtp", "--model_args", f"pretrained={reference_checkpoint()},{model_args}"]
-    arguments += ["--include_path", str(TASKS), "--batch_size", "5", "--output_path", name, "--log_samples", *more]
+    model_args = f"pretrained={reference_checkpoint()},{setting},statistics={name}.jsonl"
+    arguments = ["--model", "adavtp", "--model_args", model_args, "--tasks", tasks, "--include_path", str(TASKS)]
+    arguments += ["--batch_size", "5", "--output_path", name, "--log_samples", *more]
     printed = workplace / f"{name}.txt"
     # Without the first, accelerate counts processes only where there are accelerators.
     together = [{"ACCELERATE_USE_CPU": "true"} | launched for launched in as_launched(num_processes)]
-    lmms_eval.begin(["lmms_eval", *arguments], printed, together if num_processes > 1 else [{}])
-    codes = lmms_eval.exit_codes()
+    forks.begin(["lmms_eval", *arguments], printed, together if num_processes > 1 else [{}])
+    codes = forks.exit_codes()
     output = printed.read_text()
     assert codes == [0] * num_processes and "Error during evaluation" not in output, output
     return next((workplace / name).iterdir())
@@ -114,29 +116,15 @@ def read_results(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def chat_run(lmms_eval: Forks, workplace: Path) -> Path:
     """The chat form at a fraction, in two processes."""
-    return run_lmms_eval(
-        lmms_eval,
-        workplace,
-        "chat",
-        f"token_budget={FRACTION},statistics=chat.jsonl",
-        "--tasks",
-        "digit_scenes,digit_scenes_mixed",
-        num_processes=2,
-    )
+    tasks = "digit_scenes,digit_scenes_mixed"
+    return run_lmms_eval(lmms_eval, workplace, "chat", f"token_budget={FRACTION}", tasks, num_processes=2)
 
 
 @pytest.fixture(scope="module")
 def simple_run(lmms_eval: Forks, workplace: Path) -> Path:
     """The simple form at a number of tokens, with a stack."""
-    return run_lmms_eval(
-        lmms_eval,
-        workplace,
-        "simple",
-        f"token_budget={COUNT},reducer=[{','.join(STACK)}],statistics=simple.jsonl",
-        "--force_simple",
-        "--tasks",
-        "digit_scenes,digit_scenes_choices",
-    )
+    setting, tasks = f"token_budget={COUNT},reducer=[{','.join(STACK)}]", "digit_scenes,digit_scenes_choices"
+    return run_lmms_eval(lmms_eval, workplace, "simple", setting, tasks, "--force_simple")
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +266,7 @@ def test_chat_and_simple_form_agree_whatever_shares_a_batch(questions: Dataset, 
     assert len({text for text, _, _ in chat}) > 2
 
 
-def test_log_likelihood_is_the_sum_of_log_softmax_over_the_continuation(
+def test_log_likelihoods_are_those_of_the_continuation_behind_the_prompt(
     questions: Dataset, forms: dict[str, Any], reference: tuple[Any, Any]
 ) -> None:
     continuations = [" red", " 7 of blue", lambda row: row["answer"]]
@@ -287,21 +275,15 @@ def test_log_likelihood_is_the_sum_of_log_softmax_over_the_continuation(
         for doc_id in range(2)
         for continuation in continuations
     ]
-    model, processor = reference
     for request, response in zip(requests, forms["simple"].loglikelihood(requests), strict=True):
         (negative, is_greedy), _ = unwrap_generation_output(response)
         row = questions[request.doc_id]
         said = request.args[1] if isinstance(request.args[1], str) else " " + row["answer"]
-        inputs = processor.of_questions([row["image"]], [f"<s>USER: <image> {row['question']} ASSISTANT:{said}"])
-        targets = processor.tokenizer(said, add_special_tokens=False).input_ids
-        labels = torch.full_like(inputs["input_ids"], -100)
-        labels[0, -len(targets) :] = torch.tensor(targets)
-        with torch.no_grad():
-            logits = model(**inputs, labels=labels, token_budget=FRACTION).logits[0, -len(targets) - 1 : -1]
-        expected = sum(float(row.log_softmax(-1)[target]) for row, target in zip(logits, targets, strict=True))
+        prompt = f"<s>USER: <image> {row['question']} ASSISTANT:"
+        (one,) = score_continuations(*reference, [prompt], [said], [[row["image"]]], Setting("adaptive", FRACTION))
         # lmms-eval takes the choice with the least number.
-        assert -negative == pytest.approx(expected, abs=1e-4)
-        assert is_greedy == (logits.argmax(-1).tolist() == targets)
+        assert -negative == pytest.approx(one.log_likelihood, abs=1e-4)
+        assert is_greedy == one.is_greedy
 
 
 def rounds_of_task(row: dict[str, Any], previous_output: list[str], round_idx: int, previous_round_info: Any) -> tuple:
@@ -357,21 +339,20 @@ def test_placeholders_in_a_question_are_where_its_images_go(questions: Dataset, 
 # ---------------------------------------------------------------- a task's generation_kwargs
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ({}, {"max_new_tokens": 9, "do_sample": False}),
-        ({"max_new_tokens": 3, "temperature": 0}, {"max_new_tokens": 3, "do_sample": False}),
-        ({"temperature": 0.7, "top_p": 0.9}, {"do_sample": True, "temperature": 0.7, "top_p": 0.9}),
-        ({"temperature": 0.7, "do_sample": False}, {"do_sample": False, "temperature": None, "top_p": None}),
-        ({"temperature": 0, "do_sample": True}, {"do_sample": False}),
-        ({"do_sample": True}, {"do_sample": True}),
-        ({"num_beams": 3, "top_p": None}, {"num_beams": 3, "do_sample": False}),
-    ],
-)
-def test_generation_kwargs_mean_what_they_mean_for_other_models(
-    given: dict[str, Any], expected: dict[str, Any]
-) -> None:
+# A task's `generation_kwargs`, and what of `generate`'s arguments they come to.
+KWARGS = [
+    ({}, {"max_new_tokens": 9, "do_sample": False}),
+    ({"max_new_tokens": 3, "temperature": 0}, {"max_new_tokens": 3, "do_sample": False}),
+    ({"temperature": 0.7, "top_p": 0.9}, {"do_sample": True, "temperature": 0.7, "top_p": 0.9}),
+    ({"temperature": 0.7, "do_sample": False}, {"do_sample": False, "temperature": None, "top_p": None}),
+    ({"temperature": 0, "do_sample": True}, {"do_sample": False}),
+    ({"do_sample": True}, {"do_sample": True}),
+    ({"num_beams": 3, "top_p": None}, {"num_beams": 3, "do_sample": False}),
+]
+
+
+@pytest.mark.parametrize(("given", "expected"), KWARGS)
+def test_generation_kwargs_mean_what_they_mean_for_other_models(given: dict, expected: dict) -> None:
     arguments, stop = generation_arguments(given, 9)
     assert expected.items() <= ({"num_beams": 1, "max_new_tokens": 9} | arguments).items()
     assert stop == []
@@ -384,15 +365,6 @@ def test_stop_strings_come_as_one_or_as_a_list_and_other_models_options_do_not_r
     for refused, message in (({"until": ["a", ""]}, "until"), ({"token_budget": 0.2}, "model_args")):
         with pytest.raises(ValueError, match=message):
             generation_arguments(refused, 9)
-
-
-def test_the_answer_ends_before_a_stop_string(questions: Dataset, forms: dict[str, Any]) -> None:
-    lm = forms["simple"]
-    (whole,) = lm.generate_until(asked("simple", questions, {"max_new_tokens": 4})[1:2])
-    (cut,) = lm.generate_until(asked("simple", questions, {"max_new_tokens": 4, "until": whole.text[-1]})[1:2])
-    assert whole.text and cut.text == whole.text[: whole.text.index(whole.text[-1])]
-    # The one word is said, and the end of text is not.
-    assert (whole.token_counts.output_tokens, cut.token_counts.output_tokens) == (2, 1)
 
 
 def test_requests_of_different_tasks_keep_their_own_generation_kwargs(
