@@ -36,7 +36,7 @@ from adavtp.evaluation.lmms_eval.model import generation_arguments  # noqa: E402
 from repository import FIXTURES
 
 TASKS = FIXTURES / "lmms_eval_task"
-NUM_QUESTIONS = 13
+NUM_QUESTIONS = 7
 NUM_PATCHES = 144
 FRACTION, FRACTION_KEEPS = 0.4, 57  # floor(0.4 * 144)
 COUNT = 29
