@@ -14,7 +14,7 @@ from .commands.flops import flops
 from .commands.measure import measure
 from .commands.merge import merge
 from .commands.plan import plan
-from .commands.presets import compare, demo, gallery
+from .commands.presets import compare, demo
 from .commands.publish import publish, publish_data
 from .commands.reducers import reducers
 from .commands.report import report
@@ -26,7 +26,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-LOOKING = (demo, ask, reducers, evaluate, report, compare, gallery, experiment, measure, flops)
+LOOKING = (demo, ask, reducers, evaluate, report, compare, experiment, measure, flops)
 for command in (*LOOKING, plan, train, convert, merge, publish, publish_data, space):
     app.command(cls=Command)(command)
 

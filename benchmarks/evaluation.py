@@ -23,10 +23,10 @@ from rich.table import Table
 
 from adavtp.commands.console import load_checkpoint
 from adavtp.commands.evaluate import named_data
-from adavtp.evaluation.answering import Scorer, answer_examples, inputs_of
+from adavtp.evaluation.answering import answer_examples, inputs_of
 from adavtp.evaluation.data.examples import EvaluationData
 from adavtp.evaluation.runs import Run
-from adavtp.evaluation.settings import Setting, asked_settings
+from adavtp.evaluation.settings import Setting, asked_settings, tokens_per_image
 from circumstances import circumstances, console, write_json
 from interleaved import CLOCKS, Spread, interleaved_medians, paired_ratio
 
@@ -41,7 +41,7 @@ def settings_of(model: Any) -> dict[str, list[Setting]]:
     """Experiment 1's settings that four decoder layers can reach, and one alone."""
     budgets = [Fraction(*pair) for pair in FRACTIONS]
     reducers = [{"name": "fastv", "layer": 1} if name.startswith("fastv") else name for name in EXPERIMENT_1]
-    asked = asked_settings(model.config.num_patches, reducers, budgets)
+    asked = asked_settings(tokens_per_image(model), reducers, budgets)
     # Layers before FastV's cut see all tokens, so that the lowest budget is out of its reach here.
     reached = [one for one in asked if not (one.label.startswith("fastv") and one.num_keep < 0.3 * 144)]
     return {"Experiment 1": reached, "one setting": [one for one in asked if one.label == "adaptive"][1:2]}
@@ -61,7 +61,6 @@ def evaluation(
     model: Any, processor: Any, data: EvaluationData, settings: Sequence[Setting], folder: Path
 ) -> Callable[[], None]:
     """All that a run does with a batch, in a new folder each time."""
-    scorer = Scorer(data.metric)
     header = {
         "command": "",
         "checkpoint_hash": "",
@@ -78,7 +77,7 @@ def evaluation(
         run.merge()
         # Pictures are written of the first twelve examples of a whole run, and are no part of a batch.
         answer_examples(
-            *(model, processor, data.examples, settings, run, scorer),
+            *(model, processor, data.examples, settings, run),
             max_new_tokens=MAX_NEW_TOKENS,
             batch_size=len(data.examples),
             shown=0,

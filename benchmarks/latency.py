@@ -25,7 +25,13 @@ from rich.progress import track
 from adavtp import AdaVTPConfig, AdaVTPForConditionalGeneration
 from adavtp.commands.measure import measurement_table
 from adavtp.evaluation.measurements import as_rows, measure
-from adavtp.evaluation.settings import asked_settings, budget_of_text, reachable_settings, reducer_of_text
+from adavtp.evaluation.settings import (
+    asked_settings,
+    budget_of_text,
+    reachable_settings,
+    reducer_of_text,
+    tokens_per_image,
+)
 from circumstances import circumstances, console, write_json
 from overhead import PRESETS as SHAPES
 from overhead import configuration, make_inputs
@@ -62,7 +68,7 @@ def measure_batch(
     inputs = make_inputs(PRESETS[arguments.preset], model.config, batch_size, model.device)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     reducers, budgets = map(reducer_of_text, arguments.reducers), map(budget_of_text, arguments.budgets)
-    asked = asked_settings(model.config.num_patches, list(reducers), list(budgets))
+    asked = asked_settings(tokens_per_image(model), list(reducers), list(budgets))
     settings, unreachable = reachable_settings(model, inputs, asked)
 
     def rounds(numbers: Iterable[int]) -> Iterator[int]:

@@ -6,7 +6,7 @@ What an answer cost is counted from the selection that was really made for its i
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,20 +19,17 @@ from transformers import BatchFeature
 from ..modeling.budget.selection import Selection
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
 from ..modeling.processing_adavtp import AdaVTPProcessor
+from .continuations import Generated, continued
 from .data.examples import Example
 from .metric_modules import SCORED_TOGETHER, needs_choices, score_examples
-from .prompt_costs import CountedFlops, now, num_new_tokens, prompt_costs, selections_of_prompts
-from .runs import Answer, Run, unanswered
+from .prompt_costs import CountedFlops
+from .runs import Answer, Run
 from .settings import Setting
 
 
 def inputs_of(processor: AdaVTPProcessor, examples: Sequence[Example]) -> BatchFeature:
     """
-    Model inputs of questions, padded on the left.
-
-    Args:
-        processor: the model's.
-        examples: with any number of images each.
+    Model inputs of questions with any number of images each, padded on the left.
 
     Raises:
         ValueError: if an image cannot be decoded; the message names the example.
@@ -57,139 +54,32 @@ def inputs_of(processor: AdaVTPProcessor, examples: Sequence[Example]) -> BatchF
 
 @dataclass
 class Batch:
-    """
-    Examples that are answered together.
-
-    Attributes:
-        start: index of the first.
-        examples: the examples.
-        inputs: the model's inputs, on the CPU until they are needed.
-    """
+    """Examples that are answered together, from the index of the first on, and their inputs, on the CPU."""
 
     start: int
     examples: list[Example]
     inputs: BatchFeature
 
 
+@dataclass
 class Batches:
     """Batches by the index of their first example, as a map-style data set."""
 
-    def __init__(self, processor: AdaVTPProcessor, examples: Sequence[Example], batch_size: int) -> None:
-        self.processor, self.examples, self.batch_size = processor, examples, batch_size
+    processor: AdaVTPProcessor
+    examples: Sequence[Example]
+    batch_size: int
 
     def __getitem__(self, start: int) -> Batch:
         examples = self.examples[start : start + self.batch_size]
         return Batch(start, examples, inputs_of(self.processor, examples))
 
-
-def _in_order(batches: Batches, starts: Sequence[int], device: torch.device) -> Iterator[Batch]:
-    """
-    The batches one after another. Beside a GPU the next ones are made by another process while this one waits; on a
-    CPU that process would take the time of the model, whose clock is running.
-    """
-    workers = 1 if device.type == "cuda" and starts else 0
-    return iter(DataLoader(batches, batch_size=None, sampler=starts, collate_fn=_as_it_is, num_workers=workers))
-
-
-def _as_it_is(batch: Batch) -> Batch:
-    return batch
-
-
-@dataclass
-class Given:
-    """
-    A batch's answers in one setting.
-
-    Attributes:
-        texts: the answers.
-        new_tokens: how many tokens each has, with the one that ends it.
-        selection: of all images of the batch, or `None` if there are none.
-        seconds: that `generate` took.
-    """
-
-    texts: list[str]
-    new_tokens: list[int]
-    selection: Selection | None
-    seconds: float
-
-
-def answer(
-    model: AdaVTPForConditionalGeneration,
-    processor: AdaVTPProcessor,
-    inputs: Mapping[str, torch.Tensor],
-    setting: Setting,
-    max_new_tokens: int,
-) -> Given:
-    """
-    Greedy answers to a batch of questions.
-
-    Args:
-        model: in evaluation mode.
-        processor: the model's.
-        inputs: on the model's device.
-        setting: what chooses the visual tokens.
-        max_new_tokens: of each answer.
-    """
-    arguments = setting.arguments()
-    # A reducer whose parameters differ from those of the last one of its name is made anew, which is no part of this.
-    model.model.steps(arguments["reducer"])
-    started = now(model.device)
-    output = model.generate(
-        **inputs,
-        **arguments,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        return_dict_in_generate=True,
-    )
-    seconds = now(model.device) - started
-    new = output.sequences[:, inputs["input_ids"].shape[1] :].cpu()
-    texts = [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
-    new_tokens = num_new_tokens(new, model.generation_config.eos_token_id)
-    return Given(texts, new_tokens, output["selection"], seconds)
-
-
-class Scorer:
-    """
-    Scores of answers by one metric.
-
-    Args:
-        metric: its name.
-
-    Raises:
-        ValueError: if there is no such metric.
-    """
-
-    def __init__(self, metric: str) -> None:
-        self.name, self.needs_choices = metric, needs_choices(metric)
-        self.is_together = metric in SCORED_TOGETHER
-
-    def scores(self, predictions: list[str], examples: Sequence[Example]) -> list[float]:
+    def in_order(self, starts: Sequence[int], device: torch.device) -> Iterator[Batch]:
         """
-        A score for each answer.
-
-        Raises:
-            ValueError: if the metric needs choices and an example has none.
+        Batches one after another. Beside a GPU the next ones are made by another process while this one waits; on a
+        CPU that process would take the time of the model, whose clock is running.
         """
-        lacking = [example.id for example in examples if example.choices is None]
-        if self.needs_choices and lacking:
-            raise ValueError(f"`metric` is {self.name!r}, and example {lacking[0]!r} has no choices.")
-        answers, choices = [example.answers for example in examples], [example.choices for example in examples]
-        return score_examples(self.name, predictions, answers, choices)
-
-
-@dataclass
-class Seconds:
-    """
-    Where the time of answering went.
-
-    Attributes:
-        model: in `generate`.
-        evaluation: in everything else.
-    """
-
-    model: float
-    evaluation: float
+        workers = 1 if device.type == "cuda" and starts else 0
+        return iter(DataLoader(self, batch_size=None, sampler=starts, num_workers=workers))
 
 
 def answer_examples(
@@ -198,23 +88,21 @@ def answer_examples(
     examples: Sequence[Example],
     settings: Sequence[Setting],
     run: Run,
-    scorer: Scorer,
     max_new_tokens: int = 16,
     batch_size: int = 32,
     shown: int = 12,
     process: PartialState | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
-) -> Seconds:
+) -> tuple[float, float]:
     """
-    Answers what a run has no answer to, and writes every batch's answers as soon as they are there.
+    Greedily answers what a run has no answer to, and writes every batch's answers as soon as they are there. Batches
+    begin at multiples of `batch_size` whatever is done, so that answers do not depend on interruptions.
 
     Args:
-        model: in evaluation mode.
-        processor: the model's.
+        model, processor: in evaluation mode.
         examples: all of the run's.
         settings: that can be measured.
-        run: where answers are written.
-        scorer: of the run's metric.
+        run: where answers are written; its metric scores them.
         max_new_tokens: of an answer.
         batch_size: examples answered together.
         shown: number of examples whose picture and kept patches are written too.
@@ -222,25 +110,36 @@ def answer_examples(
         progress: wraps the loop over batches and settings, for a progress bar.
 
     Returns:
-        The time that this process took.
+        The seconds that this process spent in `generate`, and in everything else.
+
+    Raises:
+        ValueError: if the metric needs choices and an example has none, or an image cannot be decoded.
     """
     started, model_seconds = time.perf_counter(), 0.0
     rank, num_processes = (process.process_index, process.num_processes) if process else (0, 1)
     done = run.done()
-    todo = unanswered(settings, len(examples), batch_size, lambda asked, index: (*asked.key, index) in done)
+    todo = [
+        (start, asked)
+        for start in range(0, len(examples), batch_size)
+        for asked in settings
+        if any((*asked.key, index) not in done for index in range(start, min(start + batch_size, len(examples))))
+    ]
     starts = list(dict.fromkeys(start for start, _ in todo))[rank::num_processes]
     own, flops = set(starts), {asked.key: CountedFlops(model.config, asked) for asked in settings}
-    batches, batch, inputs = _in_order(Batches(processor, examples, batch_size), starts, model.device), None, None
+    batches, batch = Batches(processor, examples, batch_size).in_order(starts, model.device), None
     for start, asked in progress([pair for pair in todo if pair[0] in own]):
         if batch is None or batch.start != start:
             batch = next(batches)
-            inputs = batch.inputs.to(model.device)
+            inputs, num_images = batch.inputs.to(model.device), [len(example.images) for example in batch.examples]
             _save_pictures(processor, batch, run, shown)
-        given = answer(model, processor, inputs, asked, max_new_tokens)
-        model_seconds += given.seconds
-        answers = _answers(batch, asked, given, scorer, flops[asked.key], shown)
+        generated = continued(
+            *(model, processor, inputs, num_images, flops[asked.key]),
+            **{"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1},
+        )
+        model_seconds += sum(one.cost.milliseconds for one in generated) / 1000
+        answers = _answers(batch, asked, generated, run.header["metric"], flops[asked.key].num_layers, shown)
         run.append([answer for answer in answers if answer.key not in done], rank)
-    return Seconds(model_seconds, time.perf_counter() - started - model_seconds)
+    return model_seconds, time.perf_counter() - started - model_seconds
 
 
 def _save_pictures(processor: AdaVTPProcessor, batch: Batch, run: Run, shown: int) -> None:
@@ -256,26 +155,23 @@ def _save_pictures(processor: AdaVTPProcessor, batch: Batch, run: Run, shown: in
 
 
 def _answers(
-    batch: Batch, asked: Setting, given: Given, scorer: Scorer, flops: CountedFlops, shown: int
+    batch: Batch, asked: Setting, generated: Sequence[Generated], metric: str, num_layers: int, shown: int
 ) -> list[Answer]:
     """What is written of a batch; for the examples that are shown, with how many layers saw each patch."""
-    together = [None] * len(given.texts)
-    scores = together if scorer.is_together else scorer.scores(given.texts, batch.examples)
-    selections = selections_of_prompts(given.selection, [len(example.images) for example in batch.examples])
-    costs = prompt_costs(flops, batch.inputs["attention_mask"], selections, given.new_tokens, given.seconds)
-    columns = zip(batch.examples, given.texts, scores, costs, selections, strict=True)
-    (label, budget), answers = asked.key, []
-    for index, (example, text, score, cost, selection) in enumerate(columns, start=batch.start):
+    texts, (label, budget), answers = [one.text.strip() for one in generated], asked.key, []
+    scores = [None] * len(texts) if metric in SCORED_TOGETHER else _scores(metric, texts, batch.examples)
+    columns = zip(batch.examples, texts, scores, generated, strict=True)
+    for index, (example, text, score, one) in enumerate(columns, start=batch.start):
         answers.append(
             Answer(
                 *(index, example.id, label, budget, example.question, example.answers, text, score, example.category),
                 num_keep=asked.num_keep,
-                visual_tokens=cost.visual_tokens,
-                text_tokens=cost.text_tokens,
-                new_tokens=cost.new_tokens,
-                flops=cost.flops,
-                ms=round(cost.milliseconds, 3),
-                layers_seen=_layers_seen(selection, flops.num_layers) if index < shown else None,
+                visual_tokens=one.cost.visual_tokens,
+                text_tokens=one.cost.text_tokens,
+                new_tokens=one.cost.new_tokens,
+                flops=one.cost.flops,
+                ms=round(one.cost.milliseconds, 3),
+                layers_seen=_layers_seen(one.selection, num_layers) if index < shown else None,
             )
         )
     return answers
@@ -289,33 +185,31 @@ def _layers_seen(selection: Selection | None, num_layers: int) -> list[int] | No
     return seen.tolist()
 
 
-def score_together(run: Run, scorer: Scorer, examples: Sequence[Example]) -> None:
-    """
-    Scores the answers of each setting all at once, for a metric whose scores depend on each other. Does nothing for
-    other metrics, whose answers are scored batch by batch.
+def _scores(metric: str, predictions: Sequence[str], examples: Sequence[Example]) -> list[float]:
+    lacking = [example.id for example in examples if example.choices is None]
+    if lacking and needs_choices(metric):
+        raise ValueError(f"`metric` is {metric!r}, and example {lacking[0]!r} has no choices.")
+    answers, choices = [example.answers for example in examples], [example.choices for example in examples]
+    return score_examples(metric, predictions, answers, choices)
 
-    Args:
-        run: of its settings, those that have answered all examples are scored.
-        scorer: of the run's metric.
-        examples: all of the run's.
+
+def score_together(run: Run, examples: Sequence[Example]) -> None:
     """
-    if not scorer.is_together:
+    Scores the answers of each setting that has answered all of the run's examples at once, for a metric whose scores
+    depend on each other. Does nothing for other metrics, whose answers are scored batch by batch.
+    """
+    metric = run.header["metric"]
+    if metric not in SCORED_TOGETHER:
         return
     answers = run.answers_of_settings()
     for own in (own for own in answers.values() if len(own) == len(examples)):
-        for one, score in zip(own, scorer.scores([one.prediction for one in own], examples), strict=True):
+        for one, score in zip(own, _scores(metric, [one.prediction for one in own], examples), strict=True):
             one.score = score
     run.write([one for own in answers.values() for one in own])
 
 
 def image_as_seen(processor: AdaVTPProcessor, pixel_values: torch.Tensor) -> Image.Image:
-    """
-    The picture that a model was shown: resized and cropped, with normalisation undone.
-
-    Args:
-        processor: that made `pixel_values`.
-        pixel_values: `[3, height, width]`.
-    """
+    """The picture `[3, height, width]` that a model was shown: resized and cropped, with normalisation undone."""
     mean, std = processor.image_processor.image_mean, processor.image_processor.image_std
     pixels = pixel_values.cpu().float() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
     return Image.fromarray(pixels.clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy())

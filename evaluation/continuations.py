@@ -5,7 +5,7 @@ left. What a prompt cost is counted from the selection that was really made for 
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from transformers import BatchFeature, StoppingCriteria, StoppingCriteriaList
 from transformers.image_utils import ImageInput
 
+from ..modeling.budget.selection import Selection
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
 from ..modeling.processing_adavtp import AdaVTPProcessor
 from .prompt_costs import CountedFlops, PromptCost, now, num_new_tokens, prompt_costs, selections_of_prompts
@@ -23,10 +24,18 @@ _NO_TARGET = -100
 
 @dataclass(frozen=True)
 class Generated:
-    """A continuation that the model made, without special tokens and stop strings, and what it cost."""
+    """
+    A continuation that the model made.
+
+    Attributes:
+        text: without special tokens and stop strings.
+        cost: what it cost.
+        selection: what was chosen of the prompt's images, on the CPU and without features; `None` without images.
+    """
 
     text: str
     cost: PromptCost
+    selection: Selection | None
 
 
 @dataclass(frozen=True)
@@ -45,19 +54,17 @@ class Scored:
     cost: PromptCost
 
 
+@dataclass
 class StopsAtText(StoppingCriteria):
     """
-    Ends a sequence as soon as its continuation contains one of some strings. It reads text and not the vocabulary, so
-    it works for any tokenizer; transformers' own needs one that can spell any string.
-
-    Args:
-        tokenizer: the model's.
-        stop: strings to stop at.
-        prompt_length: columns of `input_ids` before the continuation.
+    Ends a sequence as soon as its continuation, which begins behind `prompt_length` columns, contains one of the
+    strings `stop`. It reads text and not the vocabulary, so it works for any tokenizer; transformers' own needs one
+    that can spell any string.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str], prompt_length: int) -> None:
-        self.tokenizer, self.stop, self.prompt_length = tokenizer, stop, prompt_length
+    tokenizer: Any
+    stop: Sequence[str]
+    prompt_length: int
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs: Any) -> torch.BoolTensor:
         """Whether each sequence of `input_ids` `[sequences, length]` is at its end, `[sequences]`."""
@@ -79,35 +86,55 @@ def generate_continuations(
     Continues every prompt.
 
     Args:
-        model: in evaluation mode.
-        processor: the model's.
+        model, processor: in evaluation mode.
         prompts: whole, with the image placeholder where an image goes.
         images: those of each prompt.
         setting: reducer and budget.
         stop: strings, not empty, at which a continuation ends; they are not part of it.
         generation: arguments of `generate`.
 
-    Returns:
-        For every prompt its continuation.
-
     Raises:
         ValueError: if images and placeholders do not agree, or the setting is not allowed or cannot be met.
     """
-    inputs = _inputs(model, processor, prompts, images)
-    length = inputs["input_ids"].shape[1]
+    inputs, num_images = _inputs(model, processor, prompts, images), [len(group) for group in images]
+    flops = CountedFlops(model.config, setting, may_be_unknown=True)
+    return continued(model, processor, inputs, num_images, flops, stop, **generation)
+
+
+def continued(
+    model: AdaVTPForConditionalGeneration,
+    processor: AdaVTPProcessor,
+    inputs: Mapping[str, torch.Tensor],
+    num_images: Sequence[int],
+    flops: CountedFlops,
+    stop: Sequence[str] = (),
+    **generation: Any,
+) -> list[Generated]:
+    """
+    As [`generate_continuations`], from inputs that are ready: padded on the left, and on the model's device. The clock
+    runs around `generate` alone.
+
+    Args:
+        model, processor, stop, generation: see there.
+        inputs: of one prompt or more.
+        num_images: that each prompt shows.
+        flops: of the setting.
+    """
+    arguments, length = flops.setting.arguments(), inputs["input_ids"].shape[1]
     if stop:
         generation["stopping_criteria"] = StoppingCriteriaList([StopsAtText(processor.tokenizer, stop, length)])
+    # A reducer whose parameters differ from those of the last one of its name is made anew, which is no part of this.
+    model.model.steps(arguments["reducer"])
     started = now(model.device)
-    outputs = model.generate(**inputs, **setting.arguments(), **generation, return_dict_in_generate=True)
+    outputs = model.generate(**inputs, **arguments, **generation, return_dict_in_generate=True)
     seconds = now(model.device) - started
-    new_ids = outputs.sequences[:, length:]
+    new_ids = outputs.sequences[:, length:].cpu()
     padding = processor.tokenizer.pad_token_id if stop else None
     new_tokens = num_new_tokens(new_ids, model.generation_config.eos_token_id, padding)
-    selections = selections_of_prompts(outputs["selection"], [len(group) for group in images])
-    flops = CountedFlops(model.config, setting, may_be_unknown=True)
+    selections = selections_of_prompts(outputs["selection"], num_images)
     costs = prompt_costs(flops, inputs["attention_mask"], selections, new_tokens, seconds)
-    texts = processor.batch_decode(new_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return [Generated(_cut(text, stop), cost) for text, cost in zip(texts, costs, strict=True)]
+    texts = [_cut(text, stop) for text in processor.batch_decode(new_ids, skip_special_tokens=True)]
+    return [Generated(*row) for row in zip(texts, costs, selections, strict=True)]
 
 
 @torch.inference_mode()
@@ -123,15 +150,8 @@ def score_continuations(
     Says how likely every continuation is after its prompt. The reducer knows the prompt and not the continuation.
 
     Args:
-        model: in evaluation mode.
-        processor: the model's.
-        prompts: whole, with the image placeholder where an image goes.
+        model, processor, prompts, images, setting: see [`generate_continuations`].
         continuations: one for each prompt, with the space in front that belongs there.
-        images: those of each prompt.
-        setting: reducer and budget.
-
-    Returns:
-        For every prompt what its continuation gets.
 
     Raises:
         ValueError: if a continuation has no token, or as [`generate_continuations`].
@@ -159,12 +179,8 @@ def score_continuations(
 
 def _log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Args:
-        logits: `[batch, length, vocabulary]`, each of what stands at the same place in `targets`.
-        targets: `[batch, length]` int64, -100 where there is none.
-
-    Returns:
-        The sum of the targets' log-probabilities, and whether all are the likeliest, both `[batch]`.
+    The sum of the targets' log-probabilities, and whether all are the likeliest, both `[batch]`; of logits
+    `[batch, length, vocabulary]` and the targets `[batch, length]` at the same places, -100 where there is none.
     """
     is_target = targets != _NO_TARGET
     index = targets.clamp(min=0)[..., None]

@@ -9,13 +9,13 @@ taken repeat by repeat. Memory does not scatter, and is taken in runs of their o
 import gc
 import os
 import random
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from transformers import Cache, StoppingCriteria
 from transformers.utils import ModelOutput
@@ -87,18 +87,11 @@ class StepClock(StoppingCriteria):
     Notes when `generate` has chosen each token, and never asks it to stop.
 
     On a GPU the notes are events in its own queue of work, so that they say when it had done the step and not when it
-    was told to; elsewhere they are readings of the process's clock.
-
-    Args:
-        device: where the model is; `"cpu"` or `"cuda"`.
+    was told to; elsewhere they are readings of the process's clock. The first note is the start.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.ticks: list[Any] = []
-
-    def start(self) -> None:
-        """Begins anew, once the device has nothing left to do."""
         self._wait()
         self.ticks = [self._now()]
 
@@ -172,16 +165,17 @@ def measure(
                         timings[place].append(timing)
     labels = [setting.label for setting in settings]
     full = timings[labels.index(FULL)] if FULL in labels else None
+    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
     common = {
         "batch_size": len(inputs["input_ids"]),
         "new_tokens": new_tokens,
         "repeats": repeats,
-        "device": _device_name(model.device),
+        "device": device,
         "dtype": str(model.dtype).removeprefix("torch."),
         "weight_bytes": sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]),
     }
     return [
-        Measurement(reducer=label, budget=setting.budget, **common, **asdict(memory), **summary_of_repeats(own, full))
+        Measurement(reducer=label, budget=setting.budget, **common, **memory, **summary_of_repeats(own, full))
         for label, setting, memory, own in zip(labels, settings, memories, timings, strict=True)
     ]
 
@@ -199,19 +193,8 @@ def _check(
             raise ValueError(f"`{name}` is {value}; it must be {smallest} or more.")
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-@dataclass(frozen=True)
-class Timing:
-    """
-    One run of `generate`.
-
-    Attributes:
-        first_token: seconds to the first token.
-        speed: tokens per second of the whole batch, over all tokens but the first.
-    """
+class Timing(NamedTuple):
+    """One run: seconds to the first token, and tokens per second of the whole batch over all tokens but the first."""
 
     first_token: float
     speed: float
@@ -220,19 +203,10 @@ class Timing:
 def time_generation(
     model: AdaVTPForConditionalGeneration, inputs: Mapping[str, torch.Tensor], setting: Setting, new_tokens: int
 ) -> Timing:
-    """
-    Times one run.
-
-    Args:
-        model, inputs, setting, new_tokens: see [`measure`].
-
-    Raises:
-        ValueError: if generation stopped early.
-    """
+    """Times one run; arguments and errors as of [`measure`]."""
     # A reducer that differs from the last one of its name in its parameters is made anew, which is no part of a run.
     model.model.steps(setting.arguments()["reducer"])
     clock = StepClock(model.device)
-    clock.start()
     generate_exactly(model, inputs, setting, new_tokens, stopping_criteria=[clock])
     seconds = clock.seconds()
     batch_size = len(inputs["input_ids"])
@@ -247,12 +221,8 @@ def generate_exactly(
     **arguments: Any,
 ) -> ModelOutput:
     """
-    Greedy generation of an exact number of tokens, the end-of-sequence token ruled out until then.
-
-    Args:
-        model, inputs, setting: see [`measure`].
-        new_tokens: for each prompt, 1 or more.
-        arguments: of `generate`.
+    Greedy generation of an exact number of tokens, 1 or more for each prompt, the end-of-sequence token ruled out
+    until then. Other `arguments` are those of `generate`.
 
     Raises:
         ValueError: if generation stopped early.
@@ -276,36 +246,25 @@ def generate_exactly(
     return output
 
 
-@dataclass(frozen=True)
-class Memory:
-    """What one setting needs in memory; the fields are those of [`Measurement`]."""
-
-    peak_memory_bytes: int
-    kv_bytes: int
-    kv_bytes_per_layer: list[int]
-    kv_bytes_at_end: int
-
-
 def measure_memory(
     model: AdaVTPForConditionalGeneration, inputs: Mapping[str, torch.Tensor], setting: Setting, new_tokens: int
-) -> Memory:
+) -> dict[str, Any]:
     """
-    The memory of one setting: keys and values from the cache of a run of one token, whose last step is the prefill;
-    the peak, and the keys and values at the end, from a run of all.
-
-    Args:
-        model, inputs, setting, new_tokens: see [`measure`].
+    The memory of one setting, by the names of [`Measurement`]'s fields: keys and values from the cache of a run of one
+    token, whose last step is the prefill; the peak, and the keys and values at the end, from a run of all.
     """
     after_prefill = cache_bytes(generate_exactly(model, inputs, setting, 1).past_key_values)
     peak, output = peak_memory(lambda: generate_exactly(model, inputs, setting, new_tokens), model.device)
-    return Memory(peak, sum(after_prefill), after_prefill, sum(cache_bytes(output.past_key_values)))
+    return {
+        "peak_memory_bytes": peak,
+        "kv_bytes": sum(after_prefill),
+        "kv_bytes_per_layer": after_prefill,
+        "kv_bytes_at_end": sum(cache_bytes(output.past_key_values)),
+    }
 
 
 def cache_bytes(cache: Cache) -> list[int]:
-    """
-    Bytes of the key and value tensors of each layer, as they are: with the padding of ragged batches, and in a static
-    cache with the room that is still empty.
-    """
+    """Of each layer, with the padding of ragged batches, and in a static cache with the room that is still empty."""
     return [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
 
 
@@ -316,10 +275,6 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> tuple[int, Any
     It counts what torch's allocator hands out: tensors, and what operators need on the way. It does not count what a
     library sets aside for itself, nor what the allocator keeps for later, so that it does not depend on what ran
     before. On a GPU the allocator's own peak is read; on a CPU the profiler's record of every allocation is added up.
-
-    Args:
-        call: what is measured.
-        device: where it runs; CPU or CUDA.
 
     Returns:
         Bytes, and what the call returned.
@@ -356,16 +311,9 @@ def summary_of_repeats(own: list[Timing], full: list[Timing] | None) -> dict[str
     }
     summary = {}
     for name, values in repeats.items():
-        low, median, high = quartiles(values) if values else (None, None, None)
-        summary |= {name: median, f"{name}_low": low, f"{name}_high": high}
+        quartiles = np.quantile(values, [0.25, 0.5, 0.75]).tolist() if values else [None] * 3
+        summary |= dict(zip((f"{name}_low", name, f"{name}_high"), quartiles, strict=True))
     return summary
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Lower quartile, median and upper quartile of one value or more, interpolated between values."""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    return tuple(statistics.quantiles(values, n=4, method="inclusive"))
 
 
 @contextmanager

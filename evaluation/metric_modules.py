@@ -48,12 +48,7 @@ SCORED_TOGETHER = ("cider",)
 def load_metric(name: str) -> "evaluate.Metric":
     """
     A metric, loaded without network; what is added to it is kept in memory and not in files that processes share.
-
-    Args:
-        name: one of [`METRICS`].
-
-    Raises:
-        ValueError: if there is no such metric.
+    `ValueError` if there is none of this name in [`METRICS`].
     """
     import evaluate
 
@@ -69,15 +64,7 @@ def _scorer(name: str) -> "evaluate.Metric":
 
 
 def needs_choices(name: str) -> bool:
-    """
-    Whether a metric reads an answer by the choices that the question gave.
-
-    Args:
-        name: one of [`METRICS`].
-
-    Raises:
-        ValueError: if there is no such metric.
-    """
+    """Whether a metric reads an answer by the choices that the question gave."""
     return "choices" in _scorer(name).features
 
 

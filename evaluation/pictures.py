@@ -1,7 +1,7 @@
 """Pictures of what was kept: the image with its dropped patches dark, and grids of these drawn from a run."""
 
+from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,10 +23,6 @@ def patch_shares(selection: Selection, num_layers: int) -> torch.Tensor:
     How bright a picture shows each patch: the share of decoder layers that see it.
 
     Where tokens were merged, these are the patches in whose place a token stands; what went into it is not shown.
-
-    Args:
-        selection: of `num_images` images.
-        num_layers: of the decoder.
 
     Returns:
         `[num_images, num_patches]` float32 in [0, 1]; 0 or 1 unless a reducer acts inside the decoder.
@@ -62,21 +58,20 @@ def draw_kept_patches(image: Image.Image, shares: torch.Tensor, scale: int = 3) 
     return Image.fromarray((pixels * np.asarray(mask)[..., None]).astype(np.uint8))
 
 
-class _Cell(NamedTuple):
-    """One picture of a grid: what stands above it, and what below in green (right), red (wrong) or grey (neither)."""
+def _draw(axis: Axes, picture: Image.Image, above: str, below: str, colour: str) -> None:
+    axis.imshow(picture)
+    axis.set_title(above, fontsize=9)
+    axis.set_xlabel(below, fontsize=10, color=colour)
+    axis.set_xticks([])
+    axis.set_yticks([])
 
-    picture: Image.Image
-    above: str
-    below: str
-    colour: str
 
-
-def _answered(run: Run, answer: Answer, above: str) -> _Cell:
-    seen, num_layers = Image.open(run.picture(answer.index)), run.header["num_layers"]
-    picture = draw_kept_patches(seen, torch.tensor(answer.layers_seen) / num_layers)
-    if answer.score:
-        return _Cell(picture, above, answer.prediction, "green")
-    return _Cell(picture, above, f"{answer.prediction}  ({', '.join(answer.answers)})", "red")
+def _draw_answer(axis: Axes, run: Run, answer: Answer, above: str) -> None:
+    """What was kept, and below it the answer, green if it is right and else red, with the right ones."""
+    shares = torch.tensor(answer.layers_seen) / run.header["num_layers"]
+    right = "" if answer.score else f"  ({', '.join(answer.answers)})"
+    picture = draw_kept_patches(Image.open(run.picture(answer.index)), shares)
+    _draw(axis, picture, above, answer.prediction + right, "green" if answer.score else "red")
 
 
 def save_kept_patches(run: Run, reducer: str, num_examples: int, path: str | Path) -> None:
@@ -87,22 +82,17 @@ def save_kept_patches(run: Run, reducer: str, num_examples: int, path: str | Pat
     Args:
         run: with pictures of so many examples.
         reducer: as on the command line; where everything is kept it is `"full"`.
-        num_examples: rows.
         path: of the PNG.
     """
     settings = [entry for entry in run.header["settings"] if entry["reducer"] in (FULL, reducer)]
     answers = run.answers_of_settings()
-    rows = []
-    for index in range(num_examples):
-        above = [f"budget {entry['budget']:g}, {entry['num_keep']} tokens" if index == 0 else "" for entry in settings]
-        columns = zip(settings, above, strict=True)
-        rows.append([_answered(run, answers[setting_of(entry)][index], title) for entry, title in columns])
     figure = Figure(figsize=(2.1 * len(settings), 2.55 * num_examples), layout="constrained")
-    axes = figure.subplots(num_examples, len(settings), squeeze=False)
-    for row, own, example in zip(axes, rows, answers[setting_of(settings[0])], strict=False):
-        for axis, cell in zip(row, own, strict=True):
-            _draw(axis, cell)
-        row[0].set_ylabel(example.question.replace(" ?", "?"), fontsize=8, wrap=True)
+    for index, row in enumerate(figure.subplots(num_examples, len(settings), squeeze=False)):
+        for axis, entry in zip(row, settings, strict=True):
+            above = f"budget {entry['budget']:g}, {entry['num_keep']} tokens" if index == 0 else ""
+            _draw_answer(axis, run, answers[setting_of(entry)][index], above)
+        question = answers[setting_of(settings[0])][index].question
+        row[0].set_ylabel(question.replace(" ?", "?"), fontsize=8, wrap=True)
     figure.savefig(path, dpi=110)
 
 
@@ -123,32 +113,21 @@ def save_gallery(run: Run, budget: float | int, path: str | Path, index: int = 0
     order = {row["name"]: place for place, row in enumerate(table)}
     keys.sort(key=lambda key: (key[0] != "adaptive", order.get(key[0].partition(":")[0], len(order))))
     everything = next(own for (reducer, _), own in answers.items() if reducer == FULL)[index]
-    cells = [_answered(run, everything, "the image")]
-    for key in keys:
-        above = "\n".join(filter(None, [key[0], known_of_label(key[0], table, "stage")]))
-        cells.append(
-            _refused(run, above, refused[key], index) if key in refused else _answered(run, answers[key][index], above)
-        )
-    num_rows = -(-len(cells) // _GALLERY_COLUMNS)
+    num_rows = -(-(1 + len(keys)) // _GALLERY_COLUMNS)
     figure = Figure(figsize=(1.75 * _GALLERY_COLUMNS, 2.2 * num_rows + 0.4), layout="constrained")
     right = ", ".join(everything.answers)
     figure.suptitle(f"{everything.question.replace(' ?', '?')}  ({right}) at a budget of {budget:g}", fontsize=11)
-    axes = list(figure.subplots(num_rows, _GALLERY_COLUMNS, squeeze=False).flat)
-    for axis, cell in zip(axes, cells, strict=False):
-        _draw(axis, cell)
-    for axis in axes[len(cells) :]:
-        axis.set_axis_off()
+    first, *axes = figure.subplots(num_rows, _GALLERY_COLUMNS, squeeze=False).flat
+    _draw_answer(first, run, everything, "the image")
+    dark = draw_kept_patches(Image.open(run.picture(index)), torch.zeros(1))
+    for axis, key in zip_longest(axes, keys):
+        if key is None:
+            axis.set_axis_off()
+            continue
+        above = "\n".join(filter(None, [key[0], known_of_label(key[0], table, "stage")]))
+        if key in refused:
+            below = "not trained here" if "trained" in refused[key] else "budget out of reach"
+            _draw(axis, dark, above, below, "grey")
+        else:
+            _draw_answer(axis, run, answers[key][index], above)
     figure.savefig(path, dpi=110)
-
-
-def _refused(run: Run, above: str, reason: str, index: int) -> _Cell:
-    picture = draw_kept_patches(Image.open(run.picture(index)), torch.zeros(1))
-    return _Cell(picture, above, "not trained here" if "trained" in reason else "budget out of reach", "grey")
-
-
-def _draw(axis: Axes, cell: _Cell) -> None:
-    axis.imshow(cell.picture)
-    axis.set_title(cell.above, fontsize=9)
-    axis.set_xlabel(cell.below, fontsize=10, color=cell.colour)
-    axis.set_xticks([])
-    axis.set_yticks([])

@@ -6,7 +6,7 @@ import torch
 
 from ..configuration.configuration_adavtp import AdaVTPConfig, reducer_entries
 from ..modeling.modeling_adavtp import ReducerSpec
-from ..modeling.reducers.base import REDUCERS, STAGES, TokenReducer, reducer_parameters
+from ..modeling.reducers.base import REDUCERS, STAGES, reducer_parameters
 from .settings import parts_of_label
 
 CONTROLLER = "adaptive"
@@ -28,7 +28,10 @@ def reducer_table() -> list[dict[str, Any]]:
         For each `name`, `stage`, `trained`, `own_rule`, `needs` (names of [`VisionFeatures`]' fields), `parameters`
         (with defaults), `paper`, and `part_of`: the composite reducer that it is a part of, or `None`.
     """
-    built = {name: _outline(name) for name in REDUCERS}
+    config = AdaVTPConfig()
+    # Without memory for weights.
+    with torch.device("meta"):
+        built = {name: reducer(config) for name, reducer in REDUCERS.items()}
     part_of = {type(part): name for name, reducer in built.items() for part in getattr(reducer, "parts", [])}
     rows = [
         {
@@ -44,12 +47,6 @@ def reducer_table() -> list[dict[str, Any]]:
         for name, reducer in built.items()
     ]
     return sorted(rows, key=lambda row: (STAGES.index(REDUCERS[row["name"]].stage), row["name"]))
-
-
-def _outline(name: str) -> TokenReducer:
-    """A reducer without memory for its weights."""
-    with torch.device("meta"):
-        return REDUCERS[name](AdaVTPConfig())
 
 
 def known_of_label(label: str, rows: list[dict[str, Any]], column: str) -> str:

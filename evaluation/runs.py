@@ -7,7 +7,7 @@ whoever goes on with it first puts all whole lines into one file, and what has n
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,13 +72,7 @@ def setting_of(entry: Mapping[str, Any]) -> tuple[str, float | int]:
 
 
 class Run:
-    """
-    A run's folder.
-
-    Attributes:
-        folder: where it is.
-        header: what `run.json` says.
-    """
+    """A run's folder, and what its `run.json` says."""
 
     def __init__(self, folder: str | Path, header: dict[str, Any]) -> None:
         self.folder = Path(folder)
@@ -86,12 +80,7 @@ class Run:
 
     @classmethod
     def open(cls, folder: str | Path) -> "Run":
-        """
-        Opens the folder of a run, finished or not.
-
-        Raises:
-            ValueError: if there is none.
-        """
+        """Opens the folder of a run, finished or not; `ValueError` if there is none."""
         path = Path(folder) / HEADER
         if not path.is_file():
             raise ValueError(
@@ -179,7 +168,7 @@ class Run:
             path.unlink()
 
     def merge(self) -> None:
-        """Puts the answers of all processes into one file. Only one process may do so, while no other appends."""
+        """Puts the answers of all processes into one file; see [`write`]."""
         (self.folder / PICTURES).mkdir(parents=True, exist_ok=True)
         self.write(self.answers())
 
@@ -213,18 +202,3 @@ def _write(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.part")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
-
-
-def unanswered(
-    settings: Sequence[Any], num_examples: int, batch_size: int, is_done: Callable[[Any, int], bool]
-) -> list[tuple[int, Any]]:
-    """
-    What is left to do: the first example of each batch with each setting that has not answered all of it, batch by
-    batch. Batches begin at multiples of `batch_size` whatever is done, so that answers do not depend on interruptions.
-    """
-    return [
-        (start, setting)
-        for start in range(0, num_examples, batch_size)
-        for setting in settings
-        if not all(is_done(setting, index) for index in range(start, min(start + batch_size, num_examples)))
-    ]

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -52,12 +53,7 @@ class Setting(NamedTuple):
         return self.label, self.budget if self.asked is None else self.asked
 
     def arguments(self) -> dict[str, Any]:
-        """
-        The setting as arguments of `forward`, `generate` and `select_tokens`.
-
-        Raises:
-            ValueError: if the reducer is `"full"` and the budget is not 1.0.
-        """
+        """As arguments of `forward`, `generate` and `select_tokens`; `ValueError` if `"full"` is not to keep all."""
         if self.reducer != FULL:
             return {"reducer": self.reducer, "token_budget": self.budget}
         if self.budget != FULL_BUDGET:
@@ -69,15 +65,17 @@ class Setting(NamedTuple):
     ) -> str | None:
         """
         Why the model cannot be measured in this setting, or `None` if it can; see
-        [`AdaVTPForConditionalGeneration.unreachable`].
-
-        Args:
-            model: in evaluation mode.
-            inputs: of one prompt or more; `None` where no prompt shows an image, and nothing is out of reach.
+        [`AdaVTPForConditionalGeneration.unreachable`]. Where no prompt shows an image, `inputs` is `None`, and nothing
+        is out of reach.
         """
         if inputs is None or self.reducer == FULL:
             return None
         return model.unreachable(**inputs, **self.arguments())
+
+
+def tokens_per_image(model: AdaVTPForConditionalGeneration) -> int:
+    """Visual tokens of an image, N, as the model's family says; a run's images have equally many."""
+    return model.family.tokens_per_image(model.config)
 
 
 def asked_settings(
@@ -94,6 +92,7 @@ def asked_settings(
     Raises:
         ValueError: if a budget is none, or nothing is asked.
     """
+
     counts = {budget: num_keep_of(budget, num_patches) for budget in budgets}
     stacks = {reducer_label(reducer): reducer for reducer in reducers}
     chosen = [stack for label, stack in stacks.items() if label != FULL]
@@ -102,34 +101,25 @@ def asked_settings(
     settings = []
     if FULL in stacks or num_patches in counts.values():
         settings.append(Setting(FULL, FULL_BUDGET, FULL_BUDGET, num_patches))
-    return settings + [
-        Setting(reducer, exact_budget(budget, num_patches), _as_number(budget), count)
-        for reducer in chosen
-        for budget, count in counts.items()
-        if count < num_patches
-    ]
+    for reducer, (budget, count) in product(chosen, counts.items()):
+        if count < num_patches:
+            written = float(budget) if isinstance(budget, Fraction) else budget
+            settings.append(Setting(reducer, exact_budget(budget, num_patches), written, count))
+    return settings
 
 
 def reachable_settings(
     model: AdaVTPForConditionalGeneration, inputs: Mapping[str, torch.Tensor] | None, settings: Sequence[Setting]
 ) -> tuple[list[Setting], list[dict[str, Any]]]:
     """
-    Tells settings that can be measured from those that cannot.
-
-    Args:
-        model: in evaluation mode.
-        inputs: see [`Setting.unreachable`].
-        settings: all of them.
-
-    Returns:
-        Those that can be measured, and for each other a dictionary of `reducer`, `budget` and `reason`.
+    The settings that can be measured, and for each other a dictionary of `reducer`, `budget` and `reason`.
 
     Raises:
         ValueError: if there is no such reducer, or none can be measured.
     """
     reasons = [setting.unreachable(model, inputs) for setting in settings]
     unreachable = [
-        dict(zip(("reducer", "budget", "reason"), (*setting.key, reason), strict=True))
+        {"reducer": setting.label, "budget": setting.key[1], "reason": reason}
         for setting, reason in zip(settings, reasons, strict=True)
         if reason is not None
     ]
@@ -156,12 +146,7 @@ def budget_of_text(text: str) -> WrittenBudget:
 
 
 def num_keep_of(budget: WrittenBudget, num_patches: int) -> int:
-    """
-    The number of an image's tokens that a budget keeps.
-
-    Raises:
-        ValueError: if it is no budget.
-    """
+    """How many of an image's N tokens a budget keeps; `ValueError` if it is no budget."""
     if not isinstance(budget, Fraction):
         return int(num_tokens_to_keep(budget, num_patches, 1))
     if not 0 <= budget <= 1:
@@ -175,10 +160,6 @@ def exact_budget(budget: WrittenBudget, num_patches: int) -> float | int:
         return budget
     count = num_keep_of(budget, num_patches)
     return count if count >= 2 else 0.0
-
-
-def _as_number(budget: WrittenBudget) -> float | int:
-    return float(budget) if isinstance(budget, Fraction) else budget
 
 
 def reducer_of_text(text: str) -> ReducerSpec:
@@ -216,10 +197,8 @@ def _value(text: str) -> Any:
 
 def reducer_label(reducer: ReducerSpec) -> str:
     """
-    A reducer as it is written on the command line: `fastv:layer=2`, a stack as `tome, fastv:layer=2`.
-
-    Raises:
-        ValueError: if it is no reducer.
+    A reducer as it is written on the command line: `fastv:layer=2`, a stack as `tome, fastv:layer=2`; `ValueError` if
+    it is none.
     """
     return ", ".join(
         entry

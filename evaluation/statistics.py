@@ -25,18 +25,11 @@ _CHUNK = 4_000_000
 
 def bootstrap_means(scores: np.ndarray, num_draws: int = NUM_DRAWS, seed: int = SEED) -> np.ndarray:
     """
-    Mean scores over examples that are drawn anew, with replacement, the same ones for all settings.
-
-    `scipy.stats.bootstrap` draws the examples for each call, and for 150 settings copies 150 times the draw; here a
-    draw is counted once and multiplied with all scores.
+    Mean scores `[num_draws, num_settings]` over examples that are drawn anew, with replacement, the same ones for all
+    settings. `scipy.stats.bootstrap` would copy every draw for each of 150 settings.
 
     Args:
         scores: `[num_settings, num_examples]`, any numbers.
-        num_draws: at least 1.
-        seed: of the draws.
-
-    Returns:
-        `[num_draws, num_settings]` float64.
 
     Raises:
         ValueError: if there are no examples.
@@ -57,26 +50,15 @@ def bootstrap_means(scores: np.ndarray, num_draws: int = NUM_DRAWS, seed: int = 
 
 
 def interval(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """
-    The 95% percentile interval of what was computed on every draw.
-
-    Args:
-        draws: `[num_draws, ...]`.
-
-    Returns:
-        Lower and upper ends, each `[...]`.
-    """
+    """The ends, each `[...]`, of the 95% percentile interval of what was computed on every draw, `[draws, ...]`."""
     low, high = np.percentile(draws, [2.5, 97.5], axis=0).round(_DECIMALS)
     return low, high
 
 
 def mean_interval(scores: np.ndarray, draws: np.ndarray) -> tuple[float, float]:
     """
-    The 95% interval of a mean score: Wilson's where every score is 0 or 1, else that of the bootstrap.
-
-    Args:
-        scores: `[num_examples]`.
-        draws: `[num_draws]`, its column of [`bootstrap_means`].
+    The 95% interval of a mean of scores `[num_examples]`: Wilson's where every score is 0 or 1, else that of the
+    bootstrap, from the column `[num_draws]` of [`bootstrap_means`].
     """
     if np.isin(scores, (0, 1)).all():
         wilson = binomtest(int(scores.sum()), len(scores)).proportion_ci(confidence_level=0.95, method="wilson")
@@ -87,13 +69,9 @@ def mean_interval(scores: np.ndarray, draws: np.ndarray) -> tuple[float, float]:
 
 def paired_p_value(differences: np.ndarray) -> float:
     """
-    Two-sided p-value of the hypothesis that paired differences have mean 0.
-
-    Where all that are not 0 have one size, as with right and wrong answers, the exact sign test, which is then
-    McNemar's exact test; else the paired t test.
-
-    Args:
-        differences: `[num_examples]`, score of one setting minus that of another on the same example.
+    Two-sided p-value of the hypothesis that paired differences `[num_examples]` have mean 0. Where all that are not 0
+    have one size, as with right and wrong answers, the exact sign test, which is then McNemar's exact test; else the
+    paired t test.
     """
     differences = differences.round(_DECIMALS)
     sizes = np.unique(np.abs(differences[differences != 0]))
@@ -109,9 +87,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     P-values corrected for being several, by Holm's step-down rule (Scandinavian Journal of Statistics 6, 1979).
 
     The i-th smallest of m is multiplied by m - i + 1; none may be below that of a smaller one, or above 1.
-
-    Args:
-        p_values: in [0, 1].
     """
     if not p_values:
         return []
@@ -124,11 +99,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def difference(differences: np.ndarray, draws: np.ndarray) -> dict[str, Any]:
     """
-    A paired difference as a report has it: `difference`, its 95% interval `low` and `high`, and `p`.
-
-    Args:
-        differences: `[num_examples]`, see [`paired_p_value`].
-        draws: `[num_draws]`, their mean on every draw.
+    A paired difference as a report has it: `difference`, its 95% interval `low` and `high`, and `p`; from the
+    differences `[num_examples]`, and from their mean on every draw, `[num_draws]`.
     """
     low, high = interval(draws)
     return {

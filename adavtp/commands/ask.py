@@ -5,8 +5,11 @@ from typing import Annotated, Any
 
 import typer
 
-from .console import console, load_checkpoint, parse_reducer
-from .evaluate import budget_for
+from ..evaluation.answering import image_as_seen
+from ..evaluation.prompt_costs import visual_tokens_seen
+from ..evaluation.reducer_table import as_trained
+from ..evaluation.settings import budget_of_text, exact_budget, reducer_of_text, tokens_per_image
+from .console import CheckpointOption, console, load_checkpoint
 
 
 def ask(
@@ -24,21 +27,16 @@ def ask(
             "reducers that merge, the patches in whose place tokens stand."
         ),
     ] = None,
-    checkpoint: Annotated[
-        str | None, typer.Option(help="Checkpoint folder or Hub repository. Default: the digit-scenes reference.")
-    ] = None,
+    checkpoint: CheckpointOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length limit of the answer.", min=1)] = 32,
 ) -> None:
     """Ask a question about an image at a token budget."""
-    from ..evaluation.answering import image_as_seen
     from ..evaluation.pictures import draw_kept_patches, patch_shares
-    from ..evaluation.prompt_costs import visual_tokens_seen
-    from ..evaluation.reducer_table import as_trained
 
     model, processor = load_checkpoint(checkpoint)
-    choice: dict[str, Any] = {"token_budget": budget_for(budget, model.config.num_patches)}
+    choice: dict[str, Any] = {"token_budget": exact_budget(budget_of_text(budget), tokens_per_image(model))}
     if reducer:
-        choice["reducer"] = as_trained(model.config, parse_reducer(",".join(reducer)))
+        choice["reducer"] = as_trained(model.config, reducer_of_text(",".join(reducer)))
     inputs = processor.of_questions(str(image), prompt).to(model.device)
     output = model.generate(**inputs, **choice, max_new_tokens=max_new_tokens, return_dict_in_generate=True)
     new_ids, selection = output.sequences[0, inputs["input_ids"].shape[1] :], output["selection"]

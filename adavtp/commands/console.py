@@ -2,27 +2,48 @@
 
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
+from rich.table import Table
 from typer.core import TyperCommand
 
-from ..evaluation.settings import reducer_of_text
+from ..hub_cards.publish import HubRefused
 
 console = Console()
-parse_reducer = reducer_of_text
+
+_CHECKPOINT = "Checkpoint folder or Hub repository. Default: the digit-scenes reference."
+CheckpointArgument = Annotated[str | None, typer.Argument(help=_CHECKPOINT)]
+CheckpointOption = Annotated[str | None, typer.Option("--checkpoint", help=_CHECKPOINT)]
+BudgetsOption = Annotated[
+    list[str],
+    typer.Option(
+        "--budgets",
+        "--budget",
+        help="Several: fractions such as 0.4, numbers of tokens such as 115, or exact fractions such as 115/576.",
+    ),
+]
+ReducersOption = Annotated[
+    list[str],
+    typer.Option(
+        "--reducers",
+        "--reducer",
+        help="Several: reducers as in fastv:layer=2, stacks as in tome,adaptive, or full, which keeps everything.",
+    ),
+]
 
 
 class Command(TyperCommand):
     """
-    A command whose options take several values after one name, `--budgets 0.2 0.4`, and that answers a value which is
-    refused with the reason and exit code 2.
+    A command whose options take several values after one name, `--budgets 0.2 0.4`, and that answers what is refused
+    with the reason.
     """
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
@@ -57,12 +78,12 @@ def repeated_options(arguments: list[str], several: set[str]) -> list[str]:
 
 @contextmanager
 def refusals_shown() -> Iterator[None]:
-    """A value that is refused ends the command with the reason and exit code 2."""
+    """A value that is refused ends the command with code 2, what the Hub refuses with code 1; both with the reason."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, HubRefused) as error:
         console.print(f"[red]{escape(str(error))}[/red]")
-        raise typer.Exit(2) from error
+        raise typer.Exit(1 if isinstance(error, HubRefused) else 2) from error
 
 
 def reference_checkpoint() -> Path:
@@ -105,6 +126,15 @@ def progress(description: str) -> Callable[[Iterable[Any]], Iterator[Any]]:
         yield from track(batches, description=description, console=console)
 
     return wrap
+
+
+def narrow_table(title: str, columns: Sequence[str]) -> Table:
+    """A table for any terminal: reducers, whose names may fold, and columns of numbers."""
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("reducer", overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
 
 
 def command_as_typed() -> str:

@@ -10,7 +10,8 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from .console import console, parse_reducer, refusals_shown
+from ..evaluation.settings import reducer_of_text
+from .console import console
 
 if TYPE_CHECKING:
     from ..hub_cards.conversion.convert import Conversion, Shard
@@ -49,20 +50,19 @@ def convert(
     from ..hub_cards.conversion.convert import convert_checkpoint
 
     logging.set_verbosity_error()
-    with refusals_shown():
-        try:
-            done = convert_checkpoint(
-                source,
-                output,
-                vision_tower=vision_tower,
-                fields=dict(map(parse_field, fields or [])),
-                chat_template=None if chat_template is None else chat_template.read_text(encoding="utf-8"),
-                seed=seed,
-                revision=revision,
-                progress=_track,
-            )
-        except OSError as error:
-            raise typer.BadParameter(f"{source!r} could not be converted: {error}") from error
+    try:
+        done = convert_checkpoint(
+            source,
+            output,
+            vision_tower=vision_tower,
+            fields=dict(map(parse_field, fields or [])),
+            chat_template=None if chat_template is None else chat_template.read_text(encoding="utf-8"),
+            seed=seed,
+            revision=revision,
+            progress=_track,
+        )
+    except OSError as error:
+        raise typer.BadParameter(f"{source!r} could not be converted: {error}") from error
     console.print(conversion_table(done, output))
     for note in done.notes:
         console.print(note, style="dim", markup=False)
@@ -79,7 +79,7 @@ def parse_field(text: str) -> tuple[str, Any]:
     if not found or not name:
         raise ValueError(f"`--set` is {text!r}; expected is NAME=VALUE, as in token_budget=0.5.")
     if name == "reducer":
-        return name, parse_reducer(value)
+        return name, reducer_of_text(value)
     try:
         return name, json.loads(value)
     except ValueError:

@@ -5,21 +5,43 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import torch
 import typer
-from rich.box import SIMPLE_HEAD
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from rich.table import Table
 
-from .console import command_as_typed, console, load_checkpoint, parse_reducer, progress, reference_checkpoint
-
-if TYPE_CHECKING:
-    from accelerate import PartialState
-
-    from ..evaluation.answering import Seconds
-    from ..evaluation.data.examples import EvaluationData, Example
-    from ..evaluation.runs import Run
-    from ..evaluation.settings import Setting, WrittenBudget
+from ..evaluation.answering import answer_examples, inputs_of, score_together
+from ..evaluation.circumstances import checkpoint_hash, checkpoint_name, circumstances
+from ..evaluation.data.examples import ConversationExamples, EvaluationData, Example
+from ..evaluation.measurements import as_rows, measure
+from ..evaluation.metric_modules import load_metric
+from ..evaluation.reducer_table import as_trained, reducers_to_compare
+from ..evaluation.runs import Run
+from ..evaluation.settings import (
+    FULL,
+    Setting,
+    WrittenBudget,
+    asked_settings,
+    budget_of_text,
+    reachable_settings,
+    reducer_of_text,
+    tokens_per_image,
+)
+from ..evaluation.summary import evaluation_record, metric_figures, unfinished
+from .console import (
+    BudgetsOption,
+    CheckpointArgument,
+    ReducersOption,
+    command_as_typed,
+    console,
+    load_checkpoint,
+    narrow_table,
+    progress,
+    reference_checkpoint,
+)
 
 DIGIT_SCENES = "digit-scenes"
 DIGIT_SCENES_QUESTIONS = 2400
@@ -31,9 +53,7 @@ SHOWN = 12
 
 
 def evaluate(
-    checkpoint: Annotated[
-        str | None, typer.Argument(help="Checkpoint folder or Hub repository. Default: the digit-scenes reference.")
-    ] = None,
+    checkpoint: CheckpointArgument = None,
     data: Annotated[
         str,
         typer.Option(
@@ -41,22 +61,8 @@ def evaluate(
             "form; or a benchmark's local files: vqav2:FOLDER, gqa:, textvqa:, vizwiz:, scienceqa:, pope:, mme:."
         ),
     ] = DIGIT_SCENES,
-    budgets: Annotated[
-        list[str],
-        typer.Option(
-            "--budgets",
-            "--budget",
-            help="Several: fractions such as 0.4, numbers of tokens such as 115, or exact fractions such as 115/576.",
-        ),
-    ] = BUDGETS,  # noqa: B006
-    reducers: Annotated[
-        list[str],
-        typer.Option(
-            "--reducers",
-            "--reducer",
-            help="Several: reducers as in fastv:layer=2, stacks as in tome,adaptive, or full, which keeps everything.",
-        ),
-    ] = REDUCERS,  # noqa: B006
+    budgets: BudgetsOption = BUDGETS,  # noqa: B006
+    reducers: ReducersOption = REDUCERS,  # noqa: B006
     output: Annotated[
         Path | None, typer.Option(help="Folder of the run. Default: runs/evaluation_CHECKPOINT_DATA.")
     ] = None,
@@ -81,12 +87,8 @@ def evaluate(
     card, and pictures of the first questions. Interrupted, the same command goes on where it stopped. Under
     `accelerate launch` or `torchrun`, processes share the questions.
     """
-    from accelerate import PartialState
-
-    from ..evaluation.settings import budget_of_text
-
     evaluate_checkpoint(
-        *(checkpoint, data, [budget_of_text(text) for text in budgets], [parse_reducer(text) for text in reducers]),
+        *(checkpoint, data, [budget_of_text(text) for text in budgets], [reducer_of_text(text) for text in reducers]),
         output=output,
         questions=questions,
         split=split,
@@ -99,18 +101,11 @@ def evaluate(
     PartialState().destroy_process_group()
 
 
-def budget_for(text: str, num_patches: int) -> float | int:
-    """The budget that a text means for images of `num_patches` visual tokens, of exact fractions their number."""
-    from ..evaluation.settings import budget_of_text, exact_budget
-
-    return exact_budget(budget_of_text(text), num_patches)
-
-
 def evaluate_checkpoint(
     checkpoint: str | None,
     data: str,
-    budgets: "Sequence[WrittenBudget]",
-    reducers: Sequence[Any],
+    budgets: Sequence[WrittenBudget],
+    reducers: Sequence[Any] | None,
     output: Path | None = None,
     questions: int | None = None,
     split: str | None = None,
@@ -119,7 +114,7 @@ def evaluate_checkpoint(
     batch_size: int = 32,
     max_new_tokens: int = 16,
     latency_repeats: int = 0,
-) -> "Run":
+) -> Run:
     """
     What `adavtp evaluate` does, with budgets and reducers as [`adavtp.evaluation.settings.asked_settings`] takes them;
     of reducers `None` stands for all that can be compared. All other arguments are the command's.
@@ -130,32 +125,25 @@ def evaluate_checkpoint(
     Raises:
         ValueError: if an argument is not allowed, or the folder has another run; the message says which.
     """
-    import torch
-    from accelerate import PartialState
-
-    from ..evaluation.answering import Scorer, answer_examples, inputs_of, score_together
-    from ..evaluation.circumstances import checkpoint_name
-    from ..evaluation.runs import Run
-
     # Left to itself, `accelerate` takes processes that `torchrun` started without a GPU for strangers.
     process, started = PartialState(cpu=not torch.cuda.is_available()), time.perf_counter()
     folder = checkpoint or str(reference_checkpoint())
     with process.main_process_first():
         asked = named_data(data, split, images, questions)
-        scorer = Scorer(metric or asked.metric)
+        metric = metric or asked.metric
+        load_metric(metric)
         model, processor = load_checkpoint(folder)
     model.to(process.device)
     shown = next((example for example in asked.examples if example.images), None)
     first = None if shown is None else inputs_of(processor, [shown]).to(model.device)
     settings, unreachable = _settings(model, first, reducers, budgets)
-    header = _header(folder, asked, model, settings, unreachable) | {
-        **{"metric": scorer.name, "max_new_tokens": max_new_tokens, "batch_size": batch_size},
-    }
+    header = _header(folder, asked, model, settings, unreachable)
+    header |= {"metric": metric, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
     default = Path("runs") / re.sub(r"[^\w.-]+", "_", f"evaluation_{checkpoint_name(folder)}_{data}")
     run = Run.begin(output or default, header)
     _on_main_process(process, run.write_header, run.merge)
     seconds = answer_examples(
-        *(model, processor, asked.examples, settings, run, scorer),
+        *(model, processor, asked.examples, settings, run),
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         shown=SHOWN,
@@ -163,10 +151,14 @@ def evaluate_checkpoint(
         # A bar of the main process's share.
         progress=progress("Answering ...") if process.is_main_process else iter,
     )
-    _add_time(run, process, seconds, time.perf_counter() - started)
+    # All processes' time.
+    model_seconds, evaluation_seconds = map(sum, zip(*gather_object([seconds]), strict=True))
+    spent = {"seconds": time.perf_counter() - started}
+    spent |= {"model_seconds": model_seconds, "evaluation_seconds": evaluation_seconds}
+    run.header |= {name: run.header[name] + own for name, own in spent.items()}
     _on_main_process(process, run.merge, run.write_header)
     if process.is_main_process:
-        score_together(run, scorer, asked.examples)
+        score_together(run, asked.examples)
         if latency_repeats:
             _measure(run, model, first or inputs_of(processor, asked.examples[:1]), settings, latency_repeats)
         _report(run, asked.examples)
@@ -174,9 +166,8 @@ def evaluate_checkpoint(
     return run
 
 
-def named_data(name: str, split: str | None, images: Path | None, questions: int | None = None) -> "EvaluationData":
+def named_data(name: str, split: str | None, images: Path | None, questions: int | None = None) -> EvaluationData:
     """What is asked: digit scenes, or what [`adavtp.evaluation.data.names.read_data`] reads; the first so many."""
-    from ..evaluation.data.examples import ConversationExamples, EvaluationData
     from ..evaluation.data.names import DEFAULT_SPLIT, read_data
     from ..tasks.digit_scenes import load_digit_questions
 
@@ -187,25 +178,18 @@ def named_data(name: str, split: str | None, images: Path | None, questions: int
 
 
 def _settings(
-    model: Any, inputs: Any, reducers: Sequence[Any] | None, budgets: "Sequence[WrittenBudget]"
-) -> tuple[list["Setting"], list[dict[str, Any]]]:
+    model: Any, inputs: Any, reducers: Sequence[Any] | None, budgets: Sequence[WrittenBudget]
+) -> tuple[list[Setting], list[dict[str, Any]]]:
     """The settings that can be measured, and why others cannot."""
-    from ..evaluation.reducer_table import as_trained, reducers_to_compare
-    from ..evaluation.settings import FULL, asked_settings, reachable_settings
-
     chosen = [FULL, *reducers_to_compare(model.config)] if reducers is None else reducers
     stacks = [one if one == FULL else as_trained(model.config, one) for one in chosen]
-    return reachable_settings(model, inputs, asked_settings(model.config.num_patches, stacks, budgets))
+    return reachable_settings(model, inputs, asked_settings(tokens_per_image(model), stacks, budgets))
 
 
 def _header(
-    folder: str, asked: "EvaluationData", model: Any, settings: list["Setting"], unreachable: list[dict[str, Any]]
+    folder: str, asked: EvaluationData, model: Any, settings: list[Setting], unreachable: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """What `run.json` says of data, checkpoint, settings and machine."""
-    import torch
-
-    from ..evaluation.circumstances import checkpoint_hash, checkpoint_name, circumstances
-
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu"
     about = circumstances()
     return {
@@ -222,13 +206,13 @@ def _header(
             dict(zip(("reducer", "budget"), one.key, strict=True), num_keep=one.num_keep) for one in settings
         ],
         "unreachable": unreachable,
-        "num_patches": model.config.num_patches,
+        "num_patches": tokens_per_image(model),
         "num_layers": model.config.text_config.num_hidden_layers,
         "shown": min(SHOWN, len(asked.examples)),
     }
 
 
-def _on_main_process(process: "PartialState", *steps: Callable[[], None]) -> None:
+def _on_main_process(process: PartialState, *steps: Callable[[], None]) -> None:
     """One process does it, while all others wait."""
     process.wait_for_everyone()
     if process.is_main_process:
@@ -237,20 +221,8 @@ def _on_main_process(process: "PartialState", *steps: Callable[[], None]) -> Non
     process.wait_for_everyone()
 
 
-def _add_time(run: "Run", process: "PartialState", seconds: "Seconds", whole: float) -> None:
-    """Adds up all processes' time."""
-    from accelerate.utils import gather_object
-
-    spent = gather_object([(seconds.model, seconds.evaluation)])
-    run.header["seconds"] += whole
-    run.header["model_seconds"] += sum(model for model, _ in spent)
-    run.header["evaluation_seconds"] += sum(evaluation for _, evaluation in spent)
-
-
-def _measure(run: "Run", model: Any, inputs: Any, settings: list["Setting"], repeats: int) -> None:
+def _measure(run: Run, model: Any, inputs: Any, settings: list[Setting], repeats: int) -> None:
     """Adds measured time and memory of each setting to the run, for one question at a time."""
-    from ..evaluation.measurements import as_rows, measure
-
     measured = measure(model, inputs.to(model.device), settings, repeats=repeats, progress=progress("Measuring ..."))
     # The model was asked for the exact number of tokens in place of a fraction such as 115/576.
     rows = [row | {"budget": one.key[1]} for row, one in zip(as_rows(measured), settings, strict=True)]
@@ -259,11 +231,8 @@ def _measure(run: "Run", model: Any, inputs: Any, settings: list["Setting"], rep
     run.write_header()
 
 
-def _report(run: "Run", examples: "Sequence[Example]") -> None:
+def _report(run: Run, examples: Sequence[Example]) -> None:
     """Prints the summary, and writes it in the form that model cards read."""
-    from ..evaluation.metric_figures import metric_figures
-    from ..evaluation.summary import evaluation_record, unfinished
-
     header = run.header
     header["figures"] = metric_figures(run, examples)
     run.write_header()
@@ -284,10 +253,8 @@ def _report(run: "Run", examples: "Sequence[Example]") -> None:
 def results_table(record: dict[str, Any]) -> Table:
     """A row for each setting of `evaluation.json`: score with interval, and what an answer cost."""
     title = f"{record['num_questions']} questions, {record['metric']}"
-    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("reducer", overflow="fold")
-    for column in ("budget", "K", "score, %", "95% CI", "visual\ntokens", "GFLOPs", "ms per\nanswer"):
-        table.add_column(column, justify="right", no_wrap=True)
+    columns = ("budget", "K", "score, %", "95% CI", "visual\ntokens", "GFLOPs", "ms per\nanswer")
+    table = narrow_table(title, columns)
     for row in record["rows"]:
         table.add_row(
             row["reducer"],

@@ -47,14 +47,15 @@ def experiment(
     if not path.is_file():
         raise ValueError(f"`name` is {name!r}; it is an experiment's, {', '.join(known)}, or a file's.")
     plan = Experiment.from_file(path)
-    parts = chosen_parts(plan, part)
+    names = [own.name for own in plan.parts]
+    if unknown := sorted(set(part or []) - set(names)):
+        raise ValueError(f"`part` is {unknown[0]!r}; this experiment's parts: {', '.join(names)}.")
     output = output or Path("reports") / path.stem
     work = work or Path("runs") / path.stem
     checkpoints = [str(one) for one in checkpoint or [reference_checkpoint()]]
-    names = [Path(one).name for one in checkpoints]
-    if len(set(names)) < len(names):
+    if len({Path(one).name for one in checkpoints}) < len(checkpoints):
         raise ValueError(f"`checkpoint` is {checkpoints}; folders are named by their last names, which must differ.")
-    for own in parts:
+    for own in (own for own in plan.parts if not part or own.name in part):
         folders = []
         for one in checkpoints:
             console.rule(f"{own.name}: {Path(one).name}")
@@ -65,28 +66,8 @@ def experiment(
     console.print(f"Report: {output / 'report.md'}")
 
 
-def chosen_parts(plan: "Experiment", names: list[str] | None) -> list["Part"]:
-    """
-    The parts with these names, all if there are none.
-
-    Raises:
-        ValueError: if there is no such part.
-    """
-    known = [part.name for part in plan.parts]
-    if unknown := sorted(set(names or []) - set(known)):
-        raise ValueError(f"`part` is {unknown[0]!r}; this experiment's parts: {', '.join(known)}.")
-    return [part for part in plan.parts if not names or part.name in names]
-
-
 def summary(plan: "Experiment", output: Path, command: str) -> str:
-    """
-    The page (Markdown) that says in short what the parts' reports say, of those that have one.
-
-    Args:
-        plan: the experiment.
-        output: folder with a folder for each part.
-        command: that wrote it.
-    """
+    """The page (Markdown) that says in short what the parts' reports in `output` say, of those that have one."""
     text = [
         f"# {plan.title}",
         f"Written by\n\n```\n{command}\n```\n\nfrom the reports of its parts, each with the "
@@ -101,8 +82,10 @@ def summary(plan: "Experiment", output: Path, command: str) -> str:
 
 def part_summary(part: "Part", numbers: dict[str, Any]) -> list[str]:
     """Paragraphs on one part: what it asks, what was found, its curves, and its statistics in short."""
-    from ..evaluation.report.findings import agreement_of_checkpoints, statistics_in_short
-    from ..evaluation.report.sections import compared_checkpoints, leads
+    from ..evaluation.report.blocks import as_markdown
+    from ..evaluation.report.findings import statistics_in_short
+    from ..evaluation.report.over_checkpoints import agreement_of_checkpoints, compared_checkpoints
+    from ..evaluation.report.sections import leads
 
     text = [
         f"## {part.name}",
@@ -112,12 +95,8 @@ def part_summary(part: "Part", numbers: dict[str, Any]) -> list[str]:
         f"[Tables]({part.name}/report.md) · [page]({part.name}/index.html), to be opened in a browser",
     ]
     for checkpoint in numbers["checkpoints"]:
-        text.append(_listing(checkpoint["checkpoint"], statistics_in_short(checkpoint)))
+        text += [f"**{checkpoint['checkpoint']}**", as_markdown(statistics_in_short(checkpoint))]
     for over in numbers["over_checkpoints"]:
         lines = agreement_of_checkpoints(over, compared_checkpoints(numbers, over))
-        text.append(_listing("All checkpoints", lines))
+        text += ["**All checkpoints**", as_markdown(lines)]
     return text
-
-
-def _listing(title: str, lines: list[str]) -> str:
-    return "\n".join([f"**{title}**", "", *(f"- {line}" for line in lines)])

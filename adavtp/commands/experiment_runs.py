@@ -7,7 +7,9 @@ training leave checkpoints, evaluations go on where they stopped.
 
 import json
 import re
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,11 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 
 from ..evaluation.circumstances import checkpoint_hash, checkpoint_name
-from ..evaluation.runs import Run
-from ..evaluation.settings import budget_of_text
-from ..evaluation.variant_runs import join_variants
+from ..evaluation.runs import PICTURES, Run
+from ..evaluation.settings import budget_of_text, reducer_of_text
 from ..modeling.processing_adavtp import AdaVTPProcessor
 from ..trainer.recipes.recipe import Recipe, RecipeLoader, Stage, check_fields
 from ..trainer.recipes.run import run_recipe
-from .console import parse_reducer
 from .evaluate import DIGIT_SCENES, evaluate_checkpoint
 
 NEW_MODULES = (".controller.", ".budget_token.", ".reducers.")
@@ -97,12 +97,7 @@ class Experiment:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Experiment":
-        """
-        Reads an experiment.
-
-        Raises:
-            ValueError: if a field is unknown or missing.
-        """
+        """Reads an experiment; `ValueError` if a field is unknown or missing."""
         content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=RecipeLoader)
         check_fields(content, cls, str(path))
         for number, part in enumerate(content["parts"]):
@@ -121,17 +116,8 @@ def named_experiments() -> dict[str, Path]:
 
 def write_start(checkpoint: str | Path, folder: Path) -> Path:
     """
-    A checkpoint without what was trained for choosing: the LLaVA in it, from which variants of the controller start.
-
-    Args:
-        checkpoint: folder with a whole checkpoint.
-        folder: where to write.
-
-    Returns:
-        `folder`.
-
-    Raises:
-        ValueError: if the checkpoint has no weights in safetensors files.
+    Writes a checkpoint without what was trained for choosing: the LLaVA in it, from which variants of the controller
+    start. Returns `folder`; `ValueError` if the checkpoint has no weights in safetensors files.
     """
     if (folder / START_IS_WHOLE).is_file():
         return folder
@@ -152,17 +138,7 @@ def write_start(checkpoint: str | Path, folder: Path) -> Path:
 
 
 def train_variant(experiment: Experiment, part: Part, variant: str, checkpoint: str | Path, folder: Path) -> Path:
-    """
-    Trains one variant of a part, or finds it trained.
-
-    Args:
-        experiment, part, variant: which.
-        checkpoint: folder that it starts from.
-        folder: for its checkpoints.
-
-    Returns:
-        The folder of the trained checkpoint.
-    """
+    """Trains one variant of a part from a checkpoint's folder, or finds it trained; the folder of the result."""
     settings = part.variants[variant]
     start = write_start(checkpoint, folder / START) if part.fresh_controller else checkpoint
     reducer = settings.get("reducer", "adaptive")
@@ -176,7 +152,6 @@ def evaluate_part(experiment: Experiment, part: Part, checkpoint: str, folder: P
     The answers of one checkpoint to one part's questions.
 
     Args:
-        experiment, part: which.
         checkpoint: folder or Hub repository.
         folder: for the runs, and for the variants' training.
         command: that asked for it.
@@ -193,7 +168,7 @@ def evaluate_part(experiment: Experiment, part: Part, checkpoint: str, folder: P
         checkpoint = snapshot_download(checkpoint)
     asked = {"budgets": [budget_of_text(str(budget)) for budget in part.budgets], "questions": part.questions}
     if part.reducers:
-        reducers = [parse_reducer(reducer) for reducer in part.reducers]
+        reducers = [reducer_of_text(reducer) for reducer in part.reducers]
         return evaluate_checkpoint(checkpoint, DIGIT_SCENES, reducers=reducers, output=folder / "run", **asked)
     runs = {}
     for name, settings in part.variants.items():
@@ -203,9 +178,46 @@ def evaluate_part(experiment: Experiment, part: Part, checkpoint: str, folder: P
         runs[name] = evaluate_checkpoint(str(trained), DIGIT_SCENES, reducers=reducers, output=own / "run", **asked)
     for name in part.controls:
         own = folder / "controls" / name / "run"
-        reducers = [parse_reducer(name)]
+        reducers = [reducer_of_text(name)]
         runs[name] = evaluate_checkpoint(checkpoint, DIGIT_SCENES, reducers=reducers, output=own, **asked)
     return join_variants(runs, folder / "run", about | {"command": command})
+
+
+def join_variants(runs: Mapping[str, Run], folder: str | Path, about: Mapping[str, Any]) -> Run:
+    """
+    Writes the run that several variants' runs are together, in which a variant stands where a reducer would.
+
+    Args:
+        runs: of each variant, by its name; each has one reducer, which chose in that variant.
+        folder: for the joined run; what is there of an earlier one is replaced.
+        about: what the header says in place of what the variants' headers do: above all the checkpoint that all of
+            them started from, `checkpoint` and `checkpoint_hash`.
+
+    Raises:
+        ValueError: if a run has several reducers, or the runs are not of the same questions.
+    """
+    first = next(iter(runs.values()))
+    header = first.header | dict(about) | {"settings": [], "unreachable": []}
+    for name, run in runs.items():
+        reducers = {setting["reducer"] for setting in run.header["settings"]}
+        if len(reducers) > 1:
+            raise ValueError(f"The run of variant {name!r} has the reducers {sorted(reducers)}; it has to have one.")
+        for fact in ("data_hash", "metric", "num_examples", "num_patches", "num_layers"):
+            if run.header[fact] != header[fact]:
+                raise ValueError(
+                    f"The run of variant {name!r} has {fact} {run.header[fact]!r}, another has {header[fact]!r}; "
+                    "variants are compared on the same questions."
+                )
+        for entries in ("settings", "unreachable"):
+            header[entries] = header[entries] + [entry | {"reducer": name} for entry in run.header[entries]]
+    for seconds in ("seconds", "model_seconds", "evaluation_seconds"):
+        header[seconds] = sum(run.header[seconds] for run in runs.values())
+    shutil.rmtree(folder, ignore_errors=True)
+    joined = Run(folder, header)
+    joined.write_header()
+    shutil.copytree(first.folder / PICTURES, joined.folder / PICTURES)
+    joined.write(replace(answer, reducer=name) for name, run in runs.items() for answer in run.answers())
+    return joined
 
 
 def _require_same(about: dict[str, str], folder: Path) -> None:

@@ -8,8 +8,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .console import console, parse_reducer, refusals_shown
-from .evaluate import budget_for
+from ..evaluation.settings import FULL, budget_of_text, exact_budget, reducer_of_text
+from .console import console, refusals_shown
 
 if TYPE_CHECKING:
     from ..configuration.configuration_adavtp import AdaVTPConfig
@@ -53,14 +53,13 @@ def flops(
             _print_published(as_json)
             return
         from ..evaluation.flops_conventions import count_flops, latency_plan
-        from ..evaluation.settings import FULL
         from ..modeling.costs.model_costs import ModelCosts
         from ..modeling.families.llava import LLAVA
 
         config = model_config(preset, checkpoint, visual_tokens)
         num_patches = LLAVA.tokens_per_image(config)
-        token_budget = None if budget is None else budget_for(budget, num_patches)
-        asked = None if reducer is None else reducer if reducer == FULL else parse_reducer(reducer)
+        token_budget = None if budget is None else exact_budget(budget_of_text(budget), num_patches)
+        asked = None if reducer is None else reducer if reducer == FULL else reducer_of_text(reducer)
         plan = None if latency is None else latency_plan(latency, config.text_config, latency_unit)
         counted = count_flops(
             ModelCosts.of(config),

@@ -1,34 +1,35 @@
 """`adavtp measure`: what each reducer and budget costs on this machine, read off the clock."""
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import torch
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from .console import command_as_typed, console, load_checkpoint, parse_reducer, progress
-
-if TYPE_CHECKING:
-    from ..evaluation.measurements import Measurement
+from ..evaluation import measurements
+from ..evaluation.circumstances import circumstances
+from ..evaluation.measurements import Measurement, as_rows
+from ..evaluation.settings import asked_settings, budget_of_text, reachable_settings, reducer_of_text, tokens_per_image
+from .console import (
+    BudgetsOption,
+    CheckpointArgument,
+    ReducersOption,
+    command_as_typed,
+    console,
+    load_checkpoint,
+    narrow_table,
+    progress,
+)
 
 # As many as load at least; one question of each kind.
 NUM_QUESTIONS = 6
 
 
 def measure(
-    checkpoint: Annotated[
-        str | None, typer.Argument(help="Checkpoint folder or Hub repository. Default: the digit-scenes reference.")
-    ] = None,
-    budgets: Annotated[
-        list[str], typer.Option("--budgets", "--budget", help="Fraction such as 0.4, or number of tokens.")
-    ] = ["0.2", "0.4"],  # noqa: B006
-    reducers: Annotated[
-        list[str],
-        typer.Option(
-            "--reducers", "--reducer", help="Reducer as in fastv:layer=2, a stack as in tome,adaptive, or full."
-        ),
-    ] = ["full", "adaptive"],  # noqa: B006
+    checkpoint: CheckpointArgument = None,
+    budgets: BudgetsOption = ["0.2", "0.4"],  # noqa: B006
+    reducers: ReducersOption = ["full", "adaptive"],  # noqa: B006
     batch_size: Annotated[int, typer.Option(help="Questions answered together.", min=1)] = 1,
     new_tokens: Annotated[int, typer.Option(help="Tokens generated for each, whatever the model says.", min=2)] = 32,
     repeats: Annotated[int, typer.Option(help="Rounds that are timed.", min=1)] = 7,
@@ -42,34 +43,25 @@ def measure(
     The questions are of the digit-scenes test split; `full` keeps everything, and ratios are to it. Settings take
     turns; what is printed is the median over repeats, with quartiles.
     """
-    import torch
-
-    from ..evaluation.circumstances import circumstances
-    from ..evaluation.measurements import as_rows
-    from ..evaluation.measurements import measure as measured
-    from ..evaluation.settings import asked_settings, budget_of_text, reachable_settings
-
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, processor = load_checkpoint(checkpoint)
     model.to(device=torch.device(device), dtype=_dtype(dtype) or model.dtype)
     inputs = _inputs(processor, batch_size).to(model.device)
     values = [budget_of_text(text) for text in budgets]
-    asked = asked_settings(model.config.num_patches, [parse_reducer(text) for text in reducers], values)
+    asked = asked_settings(tokens_per_image(model), [reducer_of_text(text) for text in reducers], values)
     settings, unreachable = reachable_settings(model, inputs, asked)
     rounds = iter if as_json else progress("Measuring ...")
-    measurements = measured(model, inputs, settings, new_tokens, repeats, progress=rounds)
+    measured = measurements.measure(model, inputs, settings, new_tokens, repeats, progress=rounds)
     if as_json:
-        rows = {"measurements": as_rows(measurements), "unreachable": unreachable}
+        rows = {"measurements": as_rows(measured), "unreachable": unreachable}
         print(json.dumps({"command": command_as_typed(), **circumstances(), **rows}, indent=1))
         return
-    console.print(measurement_table(measurements))
+    console.print(measurement_table(measured))
     for row in unreachable:
         console.print(f"{row['reducer']} at {row['budget']:g}: {row['reason']}", style="dim", markup=False)
 
 
 def _dtype(name: str | None) -> Any:
-    import torch
-
     dtype = getattr(torch, name) if name and hasattr(torch, name) else None
     if name and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"`dtype` is {name!r}; allowed are torch's floating-point types, such as 'bfloat16'.")
@@ -83,19 +75,14 @@ def _inputs(processor: Any, batch_size: int) -> Any:
     return processor.of_questions([images[0] for images in rows["images"]], rows["question"])
 
 
-def measurement_table(measurements: list["Measurement"]) -> Table:
+def measurement_table(measurements: list[Measurement]) -> Table:
     """Measurements as a table narrow enough for any terminal: medians and, below them, quartiles."""
     first = measurements[0]
-    table = Table(
-        title=f"{first.device}, {first.dtype}, batch of {first.batch_size}, {first.new_tokens} new tokens, "
+    table = narrow_table(
+        f"{first.device}, {first.dtype}, batch of {first.batch_size}, {first.new_tokens} new tokens, "
         f"{first.repeats} repeats; weights {first.weight_bytes / 2**20:.1f} MiB",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
+        ("budget", "first\ntoken, ms", "\nof full", "\ntokens/s", "\nof full", "peak\nMiB", "K-V\nMiB"),
     )
-    table.add_column("reducer", overflow="fold")
-    for column in ("budget", "first\ntoken, ms", "\nof full", "\ntokens/s", "\nof full", "peak\nMiB", "K-V\nMiB"):
-        table.add_column(column, justify="right", no_wrap=True)
     for row in measurements:
         table.add_row(
             row.reducer,
@@ -110,6 +97,6 @@ def measurement_table(measurements: list["Measurement"]) -> Table:
     return table
 
 
-def _shown(measurement: "Measurement", name: str, digits: int) -> str:
+def _shown(measurement: Measurement, name: str, digits: int) -> str:
     median, low, high = (getattr(measurement, name + end) for end in ("", "_low", "_high"))
     return "-" if median is None else f"{median:.{digits}f}\n{low:.{digits}f}-{high:.{digits}f}"

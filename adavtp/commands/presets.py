@@ -1,17 +1,17 @@
-"""`adavtp demo`, `compare` and `gallery`: evaluations of digit scenes with settings that are chosen already."""
+"""`adavtp demo` and `adavtp compare`: evaluations of digit scenes with settings that are chosen already."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from .console import command_as_typed, console, parse_reducer
+from ..evaluation.runs import Run
+from ..evaluation.settings import reducer_of_text
+from .console import CheckpointArgument, CheckpointOption, command_as_typed, console
 from .evaluate import DIGIT_SCENES, evaluate_checkpoint
-
-if TYPE_CHECKING:
-    from ..evaluation.runs import Run
 
 DEMO_BUDGETS = (1.0, 0.8, 0.6, 0.4, 0.2)
 DEMO_EXAMPLES = 6
@@ -25,26 +25,11 @@ GALLERY_TEXT = (
 # No answer about digit scenes is longer.
 MAX_NEW_TOKENS = 4
 
-CheckpointArgument = Annotated[
-    str | None, typer.Argument(help="Checkpoint folder or Hub repository. Default: the digit-scenes reference.")
-]
-ComparedReducers = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--reducers",
-        "--reducer",
-        help="Several: reducers as in fastv:layer=2, stacks as in tome,adaptive. Default: all registered but those "
-        "that are parts of another.",
-    ),
-]
-
 
 def demo(
     questions: Annotated[int, typer.Option(help="Number of held-out questions.", min=DEMO_EXAMPLES)] = 300,
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("outputs/demo"),
-    checkpoint: Annotated[
-        str | None, typer.Option(help="Checkpoint folder or Hub repository. Default: the digit-scenes reference.")
-    ] = None,
+    checkpoint: CheckpointOption = None,
 ) -> None:
     """Answer held-out questions about digit scenes at five budgets; print a table, write two pictures."""
     from ..evaluation.pictures import save_kept_patches
@@ -67,7 +52,15 @@ def compare(
     budgets: Annotated[
         list[float], typer.Option("--budgets", "--budget", help="Several: fractions below 1.")
     ] = COMPARED_BUDGETS,
-    reducers: ComparedReducers = None,
+    reducers: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--reducers",
+            "--reducer",
+            help="Several: reducers as in fastv:layer=2, stacks as in tome,adaptive. Default: all registered but "
+            "those that are parts of another.",
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Questions answered together.", min=1)] = 100,
 ) -> None:
     """
@@ -84,19 +77,13 @@ def compare(
     write_comparison(run, output)
 
 
-def write_comparison(run: "Run", output: Path) -> None:
-    """
-    Writes the page of a comparison, its numbers and its pictures.
-
-    Args:
-        run: finished.
-        output: folder to write.
-    """
+def write_comparison(run: Run, output: Path) -> None:
+    """Writes the page of a comparison, its numbers and its pictures, from its finished run."""
     from ..evaluation.pictures import save_gallery
     from ..evaluation.report.curves import save_curves
     from ..evaluation.report.joined import join_runs
-    from ..evaluation.report.markdown import report_markdown
     from ..evaluation.report.numbers import report_numbers
+    from ..evaluation.report.sections import report_markdown
 
     output.mkdir(parents=True, exist_ok=True)
     numbers = report_numbers(join_runs([run]), None, "Reducers compared", command_as_typed())
@@ -109,37 +96,16 @@ def write_comparison(run: "Run", output: Path) -> None:
     console.print(f"Page: {output / 'reducers.md'}, numbers: {output / 'reducers.json'}")
 
 
-def gallery(
-    checkpoint: CheckpointArgument = None,
-    output: Annotated[Path, typer.Option(help="Picture to write.")] = Path("docs/reducers_gallery.png"),
-    budget: Annotated[float, typer.Option(help="Fraction of visual tokens.")] = GALLERY_BUDGET,
-    reducers: ComparedReducers = None,
-) -> None:
-    """
-    Draw what every reducer keeps of one scene, with its stage and the answer.
-
-    The brighter a patch, the more decoder layers see it. Of reducers that merge, the patches in whose place tokens
-    stand are bright.
-    """
-    from ..evaluation.pictures import save_gallery
-
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory() as folder:
-        run = _answered(checkpoint, DEMO_EXAMPLES, [budget], reducers, Path(folder) / "run")
-        save_gallery(run, budget, output)
-    console.print(f"Picture: {output}")
-
-
 def _answered(
     checkpoint: str | None,
     questions: int,
-    budgets: "list[float] | tuple[float, ...]",
+    budgets: Sequence[float],
     reducers: list[str] | None,
     folder: Path,
     batch_size: int = 50,
-) -> "Run":
+) -> Run:
     """A run of digit scenes, with everything kept beside the reducers that were named."""
-    stacks = None if reducers is None else ["full", *map(parse_reducer, reducers)]
+    stacks = None if reducers is None else ["full", *map(reducer_of_text, reducers)]
     return evaluate_checkpoint(
         *(checkpoint, DIGIT_SCENES, budgets, stacks, folder),
         questions=questions,

@@ -1,19 +1,16 @@
 """`adavtp publish` and `adavtp publish-data`: a checkpoint, or digit scenes, as a repository on the Hub."""
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .console import command_as_typed, console, refusals_shown
-
-if TYPE_CHECKING:
-    from ..hub_cards.publish import Publication
+from ..hub_cards.publish import Publication, require_licence, require_repository_id, upload
+from .console import command_as_typed, console
 
 RepositoryArgument = Annotated[str, typer.Argument(metavar="REPO_ID", help="Repository: user/name.")]
 PrivateOption = Annotated[bool, typer.Option("--private", help="Make a new repository private.")]
@@ -51,11 +48,10 @@ def publish(
     evaluations where the folder has them or they are named. Optimizer states and other pickles stay behind.
     """
     from ..hub_cards.licence import origin_of
-    from ..hub_cards.publish import require_licence, require_repository_id, upload
     from ..hub_cards.published_folder import published_folder
     from ..hub_cards.training_record import TrainingRecord
 
-    with refusals_said(), tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary:
         require_repository_id(repo_id)
         record = TrainingRecord.found_in(checkpoint, recipe, log or None, evaluation or None)
         origin = origin_of(checkpoint, record, base_model, license)
@@ -88,10 +84,9 @@ def publish_data(
     from datasets import disable_progress_bars
 
     from ..hub_cards.dataset_card import DATA_FILES, dataset_folder
-    from ..hub_cards.publish import require_repository_id, upload
     from ..tasks.digit_scenes import load_digit_questions
 
-    with refusals_said(), tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary:
         require_repository_id(repo_id)
         disable_progress_bars()
         sizes = {"train": train, "validation": validation, "test": test}
@@ -107,19 +102,6 @@ def publish_data(
                     folder, repo_id, "Digit scenes", "dataset", private=private, replaced=("README.md", *DATA_FILES)
                 )
             )
-
-
-@contextmanager
-def refusals_said() -> Iterator[None]:
-    """A value that is refused ends the command with code 2, what the Hub refuses with code 1; both with the reason."""
-    from ..hub_cards.publish import HubRefused
-
-    try:
-        with refusals_shown():
-            yield
-    except HubRefused as error:
-        console.print(f"[red]{escape(str(error))}[/red]")
-        raise typer.Exit(1) from error
 
 
 def print_summary(repo_id: str, repo_type: str, private: bool, files: Mapping[str, Sequence[Path]]) -> None:
@@ -146,7 +128,7 @@ def _names(paths: Sequence[Path], most: int = 4) -> str:
     return escape(", ".join(names if len(names) <= most else [*names[: most - 2], "...", names[-1]]))
 
 
-def _print_published(publication: "Publication") -> None:
+def _print_published(publication: Publication) -> None:
     visibility = "private" if publication.private else "public"
     console.print(f"Published ({visibility}): {publication.url}", highlight=False, soft_wrap=True)
     console.print(f"Commit: {publication.commit.oid}", style="dim", highlight=False)

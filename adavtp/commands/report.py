@@ -36,22 +36,16 @@ def report(
 
 def write_report(folders: Sequence[Path], output: Path, against: str | None, title: str, command: str) -> None:
     """
-    What `adavtp report` does.
-
-    Args:
-        folders: of runs.
-        output: folder to write.
-        against: reducer that all others are compared with; `None` is the controller, where it was measured.
-        title, command: of the report.
+    What `adavtp report` does; see [`report_numbers`].
 
     Raises:
         ValueError: if a folder has no finished run, runs do not agree, or `against` was not measured.
     """
     from ..evaluation.report.curves import save_curves
     from ..evaluation.report.joined import join_runs
-    from ..evaluation.report.markdown import report_markdown
     from ..evaluation.report.numbers import report_numbers
     from ..evaluation.report.page import report_page, viewed_examples
+    from ..evaluation.report.sections import report_markdown
     from ..evaluation.runs import Run
 
     with console.status("Reading answers ..."):

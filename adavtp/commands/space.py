@@ -10,13 +10,11 @@ from typing import Annotated
 
 import typer
 
-from .console import console, reference_checkpoint, refusals_shown
+from .console import CheckpointArgument, console, reference_checkpoint
 
 
 def space(
-    checkpoint: Annotated[
-        str | None, typer.Argument(help="Checkpoint folder or Hub repository. Default: the digit-scenes reference.")
-    ] = None,
+    checkpoint: CheckpointArgument = None,
     port: Annotated[
         int | None, typer.Option(help="Port of the page. Default: the first free one from 7860.", min=1, max=65535)
     ] = None,
@@ -46,8 +44,7 @@ def space(
         raise typer.BadParameter("`--examples` goes with `--export`; the page that runs here has digit scenes.")
     _require_gradio()
     checkpoint = checkpoint or str(reference_checkpoint())
-    with refusals_shown():
-        _require_free(port)
+    _require_free(port)
     try:
         run_space(checkpoint, port, share)
     except OSError as error:
@@ -57,11 +54,6 @@ def space(
 def run_space(checkpoint: str, port: int | None = None, share: bool = False) -> None:
     """
     Serves the page until it is interrupted. Nothing is sent anywhere, unless `share` asks for it.
-
-    Args:
-        checkpoint: folder or Hub repository.
-        port: of the page on localhost; by default the first free one from 7860.
-        share: whether Gradio makes a public link.
 
     Raises:
         OSError: if there is no such checkpoint, or the port is taken.
@@ -102,8 +94,7 @@ def _export(folder: Path, checkpoint: str | None, examples: Path | None) -> None
             "name its repository, 'owner/name'."
         )
     there = folder / "examples"
-    with refusals_shown():
-        space_folder(folder, checkpoint, examples or (there if there.is_dir() else SPACE / "examples"))
+    space_folder(folder, checkpoint, examples or (there if there.is_dir() else SPACE / "examples"))
     console.print(
         f"{folder}: upload it with `hf upload OWNER/SPACE {folder} --repo-type space`", highlight=False, soft_wrap=True
     )

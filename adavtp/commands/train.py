@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .console import console, refusals_shown
+from .console import console
 from .evaluate import DIGIT_SCENES, evaluate_checkpoint
 
 
@@ -25,8 +25,7 @@ def train(
     from ..trainer.recipes.recipe import Recipe
     from ..trainer.recipes.run import run_recipe
 
-    with refusals_shown():
-        asked = Recipe.from_file(recipe)
+    asked = Recipe.from_file(recipe)
     checkpoint = run_recipe(asked, output or Path("runs") / recipe.stem)
     if not PartialState().is_main_process:
         return

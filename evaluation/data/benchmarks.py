@@ -6,7 +6,7 @@ file for a split, the questions come from the annotations with the words that LL
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 LETTER_ONLY = "\nAnswer with the option's letter from the given choices directly."
 
+# The fields of LLaVA's question files.
+PROMPT = ("question_id", "image", "text")
 OCR_HINT = "Reference OCR token:"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -27,14 +29,16 @@ class Benchmark:
     A benchmark's format.
 
     Attributes:
-        read: from its folder, the split and the folder of images (`None` for where they usually are) to examples.
+        read: from its folder, the split and the folder of images to examples.
         metric: name of the metric module that scores them.
         split: the one whose answers are public.
+        images: where they usually are in the folder.
     """
 
-    read: Callable[[Path, str, Path | None], list[Example]]
+    read: Callable[[Path, str, Path], Iterable[Example]]
     metric: str
     split: str
+    images: str
 
 
 def read_benchmark(name: str, folder: Path, split: str | None = None, images: Path | None = None) -> EvaluationData:
@@ -43,7 +47,6 @@ def read_benchmark(name: str, folder: Path, split: str | None = None, images: Pa
 
     Args:
         name: a key of [`BENCHMARKS`].
-        folder: of the benchmark's files.
         split: by default the one whose answers are public.
         images: folder of the images, if it is not where LLaVA's evaluation has it.
 
@@ -54,13 +57,13 @@ def read_benchmark(name: str, folder: Path, split: str | None = None, images: Pa
     if not folder.is_dir():
         raise ValueError(f"`data` is '{name}:{folder}', and there is no folder {folder}.")
     split = split or benchmark.split
-    examples = benchmark.read(folder, split, images)
+    examples = list(benchmark.read(folder, split, images or folder / benchmark.images.format(split=split)))
     if not examples:
         raise ValueError(f"`data` is '{name}:{folder}', whose question file has no questions for split {split!r}.")
     return EvaluationData(f"{name}:{folder}", split, examples, benchmark.metric)
 
 
-def read_vqav2(folder: Path, split: str, images: Path | None) -> list[Example]:
+def read_vqav2(folder: Path, split: str, images: Path) -> Iterator[Example]:
     """
     `llava_vqav2_mscoco_<split>.jsonl` or the official `v2_OpenEnded_mscoco_<split>_questions.json`, the official
     `v2_mscoco_<split>_annotations.json`, and the images in `<split>/`. The category is the type of answer.
@@ -69,27 +72,21 @@ def read_vqav2(folder: Path, split: str, images: Path | None) -> list[Example]:
     by_id = {annotation["question_id"]: annotation for annotation in _fields(annotations, "question_id", "answers")}
     prompts = folder / f"llava_vqav2_mscoco_{split}.jsonl"
     if prompts.is_file():
-        rows = _json_lines(prompts, "question_id", "image", "text")
+        rows = _json_lines(prompts, *PROMPT)
     else:
+        asked = _object(folder / f"v2_OpenEnded_mscoco_{split}_questions.json", "questions")
         rows = [
-            {
-                "question_id": row["question_id"],
-                "image": f"COCO_{split}_{row['image_id']:012d}.jpg",
-                "text": row["question"] + SHORT_ANSWER,
-            }
-            for row in _object(folder / f"v2_OpenEnded_mscoco_{split}_questions.json", "questions")
+            {"question_id": one["question_id"], "text": one["question"] + SHORT_ANSWER}
+            | {"image": f"COCO_{split}_{one['image_id']:012d}.jpg"}
+            for one in asked
         ]
-    examples = []
     for row in rows:
         annotation = _annotation(by_id, row["question_id"], row["question_id"])
         answers = [answer["answer"] for answer in annotation["answers"]]
-        examples.append(
-            _example(row["question_id"], row, images or folder / split, answers, annotation.get("answer_type"))
-        )
-    return examples
+        yield _example(row["question_id"], row, images, answers, annotation.get("answer_type"))
 
 
-def read_gqa(folder: Path, split: str, images: Path | None) -> list[Example]:
+def read_gqa(folder: Path, split: str, images: Path) -> Iterator[Example]:
     """
     `llava_gqa_<split>.jsonl`, the official `<split>_questions.json` in the folder, in `data/` or in
     `data/questions1.2/`, and the images in `data/images/`. The category is the question's structural type.
@@ -97,17 +94,13 @@ def read_gqa(folder: Path, split: str, images: Path | None) -> list[Example]:
     name = f"{split}_questions.json"
     places = [folder / "data" / name, folder / "data" / "questions1.2" / name, folder / name]
     annotations = _object(next((place for place in places if place.is_file()), places[0]))
-    examples = []
-    for row in _json_lines(folder / f"llava_gqa_{split}.jsonl", "question_id", "image", "text"):
+    for row in _json_lines(folder / f"llava_gqa_{split}.jsonl", *PROMPT):
         annotation = _annotation(annotations, str(row["question_id"]), row["question_id"])
         category = annotation.get("types", {}).get("structural")
-        examples.append(
-            _example(row["question_id"], row, images or folder / "data" / "images", [annotation["answer"]], category)
-        )
-    return examples
+        yield _example(row["question_id"], row, images, [annotation["answer"]], category)
 
 
-def read_textvqa(folder: Path, split: str, images: Path | None) -> list[Example]:
+def read_textvqa(folder: Path, split: str, images: Path) -> Iterator[Example]:
     """
     `llava_textvqa_<split>_v051_ocr.jsonl`, the official `TextVQA_0.5.1_<split>.json`, and the images in
     `train_images/`. A row's `question_id` is its image's, so that an annotation is found by image and question.
@@ -117,42 +110,33 @@ def read_textvqa(folder: Path, split: str, images: Path | None) -> list[Example]
         (annotation["image_id"], annotation["question"].strip().lower()): annotation
         for annotation in _fields(annotations, "image_id", "question", "answers")
     }
-    examples = []
-    for row in _json_lines(folder / f"llava_textvqa_{split}_v051_ocr.jsonl", "question_id", "image", "text"):
+    for row in _json_lines(folder / f"llava_textvqa_{split}_v051_ocr.jsonl", *PROMPT):
         key = (row["question_id"], _question_of(row["text"]).lower())
         annotation = _annotation(by_question, key, row["question_id"])
         own_id = annotation.get("question_id", row["question_id"])
-        examples.append(_example(own_id, row, images or folder / "train_images", annotation["answers"]))
-    return examples
+        yield _example(own_id, row, images, annotation["answers"])
 
 
-def read_vizwiz(folder: Path, split: str, images: Path | None) -> list[Example]:
+def read_vizwiz(folder: Path, split: str, images: Path) -> Iterator[Example]:
     """
     The official `<split>.json`, the images in `<split>/`, and `llava_<split>.jsonl` where there is one. The category
     is the type of answer.
     """
     annotations = _json(folder / f"{split}.json")
     _require(isinstance(annotations, list), folder / f"{split}.json", "a list of questions")
+    by_image = {annotation["image"]: annotation for annotation in _fields(annotations, "image", "question")}
+    rows = [
+        {"question_id": place, "image": one["image"], "text": one["question"] + UNANSWERABLE + SHORT_ANSWER}
+        for place, one in enumerate(annotations)
+    ]
     prompts = folder / f"llava_{split}.jsonl"
-    if prompts.is_file():
-        rows = _json_lines(prompts, "question_id", "image", "text")
-    else:
-        rows = [
-            {"question_id": place, "image": row["image"], "text": row["question"] + UNANSWERABLE + SHORT_ANSWER}
-            for place, row in enumerate(_fields(annotations, "image", "question"))
-        ]
-    by_image = {annotation["image"]: annotation for annotation in annotations}
-    examples = []
-    for row in rows:
+    for row in _json_lines(prompts, *PROMPT) if prompts.is_file() else rows:
         annotation = _annotation(by_image, row["image"], row["question_id"])
         answers = [answer["answer"] for answer in annotation.get("answers", [])]
-        examples.append(
-            _example(row["question_id"], row, images or folder / split, answers, annotation.get("answer_type"))
-        )
-    return examples
+        yield _example(row["question_id"], row, images, answers, annotation.get("answer_type"))
 
 
-def read_scienceqa(folder: Path, split: str, images: Path | None) -> list[Example]:
+def read_scienceqa(folder: Path, split: str, images: Path) -> Iterator[Example]:
     """
     `llava_<split>_CQM-A.json`, the official `pid_splits.json` and `problems.json`, and the images in
     `images/<split>/<id>/`. Questions without an image are asked as text. The answer is the choice's letter; the
@@ -162,33 +146,22 @@ def read_scienceqa(folder: Path, split: str, images: Path | None) -> list[Exampl
     _require(split in splits, folder / "pid_splits.json", f"the split {split!r}")
     asked = set(splits[split])
     path = folder / f"llava_{split}_CQM-A.json"
-    examples = []
     for row in _fields(_json(path), "id", "conversations", path=path):
         if row["id"] not in asked:
             continue
         problem = _annotation(problems, row["id"], row["id"])
         text = row["conversations"][0]["value"].replace("<image>", "").strip() + LETTER_ONLY
-        examples.append(
-            _example(
-                row["id"],
-                {"image": row.get("image"), "text": text},
-                images or folder / "images" / split,
-                [LETTERS[problem["answer"]]],
-                problem.get("subject"),
-                problem["choices"],
-            )
-        )
-    return examples
+        shown, answers = {"image": row.get("image"), "text": text}, [LETTERS[problem["answer"]]]
+        yield _example(row["id"], shown, images, answers, problem.get("subject"), problem["choices"])
 
 
-def read_pope(folder: Path, split: str, images: Path | None) -> list[Example]:
+def read_pope(folder: Path, split: str, images: Path) -> Iterator[Example]:
     """
     `llava_pope_<split>.jsonl`, the official `coco/coco_pope_<category>.json`, and the images in `val2014/`. The n-th
     question of a category in the one is the n-th line of the other.
     """
     labels: dict[str, Iterable[dict[str, Any]]] = {}
-    examples = []
-    for row in _json_lines(folder / f"llava_pope_{split}.jsonl", "question_id", "image", "text", "category"):
+    for row in _json_lines(folder / f"llava_pope_{split}.jsonl", *PROMPT, "category"):
         category, path = row["category"], folder / "coco" / f"coco_pope_{row['category']}.json"
         if category not in labels:
             labels[category] = iter(_json_lines(path, "image", "text", "label"))
@@ -200,34 +173,28 @@ def read_pope(folder: Path, split: str, images: Path | None) -> list[Example]:
                 f"{annotation} in its place. Expected are the questions of a category in the same order in both."
             )
         own_id = f"{category}/{row['question_id']}"
-        examples.append(_example(own_id, row, images or folder / "val2014", [annotation["label"]], category))
-    return examples
+        yield _example(own_id, row, images, [annotation["label"]], category)
 
 
-def read_mme(folder: Path, split: str, images: Path | None) -> list[Example]:
+def read_mme(folder: Path, split: str, images: Path) -> Iterator[Example]:
     """
     `llava_mme.jsonl` and the official `MME_Benchmark_release_version/<category>/`, where beside every image, or in
     `questions_answers_YN/`, there is a text file with a line `question<tab>Yes|No` for each of its two questions. The
     `id` is the image, which both questions share.
     """
-    root = images or folder / "MME_Benchmark_release_version"
-    if not images and (root / "MME_Benchmark").is_dir():
-        root = root / "MME_Benchmark"
-    examples = []
-    for row in _json_lines(folder / "llava_mme.jsonl", "question_id", "image", "text"):
+    root = images / "MME_Benchmark" if (images / "MME_Benchmark").is_dir() else images
+    for row in _json_lines(folder / "llava_mme.jsonl", *PROMPT):
         category, _, _ = row["question_id"].partition("/")
         name = f"{Path(row['image']).stem}.txt"
         places = [root / category / name, root / category / "questions_answers_YN" / name]
         path = next((place for place in places if place.is_file()), places[0])
         answers = _mme_answers(path)
         answer = _annotation(answers, _mme_question(_question_of(row["text"])), row["question_id"])
-        examples.append(_example(row["question_id"], row, root, [answer], category))
-    return examples
+        yield _example(row["question_id"], row, root, [answer], category)
 
 
 def _mme_answers(path: Path) -> dict[str, str]:
-    _require_file(path)
-    lines = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line.split("\t") for line in _text(path).splitlines() if line.strip()]
     is_whole = all(len(parts) == 2 and parts[1].strip().lower() in ("yes", "no") for parts in lines)
     _require(is_whole, path, "lines `question<tab>Yes` or `question<tab>No`")
     return {_mme_question(question): answer.strip().lower() for question, answer in lines}
@@ -239,29 +206,23 @@ def _mme_question(text: str) -> str:
 
 
 BENCHMARKS = {
-    "vqav2": Benchmark(read_vqav2, "llava_vqa_accuracy", "val2014"),
-    "gqa": Benchmark(read_gqa, "gqa_accuracy", "testdev_balanced"),
-    "textvqa": Benchmark(read_textvqa, "textvqa_accuracy", "val"),
-    "vizwiz": Benchmark(read_vizwiz, "llava_vizwiz_accuracy", "val"),
-    "scienceqa": Benchmark(read_scienceqa, "scienceqa_accuracy", "test"),
-    "pope": Benchmark(read_pope, "pope", "test"),
-    "mme": Benchmark(read_mme, "mme", "test"),
+    "vqav2": Benchmark(read_vqav2, "llava_vqa_accuracy", "val2014", "{split}"),
+    "gqa": Benchmark(read_gqa, "gqa_accuracy", "testdev_balanced", "data/images"),
+    "textvqa": Benchmark(read_textvqa, "textvqa_accuracy", "val", "train_images"),
+    "vizwiz": Benchmark(read_vizwiz, "llava_vizwiz_accuracy", "val", "{split}"),
+    "scienceqa": Benchmark(read_scienceqa, "scienceqa_accuracy", "test", "images/{split}"),
+    "pope": Benchmark(read_pope, "pope", "test", "val2014"),
+    "mme": Benchmark(read_mme, "mme", "test", "MME_Benchmark_release_version"),
 }
 
 
-def _example(
-    own_id: Any,
-    row: dict[str, Any],
-    images: Path,
-    answers: list[str],
-    category: str | None = None,
-    choices: list[str] | None = None,
-) -> Example:
+def _example(own_id: Any, row: dict[str, Any], images: Path, answers: list[str], *more: Any) -> Example:
+    """`more` is the category, and the choices."""
     where = f"Example {str(own_id)!r}"
     if not answers:
         raise ValueError(f"{where} has no answers in the annotations; expected is a split whose answers are public.")
     shown = [] if row["image"] is None else [existing_image(images / row["image"], where)]
-    return Example(str(own_id), shown, row["text"], list(answers), category, choices)
+    return Example(str(own_id), shown, row["text"], list(answers), *more)
 
 
 def _question_of(text: str) -> str:
@@ -278,22 +239,26 @@ def _annotation(annotations: dict[Any, Any], key: Any, own_id: Any) -> Any:
     return annotations[key]
 
 
-def _require_file(path: Path) -> None:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; expected is the layout of LLaVA's evaluation, see {__name__}.")
-
-
 def _require(is_so: bool, path: Path, expected: str) -> None:
     if not is_so:
         raise ValueError(f"{path} has another form; expected is {expected}.")
 
 
+def _text(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; expected is the layout of LLaVA's evaluation, see {__name__}.")
+    return path.read_text(encoding="utf-8")
+
+
 def _json(path: Path) -> Any:
-    _require_file(path)
+    return _parsed(_text(path), str(path))
+
+
+def _parsed(text: str, where: str) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise ValueError(f"{where} is not JSON: {error}") from error
 
 
 def _object(path: Path, field: str | None = None) -> Any:
@@ -305,14 +270,8 @@ def _object(path: Path, field: str | None = None) -> Any:
 
 
 def _json_lines(path: Path, *fields: str) -> list[dict[str, Any]]:
-    _require_file(path)
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+    lines = enumerate(_text(path).splitlines(), start=1)
+    rows = [_parsed(line, f"{path}, line {number}") for number, line in lines if line.strip()]
     return _fields(rows, *fields, path=path)
 
 

@@ -8,8 +8,8 @@ data a run was made of is known by a hash of all of it, so that answers to diffe
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,32 +70,18 @@ class EvaluationData:
         return digest.hexdigest()
 
     def first(self, num_examples: int | None) -> "EvaluationData":
-        """The same with at most the first so many examples; `None` for all."""
-        return EvaluationData(self.name, self.split, FirstOf(self.examples, num_examples), self.metric)
+        """The same with at most the first so many examples, at others nobody looks; `None` for all."""
+        examples = self.examples
+        number = len(examples) if num_examples is None else min(num_examples, len(examples))
+        if isinstance(examples, ConversationExamples):
+            return replace(self, examples=ConversationExamples(examples.rows, examples.image_folder, number))
+        return replace(self, examples=examples[:number])
 
 
 def _image_identity(image: Any) -> bytes:
     if isinstance(image, Path):
         return f"{image.name} {image.stat().st_size}".encode()
     return f"{image.mode} {image.size}".encode() + image.tobytes()
-
-
-class FirstOf(Sequence[Example]):
-    """The first examples of others, which are looked at when they are asked for."""
-
-    def __init__(self, examples: Sequence[Example], number: int | None) -> None:
-        self.examples = examples
-        self.number = len(examples) if number is None else min(number, len(examples))
-
-    def __len__(self) -> int:
-        return self.number
-
-    def __getitem__(self, index: int | slice) -> Any:
-        chosen = range(self.number)[index]
-        return self.examples[chosen] if isinstance(index, int) else self.examples[chosen.start : chosen.stop]
-
-    def __iter__(self) -> Iterator[Example]:
-        return (self.examples[place] for place in range(self.number))
 
 
 class ConversationExamples(Sequence[Example]):
@@ -109,18 +95,21 @@ class ConversationExamples(Sequence[Example]):
     Args:
         rows: a data set or a list of dictionaries.
         image_folder: what paths of images are relative to.
+        num_examples: how many of the rows, from the first; by default all.
 
     Raises:
         ValueError: when a row is looked at that has another form, or names an image that is not there; the message
             says which row.
     """
 
-    def __init__(self, rows: Sequence[Mapping[str, Any]], image_folder: Path = Path()) -> None:
-        self.rows = rows
-        self.image_folder = image_folder
+    def __init__(
+        self, rows: Sequence[Mapping[str, Any]], image_folder: Path = Path(), num_examples: int | None = None
+    ) -> None:
+        self.rows, self.image_folder = rows, image_folder
+        self.num_examples = len(rows) if num_examples is None else num_examples
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self.num_examples
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
@@ -222,12 +211,7 @@ def _image(image: Any, folder: Path, where: str) -> Any:
 
 
 def existing_image(path: Path, where: str) -> Path:
-    """
-    The path of an image file that is there.
-
-    Raises:
-        ValueError: if it is not; the message begins with `where` and has the path.
-    """
+    """The path of an image file that is there; else `ValueError`, whose message begins with `where`."""
     if not path.is_file():
         raise ValueError(f"{where} shows {path}, and there is no such file.")
     return path

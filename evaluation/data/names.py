@@ -23,7 +23,7 @@ def read_data(name: str, split: str | None = None, images: Path | None = None) -
     Reads what is to be asked.
 
     Args:
-        name: `BENCHMARK:FOLDER`, a file, a folder or a data set's name on the Hub.
+        name: see above.
         split: by default `"test"`, or of a benchmark the one whose answers are public. A file and what
             `Dataset.save_to_disk` wrote have no splits.
         images: folder that paths of images are relative to; by default the folder of a file, or where the benchmark

@@ -19,7 +19,7 @@ from ...modeling.budget.schedule import StackBudget
 from ...modeling.modeling_adavtp import AdaVTPForConditionalGeneration, ReducerSpec
 from ...modeling.processing_adavtp import AdaVTPProcessor
 from ...modeling.reducers.base import REDUCERS
-from ..settings import FULL, FULL_BUDGET, Setting, budget_of_text, exact_budget, reducer_of_text
+from ..settings import FULL, FULL_BUDGET, Setting, budget_of_text, exact_budget, reducer_of_text, tokens_per_image
 
 # What other models of lmms-eval take where a task says nothing.
 DEFAULT_NEW_TOKENS = 1024
@@ -37,13 +37,9 @@ class AdaVTPModelArguments(lmms):
         reducer: as in `fastv:layer=2`; a stack in brackets, as in `[tome,adaptive]`; `full` for no reduction. By
             default the configuration's.
         device: of a single process, by default what accelerate picks; several processes get theirs from accelerate.
-        device_map: as in `from_pretrained`, to spread one process's model over devices.
-        dtype, attn_implementation, revision: as in `from_pretrained`.
-        batch_size: requests that are answered together; lmms-eval's own option `--batch_size` says it.
-        max_new_tokens: where a task does not say.
-        trust_remote_code: run the code in the checkpoint, which one with reducers of its own needs.
-        statistics: a file that gets a JSON line for every request. With several processes each writes its own, with
-            its number before the ending.
+        device_map, dtype, attn_implementation, revision, trust_remote_code: as in `from_pretrained`.
+        batch_size, max_new_tokens: requests that are answered together, and the limit where a task says none.
+        statistics: a file that gets a JSON line for every request; of several processes each has its own.
 
     Raises:
         ValueError: if an argument is not known or not allowed; the message names it and what is allowed.
@@ -77,20 +73,24 @@ class AdaVTPModelArguments(lmms):
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = _device(self.accelerator, device, device_map)
-        self._model, self.processor, is_llava = _loaded(
+        of_hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+        model_type = AutoConfig.from_pretrained(pretrained, **of_hub).model_type
+        if model_type not in ("adavtp", "llava"):
+            raise ValueError(f"`pretrained` is {pretrained!r}, of type {model_type!r}; allowed are adavtp and llava.")
+        self._model = AdaVTPForConditionalGeneration.from_pretrained(
             pretrained,
-            trust_remote_code,
-            revision,
+            **of_hub,
             dtype=dtype,
             attn_implementation=attn_implementation,
             device_map=self.device if device_map is None else device_map,
-        )
+        ).eval()
+        self.processor = AdaVTPProcessor.from_pretrained(pretrained, **of_hub)
         if self.processor.chat_template is None:
             raise ValueError(
                 f"`pretrained` is {pretrained!r}, whose processor has no chat template; lmms-eval's requests are "
                 "questions, so set `processor.chat_template` and save the processor again."
             )
-        self.setting = _setting(self._model, is_llava, given_reducer, given_budget)
+        self.setting = _setting(self._model, model_type == "llava", given_reducer, given_budget)
         # Last, so that what is refused leaves no file behind.
         self.statistics = None if statistics is None else _new_file(Path(statistics), self._rank, self._world_size)
 
@@ -149,32 +149,15 @@ def _new_file(path: Path, rank: int, world_size: int) -> Path:
     return path
 
 
-def _loaded(
-    pretrained: str, trust_remote_code: bool, revision: str, **arguments: Any
-) -> tuple[AdaVTPForConditionalGeneration, AdaVTPProcessor, bool]:
-    """Model in evaluation mode, processor, and whether the checkpoint is a LLaVA, with LLaVA's weights only."""
-    of_hub = {"revision": revision, "trust_remote_code": trust_remote_code}
-    model_type = AutoConfig.from_pretrained(pretrained, **of_hub).model_type
-    if model_type not in ("adavtp", "llava"):
-        raise ValueError(f"`pretrained` is {pretrained!r}, of type {model_type!r}; allowed are adavtp and llava.")
-    model = AdaVTPForConditionalGeneration.from_pretrained(pretrained, **of_hub, **arguments).eval()
-    return model, AdaVTPProcessor.from_pretrained(pretrained, **of_hub), model_type == "llava"
-
-
 def _setting(
     model: AdaVTPForConditionalGeneration, is_llava: bool, reducer: ReducerSpec | None, token_budget: Any
 ) -> Setting:
-    """
-    The setting that was asked for.
-
-    Raises:
-        ValueError: if reducer or budget is not allowed, or the checkpoint lacks the reducer's weights.
-    """
+    """The setting that was asked for; an error if it is not allowed, or the checkpoint lacks the reducer's weights."""
     if reducer is None and is_llava and token_budget in (None, FULL_BUDGET):
         reducer = FULL
     if reducer == FULL and token_budget is None:
         token_budget = FULL_BUDGET
-    token_budget = exact_budget(token_budget, model.config.num_patches)
+    token_budget = exact_budget(token_budget, tokens_per_image(model))
     setting = Setting(model.config.reducers if reducer is None else reducer, token_budget)
     arguments = setting.arguments()
     names = [entry if isinstance(entry, str) else entry["name"] for entry in reducer_entries(arguments["reducer"])]

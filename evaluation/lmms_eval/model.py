@@ -9,6 +9,7 @@ harness's own token counts and throughput, and line by line into a file (`statis
 import json
 import mimetypes
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from itertools import groupby, islice
 from statistics import fmean
 from typing import Any
@@ -38,21 +39,14 @@ def manifest() -> ModelManifest:
 
 
 class AdaVTPRequests(AdaVTPModelArguments):
-    """What both forms share: batches of prompts, however they were asked."""
+    """
+    What both forms share: batches of prompts, however they were asked. A form says how a request is read:
 
-    def messages(self, request: Instance) -> list[dict[str, Any]]:
-        """The turns of a request in the form of chat templates, images in them."""
-        raise NotImplementedError(f"{type(self).__name__} has to define messages(request).")
-
-    def next_round(
-        self, request: Instance, outputs: list[str], number: int, info: Any
-    ) -> tuple[list[dict[str, Any]] | None, list[str], Any]:
-        """The turns of a later round, or `None` after the last; the outputs so far; what the task wants to know."""
-        raise NotImplementedError(f"{type(self).__name__} has to define next_round(request, outputs, number, info).")
-
-    def generation(self, request: Instance) -> dict[str, Any]:
-        """The task's `generation_kwargs`."""
-        raise NotImplementedError(f"{type(self).__name__} has to define generation(request).")
+    - `generation(request)`: the task's `generation_kwargs`;
+    - `messages(request)`: the turns of a request in the form of chat templates, images in them;
+    - `next_round(request, outputs, number, info)`: the turns of a later round, or `None` after the last; the outputs
+      so far; and what the task wants to know.
+    """
 
     def document(self, request: Instance) -> dict[str, Any]:
         """The row of the data set that a request is about."""
@@ -91,7 +85,7 @@ class AdaVTPRequests(AdaVTPModelArguments):
         results: list[Any] = [None] * len(requests)
         for batch in self._batches(requests, [{}] * len(requests)):
             chosen = [requests[index] for index in batch]
-            messages = [_turns(_images(self.visuals(request)), request.args[0]) for request in chosen]
+            messages = [_turns(self.visuals(request), request.args[0]) for request in chosen]
             prompts, images = zip(*map(self._prompt, messages), strict=True)
             continuations = [
                 self._continuation(*row) for row in zip(messages, prompts, map(self._target, chosen), strict=True)
@@ -102,9 +96,9 @@ class AdaVTPRequests(AdaVTPModelArguments):
                 self._write(request, one.cost, log_likelihood=one.log_likelihood)
         return results
 
-    def visuals(self, request: Instance) -> list[Any]:
+    def visuals(self, request: Instance) -> list[Any] | None:
         """The images of a `loglikelihood` request, which has one form only."""
-        return request.args[2](self.document(request)) or []
+        return request.args[2](self.document(request))
 
     def _target(self, request: Instance) -> str:
         target = request.args[1]
@@ -184,15 +178,8 @@ class AdaVTPRequests(AdaVTPModelArguments):
             return
         row = {"task": request.task_name, "doc_id": request.doc_id, "idx": request.idx, "type": request.request_type}
         row |= {"reducer": reducer_label(self.setting.reducer), "budget": self.setting.budget}
-        row |= {
-            "num_images": cost.num_images,
-            "num_keep": cost.num_keep,
-            "visual_tokens": cost.visual_tokens,
-            "text_tokens": cost.text_tokens,
-            "new_tokens": cost.new_tokens,
-            "flops": cost.flops,
-            "ms": cost.milliseconds,
-        }
+        row |= asdict(cost)
+        row["ms"] = row.pop("milliseconds")
         with self.statistics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row | more, ensure_ascii=False) + "\n")
 
@@ -203,17 +190,14 @@ class AdaVTPChat(AdaVTPRequests):
     is_simple = False
 
     def generation(self, request: Instance) -> dict[str, Any]:
-        """See [`AdaVTPRequests.generation`]."""
         return request.args[2]
 
     def messages(self, request: Instance) -> list[dict[str, Any]]:
-        """See [`AdaVTPRequests.messages`]."""
         return self._turns(request, request.args[1](self.document(request)))
 
     def next_round(
         self, request: Instance, outputs: list[str], number: int, info: Any
     ) -> tuple[list[dict[str, Any]] | None, list[str], Any]:
-        """See [`AdaVTPRequests.next_round`]."""
         payload = request.args[1](
             self.document(request), round_idx=number, previous_output=list(outputs), previous_round_info=info
         )
@@ -235,21 +219,18 @@ class AdaVTPSimple(AdaVTPRequests):
     is_simple = True
 
     def generation(self, request: Instance) -> dict[str, Any]:
-        """See [`AdaVTPRequests.generation`]."""
         return request.args[1]
 
     def messages(self, request: Instance) -> list[dict[str, Any]]:
-        """See [`AdaVTPRequests.messages`]."""
-        return _turns(_images(self.visuals(request)), request.args[0])
+        return _turns(self.visuals(request), request.args[0])
 
     def next_round(
         self, request: Instance, outputs: list[str], number: int, info: Any
     ) -> tuple[list[dict[str, Any]] | None, list[str], Any]:
-        """See [`AdaVTPRequests.next_round`]."""
         visuals, text, is_over, outputs, info = request.args[3](
             self.document(request), previous_output=list(outputs), round_idx=number, previous_round_info=info
         )
-        return None if is_over else _turns(_images(visuals or []), text), list(outputs), info
+        return None if is_over else _turns(visuals, text), list(outputs), info
 
 
 def generation_arguments(generation: dict[str, Any], max_new_tokens: int) -> tuple[dict[str, Any], list[str]]:
@@ -258,11 +239,6 @@ def generation_arguments(generation: dict[str, Any], max_new_tokens: int) -> tup
 
     As with other models of lmms-eval, a temperature above 0 means sampling and 0 means none. What is not of
     `generate` (other models have options of their own there) is left out with a warning.
-
-    Args:
-        generation: `until`, `max_new_tokens`, `temperature`, `do_sample`, `top_p`, `top_k`, `num_beams` and what
-            else a `GenerationConfig` has.
-        max_new_tokens: where `generation` does not say.
 
     Raises:
         ValueError: if a stop string is none, or a setting of the model is among the arguments.
@@ -286,18 +262,15 @@ def generation_arguments(generation: dict[str, Any], max_new_tokens: int) -> tup
     return arguments, stop
 
 
-def _turns(images: Sequence[Any], text: str) -> list[dict[str, Any]]:
-    content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": text}]
-    return [{"role": "user", "content": content}]
-
-
-def _images(visuals: Sequence[Any]) -> Sequence[Any]:
-    for visual in visuals:
+def _turns(visuals: Sequence[Any] | None, text: str) -> list[dict[str, Any]]:
+    """One question about images, which a task may show as PIL images or paths."""
+    for visual in visuals or []:
         kind = (mimetypes.guess_type(visual)[0] or "image").split("/")[0] if isinstance(visual, str) else "image"
         if kind != "image" or not isinstance(visual, str | Image):
             shown = repr(visual) if isinstance(visual, str) else type(visual).__name__
             raise ValueError(f"A task shows {shown}; adavtp looks at images, PIL or paths.")
-    return visuals
+    content = [{"type": "image", "image": image} for image in visuals or []] + [{"type": "text", "text": text}]
+    return [{"role": "user", "content": content}]
 
 
 def _token_counts(cost: PromptCost) -> TokenCounts:

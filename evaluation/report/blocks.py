@@ -1,17 +1,8 @@
-"""What a report is made of: sections of sentences, tables, listings, commands and curves.
+"""What a report is made of, and how each part is written as Markdown; page.html.jinja has the same as HTML."""
 
-How each of them is written is said where a report is: as Markdown and as a page.
-"""
-
-from dataclasses import dataclass, field
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What is written in a table's cell, with `code` and **bold**, and the number to sort by, if it has one."""
-
-    text: str
-    value: float | None = None
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -20,19 +11,14 @@ class Table:
     Attributes:
         caption: what the numbers are.
         columns: headings; the first names the rows.
-        rows: of as many cells as there are columns.
+        rows: of as many cells as there are columns, with `code` and **bold**.
+        folded: whether a page shows it only when it is asked for.
     """
 
     caption: str
     columns: list[str]
-    rows: list[list[Cell]]
-
-
-@dataclass(frozen=True)
-class Listing:
-    """Sentences, one below the other."""
-
-    items: list[str]
+    rows: list[list[str]]
+    folded: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,19 +35,38 @@ class Curves:
     description: str
 
 
-Block = str | Table | Listing | Command | Curves
+# A text is a paragraph, a list of texts stands one below the other.
+Block = str | list[str] | Table | Command | Curves
 
 
-@dataclass
-class Section:
-    """
-    Attributes:
-        title, level: the heading, and 2 or 3 as in HTML.
-        folded: whether a page shows its tables only when they are asked for.
-        blocks: paragraphs (text), tables, listings, commands and curves, in their order.
-    """
+class Section(NamedTuple):
+    """A heading, with its level as in HTML, and what stands below it."""
 
     title: str
     level: int
-    blocks: list[Block] = field(default_factory=list)
-    folded: bool = False
+    blocks: list[Block]
+
+
+def as_markdown(block: Block, curves: str = "") -> str:
+    """One block as Markdown; `curves` is their path from the file."""
+    match block:
+        case Table():
+            head = [block.columns, ["---", *["---:"] * (len(block.columns) - 1)]]
+            # A bar inside a cell would end it.
+            body = [[cell.replace("|", "\\|") for cell in row] for row in block.rows]
+            lines = [f"| {' | '.join(cells)} |" for cells in [*head, *body]]
+            return "\n".join([f"{block.caption}:", "", *lines])
+        case Command():
+            return f"```\n{block.text}\n```"
+        case Curves():
+            return f"![{block.description}]({curves})"
+        case list():
+            return "\n".join(f"- {item}" for item in block)
+        case _:
+            return block
+
+
+def number_of(cell: str) -> float | None:
+    """The number that a cell begins with, which a page sorts by; `None` where it begins with something else."""
+    found = re.match(r"\**([+-]?\d+(?:\.\d+)?)", cell)
+    return float(found[1]) if found else None

@@ -63,10 +63,8 @@ def save_curves(checkpoints: Sequence[dict[str, Any]], *paths: Path) -> None:
 
 def curves_of_evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """
-    What `evaluation.json` says, in the form of a report's checkpoint as far as curves need it.
-
-    Args:
-        evaluation: see [`evaluation_record`]; also those of older files, which have no FLOPs, or no `"full"`.
+    What `evaluation.json` says, in the form of a report's checkpoint as far as curves need it; older files have no
+    FLOPs, or no `"full"`.
     """
     names = {"score": "accuracy", "low": "accuracy_low", "high": "accuracy_high"}
     settings = [dict(row) | {name: row[own] for name, own in names.items()} for row in evaluation["rows"]]
@@ -83,12 +81,7 @@ def curves_of_evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def curves_figure(checkpoints: Sequence[dict[str, Any]]) -> Figure:
-    """
-    The curves as a figure.
-
-    Args:
-        checkpoints: see [`save_curves`].
-    """
+    """The curves as a figure; see [`save_curves`]."""
     counted = all(row.get("flops") is not None for one in checkpoints for row in one["settings"])
     costs = ["flops", "num_keep"] if counted else ["num_keep"]
     panels = _panels(checkpoints)

@@ -126,45 +126,6 @@ def _of_the_area(area: dict[str, Any]) -> str:
     return f"{text}."
 
 
-def agreement_of_checkpoints(over: dict[str, Any], checkpoints: Sequence[dict[str, Any]]) -> list[str]:
-    """
-    What several checkpoints measured on the same examples agree on.
-
-    Args:
-        over: one of `over_checkpoints` of [`report_numbers`].
-        checkpoints: those that it is over.
-
-    Returns:
-        Which methods are told apart from the one they are compared with in every checkpoint, to the same
-        side; and how far the checkpoints agree on the order of methods.
-    """
-    lines = []
-    for num_keep in dict.fromkeys(row["num_keep"] for row in over["settings"]):
-        own = [_side_of_each(checkpoint, num_keep) for checkpoint in checkpoints]
-        for side in ("above", "below"):
-            names = [name for name in own[0] if all(sides.get(name) == side for sides in own)]
-            if names:
-                text = f"K = {num_keep}: {side} `{checkpoints[0]['against']}` in each of the {len(checkpoints)} "
-                lines.append(f"{text}checkpoints, each time by its own interval: {listed(names)}.")
-        named = dict.fromkeys(name for sides in own for name in sides)
-        opposite = [name for name in named if {"above", "below"} <= {sides.get(name) for sides in own}]
-        if opposite:
-            text = f"K = {num_keep}: above `{checkpoints[0]['against']}` in one checkpoint and below it in another: "
-            lines.append(f"{text}{listed(opposite)}.")
-    taus = [tau for tau in over["area_agreement"]["tau"] if tau is not None]
-    if taus:
-        text = f"Order of {len(over['areas'])} methods by area: Kendall's tau between two checkpoints is "
-        lines.append(text + (f"{taus[0]:.2f}." if len(taus) == 1 else f"{min(taus):.2f} to {max(taus):.2f}."))
-    return lines
-
-
-def _side_of_each(checkpoint: dict[str, Any], num_keep: int) -> dict[str, str]:
-    """Of every reducer at one K, on which side of `against` it is told apart, if it is."""
-    compared = [row for row in checkpoint["settings"] if row["num_keep"] == num_keep and "against" in row]
-    above = {row["reducer"]: "above" for row in compared if row["against"]["low"] > 0}
-    return above | {row["reducer"]: "below" for row in compared if row["against"]["high"] < 0}
-
-
 def score(value: float, checkpoint: dict[str, Any]) -> str:
     """A score as it is written: percent where scores are shares, else the number."""
     return f"{100 * value:.1f}%" if checkpoint["is_share"] else f"{value:.3f}"

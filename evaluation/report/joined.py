@@ -6,15 +6,20 @@ have to agree.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from ..runs import Answer, Run, setting_of
+from ..statistics import bootstrap_means
 
 # What runs that are joined have in common, beside checkpoint and data.
 _IN_COMMON = ("metric", "max_new_tokens", "num_examples", "num_patches", "num_layers")
 _AGREE_ON = ("prediction", "score", "visual_tokens", "flops")
+
+# Reducer and number of kept tokens.
+Key = tuple[str, int]
 
 
 @dataclass
@@ -45,11 +50,11 @@ class Measured:
 
     Attributes:
         runs: that were joined.
-        settings: by reducer and number of kept tokens, in the order they were asked for.
+        settings: in the order they were asked for.
     """
 
     runs: list[Run]
-    settings: dict[tuple[str, int], Answered] = field(default_factory=dict)
+    settings: dict[Key, Answered] = field(default_factory=dict)
 
     @property
     def header(self) -> dict[str, Any]:
@@ -60,6 +65,16 @@ class Measured:
     def examples(self) -> list[Answer]:
         """An answer to each example, for what it says of the example itself."""
         return next(iter(self.settings.values())).answers
+
+    @cached_property
+    def scores(self) -> dict[Key, np.ndarray]:
+        """Of every setting, `[num_examples]`."""
+        return {key: setting.column("score") for key, setting in self.settings.items()}
+
+    @cached_property
+    def draws(self) -> dict[Key, np.ndarray]:
+        """Every setting's mean score on the same draws of examples, `[num_draws]`; see [`bootstrap_means`]."""
+        return dict(zip(self.scores, bootstrap_means(np.stack(list(self.scores.values()))).T, strict=True))
 
 
 def join_runs(runs: Sequence[Run]) -> list[Measured]:

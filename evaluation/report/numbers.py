@@ -4,7 +4,7 @@ What is compared is compared on the same examples, and several checkpoints stand
 figures.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -25,8 +25,10 @@ from ..statistics import (
     interval,
     mean_interval,
 )
-from .joined import Answered, Measured
+from .joined import Answered, Key, Measured
 from .over_checkpoints import over_checkpoints
+
+Row = dict[str, Any]
 
 
 def report_numbers(measured: Sequence[Measured], against: str | None, title: str, command: str) -> dict[str, Any]:
@@ -56,7 +58,7 @@ def report_numbers(measured: Sequence[Measured], against: str | None, title: str
         "num_draws": NUM_DRAWS,
         "seed": SEED,
         "checkpoints": checkpoints,
-        "over_checkpoints": over_checkpoints(measured, checkpoints),
+        "over_checkpoints": over_checkpoints(checkpoints),
     }
 
 
@@ -81,28 +83,27 @@ def _checkpoint(measured: Measured, against: str | None, table: list[dict[str, A
         against = CONTROLLER if CONTROLLER in reducers else None
     elif against not in reducers:
         raise ValueError(f"`against` is {against!r}; measured were {', '.join(reducers)}.")
-    draws = bootstrap_means(np.stack([setting.column("score") for setting in settings]))
-    column = {(setting.reducer, setting.num_keep): draws[:, number] for number, setting in enumerate(settings)}
-    rows = [_row(setting, column[setting.reducer, setting.num_keep]) for setting in settings]
-    best_controls = _best_controls(rows)
-    _compare(rows, measured.settings, column, "against", {row["num_keep"]: against for row in rows})
-    _compare(rows, measured.settings, column, "control", best_controls)
-    _compare(rows, measured.settings, column, "full", {row["num_keep"]: FULL for row in rows}, header["num_patches"])
+    rows = [_row(setting, measured) for setting in settings]
+    controls = _best_controls(rows)
+    _compare(rows, measured, "against", lambda key: (against, key[1]))
+    # A control beside the best control says which control is better, not what a method is worth.
+    _compare(rows, measured, "control", lambda key: None if is_control(key[0]) else (controls.get(key[1]), key[1]))
+    _compare(rows, measured, "full", lambda key: (FULL, header["num_patches"]))
     categories = [example.category for example in measured.examples]
-    _add_categories(rows, measured.settings, np.array(categories, dtype=object), against)
+    _add_categories(rows, measured, np.array(categories, dtype=object), against)
     names = ("checkpoint", "checkpoint_hash", "data", "data_hash", "metric")
     return {name: header[name] for name in (*names, "num_examples", "num_patches", "num_layers")} | {
         "is_share": header["metric"] not in SCORED_TOGETHER,
-        "is_binary": all(np.isin(setting.column("score"), (0, 1)).all() for setting in settings),
+        "is_binary": all(np.isin(scores, (0, 1)).all() for scores in measured.scores.values()),
         "reducers": reducers,
         "stages": {reducer: known_of_label(reducer, table, "stage") for reducer in reducers},
         "papers": {reducer: known_of_label(reducer, table, "paper") for reducer in reducers},
         "against": against,
         "budgets": _budgets(settings),
-        "categories": _category_sizes(categories),
+        "categories": {name: categories.count(name) for name in sorted(set(categories) - {None})},
         "settings": rows,
-        "best_controls": [{"num_keep": key, "reducer": value} for key, value in best_controls.items()],
-        "areas": _areas(measured.settings, column, header["num_patches"]),
+        "best_controls": [{"num_keep": key, "reducer": value} for key, value in controls.items()],
+        "areas": _areas(measured),
         "unreachable": _unreachable(measured),
         "figures": [row for run in measured.runs for row in run.header.get("figures") or []],
         "measurements": [row for run in measured.runs for row in run.header.get("measurements") or []],
@@ -124,45 +125,41 @@ def _about(run: Run) -> dict[str, Any]:
 
 
 def _budgets(settings: list[Answered]) -> list[dict[str, Any]]:
-    asked: dict[int, list[float | int]] = {}
+    """What was asked for, fractions and counts, by the number of tokens that it means."""
+    asked: dict[int, dict[float | int, None]] = {}
     for setting in sorted(settings, key=lambda setting: setting.num_keep):
-        known = asked.setdefault(setting.num_keep, [])
-        known += [budget for budget in setting.asked if budget not in known]
-    return [{"num_keep": num_keep, "asked": budgets} for num_keep, budgets in asked.items()]
+        asked.setdefault(setting.num_keep, {}).update(dict.fromkeys(setting.asked))
+    return [{"num_keep": num_keep, "asked": list(budgets)} for num_keep, budgets in asked.items()]
 
 
-def _category_sizes(categories: list[str | None]) -> dict[str, int]:
-    return {name: categories.count(name) for name in sorted({name for name in categories if name is not None})}
-
-
-def _row(setting: Answered, draws: np.ndarray) -> dict[str, Any]:
-    scores, visual_tokens = setting.column("score"), setting.column("visual_tokens")
-    low, high = mean_interval(scores, draws)
+def _row(setting: Answered, measured: Measured) -> Row:
+    key, visual_tokens = (setting.reducer, setting.num_keep), setting.column("visual_tokens")
+    low, high = mean_interval(measured.scores[key], measured.draws[key])
     # A question without a picture has no visual tokens, whatever the budget.
     off_by = visual_tokens[visual_tokens > 0] - setting.num_keep
+    milliseconds = float(np.median(setting.column("ms")))
     return {
         "reducer": setting.reducer,
         "num_keep": setting.num_keep,
         "asked": setting.asked,
-        "score": float(scores.mean()),
+        "score": float(measured.scores[key].mean()),
         "low": low,
         "high": high,
         "visual_tokens": float(visual_tokens.mean()),
-        "off_by_mean": float(off_by.mean()) if len(off_by) else 0.0,
         "off_by_most": float(np.abs(off_by).max(initial=0.0)),
-        "flops": float(setting.column("flops").mean()),
-        "milliseconds": _known(np.median(setting.column("ms"))),
+        "flops": _mean_flops(setting),
+        # JSON has no number for what was not measured.
+        "milliseconds": None if np.isnan(milliseconds) else milliseconds,
     }
 
 
-def _known(value: float) -> float | None:
-    """`None` for what was not measured, which JSON has no number for."""
-    return None if np.isnan(value) else float(value)
+def _mean_flops(setting: Answered) -> float:
+    return float(setting.column("flops").mean())
 
 
-def _best_controls(rows: list[dict[str, Any]]) -> dict[int, str]:
+def _best_controls(rows: list[Row]) -> dict[int, str]:
     """At each number of kept tokens, the control with the highest score."""
-    best: dict[int, dict[str, Any]] = {}
+    best: dict[int, Row] = {}
     for row in rows:
         known = best.get(row["num_keep"])
         if is_control(row["reducer"]) and (known is None or row["score"] > known["score"]):
@@ -170,36 +167,24 @@ def _best_controls(rows: list[dict[str, Any]]) -> dict[int, str]:
     return {num_keep: row["reducer"] for num_keep, row in sorted(best.items())}
 
 
-def _compare(
-    rows: list[dict[str, Any]],
-    settings: dict[tuple[str, int], Answered],
-    column: dict[tuple[str, int], np.ndarray],
-    name: str,
-    others: dict[int, str | None],
-    at: int | None = None,
-) -> None:
-    """Puts into each row its difference to another setting, that of `others` at its own K or at the K `at`."""
+def _compare(rows: list[Row], measured: Measured, name: str, other_of: Callable[[Key], tuple | None]) -> None:
+    """Puts into each row its difference to another setting, if that was measured and is of another reducer."""
     compared = []
     for row in rows:
         own = row["reducer"], row["num_keep"]
-        other = others.get(row["num_keep"]), row["num_keep"] if at is None else at
-        # A control beside the best control says which control is better, not what a method is worth.
-        if other in settings and own[0] != other[0] and not (name == "control" and is_control(own[0])):
+        other = other_of(own)
+        if other in measured.settings and own[0] != other[0]:
             row[name] = difference(
-                settings[own].column("score") - settings[other].column("score"), column[own] - column[other]
-            )
-            row[name]["other"] = other[0]
+                measured.scores[own] - measured.scores[other], measured.draws[own] - measured.draws[other]
+            ) | {"other": other[0]}
             compared.append(row[name])
     correct(compared)
 
 
-def _add_categories(
-    rows: list[dict[str, Any]], settings: dict[tuple[str, int], Answered], categories: np.ndarray, against: str | None
-) -> None:
+def _add_categories(rows: list[Row], measured: Measured, categories: np.ndarray, against: str | None) -> None:
     """Puts into each row its score in each category, and there its difference to `against` at the same K."""
     for category in sorted({category for category in categories if category is not None}):
-        own = categories == category
-        scores = {key: setting.column("score")[own] for key, setting in settings.items()}
+        scores = {key: own[categories == category] for key, own in measured.scores.items()}
         draws = dict(zip(scores, bootstrap_means(np.stack(list(scores.values()))).T, strict=True))
         for row in rows:
             key, other = (row["reducer"], row["num_keep"]), (against, row["num_keep"])
@@ -210,48 +195,40 @@ def _add_categories(
             row.setdefault("categories", {})[category] = cell
 
 
-def _areas(
-    settings: dict[tuple[str, int], Answered], column: dict[tuple[str, int], np.ndarray], num_patches: int
-) -> list[dict[str, Any]]:
+def _areas(measured: Measured) -> list[dict[str, Any]]:
     """
     Areas under the score-FLOPs curves over the range that all reducers cover; and, where some could not reach a budget
     and so narrow it, over that of the others too.
     """
-    curves = _curves(settings, num_patches)
+    curves = _curves(measured)
     every_budget = {num_keep for points in curves.values() for _, num_keep in points}
     reaching = {name: points for name, points in curves.items() if {keep for _, keep in points} == every_budget}
     groups = [curves, reaching] if len(reaching) not in (0, len(curves)) else [curves]
-    return [area for group in groups if (area := _area(group, settings, column)) is not None]
+    return [area for group in groups if (area := _area(group, measured)) is not None]
 
 
-def _curves(settings: dict[tuple[str, int], Answered], num_patches: int) -> dict[str, list[tuple[str, int]]]:
+def _curves(measured: Measured) -> dict[str, list[Key]]:
     """The settings on each reducer's curve, two or more. With everything kept a reducer is `full`."""
-    curves: dict[str, list[tuple[str, int]]] = {}
-    for reducer, num_keep in settings:
+    everything, curves = (FULL, measured.header["num_patches"]), {}
+    for reducer, num_keep in measured.settings:
         if reducer != FULL:
             curves.setdefault(reducer, []).append((reducer, num_keep))
     for reducer, points in curves.items():
-        if (FULL, num_patches) in settings and (reducer, num_patches) not in settings:
-            points.append((FULL, num_patches))
+        if everything in measured.settings and (reducer, everything[1]) not in measured.settings:
+            points.append(everything)
     return {reducer: points for reducer, points in curves.items() if len(points) > 1}
 
 
-def _area(
-    curves: dict[str, list[tuple[str, int]]],
-    settings: dict[tuple[str, int], Answered],
-    column: dict[tuple[str, int], np.ndarray],
-) -> dict[str, Any] | None:
-    cost = {
-        name: [float(settings[point].column("flops").mean()) for point in points] for name, points in curves.items()
-    }
+def _area(curves: dict[str, list[Key]], measured: Measured) -> dict[str, Any] | None:
+    cost = {name: [_mean_flops(measured.settings[point]) for point in points] for name, points in curves.items()}
     bounds = common_range(list(cost.values())) if cost else None
     if bounds is None:
         return None
     scores, draws = {}, {}
     for name, points in curves.items():
         weights = area_weights(cost[name], *bounds)
-        scores[name] = weights @ np.stack([settings[point].column("score") for point in points])
-        draws[name] = np.stack([column[point] for point in points], axis=1) @ weights
+        scores[name] = weights @ np.stack([measured.scores[point] for point in points])
+        draws[name] = weights @ np.stack([measured.draws[point] for point in points])
     pairs = [
         {"reducer": one, "other": other} | difference(scores[one] - scores[other], draws[one] - draws[other])
         for one, other in combinations(curves, 2)

@@ -1,4 +1,4 @@
-"""What several checkpoints measured on the same examples: mean, spread, and how far they agree."""
+"""What several checkpoints measured on the same examples: mean, spread, and what they agree on."""
 
 from collections.abc import Sequence
 from itertools import combinations
@@ -6,35 +6,37 @@ from typing import Any
 
 import numpy as np
 
-from ..statistics import bootstrap_means, correct, difference, rank_agreement
-from .joined import Measured
+from ..statistics import rank_agreement
+from .blocks import Section, Table
+from .findings import listed
+from .tables import by_budget, named, scaled, score_unit
 
 
-def over_checkpoints(measured: Sequence[Measured], checkpoints: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def over_checkpoints(checkpoints: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     For each data set that several checkpoints were measured on, the numbers over them.
 
     Args:
-        measured, checkpoints: the same in the same order, as answers and as numbers.
+        checkpoints: of [`report_numbers`].
     """
-    groups: dict[tuple[str, str], list[int]] = {}
-    for number, one in enumerate(checkpoints):
-        groups.setdefault((one["data_hash"], one["metric"]), []).append(number)
-    return [
-        _over([checkpoints[number] for number in group])
-        | {"beside_first": _beside_first([measured[number] for number in group])}
-        for group in groups.values()
-        if len(group) > 1
-    ]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for one in checkpoints:
+        groups.setdefault((one["data_hash"], one["metric"]), []).append(one)
+    return [_over(group) for group in groups.values() if len(group) > 1]
+
+
+def compared_checkpoints(numbers: dict[str, Any], over: dict[str, Any]) -> list[dict[str, Any]]:
+    """The checkpoints that one of `over_checkpoints` is over: those of its data and metric."""
+    key = over["data_hash"], over["metric"]
+    return [one for one in numbers["checkpoints"] if (one["data_hash"], one["metric"]) == key]
 
 
 def _over(group: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and spread of what all of several checkpoints measured, and how far they agree on the order of methods."""
     scores = [{(row["reducer"], row["num_keep"]): row["score"] for row in one["settings"]} for one in group]
     common = [key for key in scores[0] if all(key in own for own in scores)]
     areas = [{row["reducer"]: row["area"] for row in one["areas"][0]["rows"]} if one["areas"] else {} for one in group]
     common_areas = [name for name in areas[0] if all(name in own for own in areas)]
-    at = {num_keep: [key for key in common if key[1] == num_keep] for num_keep in sorted({key[1] for key in common})}
+    orders = [[own[name] for name in common_areas] for own in areas]
     return {
         "data": group[0]["data"],
         "data_hash": group[0]["data_hash"],
@@ -45,35 +47,75 @@ def _over(group: list[dict[str, Any]]) -> dict[str, Any]:
         ],
         "areas": [{"reducer": name} | _spread([own[name] for own in areas]) for name in common_areas],
         "not_in_all": len(set().union(*scores)) - len(common),
-        "agreement": [
-            {"num_keep": num_keep, "num_reducers": len(keys)}
-            | _agreement([[own[key] for key in keys] for own in scores])
-            for num_keep, keys in at.items()
-            if len(keys) > 1
-        ],
-        "area_agreement": _agreement([[own[name] for name in common_areas] for own in areas]),
+        "area_agreement": {"tau": [rank_agreement(first, second) for first, second in combinations(orders, 2)]},
     }
-
-
-def _beside_first(group: list[Measured]) -> list[list[dict[str, Any]]]:
-    """Of each checkpoint but the first, what its settings score above or below the first's on the same examples."""
-    first, compared = group[0], []
-    for one in group[1:]:
-        common = [key for key in one.settings if key in first.settings]
-        scores = np.array([one.settings[key].column("score") - first.settings[key].column("score") for key in common])
-        rows = [
-            {"reducer": key[0], "num_keep": key[1]} | difference(own, draws)
-            for key, own, draws in zip(common, scores, bootstrap_means(scores).T if common else [], strict=True)
-        ]
-        correct(rows)
-        compared.append(rows)
-    return compared
 
 
 def _spread(values: list[float]) -> dict[str, Any]:
     return {"values": values, "mean": float(np.mean(values)), "lowest": min(values), "highest": max(values)}
 
 
-def _agreement(orders: list[list[float]]) -> dict[str, Any]:
-    """Kendall's tau of every two checkpoints' scores of the same methods."""
-    return {"tau": [rank_agreement(first, second) for first, second in combinations(orders, 2)]}
+def agreement_of_checkpoints(over: dict[str, Any], checkpoints: Sequence[dict[str, Any]]) -> list[str]:
+    """
+    What several checkpoints agree on, in sentences.
+
+    Args:
+        over: one of [`over_checkpoints`].
+        checkpoints: those that it is over.
+
+    Returns:
+        Which methods are told apart from the one they are compared with in every checkpoint, to the same
+        side; and how far the checkpoints agree on the order of methods.
+    """
+    against, lines = checkpoints[0]["against"], []
+    for num_keep in dict.fromkeys(row["num_keep"] for row in over["settings"]):
+        own = [_side_of_each(checkpoint, num_keep) for checkpoint in checkpoints]
+        for side in ("above", "below"):
+            names = [name for name in own[0] if all(sides.get(name) == side for sides in own)]
+            if names:
+                text = f"K = {num_keep}: {side} `{against}` in each of the {len(checkpoints)} checkpoints"
+                lines.append(f"{text}, each time by its own interval: {listed(names)}.")
+        named = dict.fromkeys(name for sides in own for name in sides)
+        opposite = [name for name in named if {"above", "below"} <= {sides.get(name) for sides in own}]
+        if opposite:
+            text = f"K = {num_keep}: above `{against}` in one checkpoint and below it in another"
+            lines.append(f"{text}: {listed(opposite)}.")
+    taus = [tau for tau in over["area_agreement"]["tau"] if tau is not None]
+    if taus:
+        text = f"Order of {len(over['areas'])} methods by area: Kendall's tau between two checkpoints is "
+        lines.append(text + (f"{taus[0]:.2f}." if len(taus) == 1 else f"{min(taus):.2f} to {max(taus):.2f}."))
+    return lines
+
+
+def _side_of_each(checkpoint: dict[str, Any], num_keep: int) -> dict[str, str]:
+    """Of every reducer at one K, on which side of `against` it is told apart, if it is."""
+    compared = [row for row in checkpoint["settings"] if row["num_keep"] == num_keep and "against" in row]
+    above = {row["reducer"]: "above" for row in compared if row["against"]["low"] > 0}
+    return above | {row["reducer"]: "below" for row in compared if row["against"]["high"] < 0}
+
+
+def over_checkpoints_sections(over: dict[str, Any], checkpoints: Sequence[dict[str, Any]]) -> list[Section]:
+    """The sections about it; see [`agreement_of_checkpoints`]."""
+    first, number = checkpoints[0], len(checkpoints)
+    names = ", ".join(f"`{one['checkpoint']}`" for one in over["checkpoints"])
+    about = (
+        f"{number} checkpoints on {over['data']}: {names}. Mean over them, lowest and highest in brackets: a spread, "
+        "not an interval; so few checkpoints give none."
+    )
+    missing = [f"{over['not_in_all']} settings were not measured for all."] if over["not_in_all"] else []
+
+    def cell(row: dict[str, Any]) -> str:
+        mean, lowest, highest = (scaled(row[name], first) for name in ("mean", "lowest", "highest"))
+        return f"{mean} ({lowest} to {highest})"
+
+    tables = [by_budget(f"{score_unit(first)}: mean over {number} checkpoints", over["settings"], cell)]
+    if over["areas"]:
+        rows = [[named(row["reducer"]), cell(row)] for row in over["areas"]]
+        caption = "Area under the score-FLOPs curve, each over its checkpoint's range"
+        tables.append(Table(caption, ["reducer", "area"], rows))
+    agreed = agreement_of_checkpoints(over, checkpoints)
+    return [
+        Section(f"Over checkpoints: {over['data']}", 2, [about]),
+        *([Section("What they agree on", 3, [agreed])] if agreed else []),
+        Section("Mean and spread", 3, [*missing, *tables]),
+    ]

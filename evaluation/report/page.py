@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from ..runs import Answer
-from .blocks import Command, Curves, Listing, Table
+from .blocks import Command, Curves, Table, number_of
 from .joined import Measured
 from .sections import report_sections
 
@@ -43,8 +43,9 @@ def report_page(numbers: dict[str, Any], viewed: Sequence[dict[str, Any]], curve
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["inline"] = _inline
-    environment.tests |= {"table": _is(Table), "listing": _is(Listing), "command": _is(Command), "curves": _is(Curves)}
+    environment.filters |= {"inline": _inline, "number": number_of}
+    kinds = {"table": Table, "command": Command, "curves": Curves}
+    environment.tests |= {name: lambda block, kind=kind: isinstance(block, kind) for name, kind in kinds.items()}
     return environment.get_template(TEMPLATE).render(
         title=numbers["title"],
         sections=report_sections(numbers),
@@ -52,10 +53,6 @@ def report_page(numbers: dict[str, Any], viewed: Sequence[dict[str, Any]], curve
         viewer={"checkpoints": [one for one in viewed if one["examples"]]},
         most_columns=_MOST_COLUMNS,
     )
-
-
-def _is(kind: type) -> Any:
-    return lambda block: isinstance(block, kind)
 
 
 def _inline(text: str) -> Markup:
@@ -76,11 +73,8 @@ def _as_element(svg: str) -> str:
 
 def viewed_examples(measured: Measured, about: dict[str, Any]) -> dict[str, Any]:
     """
-    The examples of one checkpoint that have pictures, with every setting's answer and what it kept.
-
-    Args:
-        measured: the answers.
-        about: the same as numbers, one of `checkpoints` of [`report_numbers`].
+    The examples of one checkpoint that have pictures, with every setting's answer and what it kept; `about` has the
+    numbers, one of `checkpoints` of [`report_numbers`].
     """
     settings = list(measured.settings.values())
     columns = list(zip(*(setting.answers for setting in settings), strict=True))
@@ -123,8 +117,5 @@ def _answered(answer: Answer, about: dict[str, Any]) -> dict[str, Any]:
 
 def _picture(measured: Measured, index: int) -> str | None:
     paths = (run.picture(index) for run in measured.runs)
-    return next((_as_data(path) for path in paths if path.is_file()), None)
-
-
-def _as_data(path: Path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    path = next((path for path in paths if path.is_file()), None)
+    return path and f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"

@@ -3,7 +3,6 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +11,7 @@ from typer.testing import CliRunner, Result
 
 from adavtp.command_line import app
 from adavtp.commands.presets import GALLERY_TEXT
-from adavtp.evaluation.report.markdown import report_markdown
-from adavtp.evaluation.settings import reducer_label, reducer_of_text
+from adavtp.evaluation.report.sections import report_markdown
 from adavtp.modeling.reducers.base import REDUCERS
 from adavtp.tasks.digit_scenes import draw_scene
 
@@ -33,7 +31,7 @@ def run(*arguments: str | Path) -> Result:
 
 
 def test_demo_prints_five_budgets_and_writes_two_pictures(tmp_path: Path) -> None:
-    result = run("demo", "--questions", 12, "--output", tmp_path)
+    result = run("demo", "--questions", 6, "--output", tmp_path)
     assert result.exit_code == 0, result.output
     for tokens in ("144", "115", "86", "57", "28"):
         assert tokens in result.output
@@ -41,7 +39,7 @@ def test_demo_prints_five_budgets_and_writes_two_pictures(tmp_path: Path) -> Non
         assert min(Image.open(tmp_path / name).size) > 300
 
 
-@pytest.mark.parametrize(("budget", "kept"), [("1.0", 144), ("0.4", 57), ("30", 30)])
+@pytest.mark.parametrize(("budget", "kept"), [("1.0", 144), ("230/576", 57), ("30", 30)])
 def test_ask_answers_within_the_budget_and_shows_what_it_kept(
     scene: Path, tmp_path: Path, budget: str, kept: int
 ) -> None:
@@ -52,30 +50,11 @@ def test_ask_answers_within_the_budget_and_shows_what_it_kept(
     assert Image.open(tmp_path / "kept.png").size == (288, 288)
 
 
-@pytest.mark.parametrize("budget", ["1", "1.5", "-0.1", "nan", "much"])
+@pytest.mark.parametrize("budget", ["1", "1.5", "nan", "much"])
 def test_ask_refuses_a_budget_that_is_none(scene: Path, budget: str) -> None:
     result = run("ask", scene, "how many digits are there ?", "--budget", budget)
     assert result.exit_code == 2
     assert budget in result.output
-
-
-@pytest.mark.parametrize(
-    ("written", "meant"),
-    [
-        ("tome", "tome"),
-        ("fastv:layer=2", {"name": "fastv", "layer": 2}),
-        ("fastv:layer=2:rows=last:ratio=0.25", {"name": "fastv", "layer": 2, "rows": "last", "ratio": 0.25}),
-        ("prumerge+, fastv:layer=2", ["prumerge+", {"name": "fastv", "layer": 2}]),
-        (
-            "pyramiddrop:layers=[1,2]:ratios=[0.5,0.25]",
-            {"name": "pyramiddrop", "layers": [1, 2], "ratios": [0.5, 0.25]},
-        ),
-    ],
-)
-def test_a_reducer_is_written_as_it_is_labelled(written: str, meant: Any) -> None:
-    stack = reducer_of_text(written)
-    assert stack in (meant, [meant])
-    assert reducer_label(stack) == written
 
 
 def test_ask_shows_how_many_layers_see_a_patch(scene: Path, tmp_path: Path) -> None:
@@ -107,6 +86,11 @@ def test_ask_refuses_what_a_reducer_cannot_do(scene: Path, budget: str, reducer:
     assert reason in " ".join(result.output.split())
 
 
+def test_ask_refuses_a_file_that_is_no_image(tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("not an image")
+    assert run("ask", tmp_path / "text.png", "how many digits are there ?").exit_code == 2
+
+
 def test_reducers_lists_every_one() -> None:
     rows = json.loads(run("reducers", "--json").output)
     assert {row["name"] for row in rows} == set(REDUCERS)
@@ -114,16 +98,10 @@ def test_reducers_lists_every_one() -> None:
     assert all(name in table for name in REDUCERS)
 
 
-def test_ask_refuses_a_file_that_is_no_image(tmp_path: Path) -> None:
-    path = tmp_path / "text.png"
-    path.write_text("not an image")
-    assert run("ask", path, "how many digits are there ?").exit_code == 2
-
-
 def test_compare_writes_a_page_two_pictures_and_the_numbers_of_a_run_it_goes_on_with(tmp_path: Path) -> None:
     folders = ("--output", tmp_path / "page", "--work", tmp_path / "run")
     for reducers in (["vtw"], ["adaptive", "vtw"]):
-        result = run("compare", "--questions", 12, "--reducers", *reducers, "--budgets", 0.1, 0.6, *folders)
+        result = run("compare", "--questions", 6, "--reducers", *reducers, "--budgets", 0.1, 0.6, *folders)
         assert result.exit_code == 0, result.output
     names = {"reducers.md", "reducers.json", "reducers_accuracy.png", "reducers_gallery.png"}
     assert {path.name for path in (tmp_path / "page").iterdir()} == names
@@ -137,26 +115,9 @@ def test_compare_writes_a_page_two_pictures_and_the_numbers_of_a_run_it_goes_on_
     )
 
 
-@pytest.mark.parametrize("budget", [1.0, 1.5])
-def test_compare_refuses_a_budget_that_is_nothing_to_compare(tmp_path: Path, budget: float) -> None:
-    result = run("compare", "--questions", 12, "--budget", budget, "--output", tmp_path)
-    assert result.exit_code == 2 and str(budget) in result.output
-
-
-def test_gallery_draws_chosen_reducers(tmp_path: Path) -> None:
-    result = run(
-        "gallery",
-        "--reducers",
-        "tome",
-        "grid,fastv",
-        "resampler",
-        "--budget",
-        0.1,
-        "--output",
-        tmp_path / "new" / "all.png",
-    )
-    assert result.exit_code == 0, result.output
-    assert min(Image.open(tmp_path / "new" / "all.png").size) > 200
+def test_compare_refuses_a_budget_that_is_nothing_to_compare(tmp_path: Path) -> None:
+    result = run("compare", "--questions", 12, "--budget", 1.0, "--output", tmp_path)
+    assert result.exit_code == 2 and "1.0" in result.output
 
 
 @pytest.mark.parametrize("command", ["demo --checkpoint", "evaluate", "measure", "compare"])

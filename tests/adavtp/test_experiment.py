@@ -11,9 +11,8 @@ from typer.testing import CliRunner
 
 from adavtp.command_line import app
 from adavtp.commands.console import reference_checkpoint
-from adavtp.commands.experiment_runs import Experiment, named_experiments, write_start
+from adavtp.commands.experiment_runs import Experiment, join_variants, named_experiments, write_start
 from adavtp.evaluation.runs import Run
-from adavtp.evaluation.variant_runs import join_variants
 
 EXPERIMENT = """
 title: A small experiment
@@ -23,17 +22,17 @@ parts:
   - name: methods
     asks: Which method?
     against: adaptive
-    questions: 12
+    questions: 6
     reducers: [full, adaptive, random]
   - name: heads
     asks: Which head?
     against: dot head
-    questions: 12
+    questions: 6
     controls: [grid]
     fresh_controller: true
     stage:
       kind: conversations
-      data: {path: digit-scenes, split: train, num_questions: 12, seed: 5}
+      data: {path: digit-scenes, split: train, num_questions: 6, seed: 5}
       budgets: {budget_range: [0.1, 0.4]}
       training: {max_steps: 1, per_device_train_batch_size: 6, train_parts: [controller], save_steps: 1,
                  logging_steps: 1, loss_weights: {relevance: 1.0}}
@@ -78,44 +77,31 @@ def test_a_report_s_scores_are_those_of_its_run(carried_out: Path) -> None:
             for answer in answers
             if (answer.reducer, answer.num_keep) == (row["reducer"], row["num_keep"])
         ]
-        assert len(own) == 12 and row["score"] == pytest.approx(sum(own) / 12)
+        assert len(own) == 6 and row["score"] == pytest.approx(sum(own) / 6)
 
 
 def test_controls_are_those_of_the_checkpoint_as_it_is(carried_out: Path) -> None:
     heads = carried_out / "work" / "adavtp-digits" / "heads"
     joined = [answer.prediction for answer in Run.open(heads / "run").answers() if answer.reducer == "grid"]
     output = carried_out / "grid"
-    result = run(
-        "evaluate",
-        reference_checkpoint(),
-        "--budgets",
-        "58/576",
-        "230/576",
-        "--reducers",
-        "grid",
-        "--questions",
-        12,
-        "--output",
-        output,
-    )
+    asked = ["--budgets", "58/576", "230/576", "--reducers", "grid", "--questions", 6]
+    result = run("evaluate", reference_checkpoint(), *asked, "--output", output)
     assert result.exit_code == 0, result.output
     assert joined == [answer.prediction for answer in Run.open(output).answers()]
 
 
-def test_a_variant_is_what_it_says(carried_out: Path) -> None:
+def test_a_variant_is_what_it_says_and_keeps_the_llava_that_it_starts_from(carried_out: Path) -> None:
+    start = load_file(reference_checkpoint() / "model.safetensors")
     for variant, head in (("dot_head", "dot"), ("patch_head", "patch")):
         folder = carried_out / "work" / "adavtp-digits" / "heads" / variant / "heads"
         assert json.loads((folder / "config.json").read_text())["controller_head"] == head
+        trained = load_file(folder / "model.safetensors")
+        assert all((tensor == trained[name]).all() for name, tensor in start.items() if not is_for_choosing(name))
+        assert any(is_for_choosing(name) for name in trained)
 
 
-def test_variants_keep_the_llava_that_they_start_from(carried_out: Path) -> None:
-    start = load_file(reference_checkpoint() / "model.safetensors")
-    trained = load_file(carried_out / "work/adavtp-digits/heads/dot_head/heads/model.safetensors")
-    llava = [
-        name for name in start if "controller" not in name and "budget_token" not in name and "reducers" not in name
-    ]
-    assert all((start[name] == trained[name]).all() for name in llava)
-    assert any("controller" in name for name in trained)
+def is_for_choosing(name: str) -> bool:
+    return any(part in name for part in ("controller.", "budget_token.", "reducers."))
 
 
 def test_asked_again_nothing_is_trained_or_answered_again(carried_out: Path) -> None:
@@ -137,9 +123,7 @@ def test_a_start_has_no_weights_for_choosing(tmp_path: Path) -> None:
     start = load_file(write_start(reference_checkpoint(), tmp_path / "start") / "model.safetensors")
     whole = load_file(reference_checkpoint() / "model.safetensors")
     missing = set(whole) - set(start)
-    assert missing == {
-        name for name in whole if any(part in name for part in ("controller.", "budget_token.", "reducers."))
-    }
+    assert missing == set(filter(is_for_choosing, whole))
     assert missing and all((start[name] == whole[name]).all() for name in start)
 
 
@@ -174,7 +158,7 @@ def test_experiment_1_is_what_the_plan_asks_for() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("questions: 12\n    reducers", "question: 12\n    reducers", "unknown field.*question"),
+        ("questions: 6\n    reducers", "question: 6\n    reducers", "unknown field.*question"),
         ("reducers: [full, adaptive, random]", "reducers: []", "'methods'.*needs reducers alone, or variants"),
         ("{reducer: random}", "{reduce: random}", "'by chance'.*unknown field.*reduce"),
         ("title: A small experiment", "", "missing field.*title"),
@@ -195,12 +179,6 @@ def test_another_checkpoint_under_the_same_name_is_refused(carried_out: Path, tm
     assert result.exit_code == 2 and "another checkpoint" in " ".join(result.output.split())
 
 
-def test_two_checkpoints_of_one_name_are_refused(tmp_path: Path) -> None:
-    other = shutil.copytree(reference_checkpoint(), tmp_path / "adavtp-digits")
-    result = run("experiment", "1", "--checkpoints", reference_checkpoint(), other, "--output", tmp_path / "reports")
-    assert result.exit_code == 2 and "last names" in " ".join(result.output.split())
-
-
 def test_a_variant_that_was_trained_otherwise_is_refused(carried_out: Path, tmp_path: Path) -> None:
     changed = (carried_out / "small.yaml").read_text().replace("controller_head: dot", "controller_head: patch")
     (tmp_path / "small.yaml").write_text(changed)
@@ -210,8 +188,12 @@ def test_a_variant_that_was_trained_otherwise_is_refused(carried_out: Path, tmp_
     assert result.exit_code == 2 and "trained with other settings" in said and "'controller_head': 'dot'" in said
 
 
-def test_an_experiment_or_a_part_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    result = run("experiment", "seven", "--output", tmp_path)
-    assert result.exit_code == 2 and "'seven'" in result.output
-    result = run("experiment", "1", "--parts", "nothing", "--output", tmp_path)
-    assert result.exit_code == 2 and "'nothing'" in result.output and "methods" in result.output
+def test_what_is_asked_wrong_is_refused_by_name(tmp_path: Path) -> None:
+    other = shutil.copytree(reference_checkpoint(), tmp_path / "adavtp-digits")
+    for arguments, said in (
+        (["seven"], "'seven'"),
+        (["1", "--parts", "nothing"], "'nothing'; this experiment's parts: methods"),
+        (["1", "--checkpoints", reference_checkpoint(), other], "last names"),
+    ):
+        result = run("experiment", *arguments, "--output", tmp_path / "reports")
+        assert result.exit_code == 2 and said in " ".join(result.output.split())

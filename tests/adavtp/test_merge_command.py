@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,37 +15,24 @@ from adavtp.command_line import app
 from tiny_adapters import adapted_model, adapter_trainer, base_checkpoint, trained_adapter
 from tiny_conversations import picture
 from tiny_models import tiny_text_config
+from without_package import run_without_package
 
 QUESTION = "which digit is red ?"
 
-# Neither this package nor PEFT can be imported.
-WITHOUT_BOTH = """
+# Run where this package cannot be imported, and PEFT cannot either.
+WITHOUT_PEFT = f"""
 import sys
-class Absent:
-    def __init__(self, finder):
-        self.finder = finder
-    def find_spec(self, name, path=None, target=None):
-        absent = name.partition(".")[0] in ("adavtp", "peft")
-        return None if absent else self.finder.find_spec(name, path, target)
-    def __getattr__(self, name):
-        return getattr(self.finder, name)
-sys.meta_path[:] = [Absent(finder) for finder in sys.meta_path]
-for name in ("adavtp", "peft"):
-    try:
-        __import__(name)
-    except ModuleNotFoundError:
-        continue
-    raise RuntimeError(f"{name} is there")
+sys.modules["peft"] = None
 import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
-folder, image, output = sys.argv[1:]
-model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
-inputs = AutoProcessor.from_pretrained(folder, trust_remote_code=True).of_questions(Image.open(image), QUESTION)
+model = AutoModel.from_pretrained("merged", trust_remote_code=True).eval()
+image = Image.open("image.png")
+inputs = AutoProcessor.from_pretrained("merged", trust_remote_code=True).of_questions(image, {QUESTION!r})
 with torch.no_grad():
     logits = [model(**inputs, token_budget=budget).logits for budget in (1.0, 0.4)]
-answer = model.generate(Image.open(image), QUESTION, token_budget=0.4, max_new_tokens=6)
-torch.save({"logits": logits, "answer": answer}, output)
+answer = model.generate(image, {QUESTION!r}, token_budget=0.4, max_new_tokens=6)
+torch.save({{"logits": logits, "answer": answer}}, "output")
 """
 
 
@@ -82,10 +67,7 @@ def test_the_merged_checkpoint_needs_neither_this_package_nor_peft(place: Path, 
     assert result.exit_code == 0 and "MB of weights" in " ".join(result.output.split()), result.output
     assert not list((tmp_path / "merged").glob("adapter_*"))
     picture(0).save(tmp_path / "image.png")
-    script = f"QUESTION = {QUESTION!r}\n{WITHOUT_BOTH}"
-    arguments = [tmp_path / "merged", tmp_path / "image.png", tmp_path / "output"]
-    done = subprocess.run([sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_without_package(WITHOUT_PEFT, tmp_path)
     elsewhere = torch.load(tmp_path / "output")
 
     model = AdaVTPForConditionalGeneration.from_pretrained(place / "base")

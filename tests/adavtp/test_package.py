@@ -1,7 +1,6 @@
 """The package as a whole: its public names, and who may import whom."""
 
 import ast
-import subprocess
 import sys
 from pathlib import Path
 
@@ -96,23 +95,9 @@ def imported_files(file: Path) -> set[Path]:
     return found - {file}
 
 
-@pytest.mark.parametrize("name", PUBLIC_NAMES)
-def test_public_name(name: str) -> None:
-    assert name in adavtp.__all__
-    assert hasattr(adavtp, name)
-
-
-def test_all_names_exist() -> None:
+def test_public_names_are_there() -> None:
+    assert set(PUBLIC_NAMES) <= set(adavtp.__all__)
     assert [name for name in adavtp.__all__ if not hasattr(adavtp, name)] == []
-
-
-def test_import_leaves_optional_packages_alone() -> None:
-    code = (
-        "import sys, adavtp\n"
-        "print(sorted({'deepspeed', 'lmms_eval', 'matplotlib'} & {name.split('.')[0] for name in sys.modules}))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("room", THIRD_PARTY)

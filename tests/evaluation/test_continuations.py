@@ -11,7 +11,7 @@ from PIL import Image
 from adavtp import AdaVTPForConditionalGeneration, AdaVTPProcessor
 from adavtp.commands.console import reference_checkpoint
 from adavtp.evaluation.continuations import generate_continuations, score_continuations
-from adavtp.evaluation.settings import Setting, budget_of_text, reducer_of_text
+from adavtp.evaluation.settings import Setting
 from repository import ROOT
 
 SCENE = ROOT / "docs" / "scene.png"
@@ -131,29 +131,3 @@ def test_a_continuation_without_a_token_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match="no token of its own"):
         score_continuations(model, processor, [prompt_of("is there a 7 ?", 0)], [" "], [[]], SETTINGS[0])
-
-
-@pytest.mark.parametrize(
-    ("text", "budget"), [("0.4", 0.4), ("57", 57), ("1.0", 1.0), ("1", 1), ("1e-1", 0.1), ("-3", -3)]
-)
-def test_a_budget_is_what_python_would_read(text: str, budget: float | int) -> None:
-    assert budget_of_text(text) == budget and type(budget_of_text(text)) is type(budget)
-
-
-def test_reducers_as_text() -> None:
-    assert reducer_of_text("prumerge+") == "prumerge+"
-    assert reducer_of_text("fastv:layer=2:rows=last") == [{"name": "fastv", "layer": 2, "rows": "last"}]
-    assert reducer_of_text("fastv:layer=2") == [{"name": "fastv", "layer": 2}]
-    assert reducer_of_text("tome, pyramiddrop:layers=[1,2]") == ["tome", {"name": "pyramiddrop", "layers": [1, 2]}]
-
-
-@pytest.mark.parametrize("text", ["", "fastv:layer", "fastv:=2", "tome,"])
-def test_what_is_no_reducer_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is no reducer"):
-        reducer_of_text(text)
-
-
-@pytest.mark.parametrize("text", ["", "half", "40%"])
-def test_what_is_no_budget_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is no budget; allowed are"):
-        budget_of_text(text)

@@ -8,18 +8,19 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from datasets import Dataset, DatasetDict, Image
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from adavtp import AdaVTPConfig, AdaVTPForConditionalGeneration, AdaVTPProcessor
 from adavtp.commands.console import load_checkpoint, reference_checkpoint
+from adavtp.evaluation.continuations import score_continuations
+from adavtp.evaluation.settings import Setting
 from adavtp.tasks.digit_scenes import load_digit_questions
 from forked_processes import Forks, as_launched
 
@@ -35,7 +36,7 @@ from adavtp.evaluation.lmms_eval.model import generation_arguments  # noqa: E402
 from repository import FIXTURES
 
 TASKS = FIXTURES / "lmms_eval_task"
-NUM_QUESTIONS = 13
+NUM_QUESTIONS = 7
 NUM_PATCHES = 144
 FRACTION, FRACTION_KEEPS = 0.4, 57  # floor(0.4 * 144)
 COUNT = 29
@@ -88,16 +89,17 @@ def lmms_eval(workplace: Path) -> Iterator[Forks]:
 
 
 def run_lmms_eval(
-    lmms_eval: Forks, workplace: Path, name: str, model_args: str, *more: str, num_processes: int = 1
+    forks: Forks, workplace: Path, name: str, setting: str, tasks: str, *more: str, num_processes: int = 1
 ) -> Path:
     """`python -m lmms_eval --model adavtp ...`; the folder with what it wrote."""
-    arguments = ["--model", "adavtp", "--model_args", f"pretrained={reference_checkpoint()},{model_args}"]
-    arguments += ["--include_path", str(TASKS), "--batch_size", "5", "--output_path", name, "--log_samples", *more]
+    model_args = f"pretrained={reference_checkpoint()},{setting},statistics={name}.jsonl"
+    arguments = ["--model", "adavtp", "--model_args", model_args, "--tasks", tasks, "--include_path", str(TASKS)]
+    arguments += ["--batch_size", "5", "--output_path", name, "--log_samples", *more]
     printed = workplace / f"{name}.txt"
     # Without the first, accelerate counts processes only where there are accelerators.
     together = [{"ACCELERATE_USE_CPU": "true"} | launched for launched in as_launched(num_processes)]
-    lmms_eval.begin(["lmms_eval", *arguments], printed, together if num_processes > 1 else [{}])
-    codes = lmms_eval.exit_codes()
+    forks.begin(["lmms_eval", *arguments], printed, together if num_processes > 1 else [{}])
+    codes = forks.exit_codes()
     output = printed.read_text()
     assert codes == [0] * num_processes and "Error during evaluation" not in output, output
     return next((workplace / name).iterdir())
@@ -114,40 +116,27 @@ def read_results(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def chat_run(lmms_eval: Forks, workplace: Path) -> Path:
     """The chat form at a fraction, in two processes."""
-    return run_lmms_eval(
-        lmms_eval,
-        workplace,
-        "chat",
-        f"token_budget={FRACTION},statistics=chat.jsonl",
-        "--tasks",
-        "digit_scenes,digit_scenes_mixed",
-        num_processes=2,
-    )
+    tasks = "digit_scenes,digit_scenes_mixed"
+    return run_lmms_eval(lmms_eval, workplace, "chat", f"token_budget={FRACTION}", tasks, num_processes=2)
 
 
 @pytest.fixture(scope="module")
 def simple_run(lmms_eval: Forks, workplace: Path) -> Path:
     """The simple form at a number of tokens, with a stack."""
-    return run_lmms_eval(
-        lmms_eval,
-        workplace,
-        "simple",
-        f"token_budget={COUNT},reducer=[{','.join(STACK)}],statistics=simple.jsonl",
-        "--force_simple",
-        "--tasks",
-        "digit_scenes,digit_scenes_choices",
-    )
+    setting, tasks = f"token_budget={COUNT},reducer=[{','.join(STACK)}]", "digit_scenes,digit_scenes_choices"
+    return run_lmms_eval(lmms_eval, workplace, "simple", setting, tasks, "--force_simple")
 
 
-def answers_alone(questions: Dataset, **setting: Any) -> list[str]:
+@pytest.fixture(scope="module")
+def reference() -> tuple[Any, Any]:
+    """The reference checkpoint's model and processor, without lmms-eval."""
+    return load_checkpoint(None)
+
+
+def answers_alone(reference: tuple[Any, Any], questions: Dataset, **setting: Any) -> list[str]:
     """Our own model's answers through plain `generate`, question by question."""
-    model, processor = load_checkpoint(None)
-    answers = []
-    for row in questions:
-        inputs = processor.of_questions([row["image"]], [row["question"]])
-        ids = model.generate(**inputs, **setting, max_new_tokens=4, do_sample=False)
-        answers.append(processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
-    return answers
+    model, _ = reference
+    return [model.generate(row["image"], row["question"], **setting, max_new_tokens=4) for row in questions]
 
 
 SETTINGS = {
@@ -158,10 +147,10 @@ SETTINGS = {
 
 @pytest.mark.parametrize("run", SETTINGS)
 def test_lmms_eval_reports_the_accuracy_that_our_model_has(
-    run: str, questions: Dataset, request: pytest.FixtureRequest
+    run: str, questions: Dataset, reference: tuple[Any, Any], request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(run)
-    given = answers_alone(questions, **SETTINGS[run])
+    given = answers_alone(reference, questions, **SETTINGS[run])
     samples = read_lines(next(folder.glob("*_samples_digit_scenes.jsonl")))
     assert {sample["doc_id"]: sample["filtered_resps"] for sample in samples} == dict(enumerate(given))
     expected = sum(answer == right for answer, right in zip(given, questions["answer"], strict=True)) / NUM_QUESTIONS
@@ -187,8 +176,10 @@ def test_every_request_has_a_line_and_exactly_its_budget(
         assert 1 <= line["new_tokens"] <= 4 if line["type"] == "generate_until" else line["new_tokens"] == 0
 
 
-def test_the_results_count_the_tokens_that_the_decoder_saw(simple_run: Path, questions: Dataset) -> None:
-    _, processor = load_checkpoint(None)
+def test_the_results_count_the_tokens_that_the_decoder_saw(
+    simple_run: Path, questions: Dataset, reference: tuple[Any, Any]
+) -> None:
+    _, processor = reference
     results = read_results(simple_run)
     # <s> USER: <image> ... ASSISTANT:
     lengths = [len(processor.tokenizer(question).input_ids) + 3 for question in questions["question"]]
@@ -198,8 +189,10 @@ def test_the_results_count_the_tokens_that_the_decoder_saw(simple_run: Path, que
     assert results["throughput"]["avg_flops"] > 0
 
 
-def test_lmms_eval_picks_the_likeliest_choice(simple_run: Path, questions: Dataset) -> None:
-    model, processor = load_checkpoint(None)
+def test_lmms_eval_picks_the_likeliest_choice(
+    simple_run: Path, questions: Dataset, reference: tuple[Any, Any]
+) -> None:
+    model, processor = reference
     right = 0
     for row in questions:
         inputs = processor.of_questions([row["image"]], [row["question"]])
@@ -227,6 +220,15 @@ def made(form: str, **arguments: Any) -> Any:
     return get_model("adavtp", force_simple=form == "simple").create_from_arg_string(text, {"device": "cpu"})
 
 
+@pytest.fixture(scope="module")
+def forms(questions: Dataset) -> dict[str, Any]:
+    """Both forms at a fraction, with the questions as the task `scenes`."""
+    models = {form: made(form, token_budget=FRACTION, batch_size=5) for form in ("chat", "simple")}
+    for model in models.values():
+        model.task_dict["scenes"] = {"test": questions}
+    return models
+
+
 def request_of(kind: str, arguments: tuple, doc_id: int, idx: int = 0) -> Instance:
     metadata = {"task": "scenes", "doc_id": doc_id, "repeats": 1}
     return Instance(request_type=kind, arguments=(*arguments, doc_id, "scenes", "test"), idx=idx, metadata=metadata)
@@ -251,43 +253,37 @@ def asked(form: str, questions: Dataset, generation: dict[str, Any]) -> list[Ins
     return requests
 
 
-def generated(form: str, questions: Dataset, **arguments: Any) -> list[tuple[str, int, int]]:
-    model = made(form, **arguments)
+def generated(model: Any, form: str, questions: Dataset) -> list[tuple[str, int, int]]:
     model.task_dict["scenes"] = {"test": questions}
     results = model.generate_until(asked(form, questions, {"max_new_tokens": 4, "until": ["\n\n"]}))
     return [(result.text, result.token_counts.input_tokens, result.token_counts.output_tokens) for result in results]
 
 
-def test_chat_and_simple_form_agree_whatever_shares_a_batch(questions: Dataset) -> None:
-    chat = generated("chat", questions, token_budget=FRACTION, batch_size=5)
-    assert chat == generated("simple", questions, token_budget=FRACTION, batch_size=1)
+def test_chat_and_simple_form_agree_whatever_shares_a_batch(questions: Dataset, forms: dict[str, Any]) -> None:
+    alone = made("simple", token_budget=FRACTION, batch_size=1)
+    chat = generated(forms["chat"], "chat", questions)
+    assert chat == generated(alone, "simple", questions)
     assert len({text for text, _, _ in chat}) > 2
 
 
-def test_log_likelihood_is_the_sum_of_log_softmax_over_the_continuation(questions: Dataset) -> None:
-    lm = made("simple", token_budget=FRACTION, batch_size=3)
-    lm.task_dict["scenes"] = {"test": questions}
+def test_log_likelihoods_are_those_of_the_continuation_behind_the_prompt(
+    questions: Dataset, forms: dict[str, Any], reference: tuple[Any, Any]
+) -> None:
     continuations = [" red", " 7 of blue", lambda row: row["answer"]]
     requests = [
         request_of("loglikelihood", (questions[doc_id]["question"], continuation, lambda row: [row["image"]]), doc_id)
-        for doc_id in range(3)
+        for doc_id in range(2)
         for continuation in continuations
     ]
-    model, processor = load_checkpoint(None)
-    for request, response in zip(requests, lm.loglikelihood(requests), strict=True):
+    for request, response in zip(requests, forms["simple"].loglikelihood(requests), strict=True):
         (negative, is_greedy), _ = unwrap_generation_output(response)
         row = questions[request.doc_id]
         said = request.args[1] if isinstance(request.args[1], str) else " " + row["answer"]
-        inputs = processor.of_questions([row["image"]], [f"<s>USER: <image> {row['question']} ASSISTANT:{said}"])
-        targets = processor.tokenizer(said, add_special_tokens=False).input_ids
-        labels = torch.full_like(inputs["input_ids"], -100)
-        labels[0, -len(targets) :] = torch.tensor(targets)
-        with torch.no_grad():
-            logits = model(**inputs, labels=labels, token_budget=FRACTION).logits[0, -len(targets) - 1 : -1]
-        expected = sum(float(row.log_softmax(-1)[target]) for row, target in zip(logits, targets, strict=True))
+        prompt = f"<s>USER: <image> {row['question']} ASSISTANT:"
+        (one,) = score_continuations(*reference, [prompt], [said], [[row["image"]]], Setting("adaptive", FRACTION))
         # lmms-eval takes the choice with the least number.
-        assert -negative == pytest.approx(expected, abs=1e-4)
-        assert is_greedy == (logits.argmax(-1).tolist() == targets)
+        assert -negative == pytest.approx(one.log_likelihood, abs=1e-4)
+        assert is_greedy == one.is_greedy
 
 
 def rounds_of_task(row: dict[str, Any], previous_output: list[str], round_idx: int, previous_round_info: Any) -> tuple:
@@ -299,7 +295,9 @@ def rounds_of_task(row: dict[str, Any], previous_output: list[str], round_idx: i
 
 
 @pytest.mark.parametrize("form", ["chat", "simple"])
-def test_later_rounds_ask_what_the_task_makes_of_earlier_answers(form: str, questions: Dataset) -> None:
+def test_later_rounds_ask_what_the_task_makes_of_earlier_answers(
+    form: str, questions: Dataset, forms: dict[str, Any], reference: tuple[Any, Any]
+) -> None:
     first = "which digit is the largest ?"
 
     def doc_to_messages(row: dict[str, Any], round_idx: int | None = None, **more: Any) -> Any:
@@ -314,26 +312,22 @@ def test_later_rounds_ask_what_the_task_makes_of_earlier_answers(form: str, ques
 
     generation = {"max_new_tokens": 4}
     simple = (first, generation, lambda row: [row["image"]], rounds_of_task)
-    lm = made(form, token_budget=FRACTION, batch_size=4)
-    lm.task_dict["scenes"] = {"test": questions}
     requests = [
         request_of(
             "generate_until_multi_round", simple if form == "simple" else (first, doc_to_messages, generation), doc_id
         )
-        for doc_id in range(3)
+        for doc_id in range(2)
     ]
-    model, _ = load_checkpoint(None)
-    for row, outputs in zip(questions, lm.generate_until_multi_round(requests), strict=False):
+    model, _ = reference
+    for row, outputs in zip(questions, forms[form].generate_until_multi_round(requests), strict=False):
         digit = model.generate(row["image"], first, token_budget=FRACTION, max_new_tokens=4)
         colour = model.generate(row["image"], f"what colour is the {digit} ?", token_budget=FRACTION, max_new_tokens=4)
         assert outputs == [digit, colour]
 
 
-def test_placeholders_in_a_question_are_where_its_images_go(questions: Dataset) -> None:
-    lm = made("simple", token_budget=FRACTION, batch_size=2)
-    lm.task_dict["scenes"] = {"test": questions}
+def test_placeholders_in_a_question_are_where_its_images_go(questions: Dataset, forms: dict[str, Any]) -> None:
     text = questions[0]["question"]
-    plain, written = lm.generate_until(
+    plain, written = forms["simple"].generate_until(
         [
             request_of("generate_until", (asked, {"max_new_tokens": 4}, lambda row: [row["image"]]), 0)
             for asked in (text, f"<image> {text}")
@@ -345,73 +339,45 @@ def test_placeholders_in_a_question_are_where_its_images_go(questions: Dataset) 
 # ---------------------------------------------------------------- a task's generation_kwargs
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ({}, {"max_new_tokens": 9, "do_sample": False}),
-        ({"max_new_tokens": 3, "temperature": 0}, {"max_new_tokens": 3, "do_sample": False}),
-        ({"temperature": 0.7, "top_p": 0.9}, {"do_sample": True, "temperature": 0.7, "top_p": 0.9}),
-        ({"temperature": 0.7, "do_sample": False}, {"do_sample": False, "temperature": None, "top_p": None}),
-        ({"temperature": 0, "do_sample": True}, {"do_sample": False}),
-        ({"do_sample": True}, {"do_sample": True}),
-        ({"num_beams": 3, "top_p": None}, {"num_beams": 3, "do_sample": False}),
-    ],
-)
-def test_generation_kwargs_mean_what_they_mean_for_other_models(
-    given: dict[str, Any], expected: dict[str, Any]
-) -> None:
+# A task's `generation_kwargs`, and what of `generate`'s arguments they come to.
+KWARGS = [
+    ({}, {"max_new_tokens": 9, "do_sample": False}),
+    ({"max_new_tokens": 3, "temperature": 0}, {"max_new_tokens": 3, "do_sample": False}),
+    ({"temperature": 0.7, "top_p": 0.9}, {"do_sample": True, "temperature": 0.7, "top_p": 0.9}),
+    ({"temperature": 0.7, "do_sample": False}, {"do_sample": False, "temperature": None, "top_p": None}),
+    ({"temperature": 0, "do_sample": True}, {"do_sample": False}),
+    ({"do_sample": True}, {"do_sample": True}),
+    ({"num_beams": 3, "top_p": None}, {"num_beams": 3, "do_sample": False}),
+]
+
+
+@pytest.mark.parametrize(("given", "expected"), KWARGS)
+def test_generation_kwargs_mean_what_they_mean_for_other_models(given: dict, expected: dict) -> None:
     arguments, stop = generation_arguments(given, 9)
     assert expected.items() <= ({"num_beams": 1, "max_new_tokens": 9} | arguments).items()
     assert stop == []
 
 
-def test_stop_strings_come_as_one_or_as_a_list() -> None:
+def test_stop_strings_come_as_one_or_as_a_list_and_other_models_options_do_not_reach_generate() -> None:
     assert generation_arguments({"until": "\n"}, 9)[1] == ["\n"]
     assert generation_arguments({"until": ["a", "b"]}, 9)[1] == ["a", "b"]
-    with pytest.raises(ValueError, match="until"):
-        generation_arguments({"until": ["a", ""]}, 9)
+    assert "image_aspect_ratio" not in generation_arguments({"image_aspect_ratio": "pad"}, 9)[0]
+    for refused, message in (({"until": ["a", ""]}, "until"), ({"token_budget": 0.2}, "model_args")):
+        with pytest.raises(ValueError, match=message):
+            generation_arguments(refused, 9)
 
 
-def test_options_of_other_models_do_not_reach_generate() -> None:
-    arguments, _ = generation_arguments({"image_aspect_ratio": "pad"}, 9)
-    assert "image_aspect_ratio" not in arguments
-    with pytest.raises(ValueError, match="model_args"):
-        generation_arguments({"token_budget": 0.2}, 9)
-
-
-def test_the_answer_ends_before_a_stop_string(questions: Dataset) -> None:
-    lm = made("simple", token_budget=FRACTION)
-    lm.task_dict["scenes"] = {"test": questions}
-    (whole,) = lm.generate_until(asked("simple", questions, {"max_new_tokens": 4})[1:2])
-    (cut,) = lm.generate_until(asked("simple", questions, {"max_new_tokens": 4, "until": whole.text[-1]})[1:2])
-    assert whole.text and cut.text == whole.text[: whole.text.index(whole.text[-1])]
-    # The one word is said, and the end of text is not.
-    assert (whole.token_counts.output_tokens, cut.token_counts.output_tokens) == (2, 1)
-
-
-def test_requests_of_different_tasks_keep_their_own_generation_kwargs(questions: Dataset) -> None:
-    lm = made("simple", token_budget=FRACTION, batch_size=5)
-    lm.task_dict["scenes"] = {"test": questions}
+def test_requests_of_different_tasks_keep_their_own_generation_kwargs(
+    questions: Dataset, forms: dict[str, Any]
+) -> None:
     short, long = (asked("simple", questions, {"max_new_tokens": number}) for number in (1, 4))
     mixed = [pair[index % 2] for index, pair in enumerate(zip(short, long, strict=True))][1:5:3] + long[1:3]
-    counts = [result.token_counts.output_tokens for result in lm.generate_until(mixed)]
+    counts = [result.token_counts.output_tokens for result in forms["simple"].generate_until(mixed)]
     # A word, and the end of text.
     assert counts == [2, 1, 2, 2]
 
 
 # ---------------------------------------------------------------- checkpoints and refusals
-
-
-@pytest.fixture
-def copied(tmp_path: Path) -> Callable[..., Path]:
-    """A copy of the reference checkpoint without some of its files."""
-
-    def copy(*without: str) -> Path:
-        return Path(
-            shutil.copytree(reference_checkpoint(), tmp_path / "copy", ignore=shutil.ignore_patterns(*without))
-        )
-
-    return copy
 
 
 def plain_llava(folder: Path) -> Path:
@@ -433,15 +399,24 @@ def plain_llava(folder: Path) -> Path:
 
 
 def test_a_plain_llava_runs_with_reducers_that_are_not_trained(tmp_path: Path, questions: Dataset) -> None:
-    folder = plain_llava(tmp_path / "llava")
-    full = generated("chat", questions, pretrained=folder)
-    stock = generated("chat", questions, reducer="full")
-    assert full == stock
-    reduced = generated("chat", questions, pretrained=folder, reducer="fastv:layer=1", token_budget=FRACTION)
+    folder, few = plain_llava(tmp_path / "llava"), questions.select(range(3))
+    full = generated(made("chat", pretrained=folder), "chat", few)
+    assert full == generated(made("chat", reducer="full"), "chat", few)
+    llava = made("chat", pretrained=folder, reducer="fastv:layer=1", token_budget=FRACTION)
+    reduced = generated(llava, "chat", few)
     assert [full[1][1] - reduced[1][1], full[0][1] - reduced[0][1]] == [NUM_PATCHES - FRACTION_KEEPS, 0]
-    for arguments in ({"token_budget": 0.4}, {"reducer": "adaptive", "token_budget": 0.4}):
-        with pytest.raises(ValueError, match="no weights for the reducer 'adaptive'"):
-            made("chat", pretrained=folder, **arguments)
+    with pytest.raises(ValueError, match="no weights for the reducer 'adaptive'"):
+        made("chat", pretrained=folder, token_budget=0.4)
+
+
+def test_a_stack_takes_a_budget_for_each_of_its_reducers(questions: Dataset) -> None:
+    few, stack = (
+        questions.select(range(3)),
+        made("chat", reducer="[tome,adaptive]", token_budget='{"tome":0.5,"adaptive":0.5}'),
+    )
+    given, full = (generated(model, "chat", few) for model in (stack, made("chat")))
+    # Half of half of 144.
+    assert [row[1] - other[1] for row, other in zip(given, full, strict=True)] == [0, -108, -216]
 
 
 @pytest.mark.parametrize(
@@ -466,18 +441,13 @@ def test_what_is_not_allowed_is_named_and_leaves_no_file(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_checkpoint_is_named() -> None:
+def test_a_checkpoint_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`pretrained` is missing"):
         get_model("adavtp").create_from_arg_string("token_budget=0.4")
-
-
-def test_a_checkpoint_without_chat_template_is_refused(copied: Callable[..., Path]) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(reference_checkpoint(), folder, ignore=shutil.ignore_patterns("chat_template.jinja", "*.py"))
     with pytest.raises(ValueError, match="no chat template"):
-        made("chat", pretrained=copied("chat_template.jinja"))
-
-
-def test_a_checkpoint_of_another_model_is_refused(copied: Callable[..., Path]) -> None:
-    folder = copied("*.py")
+        made("chat", pretrained=folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "clip_vision_model"}))
     with pytest.raises(ValueError, match="'clip_vision_model'; allowed are adavtp and llava"):
         made("chat", pretrained=folder)
@@ -490,20 +460,9 @@ def test_statistics_are_never_written_over(tmp_path: Path) -> None:
     assert (tmp_path / "there.jsonl").read_text() == "measured\n"
 
 
-def test_a_stack_takes_a_budget_for_each_of_its_reducers(questions: Dataset) -> None:
-    budgets = '{"tome":0.5,"adaptive":0.5}'
-    given = generated("chat", questions, reducer="[tome,adaptive]", token_budget=budgets, batch_size=5)
-    # Half of half of 144.
-    assert [
-        row[1] - other[1] for row, other in zip(given, generated("chat", questions, batch_size=5), strict=True)
-    ] == [-(NUM_PATCHES - 36) * (index % 3) for index in range(NUM_QUESTIONS)]
-
-
 @pytest.mark.parametrize("form", ["chat", "simple"])
-def test_a_task_that_shows_videos_is_refused(form: str, questions: Dataset) -> None:
-    lm = made(form)
-    lm.task_dict["scenes"] = {"test": questions}
+def test_a_task_that_shows_videos_is_refused(form: str, forms: dict[str, Any]) -> None:
     chat = [{"role": "user", "content": [{"type": "video", "url": "a.mp4"}, {"type": "text", "text": "?"}]}]
     arguments = ("?", {}, lambda row: ["a.mp4"]) if form == "simple" else ("?", lambda row: chat, {})
     with pytest.raises(ValueError, match="adavtp looks at images"):
-        lm.generate_until([request_of("generate_until", arguments, 0)])
+        forms[form].generate_until([request_of("generate_until", arguments, 0)])

@@ -11,26 +11,21 @@ def compute(name: str, predictions: list[str], references: list[list[str]], **co
     return load_metric(name).compute(predictions=predictions, references=references, **columns)
 
 
+def scores_of(name: str, answers: list[str], reference: str, **columns: Any) -> list[float]:
+    return score_examples(name, answers, [[reference]] * len(answers), **columns)
+
+
 # Exact match.
 
+EQUAL = [("Red", "red"), (" red\n", "RED"), ("a  red\tcar", "A red car"), ("", ""), ("CAF\u00c9", "caf\u00e9")]
+UNEQUAL = [("red.", "red"), ("2", "two"), ("the car", "car")]
 
-@pytest.mark.parametrize(
-    ("prediction", "references", "score"),
-    [
-        ("Red", ["red"], 1.0),
-        (" red\n", ["RED"], 1.0),
-        ("a  red\tcar", ["A red car"], 1.0),
-        ("red.", ["red"], 0.0),
-        ("2", ["two"], 0.0),
-        ("the car", ["car"], 0.0),
-        ("", [""], 1.0),
-        ("CAF\u00c9", ["caf\u00e9"], 1.0),
-        ("red", ["blue", "red"], 1.0),
-        ("red", ["blue", "green"], 0.0),
-    ],
-)
-def test_exact_match_is_but_for_case_and_space(prediction: str, references: list[str], score: float) -> None:
-    assert score_examples("exact_match", [prediction], [references]) == [score]
+
+def test_exact_match_is_but_for_case_and_space() -> None:
+    for pairs, score in ((EQUAL, 1.0), (UNEQUAL, 0.0)):
+        predictions, references = zip(*pairs, strict=True)
+        assert score_examples("exact_match", predictions, [[one] for one in references]) == [score] * len(pairs)
+    assert score_examples("exact_match", ["red"] * 2, [["blue", "red"], ["blue", "green"]]) == [1.0, 0.0]
 
 
 def test_exact_match_says_how_many_are_right_as_written() -> None:
@@ -38,43 +33,23 @@ def test_exact_match_says_how_many_are_right_as_written() -> None:
     assert result == {"exact_match": 0.5, "as_written": 0.25}
 
 
-@pytest.mark.parametrize(
-    ("prediction", "reference", "score"),
-    [("Yes.", "yes", 1.0), (" Yes...\n", "yes", 1.0), ("yes", "Yes", 0.0), ("yes!", "yes", 0.0), ("e.g.", "e.g", 1.0)],
-)
-def test_gqa_treats_the_prediction_alone(prediction: str, reference: str, score: float) -> None:
-    assert score_examples("gqa_accuracy", [prediction], [[reference]]) == [score]
+def test_gqa_treats_the_prediction_alone() -> None:
+    assert scores_of("gqa_accuracy", ["Yes.", " Yes...\n", "yes!"], "yes") == [1.0, 1.0, 0.0]
+    assert score_examples("gqa_accuracy", ["yes", "e.g."], [["Yes"], ["e.g"]]) == [0.0, 1.0]
 
 
 # POPE.
 
 
-@pytest.mark.parametrize(
-    ("answer", "says"),
-    [
-        ("Yes", "yes"),
-        ("No", "no"),
-        ("no", "no"),
-        ("No, there is no dog.", "no"),
-        ("There is not a dog. Yes.", "no"),
-        ("There is a dog. No cat.", "yes"),
-        ("Yes, no", "no"),
-        ("no, thanks", "no"),
-        (" no\n", "no"),
-        # Those that the official rule does not know as "no".
-        ("NO", "yes"),
-        ("no!", "yes"),
-        ("None", "yes"),
-        ("isn't", "yes"),
-        ("Not", "yes"),
-        ("", "yes"),
-        ("perhaps", "yes"),
-        (".no", "yes"),
-    ],
-)
-def test_pope_reads_answers_by_the_official_rule(answer: str, says: str) -> None:
-    other = {"yes": "no", "no": "yes"}[says]
-    assert score_examples("pope", [answer, answer], [[says], [other]]) == [1.0, 0.0]
+SAYS_NO = ["No", "no", "No, there is no dog.", "There is not a dog. Yes.", "Yes, no", "no, thanks", " no\n"]
+# The last ones the official rule does not know as "no".
+SAYS_YES = ["Yes", "There is a dog. No cat.", "", "perhaps", ".no", "NO", "no!", "None", "isn't", "Not"]
+
+
+def test_pope_reads_answers_by_the_official_rule() -> None:
+    for answers, says, other in ((SAYS_NO, "no", "yes"), (SAYS_YES, "yes", "no")):
+        assert scores_of("pope", answers, says) == [1.0] * len(answers)
+        assert scores_of("pope", answers, other) == [0.0] * len(answers)
 
 
 def test_pope_figures_follow_from_the_four_counts() -> None:
@@ -151,53 +126,30 @@ def test_anls_figures() -> None:
 COLOURS = ["red", "dark red", "blue", "a light green"]
 
 
-@pytest.mark.parametrize(
-    ("answer", "letter"),
-    [
-        ("B", "B"),
-        ("b", "B"),
-        ("(B)", "B"),
-        ("B.", "B"),
-        ("b.", "B"),
-        ("B)", "B"),
-        (" C:\n", "C"),
-        ("B. dark red", "B"),
-        ("(B) because it is", "B"),
-        ("A, as it is dark red", "A"),
-        ("The answer is B", "B"),
-        ("The answer is B.", "B"),
-        ("The answer is: (C).", "C"),
-        ("Answer: C", "C"),
-        ("answer: b", "B"),
-        ("The correct answer is option C", "C"),
-        ("Option C is right", "C"),
-        ("The answer is B because of the light", "B"),
-        ("I said the answer is A, but the answer is C", "C"),
-        ("Blue.", "C"),
-        ("the answer is blue", "C"),
-        ("dark  red", "B"),
-        ("A light green", "D"),
-        ("The answer is a light green.", "D"),
-        ("It is a dark red car", "B"),
-        ("It is blue, really", "C"),
-        # Neither a letter with a choice to it nor the text of one choice.
-        ("E", None),
-        ("E. orange", None),
-        ("It is blue or red", None),
-        ("bluebird", None),
-        ("It is a bored one", None),
-        ("A car", None),
-        ("The answer is not known", None),
-        ("", None),
-        ("?", None),
-    ],
-)
-def test_multiple_choice_reads_letters_and_texts(answer: str, letter: str | None) -> None:
-    references = [[each] for each in "ABCD"]
-    scores = score_examples("multiple_choice", [answer] * 4, references, [COLOURS] * 4)
-    assert scores == [float(each == letter) for each in "ABCD"]
-    unreadable = compute("multiple_choice", [answer], [["A"]], choices=[COLOURS])["unreadable"]
-    assert unreadable == float(letter is None)
+# The choice that is meant -> answers; none where there is neither a letter with a choice to it nor one choice's text.
+READ = {
+    "A": ["A, as it is dark red"],
+    "B": ["B", "b", "(B)", "B.", "b.", "B)", "B. dark red", "(B) because it is", "dark  red", "It is a dark red car"]
+    + ["The answer is B", "The answer is B.", "answer: b", "The answer is B because of the light"],
+    "C": [" C:\n", "The answer is: (C).", "Answer: C", "The correct answer is option C", "Option C is right", "Blue."]
+    + ["I said the answer is A, but the answer is C", "the answer is blue", "It is blue, really"],
+    "D": ["A light green", "The answer is a light green."],
+    None: ["E", "E. orange", "It is blue or red", "bluebird", "It is a bored one", "A car", "", "?"]
+    + ["The answer is not known"],
+}
+
+
+@pytest.mark.parametrize(("letter", "answers"), READ.items())
+def test_multiple_choice_reads_letters_and_texts(letter: str | None, answers: list[str]) -> None:
+    assert_read("multiple_choice", letter, answers)
+
+
+def assert_read(name: str, letter: str | None, answers: list[str]) -> None:
+    choices = [COLOURS] * len(answers)
+    for each in "ABCD":
+        assert scores_of(name, answers, each, choices=choices) == [float(each == letter)] * len(answers)
+    figures = compute(name, answers, [["A"]] * len(answers), choices=choices)
+    assert figures["unreadable"] == float(letter is None)
 
 
 def test_multiple_choice_takes_a_letter_for_a_letter_first() -> None:
@@ -240,34 +192,17 @@ def test_multiple_choice_references_are_letters_or_texts() -> None:
         score_examples("multiple_choice", ["B"], [["red"]], [["red", "red"]])
 
 
-@pytest.mark.parametrize(
-    ("answer", "letter"),
-    [
-        ("B", "B"),
-        (" B\n", "B"),
-        ("B. dark red", "B"),
-        ("The answer is B.", "B"),
-        ("So. The answer is C, then.", "C"),
-        # What LLaVA-1.5's rule does not read.
-        ("b", None),
-        ("(B)", None),
-        ("B.", None),
-        ("B) red", None),
-        ("The answer is B", None),
-        ("the answer is B.", None),
-        ("The answer is A. The answer is B.", None),
-        ("dark red", None),
-        ("E", None),
-        ("F. red", None),
-        ("The answer is E.", None),
-        ("", None),
-    ],
-)
-def test_scienceqa_reads_as_llava_does(answer: str, letter: str | None) -> None:
-    scores = score_examples("scienceqa_accuracy", [answer] * 4, [[each] for each in "ABCD"], [COLOURS] * 4)
-    assert scores == [float(each == letter) for each in "ABCD"]
-    result = compute("scienceqa_accuracy", [answer], [["B"]], choices=[COLOURS])
-    assert result == {"scienceqa_accuracy": float(letter == "B"), "unreadable": float(letter is None)}
+READ_AS_LLAVA = {
+    "B": ["B", " B\n", "B. dark red", "The answer is B."],
+    "C": ["So. The answer is C, then."],
+    None: ["b", "(B)", "B.", "B) red", "The answer is B", "the answer is B.", "dark red", "E", "F. red", ""]
+    + ["The answer is A. The answer is B.", "The answer is E."],
+}
+
+
+@pytest.mark.parametrize(("letter", "answers"), READ_AS_LLAVA.items())
+def test_scienceqa_reads_as_llava_does(letter: str | None, answers: list[str]) -> None:
+    assert_read("scienceqa_accuracy", letter, answers)
 
 
 # MME.
@@ -299,22 +234,10 @@ def test_mme_is_accuracy_and_accuracy_plus_of_every_category() -> None:
     assert score_examples("mme", predictions, references) == [1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0]
 
 
-@pytest.mark.parametrize(
-    ("answer", "says"),
-    [
-        ("yes", "yes"),
-        ("YES.", "yes"),
-        ("no", "no"),
-        ("know", "no"),
-        ("a no", "no"),
-        ("eyes", "yes"),
-        ("oh no", None),
-        ("  \n no", "no"),
-    ],
-)
-def test_mme_reads_the_first_four_letters(answer: str, says: str | None) -> None:
-    scores = score_examples("mme", [answer] * 2, [["yes"], ["no"]])
-    assert scores == [float(says == "yes"), float(says == "no")]
+def test_mme_reads_the_first_four_letters() -> None:
+    for says, answers in {"yes": ["yes", "YES.", "eyes"], "no": ["no", "know", "a no", "  \n no"]}.items():
+        assert scores_of("mme", answers, says) == [1.0] * len(answers)
+    assert scores_of("mme", ["oh no"], "no") == scores_of("mme", ["oh no"], "yes") == [0.0]
 
 
 def test_mme_refuses_images_without_their_two_questions_and_unknown_categories() -> None:
@@ -327,36 +250,24 @@ def test_mme_refuses_images_without_their_two_questions_and_unknown_categories()
 # Relaxed accuracy.
 
 
-@pytest.mark.parametrize(
-    ("prediction", "references", "score"),
-    [
-        ("105", ["100"], 1.0),
-        ("95", ["100"], 1.0),
-        ("105.1", ["100"], 0.0),
-        ("94.9", ["100"], 0.0),
-        ("-105", ["-100"], 1.0),
-        ("105", ["-100"], 0.0),
-        (" 3.5\n", ["3.5"], 1.0),
-        ("5.2%", ["5%"], 1.0),
-        ("5", ["5%"], 0.0),
-        ("0.05", ["5%"], 1.0),
-        # Zero has no 5%: the texts count.
-        ("0", ["0"], 1.0),
-        ("0.0", ["0"], 0.0),
-        ("0.001", ["0"], 0.0),
-        # Not numbers: the texts count.
-        ("1,000", ["1000"], 0.0),
-        ("1,000", ["1,000"], 1.0),
-        ("$5", ["5"], 0.0),
-        ("Yes", ["yes"], 1.0),
-        ("yes.", ["yes"], 0.0),
-        ("", ["1"], 0.0),
-        ("nan", ["1"], 0.0),
-        ("104", ["1", "100"], 1.0),
-    ],
-)
-def test_relaxed_accuracy(prediction: str, references: list[str], score: float) -> None:
-    assert score_examples("relaxed_accuracy", [prediction], [references]) == [score]
+# Reference -> right and wrong predictions. Zero has no 5%, so that the texts count, as with what is no number.
+RELAXED = {
+    "100": (["105", "95"], ["105.1", "94.9"]),
+    "-100": (["-105"], ["105"]),
+    "3.5": ([" 3.5\n"], ["nan"]),
+    "5%": (["5.2%", "0.05"], ["5"]),
+    "0": (["0"], ["0.0", "0.001"]),
+    "1,000": (["1,000"], ["1000"]),
+    "5": (["5"], ["$5", ""]),
+    "yes": (["Yes"], ["yes."]),
+}
+
+
+def test_relaxed_accuracy() -> None:
+    for reference, (right, wrong) in RELAXED.items():
+        expected = [1.0] * len(right) + [0.0] * len(wrong)
+        assert scores_of("relaxed_accuracy", right + wrong, reference) == expected, reference
+    assert score_examples("relaxed_accuracy", ["104"], [["1", "100"]]) == [1.0]
 
 
 def test_relaxed_accuracy_says_how_many_are_exact() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from adavtp.evaluation.runs import Answer, Run, unanswered
+from adavtp.evaluation.runs import Answer, Run
 
 SETTINGS = [
     {"reducer": "full", "budget": 1.0, "num_keep": 16},
@@ -59,7 +59,7 @@ def test_answers_come_in_the_order_of_settings_and_examples_whoever_wrote_them(t
     assert Run.open(tmp_path).answers() == [*expected[:3], answer(1, 1), expected[3]]
 
 
-@pytest.mark.parametrize("length", range(1, 30, 4))
+@pytest.mark.parametrize("length", [1, 12, 29])
 def test_a_line_that_was_cut_off_is_asked_again_and_no_other(tmp_path: Path, length: int) -> None:
     run = begun(tmp_path)
     run.append([answer(0, 0), answer(0, 1)])
@@ -134,10 +134,3 @@ def test_settings_may_be_added_behind_those_that_are_there(tmp_path: Path) -> No
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="run.json"):
         Run.open(tmp_path)
-
-
-def test_only_batches_with_a_missing_answer_are_left_and_they_begin_where_they_did() -> None:
-    done = {("a", 0), ("a", 1), ("a", 2), ("a", 3), ("b", 0), ("b", 2), ("b", 3), ("b", 4)}
-    todo = unanswered(["a", "b"], 5, 2, lambda setting, index: (setting, index) in done)
-    assert todo == [(0, "b"), (4, "a")]
-    assert unanswered(["a"], 3, 2, lambda setting, index: False) == [(0, "a"), (2, "a")]

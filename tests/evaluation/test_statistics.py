@@ -30,24 +30,15 @@ def scores() -> np.ndarray:
 # Drawing examples anew.
 
 
-def test_the_interval_of_a_mean_is_that_of_scipy(scores: np.ndarray) -> None:
-    low, high = interval(bootstrap_means(scores))
-    for number, own in enumerate(scores):
-        expected = stats.bootstrap(
-            (own,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(2)
-        ).confidence_interval
-        assert low[number] == pytest.approx(expected.low, abs=0.002)
-        assert high[number] == pytest.approx(expected.high, abs=0.002)
-
-
-def test_a_paired_difference_has_the_interval_of_scipy(scores: np.ndarray) -> None:
-    draws = bootstrap_means(scores)
-    low, high = interval(draws[:, 0] - draws[:, 1])
+def test_intervals_of_means_and_of_paired_differences_are_those_of_scipy(scores: np.ndarray) -> None:
+    draws, how = bootstrap_means(scores), {"n_resamples": 10_000, "method": "percentile"}
+    expected = stats.bootstrap((scores[0],), np.mean, **how, rng=np.random.default_rng(2)).confidence_interval
+    assert interval(draws[:, 0]) == pytest.approx((expected.low, expected.high), abs=0.002)
     expected = stats.bootstrap(
         *((scores[0], scores[1]), lambda one, other, axis: one.mean(axis) - other.mean(axis)),
-        **{"paired": True, "n_resamples": 10_000, "method": "percentile", "rng": np.random.default_rng(2)},
+        **how | {"paired": True, "rng": np.random.default_rng(2)},
     ).confidence_interval
-    assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.0005)
+    assert interval(draws[:, 0] - draws[:, 1]) == pytest.approx((expected.low, expected.high), abs=0.0005)
 
 
 def test_all_settings_are_scored_on_the_same_draws(scores: np.ndarray) -> None:
@@ -131,32 +122,23 @@ def test_holm_stays_a_probability() -> None:
 
 # Areas.
 
-
-def test_the_area_of_a_straight_line_is_its_middle() -> None:
-    cost = np.array([1.0, 2.0, 5.0, 9.0])
-    assert area_weights(cost, 1.5, 7.5) @ cost == pytest.approx(4.5)
-
-
-def test_the_area_of_a_triangle() -> None:
-    """0 at 0, 1 at 1, 0 at 4: half of height times base, over the base."""
-    assert area_weights([0.0, 1.0, 4.0], 0.0, 4.0) @ np.array([0.0, 1.0, 0.0]) == pytest.approx(0.5)
-
-
-def test_the_area_begins_and_ends_between_points() -> None:
-    """From 2 to 3 of a line from 0 at 0 to 4 at 4, and then flat: 2.5 on average; the flat part is not in it."""
-    assert area_weights([0.0, 4.0, 8.0], 2.0, 3.0) @ np.array([0.0, 4.0, 4.0]) == pytest.approx(2.5)
-    assert area_weights([0.0, 4.0, 8.0], 5.0, 6.0) @ np.array([0.0, 4.0, 4.0]) == pytest.approx(4.0)
+AREAS = {
+    "the middle of a straight line": ([1.0, 2.0, 5.0, 9.0], [1.0, 2.0, 5.0, 9.0], 1.5, 7.5, 4.5),
+    "half of a triangle's height": ([0.0, 1.0, 4.0], [0.0, 1.0, 0.0], 0.0, 4.0, 0.5),
+    # Of a line from 0 at 0 to 4 at 4, and then flat.
+    "between points": ([0.0, 4.0, 8.0], [0.0, 4.0, 4.0], 2.0, 3.0, 2.5),
+    "where it is flat": ([0.0, 4.0, 8.0], [0.0, 4.0, 4.0], 5.0, 6.0, 4.0),
+    "in another order": ([4.0, 0.0, 1.0], [0.0, 0.0, 1.0], 0.0, 4.0, 0.5),
+}
 
 
-def test_the_order_of_points_is_no_matter() -> None:
-    score = np.array([0.3, 0.9, 0.5])
-    in_order = area_weights([1.0, 2.0, 5.0], 1.0, 5.0) @ score
-    assert area_weights([5.0, 1.0, 2.0], 1.0, 5.0) @ score[[2, 0, 1]] == pytest.approx(in_order)
+@pytest.mark.parametrize(("cost", "score", "low", "high", "area"), AREAS.values(), ids=AREAS.keys())
+def test_an_area_is_the_mean_over_a_range(cost: list, score: list, low: float, high: float, area: float) -> None:
+    assert area_weights(cost, low, high) @ np.array(score) == pytest.approx(area)
 
 
 def test_points_of_one_cost_share_their_place() -> None:
-    weights = area_weights([1.0, 3.0, 3.0], 1.0, 3.0)
-    assert weights == pytest.approx([0.5, 0.25, 0.25])
+    assert area_weights([1.0, 3.0, 3.0], 1.0, 3.0) == pytest.approx([0.5, 0.25, 0.25])
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.5, 2.0), (1.0, 4.0), (2.0, 2.0)])
@@ -176,8 +158,4 @@ def test_the_common_range_is_what_every_curve_covers() -> None:
 def test_kendalls_tau_counts_pairs_that_agree() -> None:
     """Of six pairs, five agree and one does not: (5 - 1) / 6."""
     assert rank_agreement([1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 4.0, 3.0]) == pytest.approx(4 / 6)
-
-
-@pytest.mark.parametrize(("first", "second"), [([1.0], [1.0]), ([1.0, 1.0], [1.0, 2.0])])
-def test_without_an_order_there_is_no_tau(first: list[float], second: list[float]) -> None:
-    assert rank_agreement(first, second) is None
+    assert rank_agreement([1.0], [1.0]) is rank_agreement([1.0, 1.0], [1.0, 2.0]) is None
