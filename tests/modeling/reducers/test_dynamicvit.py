@@ -14,9 +14,8 @@ from adavtp.modeling.reducers.dynamicvit import (
     sampled_decision,
     tokens_after_stages,
 )
-from adavtp.modeling.vision.encode import encode_image
 from tiny_models import NUM_PATCHES, tiny_config
-from tiny_towers import PASS_IDS, PASSES, TOWERS, alone, counts, tiny_images, tiny_pass, whole_run
+from tiny_towers import PASS_IDS, PASSES, TOWERS, counts, tiny_images, tiny_pass, whole_run
 
 CUTS = [0, 1, 2]
 
@@ -167,56 +166,6 @@ def test_among_equal_scores_the_earlier_patch_stays(order: str) -> None:
     for places in reducer(tower, tiny_images(), counts(5)).positions.tolist():
         assert places == sorted(places)
         assert places != [0, 1, 2, 3, 4]
-
-
-@torch.no_grad()
-def test_the_official_order_is_by_score_and_holds_the_same_tokens() -> None:
-    tower = tiny_pass("siglip", vision_feature_layer=-1)
-    spatial, official = (
-        with_random_predictors(DynamicViTReducer(tower.config, cuts=CUTS, order=order)).eval()
-        for order in ("spatial", "official")
-    )
-    by_place, by_score = (reducer(tower, tiny_images(), counts(6)) for reducer in (spatial, official))
-    selection = official.selection(by_score, tower.patches(by_score.sequence), NUM_PATCHES)
-    assert torch.equal(selection.positions, by_place.positions)
-    assert torch.equal(selection.features, tower.patches(by_score.sequence))
-    for image in range(2):
-        places = by_place.positions[image].tolist()
-        assert by_score.positions[image].tolist() != places
-        for index, place in enumerate(by_score.positions[image].tolist()):
-            torch.testing.assert_close(
-                by_score.sequence[image, index], by_place.sequence[image, places.index(place)], atol=1e-5, rtol=1e-5
-            )
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("fields", PASSES, ids=PASS_IDS)
-@pytest.mark.parametrize("vision", TOWERS)
-def test_exactly_k_tokens_and_the_plain_tower_at_a_full_budget(vision: str, fields: dict) -> None:
-    tower = tiny_pass(vision, **fields)
-    reducer = with_random_predictors(DynamicViTReducer(tower.config)).eval()
-    for num_keep in range(1, NUM_PATCHES + 1):
-        encoded = reducer(tower, tiny_images(), counts(num_keep))
-        assert encoded.sequence.shape == (2, tower.num_before + num_keep + tower.num_after, 32)
-        assert all(places == sorted(set(places)) for places in encoded.positions.tolist())
-    assert torch.equal(encoded.sequence, whole_run(tower, tiny_images()))
-    if not fields["budget"]:
-        plain = encode_image(tower.tower, tiny_images(), tower.config)
-        assert torch.equal(tower.patches(encoded.sequence), plain.patches)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("vision", TOWERS)
-def test_an_image_does_not_notice_what_shares_its_batch_nor_a_read_only_budget(vision: str) -> None:
-    tower = tiny_pass(vision, num_images=3, budget=True)
-    reducer = with_random_predictors(DynamicViTReducer(tower.config)).eval()
-    together = reducer(tower, tiny_images(3), counts(5, 3))
-    plain = reducer(tiny_pass(vision), tiny_images(3), counts(5, 3))
-    torch.testing.assert_close(tower.without_budget(together.sequence), plain.sequence, atol=1e-5, rtol=1e-5)
-    for image in range(3):
-        single = reducer(alone(tower, image), tiny_images(3)[image : image + 1], counts(5, 1))
-        assert torch.equal(single.positions[0], together.positions[image])
-        torch.testing.assert_close(single.sequence[0], together.sequence[image], atol=1e-5, rtol=1e-5)
 
 
 # Training
@@ -399,26 +348,3 @@ def test_bfloat16_keeps_exactly_k_and_stays_bfloat16(reducer_dtype: torch.dtype,
     assert encoded.sequence.dtype == torch.bfloat16
     assert encoded.sequence.isfinite().all()
     assert encoded.positions.shape == (2, NUM_PATCHES if training else 7)
-
-
-@pytest.mark.parametrize(
-    ("parameters", "message"),
-    [
-        ({"cuts": [1, 0]}, r"`cuts` is \[1, 0\]; allowed is a list of ascending layers, from 0 to 1"),
-        ({"cuts": [0, 0]}, "`cuts`"),
-        ({"cuts": [0, 2]}, "`cuts`"),
-        ({"cuts": [-1]}, "`cuts`"),
-        ({"cuts": []}, "`cuts`"),
-        ({"cuts": [0.5]}, "`cuts`"),
-        ({"cuts": [True]}, "`cuts`"),
-        ({"cuts": 1}, "`cuts` is 1;"),
-        ({"ratio_loss_weight": -1.0}, "`ratio_loss_weight` is -1.0"),
-        ({"ratio_loss_weight": math.nan}, "`ratio_loss_weight` is nan"),
-        ({"ratio_loss_weight": "2"}, "`ratio_loss_weight` is '2'"),
-        ({"order": "descending"}, "`order` is 'descending'; allowed: 'spatial', 'official'"),
-    ],
-    ids=str,
-)
-def test_a_parameter_that_means_nothing_is_refused(parameters: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        DynamicViTReducer(tiny_config(), **parameters)

@@ -71,12 +71,6 @@ def test_words_between_images_do_not_count() -> None:
     assert order_of_leaving(8, is_visual)[2] == [0, 4]
 
 
-@pytest.mark.parametrize("layer", [0, 4, 2.0])
-def test_bad_layers_are_named(layer: object) -> None:
-    with pytest.raises(ValueError, match=f"`layer` is {layer!r}; allowed"):
-        VTWReducer(deep_config(4), layer=layer)
-
-
 # Calibration
 
 
