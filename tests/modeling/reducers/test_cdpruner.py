@@ -122,7 +122,9 @@ def test_tokens_of_no_length_come_last() -> None:
     patches = torch.eye(6)[None].clone()
     patches[0, [1, 3]] = 0.0
     reducer = CDPrunerReducer(CONFIG, theta=0.0)
-    assert places_of(reducer(features_of(patches, question=torch.ones(1, 6)), torch.tensor([4])).keep) == [[0, 2, 4, 5]]
+    assert places_of(reducer(features_of(patches, question=torch.ones(1, 6)), torch.tensor([4])).keep) == [
+        [0, 2, 4, 5]
+    ]
 
 
 # With CLIP

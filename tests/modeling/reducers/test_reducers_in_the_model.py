@@ -45,11 +45,20 @@ TRAINED = [name for name in NAMES if REDUCERS[name].trained]
 LEAST = {"tome": 4, "token_fusion": 4, "aim_prune": 8} | {
     name: 4 for name in INSIDE_THE_DECODER if name != "aim_prune"
 }
-# One of every stage, those in the decoder that drop once, recycle and drop in steps, and a stack.
-MODES = ["tome", "prumerge", "divprune", "fastv", "sparsevlm", "pyramiddrop", ["tome", "adaptive", "fastv"]]
+# What only the stage can change is tried with one of each kind before the decoder, and inside it with one that drops
+# once, one that chooses by how many it keeps, one that recycles in several steps, and one that drops all.
+KINDS = ["adaptive", "tome", "dynamicvit", "prumerge", "divprune", "aim", "fastv", "dart_layer", "sparsevlm", "vtw"]
 
-# What only the stage can change is tried with one of each kind before the decoder, and with all inside it.
-KINDS = ["adaptive", "tome", "dynamicvit", "prumerge", "divprune", "aim", *INSIDE_THE_DECODER]
+# The ways to generate see merged tokens, tokens that leave at one layer and at several, and a stack of all stages.
+STACK = ["tome", "adaptive", "divprune", "pyramiddrop"]
+MODES = ["prumerge", "fastv", "sparsevlm", STACK]
+MODES_AND_POSITIONS = [
+    ("prumerge", "compact"),
+    ("fastv", "original"),
+    ("sparsevlm", "compact"),
+    (STACK, "original"),
+    (STACK, "compact"),
+]
 READS_THE_QUESTION = [
     name for name in NAMES if REDUCERS[name].stage == "decoder" or name in ("adaptive", "aim", "cdpruner", "query")
 ]
@@ -57,6 +66,7 @@ READS_THE_QUESTION = [
 every_reducer = pytest.mark.parametrize("name", NAMES)
 every_kind = pytest.mark.parametrize("name", KINDS)
 every_mode = pytest.mark.parametrize("reducer", MODES, ids=str)
+every_mode_and_position = pytest.mark.parametrize(("reducer", "positions"), MODES_AND_POSITIONS, ids=str)
 
 Model = AdaVTPForConditionalGeneration
 Batch = dict[str, torch.Tensor]
@@ -104,51 +114,33 @@ IMAGES, LENGTHS, BUDGETS = (1, 2, 0, 1), (7, 9, 6, 8), [0.6, 0.8, 0.5, 1.0]
 
 @torch.no_grad()
 @every_reducer
-def test_a_batch_gives_what_its_samples_give_alone(name: str) -> None:
-    model = model_of()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_batch_gives_what_its_samples_give_alone(name: str, dtype: torch.dtype) -> None:
+    model = model_in(dtype)
     batch = tiny_batch(model.config, IMAGES, LENGTHS)
-    left = model(**batch, token_budget=BUDGETS, reducer=name)
-    right = model(**padded_on_the_right(batch), token_budget=BUDGETS, reducer=name)
-    answers = answers_of(model, batch, token_budget=BUDGETS, reducer=name)
-    first = 0
-    for row, num_images in enumerate(IMAGES):
-        sample = alone(batch, row, IMAGES)
-        own = model(**sample, token_budget=[BUDGETS[row]], reducer=name)
-        length = own.logits.shape[1]
-        close(left.logits[row, -length:], own.logits[0])
-        close(right.logits[row, -length:], own.logits[0])
-        assert answers_of(model, sample, token_budget=BUDGETS[row], reducer=name) == [answers[row]]
-        for output in (left, right):
-            images = slice(first, first + num_images)
-            assert num_images == 0 or torch.equal(output.selection.keep[images], own.selection.keep)
-            if num_images and own.selection.depth is not None:
-                assert torch.equal(output.selection.depth[images], own.selection.depth)
-        first += num_images
-
-
-@torch.no_grad()
-@every_reducer
-def test_in_bfloat16_a_batch_keeps_what_its_samples_keep_alone(name: str) -> None:
-    model = bfloat16_model()
-    batch = tiny_batch(model.config, IMAGES, LENGTHS)
-    batch["pixel_values"] = batch["pixel_values"].bfloat16()
-    output = model(**batch, token_budget=BUDGETS, reducer=name)
-    assert output.logits.dtype == torch.bfloat16
-    first = 0
+    if dtype == torch.bfloat16:
+        batch["pixel_values"] = batch["pixel_values"].bfloat16()
+    outputs = [model(**padded, token_budget=BUDGETS, reducer=name) for padded in (batch, padded_on_the_right(batch))]
+    choices = [output.selection.keep.split(IMAGES) for output in outputs]
+    depths = [None if output.selection.depth is None else output.selection.depth.split(IMAGES) for output in outputs]
     for row, num_images in enumerate(IMAGES):
         own = model(**alone(batch, row, IMAGES), token_budget=[BUDGETS[row]], reducer=name)
-        if num_images:
-            images = slice(first, first + num_images)
-            assert torch.equal(output.selection.keep[images], own.selection.keep)
-            assert own.selection.depth is None or torch.equal(output.selection.depth[images], own.selection.depth)
-        spread = own.logits[0, -1].float().std()
-        assert (output.logits[row, -1] - own.logits[0, -1]).float().abs().max() < 0.1 * spread
-        first += num_images
+        for output, choice, depth in zip(outputs, choices, depths, strict=True):
+            logits, expected = output.logits[row, -own.logits.shape[1] :], own.logits[0]
+            if dtype == torch.float32:
+                close(logits, expected)
+            else:
+                assert logits.dtype == dtype
+                spread = expected[-1].float().std()
+                assert (logits[-1] - expected[-1]).float().abs().max() < 0.1 * spread
+            if num_images:
+                assert torch.equal(choice[row], own.selection.keep)
+                assert depth is None or torch.equal(depth[row], own.selection.depth)
 
 
 @cache
-def bfloat16_model() -> Model:
-    return own_model().to(torch.bfloat16)
+def model_in(dtype: torch.dtype) -> Model:
+    return own_model().to(dtype)
 
 
 # ------------------------------------------------------------------------------------------------------- budgets
@@ -160,8 +152,8 @@ def test_exactly_as_many_tokens_are_kept_as_the_budget_says(name: str) -> None:
     model = model_of()
     batch = tiny_batch(model.config, (1, 2))
     numbers, least = random.Random(name), LEAST.get(name, 1)
-    budgets = [numbers.uniform(least / NUM_PATCHES, 1.0) for _ in range(12)]
-    budgets += [numbers.randint(max(2, least), NUM_PATCHES) for _ in range(4)] + [least / NUM_PATCHES, 1.0]
+    budgets = [numbers.uniform(least / NUM_PATCHES, 1.0) for _ in range(4)]
+    budgets += [numbers.randint(max(2, least), NUM_PATCHES), least / NUM_PATCHES]
     for budget in budgets:
         num_keep = math.floor(budget * NUM_PATCHES) if isinstance(budget, float) else budget
         selection = model.select_tokens(**batch, token_budget=budget, reducer=name)
@@ -183,12 +175,12 @@ def test_what_is_below_the_smallest_budget_is_refused(name: str) -> None:
 
 
 @torch.no_grad()
-@every_kind
+@every_reducer
 def test_the_whole_budget_is_the_model_without_reduction_to_the_bit(name: str) -> None:
     model = model_of()
     batch = tiny_batch(model.config, (1, 2, 0))
     expected = reference_logits(model, batch)
-    for budget in (1.0, NUM_PATCHES, [1.0, 1.0, 0.5]):
+    for budget in (NUM_PATCHES, [1.0, 1.0, 0.5]):
         output = model(**batch, token_budget=budget, reducer=name)
         assert torch.equal(output.logits, expected)
         assert output.selection.keep.all()
@@ -256,8 +248,10 @@ def test_without_a_budget_and_a_rule_the_configuration_decides(name: str) -> Non
 # ---------------------------------------------------------------------------------------------------- generation
 
 
-@every_kind
-@pytest.mark.parametrize("positions", ["original", "compact"])
+@pytest.mark.parametrize(
+    ("name", "positions"),
+    [(name, "original") for name in KINDS] + [(name, "compact") for name in ("prumerge", "fastv", "sparsevlm", "vtw")],
+)
 def test_every_token_is_chosen_from_what_one_forward_says(name: str, positions: str) -> None:
     model = model_of(visual_position_ids=positions)
     images, budgets = (1, 2, 0), [0.6, 0.7, 0.5]
@@ -272,9 +266,7 @@ def test_every_token_is_chosen_from_what_one_forward_says(name: str, positions: 
         close(logits, logits_along(model, alone(batch, row, images), answer, token_budget=budgets[row], reducer=name))
 
 
-@pytest.mark.parametrize(
-    "reducer", ["tome", "divprune", "fastv", "sparsevlm", ["downsample", "adaptive", "vtw"]], ids=str
-)
+@pytest.mark.parametrize("reducer", ["tome", "sparsevlm", ["downsample", "adaptive", "divprune", "vtw"]], ids=str)
 @pytest.mark.parametrize(
     ("vision", "fields"),
     [
@@ -340,8 +332,7 @@ def assistant_of(model: Model) -> LlamaForCausalLM:
     return assistant
 
 
-@every_mode
-@pytest.mark.parametrize("positions", ["original", "compact"])
+@every_mode_and_position
 def test_every_way_to_be_greedy_gives_the_greedy_answer(reducer: Any, positions: str) -> None:
     model = model_of(visual_position_ids=positions)
     batch, how = repetitive_batch(model), {"token_budget": 0.6, "reducer": reducer, "max_new_tokens": 12}
@@ -465,8 +456,7 @@ class Conversation:
         return answers
 
 
-@every_mode
-@pytest.mark.parametrize("positions", ["original", "compact"])
+@every_mode_and_position
 def test_a_conversation_goes_on_from_its_cache(reducer: Any, positions: str) -> None:
     """
     The second turn, of text, equals one forward over the whole conversation whose question is that of the first turn.
@@ -488,7 +478,7 @@ def test_a_conversation_goes_on_from_its_cache(reducer: Any, positions: str) -> 
         second_part = [*answers[0], *second["input_ids"][0].tolist(), *answers[1]]
         said = logits_along(model, first, second_part, **how).argmax(dim=-1)[-NUM_NEW_TOKENS:]
         assert said.tolist() == answers[1]
-        if reducer in ("tome", "prumerge", "divprune"):
+        if reducer == "prumerge":
             ids = [*first["input_ids"][0].tolist(), *second_part, *third["input_ids"][0].tolist()]
             pixels = torch.cat([first["pixel_values"], third["pixel_values"]])
             sample = {"input_ids": torch.tensor([ids]), "pixel_values": pixels}
@@ -530,8 +520,10 @@ def reducer_module(model: Model, name: str) -> torch.nn.Module:
 
 
 @torch.no_grad()
-@every_kind
-@pytest.mark.parametrize("selection_output", ["gather", "mask"])
+@pytest.mark.parametrize(
+    ("name", "selection_output"),
+    [(name, "gather") for name in KINDS] + [(name, "mask") for name in ("adaptive", "prumerge", "fastv", "sparsevlm")],
+)
 def test_a_label_is_predicted_where_generation_would_choose_it(name: str, selection_output: str) -> None:
     model = model_of()
     images, budgets = (1, 2, 0), [0.6, 0.8, 0.5]
@@ -585,7 +577,7 @@ def test_a_training_batch_of_text_runs_what_a_batch_with_images_runs(name: str) 
 
 
 @torch.no_grad()
-@every_kind
+@pytest.mark.parametrize("name", ["adaptive", "tome", "dynamicvit", "divprune", "aim", "fastv"])
 def test_a_reducer_can_be_set_configured_or_asked_for_in_a_call(name: str) -> None:
     model, batch = own_model(), tiny_batch(model_of().config, (1, 1))
     before = model(**batch, token_budget=0.6).logits
@@ -635,10 +627,8 @@ def test_parameters_of_a_call_leave_an_optimizer_its_weights() -> None:
 
 SAVED = {
     "a name": "fastv",
-    "parameters": {"name": "pyramiddrop", "ratios": [0.6, 0.3, 0.1]},
-    "trained": {"name": "resampler", "num_heads": 2},
-    "a stack": ["token_fusion", "adaptive", {"name": "vtw", "layer": 1}],
-    "a composite": {"name": "aim", "share": 0.5},
+    "a composite with a parameter": {"name": "aim", "share": 0.5},
+    "a stack": ["token_fusion", {"name": "resampler", "num_heads": 2}, "adaptive", {"name": "vtw", "layer": 1}],
 }
 
 
@@ -705,7 +695,7 @@ def test_asking_for_any_reducer_changes_nothing_that_is_saved(saved_folder: Path
                 with pytest.raises(ValueError, match=r"model\.set_reducer\('dynamicvit'\)"):
                     ask(**batch, token_budget=0.6, reducer=reducer)
             continue
-        generate(model, batch, token_budget=0.6, reducer=reducer)
+        generate(model, batch, token_budget=0.6, reducer=reducer, max_new_tokens=1)
         model(**batch, token_budget=0.6, reducer=reducer)
         model.select_tokens(**batch, token_budget=0.6, reducer=reducer)
     with pytest.raises(ValueError, match="made for the parameters"):
@@ -729,4 +719,4 @@ def test_calls_in_several_threads_have_their_own_parameters() -> None:
             return torch.equal(model(**batch, token_budget=0.8, reducer=asked[which]).logits, expected[which])
 
     with ThreadPoolExecutor(3) as threads:
-        assert all(threads.map(answer, range(60)))
+        assert all(threads.map(answer, range(24)))
