@@ -25,7 +25,8 @@ class TokenReducer(nn.Module):
     """
     Base class of everything that chooses or merges visual tokens. Subclass it, write `forward`, and register it by
     name. Keyword arguments of `__init__` beside `config` are the reducer's parameters: what users may write in
-    `model.set_reducer(name, **parameters)`, plain values that JSON can hold.
+    `model.set_reducer(name, **parameters)`, plain values that JSON can hold. One that is not allowed raises a
+    `ValueError` that names it, its value and what is allowed.
 
     Attributes:
         stage: where it acts. `"encoder"`: inside the vision tower (see [`EncoderReducer`]); `"vision"`: between tower
@@ -81,16 +82,12 @@ class ScoringReducer(TokenReducer):
 
     def scores(self, features: VisionFeatures) -> torch.Tensor:
         """
-        Unnormalised log-probabilities of keeping each token: only their order matters to which are kept, and their
-        differences to the entropy.
-
-        Returns:
-            `[num_images, num_tokens]`.
+        Unnormalised log-probabilities `[num_images, num_tokens]` of keeping each token: only their order matters to
+        which are kept, and their differences to the entropy.
         """
         raise NotImplementedError(f"{type(self).__name__} has to define scores(features).")
 
     def forward(self, features: VisionFeatures, num_keep: torch.Tensor) -> Selection:
-        """See [`TokenReducer.forward`]."""
         scores = self.scores(features).float()
         num_keep = raised_to_entropy(scores, num_keep, self.config.min_token_entropy)
         return Selection.from_keep(top_k_mask(scores, num_keep))
@@ -197,24 +194,29 @@ def reducer_parameters(name: str) -> dict[str, Any]:
     return {p.name: p.default for p in signature if p.kind in kinds and p.name not in ("self", "config")}
 
 
+def directions(tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens `[..., width]` as unit vectors in float32, whose products are cosines; one of no length stays 0."""
+    return nn.functional.normalize(tokens.float(), dim=-1)
+
+
 def take_tokens(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Of `[num_images, num_tokens, hidden_size]` the tokens at `index` `[num_images, num_taken]`, in its order."""
     return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
 def require_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    """
-    Raises:
-        ValueError: if the parameter `name` is none of `choices`.
-    """
-    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+    """Raises a `ValueError` if the parameter `name` is none of `choices`; 1 is not `True`."""
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise ValueError(f"`{name}` is {value!r}; allowed: {', '.join(map(repr, choices))}.")
 
 
-def require_share(name: str, value: float) -> None:
-    """
-    Raises:
-        ValueError: if the parameter `name` is not from 0 to 1.
-    """
-    if not 0 <= value <= 1:
-        raise ValueError(f"`{name}` is {value!r}; allowed are 0 to 1.")
+def require_share(name: str, value: float, above_zero: bool = False) -> None:
+    """Raises a `ValueError` if the parameter `name` is not from 0 to 1, or is 0 where it has to be above."""
+    if not 0 <= value <= 1 or (above_zero and value == 0):
+        raise ValueError(f"`{name}` is {value!r}; allowed are {'shares above 0, up to' if above_zero else '0 to'} 1.")
+
+
+def require_count(name: str, value: Any, least: int) -> None:
+    """Raises a `ValueError` if the parameter `name` is no whole number of `least` or more."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"`{name}` is {value!r}; allowed are whole numbers from {least}.")

@@ -17,31 +17,21 @@ def cls_scores(attention: TowerAttention) -> torch.Tensor:
     """
     The mean over heads of CLS's attention to each patch, s_i = 1/H sum_h softmax(q_h k_h^T / sqrt(d))_i.
 
-    The softmax is over CLS and all patches that are there, and CLS's own column is left out.
-
-    Returns:
-        `[num_images, num_tokens]` float32, in [0, 1].
+    The softmax is over CLS and all patches that are there, and CLS's own column is left out:
+    `[num_images, num_tokens]` float32, in [0, 1].
     """
     return attention.cls_row().mean(dim=1)
 
 
 def cls_log_scores(attention: TowerAttention) -> torch.Tensor:
-    """
-    Logarithm of [`cls_scores`]: the same ranking, as the unnormalised log-probabilities of a [`ScoringReducer`].
-
-    Returns:
-        `[num_images, num_tokens]` float32, finite.
-    """
+    """Logarithm of [`cls_scores`], finite: the same ranking, as the log-probabilities of a [`ScoringReducer`]."""
     scores = cls_scores(attention)
     # Peaked attention underflows to 0, and the entropy of scores of minus infinity is no number.
     return scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
 
 
 def require_cls_attention(config: AdaVTPConfig, name: str) -> None:
-    """
-    Raises:
-        ValueError: if the tower has no CLS token, whose attention the reducer `name` reads, or no layer has attended.
-    """
+    """Raises a `ValueError` if the tower has no CLS token for the reducer `name` to read, or no layer has attended."""
     if not config.has_cls:
         raise ValueError(
             f"Reducer {name!r} ranks patches by the attention of the CLS token, and a "
@@ -51,12 +41,7 @@ def require_cls_attention(config: AdaVTPConfig, name: str) -> None:
 
 
 def making_layer(config: AdaVTPConfig) -> int:
-    """
-    The tower layer, from 0, that made the features.
-
-    Raises:
-        ValueError: if none did, because the features are the tower's embeddings.
-    """
+    """The tower layer, from 0, that made the features; a `ValueError` if they are the tower's embeddings."""
     layer = feature_layer_index(config) - 1
     if layer < 0:
         raise ValueError(
@@ -77,9 +62,6 @@ class CLSAttentionReducer(ScoringReducer):
     Args:
         layer: tower layer, from 0, whose attention ranks: any that runs, or the one above. By default the layer that
             made the features (22 of LLaVA-1.5).
-
-    Raises:
-        ValueError: if the tower has no CLS token, or `layer` is not there.
     """
 
     needs = ("attention",)
@@ -96,9 +78,7 @@ class CLSAttentionReducer(ScoringReducer):
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
-        """The one layer that ranks."""
         return (making_layer(self.config) if self.layer is None else self.layer,)
 
     def scores(self, features: VisionFeatures) -> torch.Tensor:
-        """See [`ScoringReducer.scores`]."""
         return cls_log_scores(features.attention[self.attention_layers[0]])

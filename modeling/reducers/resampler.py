@@ -33,10 +33,7 @@ class ResamplerReducer(TokenReducer):
 
     Args:
         num_layers: 1 or more.
-        num_heads: heads of the attention; the tower's number by default.
-
-    Raises:
-        ValueError: if `num_layers` is below 1, or the heads do not divide the width of a patch feature.
+        num_heads: heads of the attention, a divisor of the width of a patch feature; the tower's number by default.
     """
 
     trained = True
@@ -57,7 +54,6 @@ class ResamplerReducer(TokenReducer):
         self.output_norm = nn.LayerNorm(width)
 
     def forward(self, features: VisionFeatures, num_keep: torch.Tensor) -> Selection:
-        """See [`TokenReducer.forward`]."""
         patches, num_keep = features.patches, num_keep.to(features.patches.device)
         num_images, num_tokens, width = patches.shape
         step = torch.arange(int(num_keep.max()), device=patches.device)
@@ -71,13 +67,7 @@ class ResamplerReducer(TokenReducer):
 
 
 class ResamplerLayer(nn.Module):
-    """
-    Pre-norm cross-attention from queries to patches, then an MLP, each added to its input.
-
-    Args:
-        width: of queries and patches.
-        num_heads: a divisor of `width`.
-    """
+    """Pre-norm cross-attention from queries to patches of the same width, then an MLP, each added to its input."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -93,15 +83,7 @@ class ResamplerLayer(nn.Module):
         )
 
     def forward(self, latents: torch.Tensor, patches: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            latents: `[num_images, num_queries, width]`.
-            patches: `[num_images, num_tokens, width]`.
-            places: `[num_images, num_tokens, width]`, added to the normalised patches.
-
-        Returns:
-            `[num_images, num_queries, width]`; none depends on another.
-        """
+        """`[num_images, num_queries, width]`, none of which depends on another; `places` says where each patch is."""
         patches = self.patch_norm(patches) + places
         query = self._heads(self.q_proj(self.latent_norm(latents)))
         key, value = self._heads(self.k_proj(patches)), self._heads(self.v_proj(patches))
@@ -116,16 +98,9 @@ class ResamplerLayer(nn.Module):
 
 def grid_encoding(positions: torch.Tensor, grid: tuple[int, int], width: int) -> torch.Tensor:
     """
-    Sinusoidal encoding of where in the grid each token stands: one half of the channels for its row, the other
-    for its column, each as in the Transformer (arXiv 1706.03762).
-
-    Args:
-        positions: `[num_images, num_tokens]` int64, patches in raster order.
-        grid: rows and columns.
-        width: of the encoding.
-
-    Returns:
-        `[num_images, num_tokens, width]` float32, in [-1, 1].
+    Sinusoidal encoding `[num_images, num_tokens, width]` float32 of where in the grid (rows and columns) each token
+    stands: one half of the channels for its row, the other for its column, each as in the Transformer (arXiv
+    1706.03762).
     """
     num_frequencies = -(-width // 4)
     frequency = 10_000.0 ** -(torch.arange(num_frequencies, device=positions.device) / num_frequencies)
