@@ -10,14 +10,8 @@ import torch
 
 def top_k_mask(scores: torch.Tensor, num_keep: torch.Tensor) -> torch.Tensor:
     """
-    Marks the `num_keep` largest scores of each row; among equal scores the earlier position wins.
-
-    Args:
-        scores: `[batch, num_patches]`.
-        num_keep: `[batch]` int64, values in [1, num_patches].
-
-    Returns:
-        `torch.BoolTensor` `[batch, num_patches]` with exactly `num_keep` true entries per row.
+    Marks the `num_keep` `[batch]` largest scores of each row `[batch, num_patches]`; among equal scores the earlier
+    position wins.
     """
     order = scores.argsort(dim=-1, descending=True, stable=True)
     in_reach = torch.arange(scores.shape[-1], device=scores.device) < num_keep.to(scores.device)[:, None]

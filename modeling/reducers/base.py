@@ -95,18 +95,11 @@ class ScoringReducer(TokenReducer):
 
 def raised_to_entropy(scores: torch.Tensor, num_keep: torch.Tensor, min_token_entropy: float) -> torch.Tensor:
     """
-    The least number of tokens, `num_keep` or more, whose entropy is no less than a share of its maximum.
+    The least number K of tokens `[num_images]`, `num_keep` or more, whose entropy is no less than a share of its
+    maximum; every token, if no number of them reaches it.
 
     The K best tokens have probabilities p = softmax of their K scores, and entropy H = -sum p log p, at most log K.
-    One token has none, so that any floor above 0 adds to it.
-
-    Args:
-        scores: `[num_images, num_tokens]` float32, unnormalised log-probabilities.
-        num_keep: `[num_images]` int64.
-        min_token_entropy: in [0, 1], the least H / log K; 0 adds nothing.
-
-    Returns:
-        `[num_images]` int64. Every token, if no number of them reaches the floor.
+    One token has none, so that any floor H / log K above 0 adds to it; 0 adds nothing.
     """
     if min_token_entropy == 0.0:
         return num_keep
@@ -123,12 +116,16 @@ def raised_to_entropy(scores: torch.Tensor, num_keep: torch.Tensor, min_token_en
     return is_enough.int().argmax(dim=-1) + 1
 
 
-def feature_layer_index(config: AdaVTPConfig) -> int:
-    """The highest feature layer as an index of hidden states, 0 the embeddings and l what layer l - 1 makes."""
+def feature_layers(config: AdaVTPConfig) -> list[int]:
+    """The feature layers in the order asked for, as indices of hidden states: 0 the embeddings, l of layer l - 1."""
     layers = config.vision_feature_layer
-    layers = [layers] if isinstance(layers, int) else layers
-    num_layers = config.vision_config.num_hidden_layers
-    return max(layer if layer >= 0 else num_layers + 1 + layer for layer in layers)
+    num_states = config.vision_config.num_hidden_layers + 1
+    return [index if index >= 0 else num_states + index for index in ([layers] if isinstance(layers, int) else layers)]
+
+
+def feature_layer_index(config: AdaVTPConfig) -> int:
+    """The highest feature layer as an index of hidden states."""
+    return max(feature_layers(config))
 
 
 REDUCERS: dict[str, type[TokenReducer]] = {}
@@ -138,12 +135,10 @@ def register_reducer(name: str) -> Callable[[type[TokenReducer]], type[TokenRedu
     """
     Class decorator that makes a reducer available as `model.set_reducer(name)` and in `config.reducers`.
 
-    Args:
-        name: letters, digits, `_`, `+` and `-`.
-
     Raises:
         TypeError: if the decorated class is not a [`TokenReducer`].
-        ValueError: if the name has other characters, another class holds it, or the class's stage is not one.
+        ValueError: if the name has characters other than letters, digits, `_`, `+` and `-`, another class holds it, or
+            the class's stage is not one.
     """
     if not re.fullmatch(r"[\w+-]+", name):
         raise ValueError(f"`name` is {name!r}; letters, digits, '_', '+' and '-' are allowed.")

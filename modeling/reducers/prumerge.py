@@ -5,6 +5,8 @@ nearest neighbours added on, weighted by their attention, and one more token car
 PruMerge+ also keeps patches at a uniform stride, so that no part of the image is missing altogether.
 """
 
+from dataclasses import replace
+
 import torch
 
 from ...configuration.configuration_adavtp import AdaVTPConfig
@@ -89,30 +91,6 @@ def sum_of_rest(patches: torch.Tensor, scores: torch.Tensor, is_kept: torch.Tens
     return weights @ patches
 
 
-def padded_selection(
-    tokens: torch.Tensor, index: torch.Tensor, is_token: torch.Tensor, num_tokens: int, spatial_order: bool
-) -> Selection:
-    """
-    [`Selection.from_tokens`] for images with different numbers of tokens.
-
-    Args:
-        tokens: `[num_images, columns, hidden_size]`.
-        index: `[num_images, columns]` int64, the place of each token among those that came in.
-        is_token: `[num_images, columns]` bool; the other columns are ignored.
-        num_tokens: that came in.
-        spatial_order: whether tokens stand at their own places, or in the order given at the places of all.
-    """
-    places, by_place = index.masked_fill(~is_token, num_tokens).sort(dim=-1, stable=True)
-    order = by_place if spatial_order else (~is_token).to(torch.int8).argsort(dim=-1, stable=True)
-    longest = int(is_token.sum(dim=-1).max())
-    keep = torch.zeros(len(index), num_tokens + 1, dtype=torch.bool, device=index.device)
-    return Selection(
-        keep.scatter(1, places, True)[:, :num_tokens],
-        places.masked_fill(places == num_tokens, -1)[:, :longest],
-        features=take_tokens(tokens, order[:, :longest]),
-    )
-
-
 @register_reducer("prumerge")
 class PruMergeReducer(TokenReducer):
     """
@@ -183,13 +161,17 @@ class PruMergeReducer(TokenReducer):
         extra = sum_of_rest(patches, scores, is_kept, self.average)
         column = torch.arange(num_tokens, device=scores.device)
         last_free = column.masked_fill(is_kept, -1).amax(dim=-1, keepdim=True)
-        return padded_selection(
-            torch.cat([merged, extra], dim=1).to(features.patches.dtype),
-            torch.cat([kept, last_free], dim=1),
-            torch.cat([column[: kept.shape[1]] < num_kept[:, None], has_extra[:, None]], dim=1),
-            num_tokens,
-            self.order == "spatial",
+        places = torch.cat(
+            [
+                kept.masked_fill(column[: kept.shape[1]] >= num_kept[:, None], -1),
+                last_free.masked_fill(~has_extra[:, None], -1),
+            ],
+            dim=1,
         )
+        tokens = torch.cat([merged, extra], dim=1).to(features.patches.dtype)
+        selection = Selection.from_tokens(tokens, places, num_tokens, self.order == "spatial")
+        longest = int(selection.num_keep.max())
+        return replace(selection, positions=selection.positions[:, :longest], features=selection.features[:, :longest])
 
     def scores(self, features: VisionFeatures) -> torch.Tensor:
         """CLS attention a, `[num_images, num_tokens]` float32."""

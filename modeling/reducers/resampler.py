@@ -13,7 +13,7 @@ from torch import nn
 
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..budget.selection import Selection
-from ..vision.budget_token import patch_width
+from ..vision.budget_token import attended, patch_width
 from ..vision.features import VisionFeatures
 from .base import TokenReducer, register_reducer
 from .controls import at_a_stride
@@ -85,15 +85,10 @@ class ResamplerLayer(nn.Module):
     def forward(self, latents: torch.Tensor, patches: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """`[num_images, num_queries, width]`, none of which depends on another; `places` says where each patch is."""
         patches = self.patch_norm(patches) + places
-        query = self._heads(self.q_proj(self.latent_norm(latents)))
-        key, value = self._heads(self.k_proj(patches)), self._heads(self.v_proj(patches))
-        read = nn.functional.scaled_dot_product_attention(query, key, value)
-        latents = latents + self.out_proj(read.transpose(1, 2).flatten(2))
+        query = self.q_proj(self.latent_norm(latents))
+        read = attended(query, self.k_proj(patches), self.v_proj(patches), self.num_heads)
+        latents = latents + self.out_proj(read)
         return latents + self.mlp(latents)
-
-    def _heads(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`[batch, tokens, width]` -> `[batch, heads, tokens, head_dim]`."""
-        return hidden_states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 def grid_encoding(positions: torch.Tensor, grid: tuple[int, int], width: int) -> torch.Tensor:
