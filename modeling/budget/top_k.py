@@ -43,9 +43,6 @@ def straight_through_gates(
         num_keep: `[batch]` int64.
         keep: `[batch, num_patches]` bool, the choice.
         temperature: above 0; larger spreads the gradient over more tokens.
-
-    Returns:
-        `[batch, num_patches]` float32.
     """
     scores = perturbed_scores.detach()
     ranked = scores.sort(dim=-1, descending=True).values

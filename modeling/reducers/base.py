@@ -35,6 +35,7 @@ class TokenReducer(nn.Module):
         needs: of the class or the instance, what it has to be given beside the tokens, of the fields of
             [`VisionFeatures`] `"cls"`, `"budget"`, `"question"`, `"question_ids"`, `"pixel_values"`, `"tower_patches"`
             and `"attention"` (of the tower layers in `attention_layers`).
+        ranks_by_cls: whether it reads the attention of the tower's CLS token.
         trained: whether it has weights that have to be learned.
         has_own_rule: whether `forward` also takes `num_keep=None` and then decides by a rule of its own.
         one_count: whether `forward` wants images that all keep the same number; images that do not come in several
@@ -45,6 +46,7 @@ class TokenReducer(nn.Module):
 
     stage: ClassVar[str] = "vision"
     needs: tuple[str, ...] = ()
+    ranks_by_cls: ClassVar[bool] = False
     trained: ClassVar[bool] = False
     has_own_rule: ClassVar[bool] = False
     one_count: bool = False
@@ -58,7 +60,7 @@ class TokenReducer(nn.Module):
     @property
     def attention_layers(self) -> tuple[int, ...]:
         """Tower layers, from 0, that `features.attention` is of: by default the one that made the features."""
-        return (feature_layer_index(self.config) - 1,)
+        return (making_layer(self.config),)
 
     def forward(self, features: VisionFeatures, num_keep: torch.Tensor) -> Selection:
         """
@@ -128,6 +130,17 @@ def feature_layer_index(config: AdaVTPConfig) -> int:
     return max(feature_layers(config))
 
 
+def making_layer(config: AdaVTPConfig) -> int:
+    """The tower layer, from 0, that made the features; a `ValueError` if they are the tower's embeddings."""
+    layer = feature_layer_index(config) - 1
+    if layer < 0:
+        raise ValueError(
+            f"`vision_feature_layer` is {config.vision_feature_layer}, the tower's embeddings, which no layer's "
+            "attention has made; choose a feature layer above 0."
+        )
+    return layer
+
+
 REDUCERS: dict[str, type[TokenReducer]] = {}
 
 
@@ -179,7 +192,15 @@ def build_reducer(name: str, config: AdaVTPConfig, **parameters: Any) -> TokenRe
     if unknown:
         takes = ", ".join(known) or "none"
         raise ValueError(f"Reducer {name!r} got the parameter(s) {', '.join(unknown)}; parameters it takes: {takes}.")
-    return REDUCERS[name](config, **parameters)
+    if REDUCERS[name].ranks_by_cls and not config.has_cls:
+        raise ValueError(
+            f"Reducer {name!r} ranks patches by the attention of the CLS token, and a "
+            f"{config.vision_config.model_type!r} tower has none; use a reducer that does without, such as 'divprune'."
+        )
+    module = REDUCERS[name](config, **parameters)
+    if module.ranks_by_cls:
+        making_layer(config)
+    return module
 
 
 def reducer_parameters(name: str) -> dict[str, Any]:

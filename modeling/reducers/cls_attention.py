@@ -10,7 +10,7 @@ import torch
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..vision.features import VisionFeatures
 from ..vision.tower import TowerAttention
-from .base import ScoringReducer, feature_layer_index, register_reducer
+from .base import ScoringReducer, making_layer, register_reducer
 
 
 def cls_scores(attention: TowerAttention) -> torch.Tensor:
@@ -30,27 +30,6 @@ def cls_log_scores(attention: TowerAttention) -> torch.Tensor:
     return scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
 
 
-def require_cls_attention(config: AdaVTPConfig, name: str) -> None:
-    """Raises a `ValueError` if the tower has no CLS token for the reducer `name` to read, or no layer has attended."""
-    if not config.has_cls:
-        raise ValueError(
-            f"Reducer {name!r} ranks patches by the attention of the CLS token, and a "
-            f"{config.vision_config.model_type!r} tower has none; use a reducer that does without, such as 'divprune'."
-        )
-    making_layer(config)
-
-
-def making_layer(config: AdaVTPConfig) -> int:
-    """The tower layer, from 0, that made the features; a `ValueError` if they are the tower's embeddings."""
-    layer = feature_layer_index(config) - 1
-    if layer < 0:
-        raise ValueError(
-            f"`vision_feature_layer` is {config.vision_feature_layer}, the tower's embeddings, which no layer's "
-            "attention has made; choose a feature layer above 0."
-        )
-    return layer
-
-
 @register_reducer("cls_attention")
 class CLSAttentionReducer(ScoringReducer):
     """
@@ -65,11 +44,11 @@ class CLSAttentionReducer(ScoringReducer):
     """
 
     needs = ("attention",)
+    ranks_by_cls = True
     paper = "FasterVLM (arXiv 2412.01818)"
 
     def __init__(self, config: AdaVTPConfig, layer: int | None = None) -> None:
         super().__init__(config)
-        require_cls_attention(config, "cls_attention")
         making = making_layer(config)
         top = min(making + 1, config.vision_config.num_hidden_layers - 1)
         if layer is not None and layer not in range(top + 1):

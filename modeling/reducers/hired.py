@@ -15,8 +15,8 @@ from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..budget.selection import Selection
 from ..budget.top_k import top_k_mask
 from ..vision.features import VisionFeatures
-from .base import ScoringReducer, register_reducer, require_choice, require_share
-from .cls_attention import cls_log_scores, cls_scores, making_layer, require_cls_attention
+from .base import ScoringReducer, making_layer, register_reducer, require_choice, require_share
+from .cls_attention import cls_log_scores, cls_scores
 
 _FIRST_LAYER = 0
 
@@ -128,6 +128,7 @@ class HiREDReducer(ScoringReducer):
     """
 
     needs = ("attention",)
+    ranks_by_cls = True
     paper = "HiRED (arXiv 2408.10945)"
 
     def __init__(
@@ -138,7 +139,6 @@ class HiREDReducer(ScoringReducer):
         share: str = "count",
     ) -> None:
         super().__init__(config)
-        require_cls_attention(config, "hired")
         is_grid = isinstance(tile_grid, list | tuple) and [type(size) for size in tile_grid] == [int, int]
         if tile_grid is not None and not (is_grid and min(tile_grid) > 0):
             raise ValueError(

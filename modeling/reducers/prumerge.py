@@ -17,13 +17,14 @@ from ..vision.tower import TowerAttention
 from .base import (
     TokenReducer,
     directions,
+    making_layer,
     register_reducer,
     require_choice,
     require_count,
     require_share,
     take_tokens,
 )
-from .cls_attention import cls_scores, making_layer, require_cls_attention
+from .cls_attention import cls_scores
 from .controls import at_a_stride
 
 
@@ -116,6 +117,7 @@ class PruMergeReducer(TokenReducer):
     """
 
     needs = ("attention",)
+    ranks_by_cls = True
     has_own_rule = True
     paper = "PruMerge (arXiv 2403.15388)"
 
@@ -128,7 +130,6 @@ class PruMergeReducer(TokenReducer):
         order: str = "spatial",
     ) -> None:
         super().__init__(config)
-        require_cls_attention(config, "prumerge")
         require_choice("attention", attention, ("single_head", "per_head"))
         require_choice("average", average, (True, False))
         require_choice("order", order, ("spatial", "official"))
@@ -161,13 +162,9 @@ class PruMergeReducer(TokenReducer):
         extra = sum_of_rest(patches, scores, is_kept, self.average)
         column = torch.arange(num_tokens, device=scores.device)
         last_free = column.masked_fill(is_kept, -1).amax(dim=-1, keepdim=True)
-        places = torch.cat(
-            [
-                kept.masked_fill(column[: kept.shape[1]] >= num_kept[:, None], -1),
-                last_free.masked_fill(~has_extra[:, None], -1),
-            ],
-            dim=1,
-        )
+        # Columns of -1 are no tokens: behind an image's own number, and for an extra token that it does not get.
+        kept = kept.masked_fill(column[: kept.shape[1]] >= num_kept[:, None], -1)
+        places = torch.cat([kept, last_free.masked_fill(~has_extra[:, None], -1)], dim=1)
         tokens = torch.cat([merged, extra], dim=1).to(features.patches.dtype)
         selection = Selection.from_tokens(tokens, places, num_tokens, self.order == "spatial")
         longest = int(selection.num_keep.max())
@@ -219,7 +216,6 @@ class PruMergePlusReducer(PruMergeReducer):
         order: str = "spatial",
         important: float = 0.25,
     ) -> None:
-        require_cls_attention(config, "prumerge+")
         super().__init__(config, attention, average, neighbours, order)
         require_share("important", important)
         self.important = important

@@ -184,8 +184,7 @@ def num_clusters(num_removed: int | torch.Tensor) -> int | torch.Tensor:
 def num_kept_as_they_are(num_visual: torch.Tensor, num_keep: torch.Tensor) -> torch.Tensor:
     """
     How many tokens stay as they are where, with what is recycled from the others, `num_keep` are to be left: the
-    largest k with k + [`num_clusters`](num_visual - k) <= num_keep, but no less than half of what is left. All
-    `[batch]` int64.
+    largest k with k + [`num_clusters`](num_visual - k) <= num_keep, but no less than half of what is left.
     """
     kept = torch.arange(int(num_visual.max()) + 1, device=num_visual.device)
     fits = (kept <= num_visual[:, None]) & (

@@ -198,12 +198,11 @@ class MatchingReducer(EncoderReducer):
         matching: Matching,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Lets targets take their sources in.
+        Lets targets take their sources in, between the halves of a layer.
 
         Args:
-            tower: the pass.
-            layer: which layer this is.
-            entering: `[num_images, num_before + num_tokens + num_after, hidden_size]`, the sequence before attention.
+            tower, layer: the pass, and which layer this is.
+            entering: the whole sequence before the layer's attention.
             patches: `[num_images, num_tokens, hidden_size]`, behind it.
             sizes: `[num_images, num_tokens]` float32, how many patches each stands for.
             matching: who goes where.

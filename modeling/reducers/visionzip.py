@@ -15,7 +15,7 @@ from ..budget.selection import Selection
 from ..budget.top_k import top_k_mask
 from ..vision.features import VisionFeatures
 from .base import TokenReducer, directions, register_reducer, require_choice, require_share, take_tokens
-from .cls_attention import cls_scores, making_layer, require_cls_attention
+from .cls_attention import cls_scores
 
 
 def num_contextual(num_kept: int, contextual: float) -> int:
@@ -78,6 +78,7 @@ class VisionZipReducer(TokenReducer):
     """
 
     needs = ("cls", "attention")
+    ranks_by_cls = True
     one_count = True
     paper = "VisionZip (arXiv 2412.04467)"
 
@@ -85,14 +86,13 @@ class VisionZipReducer(TokenReducer):
         self, config: AdaVTPConfig, contextual: float = 0.16, average: bool = False, order: str = "spatial"
     ) -> None:
         super().__init__(config)
-        require_cls_attention(config, "visionzip")
         require_share("contextual", contextual)
         require_choice("average", average, (True, False))
         require_choice("order", order, ("spatial", "official"))
         self.contextual, self.average, self.order = contextual, average, order
 
     def forward(self, features: VisionFeatures, num_keep: torch.Tensor) -> Selection:
-        patches, attention = features.patches, features.attention[making_layer(self.config)]
+        patches, attention = features.patches, features.attention[self.attention_layers[0]]
         num_images, num_tokens, hidden_size = patches.shape
         num_targets = num_contextual(int(num_keep[0]), self.contextual)
         num_cls = 0 if self.config.keep_cls else 1

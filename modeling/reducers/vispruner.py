@@ -13,7 +13,7 @@ from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..budget.selection import Selection
 from ..vision.features import VisionFeatures
 from .base import TokenReducer, directions, register_reducer, require_share
-from .cls_attention import cls_scores, require_cls_attention
+from .cls_attention import cls_scores
 
 _MOST_DROPPED_AT_ONCE = 8
 
@@ -54,12 +54,12 @@ class VisPrunerReducer(TokenReducer):
     """
 
     needs = ("attention",)
+    ranks_by_cls = True
     one_count = True
     paper = "VisPruner (arXiv 2412.01818)"
 
     def __init__(self, config: AdaVTPConfig, important: float = 0.5) -> None:
         super().__init__(config)
-        require_cls_attention(config, "vispruner")
         require_share("important", important)
         self.important = important
 

@@ -95,12 +95,6 @@ def test_a_group_is_a_plain_mean_in_every_round() -> None:
     assert selection.features[0, :, 0].tolist() == [53.0, 1000.0]
 
 
-def test_a_rounds_matching_is_of_the_keys_length_does_not_count() -> None:
-    features = tiny_features()
-    longer = features_of(features.patches, features.attention[LAYER_ABOVE].keys * 7.0)
-    assert torch.allclose(merged(features, 9).features, merged(longer, 9).features, atol=1e-5)
-
-
 def test_of_equal_likenesses_the_earlier_joins_the_earlier() -> None:
     patches = torch.tensor([[1.0], [10.0], [3.0], [20.0], [5.0], [30.0]])
     selection = merged(features_of(patches[None], torch.ones(1, 1, 6, 2)), 4, "official")

@@ -12,7 +12,7 @@ from transformers import LlamaModel
 from adavtp import AdaVTPConfig
 from adavtp.modeling.decoder.view import DecoderView
 from adavtp.modeling.reducers.dart import DARTLayerReducer, DARTReducer
-from tiny_features import tiny_features
+from tiny_features import places_of, tiny_features
 from tiny_models import tiny_config, tiny_text_config
 
 CONFIG = tiny_config()
@@ -46,8 +46,8 @@ def dart_by_definition(
 # Between projector and decoder
 
 
-@pytest.mark.parametrize("pivots", [None, 1, 3, 40])
-@pytest.mark.parametrize("num_keep", [1, 2, 7, 8, 9, 19, 24])
+@pytest.mark.parametrize("pivots", [None, 3, 40])
+@pytest.mark.parametrize("num_keep", [1, 7, 8, 9, 24])
 def test_dart_keeps_pivots_and_what_is_least_like_them_by_definition(num_keep: int, pivots: int | None) -> None:
     features = tiny_features(2, 24)
     keep = DARTReducer(CONFIG, **({} if pivots is None else {"pivots": pivots}))(
@@ -137,35 +137,21 @@ def reduced(view: DecoderView, num_keep: list[int], **parameters: Any) -> torch.
 
 
 @pytest.mark.parametrize("parameters", [{}, {"image_pivots": 1, "text_pivots": 2}, {"text_pivots": 0}])
-@pytest.mark.parametrize("num_keep", [0, 1, 3, 4, 5, 11, 12, 19, 20])
 @torch.no_grad()
-def test_dart_layer_chooses_by_definition(num_keep: int, parameters: dict[str, int]) -> None:
+def test_dart_layer_chooses_by_definition(parameters: dict[str, int]) -> None:
     rows = ["--sss" + 20 * "v" + "qqqqqqq", "ssvvvvvsvvv" + 12 * "v" + "qqqqqqqaa", 10 * "-" + 20 * "v" + "qq"]
     rows += [20 * "v" + "q" + 11 * "a", 20 * "v" + 12 * "a"]
     view = view_of(rows)
-    keep = reduced(view, [num_keep] * 5, **parameters)
     tokens = view.norm(view.hidden_states).double().numpy()
-    for row, letters in enumerate(rows):
-        image = [column for column, letter in enumerate(letters) if letter == "v"]
-        question = [column for column, letter in enumerate(letters) if letter == "q"]
-        pivots = ({"image_pivots": 4, "text_pivots": 4} | parameters).values()
-        norms = key_norms_by_definition(view, row)
-        expected = dart_by_definition(tokens[row], norms, image, question, num_keep, *pivots)
-        others = [column for column, letter in enumerate(letters) if letter != "v"]
-        assert keep[row].nonzero()[:, 0].tolist() == sorted(expected + others)
-
-
-@torch.no_grad()
-def test_scores_are_the_norms_of_keys_after_rotation() -> None:
-    view = view_of(["--ssvvvvvvqqq"])
-    scores = DARTLayerReducer(decoder_config()).scores(view, 0)[0, 2:]
-    assert torch.allclose(scores, torch.tensor(key_norms_by_definition(view, 0)[2:]), rtol=1e-4)
-
-
-def test_asking_for_128_keeps_128_and_no_more() -> None:
-    view = view_of(["s" + 300 * "v" + "qqqqqqqq"])
-    for num_keep in (64, 128, 192):
-        assert reduced(view, [num_keep]).sum() - 9 == num_keep
+    pivots = ({"image_pivots": 4, "text_pivots": 4} | parameters).values()
+    norms = [key_norms_by_definition(view, row) for row in range(5)]
+    for num_keep in (0, 1, 3, 4, 5, 12, 19, 20):
+        kept = places_of(reduced(view, [num_keep] * 5, **parameters))
+        for row, letters in enumerate(rows):
+            image, question = ([c for c, letter in enumerate(letters) if letter == kind] for kind in "vq")
+            expected = dart_by_definition(tokens[row], norms[row], image, question, num_keep, *pivots)
+            others = [column for column, letter in enumerate(letters) if letter != "v"]
+            assert kept[row] == sorted(expected + others)
 
 
 def test_rows_with_fewer_visual_tokens_than_asked_for_keep_all_of_them() -> None:
@@ -209,13 +195,6 @@ def test_dart_layer_keeps_exactly_k_of_every_row_and_the_same_as_alone(dtype: to
         assert torch.equal(reduced(view_of([letters], dtype, seed=row), num_keep[row : row + 1])[0], own)
 
 
-def test_the_states_of_what_stays_are_untouched() -> None:
-    view = view_of(["s" + 10 * "v" + "qqq"])
-    reducer = DARTLayerReducer(decoder_config())
-    with torch.no_grad():
-        assert reducer.reduce(view, reducer.scores(view, 0), torch.tensor([3]))[1] is view.hidden_states
-
-
 def test_the_cut_is_before_layer_2_of_32_in_proportion_or_where_one_says() -> None:
     reducer = DARTLayerReducer(decoder_config())
     assert [reducer.cuts(layers) for layers in (4, 16, 24, 32, 40, 64)] == [[1], [1], [2], [2], [2], [4]]
@@ -226,20 +205,3 @@ def test_its_own_schedule_is_128_tokens_from_the_cut_on() -> None:
     assert DARTLayerReducer(decoder_config()).layer_counts(576, None, 32) == [576] * 2 + [128] * 30
     assert DARTLayerReducer(decoder_config(), layer=3, keep=5).layer_counts(16, None, 4) == [16, 16, 16, 5]
     assert DARTLayerReducer(decoder_config()).layer_counts(16, None, 4) == [16] * 4
-
-
-@pytest.mark.parametrize(("num_visual", "num_layers", "layer"), [(576, 32, None), (16, 4, 3), (37, 5, 2)])
-def test_the_mean_over_layers_is_exactly_the_budget_wherever_it_can_be(
-    num_visual: int, num_layers: int, layer: int | None
-) -> None:
-    reducer = DARTLayerReducer(decoder_config(num_layers), layer=layer)
-    cut = layer or 2
-    for num_keep in range(0, num_visual + 1, max(1, num_visual // 40)):
-        if num_keep * num_layers < cut * num_visual:
-            with pytest.raises(ValueError, match="'dart_layer' cannot go below"):
-                reducer.layer_counts(num_visual, num_keep, num_layers)
-            continue
-        counts = reducer.layer_counts(num_visual, num_keep, num_layers)
-        assert sum(counts) == num_keep * num_layers and len(counts) == num_layers
-        assert counts[:cut] == [num_visual] * cut
-        assert sorted(counts, reverse=True) == counts and counts[cut] - counts[-1] <= 1

@@ -255,14 +255,9 @@ def test_training_keeps_all_tokens_and_tells_them_apart_by_gates(vision: str, fi
     decisions = [*told[1:], encoded.gates]
     assert all((later <= earlier).all() for earlier, later in pairwise(decisions))
     for decision, bias in zip(decisions, biases, strict=True):
-        length = encoded.sequence.shape[1]
-        for image in range(2):
-            for column in range(length):
-                is_patch = tower.num_before <= column < length - tower.num_after
-                is_kept = not is_patch or decision[image, column - tower.num_before] == 1
-                others = [bias[image, row, column].item() for row in range(length) if row != column]
-                assert bias[image, column, column].item() == 0.0
-                assert others == pytest.approx([0.0 if is_kept else math.log(1e-6)] * (length - 1), rel=1e-5)
+        is_dropped = nn.functional.pad(decision == 0, (tower.num_before, tower.num_after))
+        hidden = is_dropped[:, None] & ~torch.eye(encoded.sequence.shape[1], dtype=torch.bool)
+        torch.testing.assert_close(bias, math.log(1e-6) * hidden)
 
     expected = 0.0
     for stage, decision in enumerate(decisions, start=1):
@@ -338,13 +333,12 @@ def test_no_ratio_loss_without_a_weight() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("reducer_dtype", [torch.bfloat16, torch.float32])
-def test_bfloat16_keeps_exactly_k_and_stays_bfloat16(reducer_dtype: torch.dtype, training: bool) -> None:
+def test_in_training_too_bfloat16_stays_bfloat16(reducer_dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     tower = tiny_pass(dtype=torch.bfloat16, budget=True)
-    reducer = DynamicViTReducer(tower.config).to(reducer_dtype).train(training)
+    reducer = DynamicViTReducer(tower.config).to(reducer_dtype).train()
     encoded = reducer(tower, tiny_images(), counts(7))
     assert encoded.sequence.dtype == torch.bfloat16
     assert encoded.sequence.isfinite().all()
-    assert encoded.positions.shape == (2, NUM_PATCHES if training else 7)
+    assert encoded.positions.shape == (2, NUM_PATCHES)

@@ -319,21 +319,6 @@ def test_densities_too_small_for_a_float_still_differ() -> None:
     assert left[0, stays[0]].tolist() == [pytest.approx(values, abs=1e-3) for values in content]
 
 
-def test_the_official_numbers_come_out_at_each_cut() -> None:
-    generator = torch.Generator().manual_seed(0)
-    for num_visual, num_kept, num_left in ((576, 300, 309), (309, 200, 204), (204, 110, 113), (576, 66, 82)):
-        hidden_states = torch.randn(1, num_visual, 2, generator=generator)
-        scores = torch.randn(1, num_visual, generator=generator)
-        stays, left = reduced_by_model(
-            hidden_states, scores, [num_left], torch.ones(1, num_visual, dtype=torch.bool), merge="sum"
-        )
-        as_it_was = (left == hidden_states).all(dim=-1)[0] & stays[0]
-        best = columns(torch.zeros(num_visual).scatter(0, scores[0].topk(num_kept).indices, 1.0) > 0)
-        assert set(best) <= set(columns(as_it_was))
-        # A cluster of one is as it was too.
-        assert stays.sum() == num_left
-
-
 def test_version_2_recycles_nothing() -> None:
     generator = torch.Generator().manual_seed(0)
     hidden_states, scores = torch.randn(1, 40, 2, generator=generator), torch.randn(1, 40, generator=generator)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from adavtp.modeling.reducers.token_fusion import TokenFusionReducer
-from adavtp.modeling.reducers.tome import Matching, MatchingReducer, ToMeReducer, absorbed
+from adavtp.modeling.reducers.tome import Matching, MatchingReducer, ToMeReducer
 from tiny_models import NUM_PATCHES, tiny_config
 from tiny_towers import TOWERS, counts, tiny_images, tiny_pass, whole_run
 
@@ -106,17 +106,6 @@ def test_giving_nothing_is_pruning(vision: str, norm_preserving: bool) -> None:
         expected = pruning(tower, tiny_images(), counts(num_keep))
         torch.testing.assert_close(ours.sequence, expected.sequence, atol=1e-6, rtol=1e-6)
         assert torch.equal(ours.positions, expected.positions)
-
-
-def test_a_mean_is_shorter_than_its_parts_unless_norms_are_preserved() -> None:
-    patches = torch.tensor([[[3.0, 0.0], [0.0, 4.0]]])
-    matching = Matching(torch.tensor([[1]]), torch.tensor([[0]]), torch.tensor([[0]]))
-    assert float(absorbed(patches, torch.ones(1, 2), torch.ones(1, 1), matching)[0, 0].norm()) == 2.5
-    config = tiny_config()
-    config.vision_config.hidden_size = 2
-    reducer = with_gates(TokenFusionReducer(config), 1e4)
-    fused, _ = reducer.take_in(None, 1, None, patches, torch.ones(1, 2), matching)
-    torch.testing.assert_close(fused[0, 0], torch.tensor([2.4, 3.2]))
 
 
 # In training

@@ -207,17 +207,6 @@ def test_a_run_is_that_of_plain_loops(vision: str, merge: str, proportional: boo
             assert selection.positions[image].tolist() == sorted(places)
 
 
-def test_the_three_means_and_proportional_attention_make_a_difference() -> None:
-    tower = tiny_pass("clip", vision_feature_layer=-1)
-    runs = [
-        ToMeReducer(tower.config, merge=merge, proportional_attention=proportional)(tower, tiny_images(), counts(5))
-        for merge in MEANS
-        for proportional in (True, False)
-    ]
-    for index, run in enumerate(runs):
-        assert not any(torch.allclose(run.sequence, other.sequence, atol=1e-4) for other in runs[:index])
-
-
 def test_gradients_go_through_a_merge_to_all_patches() -> None:
     tower = tiny_pass(vision_feature_layer=-1)
     pixel_values = tiny_images().requires_grad_()
