@@ -88,8 +88,8 @@ class BudgetSchedule:
 
 class BudgetOfUnits:
     """
-    How many tokens of each unit every step leaves, in one pass through a stack. `total` `[num_units]` is what the whole
-    stack leaves, or `None` where reducers have their own budgets.
+    How many tokens of each unit every step leaves, in one pass through a stack. `total` `[num_units]` is what the
+    whole stack leaves, or `None` where reducers have their own budgets.
     """
 
     def __init__(

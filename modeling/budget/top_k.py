@@ -8,11 +8,13 @@ one sort in place of K. Evaluation takes the K largest scores.
 import torch
 
 
-def top_k_mask(scores: torch.Tensor, num_keep: torch.Tensor) -> torch.Tensor:
+def top_k_mask(scores: torch.Tensor, num_keep: torch.Tensor | int) -> torch.Tensor:
     """
-    Marks the `num_keep` `[batch]` largest scores of each row `[batch, num_patches]`; among equal scores the earlier
-    position wins.
+    Marks the `num_keep` largest scores of each row `[batch, num_patches]`, `[batch]` or as many of all; among equal
+    scores the earlier position wins.
     """
+    if isinstance(num_keep, int):
+        num_keep = torch.full((len(scores),), num_keep)
     order = scores.argsort(dim=-1, descending=True, stable=True)
     in_reach = torch.arange(scores.shape[-1], device=scores.device) < num_keep.to(scores.device)[:, None]
     return torch.zeros_like(in_reach).scatter(-1, order, in_reach)

@@ -187,8 +187,7 @@ class HiREDReducer(ScoringReducer):
         attention = cls_scores(whole.attention[_FIRST_LAYER])
         if self.share == "count":
             num_best = math.floor((1 - self.alpha) * attention.shape[1] + 1e-9)
-            best = torch.full((len(attention),), num_best, dtype=torch.long, device=attention.device)
-            attention = top_k_mask(attention, best).float()
+            attention = top_k_mask(attention, num_best).float()
         tile = tile_of(whole.positions, whole.grid, self.tile_grid)
         belongs = tile[:, None] == torch.arange(math.prod(self.tile_grid), device=tile.device)[:, None]
         return (attention[:, None] * belongs).sum(dim=-1)

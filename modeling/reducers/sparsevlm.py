@@ -166,9 +166,8 @@ def gravity(view: DecoderView, rows: torch.Tensor) -> torch.Tensor:
 def mean_of_visual_heads(received: torch.Tensor, is_visual: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Mean of `[batch, heads, n]` over the heads that give visual tokens most; of equal heads the earlier."""
     mass = (received * is_visual[:, None]).sum(dim=-1)
-    count = torch.full((len(mass),), min(num_heads, mass.shape[1]), device=mass.device)
-    counts = top_k_mask(mass, count)[..., None]
-    return (received * counts).sum(dim=1) / count[:, None]
+    num_heads = min(num_heads, mass.shape[1])
+    return (received * top_k_mask(mass, num_heads)[..., None]).sum(dim=1) / num_heads
 
 
 def num_candidates(num_removed: int | torch.Tensor) -> int | torch.Tensor:

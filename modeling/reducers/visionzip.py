@@ -113,8 +113,7 @@ class VisionZipReducer(TokenReducer):
 
 def split_by_score(scores: torch.Tensor, num_best: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices of the `num_best` tokens with the largest scores and of all others, both in spatial order."""
-    is_best = top_k_mask(scores, torch.full((len(scores),), num_best, device=scores.device))
-    best_first = (~is_best).to(torch.int8).argsort(dim=-1, stable=True)
+    best_first = (~top_k_mask(scores, num_best)).to(torch.int8).argsort(dim=-1, stable=True)
     return best_first[:, :num_best], best_first[:, num_best:]
 
 

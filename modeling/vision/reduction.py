@@ -7,6 +7,7 @@ like ones, so that every call sees full rows.
 from dataclasses import replace
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from ...configuration.configuration_adavtp import AdaVTPConfig
@@ -165,7 +166,10 @@ def _joined(
 
     def tokens(name: str, fill: float = 0.0) -> torch.Tensor | None:
         tensors = [getattr(part, name) for part in parts]
-        return None if tensors[0] is None else joined([_lengthened(tensor, longest, fill) for tensor in tensors])
+        if tensors[0] is None:
+            return None
+        rest = [[0, 0] * (tensor.dim() - 2) + [0, longest - tensor.shape[1]] for tensor in tensors]
+        return joined([nn.functional.pad(*pair, value=fill) for pair in zip(tensors, rest, strict=True)])
 
     patches, positions = tokens("patches"), tokens("positions", -1)
     merged = any(selection.features is not None for selection in selections)
@@ -195,11 +199,3 @@ def _joined(
         **{name: joined([getattr(part, name) for part in parts]) for name in BY_IMAGE},
     )
     return left, whole
-
-
-def _lengthened(tokens: torch.Tensor, length: int, fill: float) -> torch.Tensor:
-    """`[num_images, num_tokens, ...]` filled up to `length` tokens."""
-    if tokens.shape[1] == length:
-        return tokens
-    rest = tokens.new_full((tokens.shape[0], length - tokens.shape[1], *tokens.shape[2:]), fill)
-    return torch.cat([tokens, rest], dim=1)

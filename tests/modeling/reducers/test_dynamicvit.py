@@ -32,31 +32,15 @@ def with_random_predictors(reducer: DynamicViTReducer) -> DynamicViTReducer:
 
 def prediction_by_hand(predictor: KeepPredictor, patches: torch.Tensor, kept: list[int]) -> list[float]:
     """Log-probability of keeping each patch of one image, with the tokens at `kept` still there."""
-
-    def gelu(value: float) -> float:
-        return value * (1 + math.erf(value / math.sqrt(2))) / 2
-
-    def linear(layer: nn.Linear, values: list[float]) -> list[float]:
-        weight, bias = layer.weight.tolist(), layer.bias.tolist()
-        return [sum(w * v for w, v in zip(row, values, strict=True)) + b for row, b in zip(weight, bias, strict=True)]
-
-    embedded = []
-    for patch in patches.tolist():
-        mean = sum(patch) / len(patch)
-        variance = sum((value - mean) ** 2 for value in patch) / len(patch)
-        scale, shift = predictor.norm.weight.tolist(), predictor.norm.bias.tolist()
-        normed = [
-            (value - mean) / math.sqrt(variance + 1e-5) * gain + offset
-            for value, gain, offset in zip(patch, scale, shift, strict=True)
-        ]
-        embedded.append([gelu(value) for value in linear(predictor.embed, normed)])
+    centred = patches - patches.mean(dim=-1, keepdim=True)
+    normed = centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
+    embedded = predictor.embed(normed * predictor.norm.weight + predictor.norm.bias)
+    embedded = embedded * (1 + torch.erf(embedded / math.sqrt(2))) / 2
     half = patches.shape[1] // 2
-    others = [sum(embedded[index][channel] for index in kept) / len(kept) for channel in range(half, 2 * half)]
+    others = sum(embedded[index, half:] for index in kept) / len(kept)
     scores = []
     for token in embedded:
-        hidden = [gelu(value) for value in linear(predictor.score[0], token[:half] + others)]
-        hidden = [gelu(value) for value in linear(predictor.score[2], hidden)]
-        keep, drop = linear(predictor.score[4], hidden)
+        keep, drop = predictor.score(torch.cat([token[:half], others])).tolist()
         scores.append(-math.log1p(math.exp(drop - keep - 4.0)))
     return scores
 
