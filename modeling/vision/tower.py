@@ -33,8 +33,7 @@ def attention_half(layer: nn.Module, hidden_states: torch.Tensor, attention_mask
             f"{type(layer).__name__} takes no attention mask in this version of transformers, and the chosen reducer "
             "needs one; use a newer transformers, or another reducer."
         )
-    mask = {} if attention_mask is None else {"attention_mask": attention_mask}
-    attended = _attention(layer)(_first_norm(layer)(hidden_states), **({"attention_mask": None} | mask))[0]
+    attended = _attention(layer)(_first_norm(layer)(hidden_states), attention_mask=attention_mask)[0]
     if hasattr(layer, "layer_scale1"):
         attended = layer.drop_path(layer.layer_scale1(attended))
     return hidden_states + attended

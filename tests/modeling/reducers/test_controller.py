@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from adavtp import AdaVTPForConditionalGeneration, VisionFeatures
-from adavtp.modeling.reducers.adaptive import spread_choice
+from adavtp.modeling.reducers.adaptive import VisionTokenController, spread_choice
+from layers_by_hand import gelu, linear, normalised
 from tiny_models import (
     GATE_IDS,
     GATES,
@@ -66,26 +67,20 @@ def hears_the_budget(head: str, fusion: dict[str, str]) -> bool:
     return head != "patch" or fusion.get("budget_attention") == "mutual"
 
 
-def normalised(vector: torch.Tensor, weights: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    centred = vector - vector.mean()
-    scale = (centred.square().mean() + 1e-5).sqrt()
-    return centred / scale * weights[f"{name}.weight"] + weights[f"{name}.bias"]
-
-
-def linear(vector: torch.Tensor, weights: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    return weights[f"{name}.weight"] @ vector + weights[f"{name}.bias"]
-
-
-def score_by_hand(head: str, weights: dict[str, torch.Tensor], patch: torch.Tensor, budget: torch.Tensor) -> float:
-    """One patch's score, written out."""
+def scores_by_hand(
+    head: str, controller: VisionTokenController, patches: torch.Tensor, budget: torch.Tensor
+) -> torch.Tensor:
+    """The scores of one image's patches, written out."""
+    if head == "budget_token":
+        return linear(normalised(budget, controller.budget_norm), controller.score)
+    patches = normalised(patches, controller.patch_norm)
     if head == "patch":
-        return linear(normalised(patch, weights, "patch_norm"), weights, "score").item()
-    patch, budget = normalised(patch, weights, "patch_norm"), normalised(budget, weights, "budget_norm")
+        return linear(patches, controller.score)[:, 0]
+    patches = linear(patches, controller.patch_proj)
+    budget = linear(normalised(budget, controller.budget_norm), controller.budget_proj)
     if head == "patch_budget":
-        hidden = linear(patch, weights, "patch_proj") + linear(budget, weights, "budget_proj")
-        hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
-        return linear(hidden, weights, "score").item()
-    return (linear(patch, weights, "patch_proj").dot(linear(budget, weights, "budget_proj")) / 32**0.5).item()
+        return linear(gelu(patches + budget), controller.score)[:, 0]
+    return torch.stack([patch.dot(budget) / 32**0.5 for patch in patches])
 
 
 @torch.no_grad()
@@ -105,13 +100,8 @@ def test_scores_are_the_head_s_formula(head: str, feature_layer: int | list[int]
     )
     scores = controller.scores(features)
     assert scores.shape == (3, NUM_PATCHES)
-    weights = dict(controller.named_parameters())
     for image in range(3):
-        budget = features.budget[image]
-        if head == "budget_token":
-            expected = linear(normalised(budget, weights, "budget_norm"), weights, "score")
-        else:
-            expected = torch.tensor([score_by_hand(head, weights, patch, budget) for patch in features.patches[image]])
+        expected = scores_by_hand(head, controller, features.patches[image], features.budget[image])
         torch.testing.assert_close(scores[image], expected, atol=1e-5, rtol=0)
 
 

@@ -14,6 +14,7 @@ from adavtp.modeling.reducers.dynamicvit import (
     sampled_decision,
     tokens_after_stages,
 )
+from layers_by_hand import gelu, linear, normalised
 from tiny_models import NUM_PATCHES, tiny_config
 from tiny_towers import PASS_IDS, PASSES, TOWERS, counts, tiny_images, tiny_pass, whole_run
 
@@ -32,10 +33,7 @@ def with_random_predictors(reducer: DynamicViTReducer) -> DynamicViTReducer:
 
 def prediction_by_hand(predictor: KeepPredictor, patches: torch.Tensor, kept: list[int]) -> list[float]:
     """Log-probability of keeping each patch of one image, with the tokens at `kept` still there."""
-    centred = patches - patches.mean(dim=-1, keepdim=True)
-    normed = centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
-    embedded = predictor.embed(normed * predictor.norm.weight + predictor.norm.bias)
-    embedded = embedded * (1 + torch.erf(embedded / math.sqrt(2))) / 2
+    embedded = gelu(linear(normalised(patches, predictor.norm), predictor.embed))
     half = patches.shape[1] // 2
     others = sum(embedded[index, half:] for index in kept) / len(kept)
     scores = []

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, ViTConfig
 
 from adavtp import AdaVTPConfig, AdaVTPForConditionalGeneration
 from adavtp.modeling.vision.encode import VisionFeatures, encode_image
+from layers_by_hand import linear, normalised
 from tiny_models import IMAGE_SIZE, NUM_PATCHES, tiny_batch, tiny_config, tiny_model
 
 TOWERS = ["clip", "siglip", "dinov2"]
@@ -228,16 +229,6 @@ def test_post_fusion_is_one_cross_attention_behind_an_untouched_tower(
             read.append(sum(shares[patch] * value[patch, part] for patch in range(NUM_PATCHES)))
         expected = token[image] + linear(torch.cat(read), weights.out_proj)
         torch.testing.assert_close(features.budget[image], expected, atol=1e-5, rtol=0)
-
-
-def normalised(vector: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
-    centred = vector - vector.mean(dim=-1, keepdim=True)
-    scale = (centred.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
-    return centred / scale * norm.weight + norm.bias
-
-
-def linear(vector: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
-    return vector @ layer.weight.T + layer.bias
 
 
 def test_flash_attention_is_refused_where_it_would_show_the_budget_to_the_patches() -> None:
