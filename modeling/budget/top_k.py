@@ -14,7 +14,7 @@ def top_k_mask(scores: torch.Tensor, num_keep: torch.Tensor | int) -> torch.Tens
     scores the earlier position wins.
     """
     if isinstance(num_keep, int):
-        num_keep = torch.full((len(scores),), num_keep)
+        num_keep = torch.full((len(scores),), num_keep, device=scores.device)
     order = scores.argsort(dim=-1, descending=True, stable=True)
     in_reach = torch.arange(scores.shape[-1], device=scores.device) < num_keep.to(scores.device)[:, None]
     return torch.zeros_like(in_reach).scatter(-1, order, in_reach)
