@@ -54,11 +54,8 @@ class BudgetSchedule:
 
     def of_units(self, sample: torch.Tensor, sizes: torch.Tensor) -> "BudgetOfUnits":
         """
-        The budget of the units of a batch, for one pass through the stack.
-
-        Args:
-            sample: `[num_units]` int64 on the CPU, the prompt of each unit.
-            sizes: `[num_units]` int64 on the CPU, visual tokens of each, N.
+        The budget of the units of a batch, for one pass through the stack: of each, on the CPU, its prompt and its
+        number of visual tokens, `[num_units]` int64.
         """
         total = None
         if self.is_shared:
@@ -91,12 +88,8 @@ class BudgetSchedule:
 
 class BudgetOfUnits:
     """
-    How many tokens of each unit every step leaves, in one pass through a stack.
-
-    Args:
-        schedule: what was asked for.
-        total: `[num_units]` int64, what the whole stack leaves, or `None` where reducers have their own budgets.
-        sample, sizes: see [`BudgetSchedule.of_units`].
+    How many tokens of each unit every step leaves, in one pass through a stack. `total` `[num_units]` is what the
+    whole stack leaves, or `None` where reducers have their own budgets.
     """
 
     def __init__(
@@ -107,13 +100,8 @@ class BudgetOfUnits:
 
     def of_step(self, step: Step, entering: torch.Tensor) -> torch.Tensor | None:
         """
-        Args:
-            step: the next one; steps are asked about in their order.
-            entering: `[num_units]` int64, tokens that it gets.
-
-        Returns:
-            `[num_units]` int64, the tokens that the step leaves, for one inside the decoder as a mean over layers;
-            `None` if its own rule decides.
+        The tokens `[num_units]` that the next step leaves of those that enter it, for one inside the decoder as a mean
+        over layers; `None` if its own rule decides. Steps are asked about in their order.
         """
         if step.name not in self._settled:
             self._settled[step.name] = self._of_entry(step.name, entering)

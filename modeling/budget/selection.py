@@ -15,12 +15,10 @@ class Selection:
     The visual tokens that are kept of each unit: an image, a tile, a frame.
 
     Attributes:
-        keep: `torch.BoolTensor` `[num_images, num_patches]`, true where the patch is kept. Where units differ in size,
-            the rows of smaller ones end in false.
-        positions: `torch.LongTensor` `[num_images, max_keep]`, the kept patch positions in ascending order. Where
-            images keep different numbers, the shorter rows end in -1.
-        gates: `[num_images, num_patches]` or `None`; exactly 0 or 1, equal to `keep`, and carrying the gradient of the
-            choice.
+        keep: `[num_images, num_patches]` bool, true where the patch is kept; rows of smaller units end in false.
+        positions: `[num_images, max_keep]` int64, the kept patch positions in ascending order; rows of images that
+            keep fewer end in -1.
+        gates: `[num_images, num_patches]` or `None`; equal to `keep`, and carrying the gradient of the choice.
         features: `[num_images, max_keep, hidden_size]` of reducers that merge, or `None`: what stands at `positions`
             in place of the patches' own features. Rows at position -1 are ignored.
         loss: a term that the reducer adds to the training loss, or `None`.
@@ -65,18 +63,21 @@ class Selection:
 
         Args:
             features: `[num_images, num_tokens, hidden_size]`.
-            positions: `[num_images, num_tokens]` int64, for each token the patch in whose place it stands. No two
-                tokens of an image share one.
+            positions: `[num_images, num_tokens]` int64, for each token the patch in whose place it stands, or -1 for a
+                column that is no token. No two tokens of an image share a place.
             num_patches: N.
             spatial_order: whether a token stands at its own position; otherwise the tokens stand in the order given
                 and fill the places of all of them from the first to the last.
             loss: a term that is added to the training loss.
         """
-        ranked, order = positions.sort(dim=-1)
-        if spatial_order:
-            features = features.gather(1, order[..., None].expand_as(features))
-        keep = torch.zeros(len(positions), num_patches, dtype=torch.bool, device=positions.device)
-        return cls(keep.scatter(1, ranked, True), ranked, features=features, loss=loss)
+        is_token = positions >= 0
+        ranked, order = positions.masked_fill(~is_token, num_patches).sort(dim=-1, stable=True)
+        if not spatial_order:
+            order = (~is_token).to(torch.int8).argsort(dim=-1, stable=True)
+        features = features.gather(1, order[..., None].expand_as(features))
+        keep = torch.zeros(len(positions), num_patches + 1, dtype=torch.bool, device=positions.device)
+        keep = keep.scatter(1, ranked, True)[:, :num_patches]
+        return cls(keep, ranked.masked_fill(ranked == num_patches, -1), features=features, loss=loss)
 
     @classmethod
     def everything(cls, num_images: int, num_patches: int, device: torch.device) -> "Selection":
@@ -96,13 +97,8 @@ class Selection:
 
     def gather(self, features: torch.Tensor) -> torch.Tensor:
         """
-        The kept features, or what they were merged into, a shorter sequence.
-
-        Args:
-            features: `[num_images, num_patches, hidden_size]`, of the patches; unused where tokens were merged.
-
-        Returns:
-            `[num_images, max_keep, hidden_size]`; rows beyond an image's own number are zero.
+        The kept of the patches' features `[num_images, num_patches, hidden_size]`, or what they were merged into, as a
+        shorter sequence `[num_images, max_keep, hidden_size]`; rows beyond an image's own number are zero.
         """
         if self.features is None:
             index = self.positions.clamp(min=0)[..., None].expand(-1, -1, features.shape[-1])
@@ -112,15 +108,7 @@ class Selection:
         return kept.masked_fill((self.positions < 0)[..., None], 0.0)
 
     def mask(self, features: torch.Tensor) -> torch.Tensor:
-        """
-        All features in their places, the dropped ones zero.
-
-        Args:
-            features: `[num_images, num_patches, hidden_size]`.
-
-        Returns:
-            `[num_images, num_patches, hidden_size]`.
-        """
+        """All features `[num_images, num_patches, hidden_size]` in their places, the dropped ones zero."""
         if self.features is not None:
             num_images, num_patches = self.keep.shape
             placed = self.features.new_zeros(num_images, num_patches, self.features.shape[-1])
@@ -129,14 +117,11 @@ class Selection:
 
     def gated(self, features: torch.Tensor) -> torch.Tensor:
         """
-        The features as they are, on a path that carries the gradient of the choice.
+        The patches' features as they are, on a path that carries the gradient of the choice.
 
         Gate g moves a feature x between the image's mean feature m and itself, m + g (x - m), so that the gradient of
         the gate is the first-order effect of replacing the token by one that tells nothing apart. Scaling, g x, would
         ask another question: decoders normalise what they read, and a token scaled down says the same.
-
-        Args:
-            features: `[num_images, num_patches, hidden_size]`.
         """
         if self.gates is None:
             return features

@@ -41,29 +41,25 @@ def _num_keep_of_count(count: int, num_tokens: int) -> int:
 
 def budget_values(token_budget: TokenBudget, batch_size: int) -> torch.Tensor:
     """
-    Writes a budget as one value per sample.
-
-    Args:
-        token_budget: one budget for all samples, or a list, tuple or 1-D tensor with one per sample.
-        batch_size: number of samples.
-
-    Returns:
-        `torch.Tensor` `[batch]` on the CPU: ratios in the dtype that they came in (float64 for Python floats), or
-        int64 counts.
+    A budget, or a list, tuple or 1-D tensor of one per sample, as `[batch]` values on the CPU: ratios in the dtype
+    that they came in (float64 for Python floats), or int64 counts.
 
     Raises:
         ValueError: for another type, booleans, a mixture of ratios and counts, or another number of values.
     """
     if isinstance(token_budget, torch.Tensor):
         values = token_budget.detach().cpu()
-    elif isinstance(token_budget, Sequence) and not isinstance(token_budget, str):
-        if len({type(value) for value in token_budget}) > 1:
-            raise ValueError(f"`token_budget` is {token_budget!r}; its values must be all floats or all ints.")
-        _require_number(token_budget[0] if token_budget else None, token_budget)
-        values = torch.tensor(token_budget, dtype=torch.float64 if isinstance(token_budget[0], float) else torch.int64)
     else:
-        _require_number(token_budget, token_budget)
-        values = torch.tensor(token_budget, dtype=torch.float64 if isinstance(token_budget, float) else torch.int64)
+        is_list = isinstance(token_budget, Sequence) and not isinstance(token_budget, str)
+        if is_list and len({type(value) for value in token_budget}) > 1:
+            raise ValueError(f"`token_budget` is {token_budget!r}; its values must be all floats or all ints.")
+        first = next(iter(token_budget), None) if is_list else token_budget
+        if isinstance(first, bool) or not isinstance(first, int | float):
+            raise ValueError(
+                f"`token_budget` is {token_budget!r}; allowed are a float in [0, 1], an int >= 2, or a list, tuple or "
+                "tensor of these with one value per sample."
+            )
+        values = torch.tensor(token_budget, dtype=torch.float64 if isinstance(first, float) else torch.int64)
     if values.dtype == torch.bool or values.is_complex():
         raise ValueError(f"`token_budget` is a tensor of {values.dtype}; floats in [0, 1] or ints >= 2 are allowed.")
     if values.dim() == 0:
@@ -74,14 +70,6 @@ def budget_values(token_budget: TokenBudget, batch_size: int) -> torch.Tensor:
             "sample."
         )
     return values if values.is_floating_point() else values.long()
-
-
-def _require_number(value: object, token_budget: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(
-            f"`token_budget` is {token_budget!r}; allowed are a float in [0, 1], an int >= 2, or a list, tuple or "
-            "tensor of these with one value per sample."
-        )
 
 
 def num_tokens_to_keep(token_budget: TokenBudget, num_tokens: int | torch.Tensor, batch_size: int) -> torch.Tensor:

@@ -8,17 +8,13 @@ one sort in place of K. Evaluation takes the K largest scores.
 import torch
 
 
-def top_k_mask(scores: torch.Tensor, num_keep: torch.Tensor) -> torch.Tensor:
+def top_k_mask(scores: torch.Tensor, num_keep: torch.Tensor | int) -> torch.Tensor:
     """
-    Marks the `num_keep` largest scores of each row; among equal scores the earlier position wins.
-
-    Args:
-        scores: `[batch, num_patches]`.
-        num_keep: `[batch]` int64, values in [1, num_patches].
-
-    Returns:
-        `torch.BoolTensor` `[batch, num_patches]` with exactly `num_keep` true entries per row.
+    Marks the `num_keep` largest scores of each row `[batch, num_patches]`, `[batch]` or as many of all; among equal
+    scores the earlier position wins.
     """
+    if isinstance(num_keep, int):
+        num_keep = torch.full((len(scores),), num_keep, device=scores.device)
     order = scores.argsort(dim=-1, descending=True, stable=True)
     in_reach = torch.arange(scores.shape[-1], device=scores.device) < num_keep.to(scores.device)[:, None]
     return torch.zeros_like(in_reach).scatter(-1, order, in_reach)
@@ -49,9 +45,6 @@ def straight_through_gates(
         num_keep: `[batch]` int64.
         keep: `[batch, num_patches]` bool, the choice.
         temperature: above 0; larger spreads the gradient over more tokens.
-
-    Returns:
-        `[batch, num_patches]` float32.
     """
     scores = perturbed_scores.detach()
     ranked = scores.sort(dim=-1, descending=True).values

@@ -5,7 +5,6 @@ leave is decided by scores, which a method reads off the two layers around the c
 """
 
 import math
-from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -101,12 +100,3 @@ def require_layer(parameter: str, layer: int, config: AdaVTPConfig) -> None:
             f"`{parameter}` is {layer!r}; allowed are whole numbers from 1 to {highest}, the layers of this decoder "
             "before which tokens can leave."
         )
-
-
-def require_in(parameter: str, value: object, allowed: Sequence[object]) -> None:
-    """
-    Raises:
-        ValueError: if the value is none of those allowed.
-    """
-    if value not in allowed:
-        raise ValueError(f"`{parameter}` is {value!r}; allowed: {', '.join(map(repr, allowed))}.")

@@ -29,9 +29,6 @@ class VisionTokenController(ScoringReducer):
     - `"patch_budget"`: a two-layer score of each patch beside the budget token's output. One linear layer would add
       the same number to every patch's score, and the budget and question could not change the choice;
     - `"dot"`: the scaled dot product of projected patch and projected budget token.
-
-    Args:
-        config: the model's configuration.
     """
 
     trained = True
@@ -56,15 +53,6 @@ class VisionTokenController(ScoringReducer):
                 self.score = nn.Linear(hidden_size, 1)
 
     def scores(self, features: VisionFeatures) -> torch.Tensor:
-        """
-        Unnormalised log-probabilities of keeping each patch.
-
-        Args:
-            features: with `budget` if it is in `needs`.
-
-        Returns:
-            `[num_images, num_patches]`.
-        """
         head = self.config.controller_head
         if head == "budget_token":
             return self.score(self.budget_norm(features.budget)).gather(1, features.positions)
@@ -80,8 +68,8 @@ class VisionTokenController(ScoringReducer):
 
     def forward(self, features: VisionFeatures, num_keep: torch.Tensor) -> Selection:
         """
-        See [`TokenReducer.forward`]. While the controller trains, the choice is sampled and the selection has gates. A
-        frozen one chooses in training as it does in evaluation, so that what trains meets the choice it will get.
+        While the controller trains, the choice is sampled and the selection has gates. A frozen one chooses in
+        training as it does in evaluation, so that what trains meets the choice it will get.
         """
         if not (self.training and any(parameter.requires_grad for parameter in self.parameters())):
             if self.config.controller_choice == "best":
@@ -99,15 +87,7 @@ def spread_choice(scores: torch.Tensor, patches: torch.Tensor, num_keep: torch.T
     The K best scores often belong to neighbours that show the same thing. Here the sqrt(K N) best tokens (as many
     times more than K as N is more than they) are a pool; the best of them is kept, and then, one after another, the
     one that is farthest from those kept, by the cosine distance of their features: DivPrune's greedy choice
-    (arXiv 2503.02175) among what the question is about.
-
-    Args:
-        scores: `[num_images, num_tokens]` float32.
-        patches: `[num_images, num_tokens, hidden_size]`.
-        num_keep: `[num_images]` int64.
-
-    Returns:
-        `torch.BoolTensor` `[num_images, num_tokens]` with exactly `num_keep` true entries per row.
+    (arXiv 2503.02175) among what the question is about. `[num_images, num_tokens]` bool, `num_keep` true in each row.
     """
     num_tokens = scores.shape[-1]
     num_keep = num_keep.to(scores.device)

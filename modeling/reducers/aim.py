@@ -12,11 +12,11 @@ from torch import nn
 
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..budget.selection import Selection
-from ..decoder.layer_counts import in_proportion, solved_counts
-from ..decoder.reducer import DecoderReducer, require_in, require_layer
+from ..decoder.layer_counts import solved_counts
 from ..decoder.view import DecoderView
 from ..vision.features import VisionFeatures
-from .base import TokenReducer, feature_layer_index, register_reducer, take_tokens
+from .base import TokenReducer, feature_layer_index, register_reducer, require_choice, require_share, take_tokens
+from .one_cut import FirstCutReducer
 from .tome import bipartite_matching
 
 _PAPER = "AIM (arXiv 2412.03248)"
@@ -40,9 +40,6 @@ class AimMerge(TokenReducer):
             that the matching leaves behind: tokens that did not merge by falling likeness, then the others. It is only
             the order of the output; rounds always continue in the official one.
         share: in (0, 1], of the tokens that the own rule (no budget) leaves; 43.75 % is 252 of 576.
-
-    Raises:
-        ValueError: if a parameter is not allowed.
     """
 
     stage = "vision"
@@ -53,8 +50,8 @@ class AimMerge(TokenReducer):
 
     def __init__(self, config: AdaVTPConfig, order: str = "spatial", share: float = 0.4375) -> None:
         super().__init__(config)
-        require_in("order", order, ("spatial", "official"))
-        _require_share(share)
+        require_choice("order", order, ("spatial", "official"))
+        require_share("share", share, above_zero=True)
         self.order, self.share = order, share
 
     @property
@@ -63,7 +60,6 @@ class AimMerge(TokenReducer):
         return (min(feature_layer_index(self.config), self.config.vision_config.num_hidden_layers - 1),)
 
     def forward(self, features: VisionFeatures, num_keep: torch.Tensor | None) -> Selection:
-        """See [`TokenReducer.forward`]."""
         num_images, num_tokens, _ = features.patches.shape
         target = merged_count(num_tokens, self.share) if num_keep is None else int(num_keep[0])
         tokens = features.patches.float()
@@ -82,16 +78,11 @@ def merge_round(
     """
     One round of bipartite merging. Tokens with even numbers (A) each point to the token with an odd number (B) whose
     metric has the largest cosine with theirs; those of A with the largest cosines join their targets, many to one
-    target if need be.
-
-    Args:
-        tokens: `[num_images, num_tokens, hidden_size]` float32.
-        metric: `[num_images, num_tokens, width]` float32.
-        place: `[num_images, num_tokens]` int64, where each token stands.
-        surplus: how many tokens too many there are; as many join, but no more than there are in B.
+    target if need be. As many join as there are in surplus, but no more than there are in B.
 
     Returns:
-        Tokens, metric and places of what is left: A that did not join, by falling cosine, and B.
+        Tokens `[num_images, num_left, hidden_size]`, metric and places of what is left: A that did not join, by
+        falling cosine, and B.
     """
     matching = bipartite_matching(metric, min(surplus, place.shape[1] // 2), has_cls=False)
     group_size = 1 + matching.received(torch.ones_like(matching.source, dtype=tokens.dtype)[..., None])
@@ -109,7 +100,7 @@ def merged_count(num_tokens: int, share: float) -> int:
 
 
 @register_reducer("aim_prune")
-class AimPrune(DecoderReducer):
+class AimPrune(FirstCutReducer):
     """
     The second half of AIM (arXiv 2412.03248): PageRank on the decoder's attention, and a schedule that falls in a
     straight line from one layer on, by an eighth of the tokens a layer, until none is left.
@@ -122,28 +113,19 @@ class AimPrune(DecoderReducer):
 
     Args:
         layer: the first layer that sees fewer tokens, in [1, number of layers - 1]; by default 14 of 32, in
-            proportion.
+            proportion. A budget below what the layers before it cost is refused.
         slope: in (0, 1], the share of tokens that leaves before each layer from there on; by default 1/8 for 32
             layers, in inverse proportion for fewer or more.
-
-    Raises:
-        ValueError: if a parameter is not allowed, or a budget is below what the layers before the first cut cost.
     """
 
-    has_own_rule = True
+    name, published_layer = "aim_prune", 14
     paper = _PAPER
 
     def __init__(self, config: AdaVTPConfig, layer: int | None = None, slope: float | None = None) -> None:
-        super().__init__(config)
-        if layer is not None:
-            require_layer("layer", layer, config)
-        if slope is not None and not 0.0 < slope <= 1.0:
-            raise ValueError(f"`slope` is {slope!r}; allowed are shares above 0, up to 1.")
-        self.layer, self.slope = layer, slope
-
-    def first_cut(self, num_layers: int) -> int:
-        """The first layer of `num_layers` that sees fewer tokens."""
-        return in_proportion(14, num_layers) if self.layer is None else self.layer
+        super().__init__(config, layer)
+        if slope is not None:
+            require_share("slope", slope, above_zero=True)
+        self.slope = slope
 
     def cuts(self, num_layers: int) -> list[int]:
         """Every layer from the first cut on: tokens are ranked anew wherever some leave."""
@@ -157,11 +139,10 @@ class AimPrune(DecoderReducer):
         return [1.0 if layer < first else max(0.0, 1.0 - slope * (layer - first + 1)) for layer in range(num_layers)]
 
     def layer_counts(self, num_visual: int, num_keep: int | None, num_layers: int) -> list[int]:
-        """See [`DecoderReducer.layer_counts`]."""
         if num_keep is None:
             return [math.floor(num_visual * share + 1e-6) for share in self.shares(num_layers)]
         return solved_counts(
-            "aim_prune",
+            self.name,
             lambda slope: self.shares(num_layers, slope),
             num_visual,
             num_keep,
@@ -170,7 +151,6 @@ class AimPrune(DecoderReducer):
         )
 
     def scores(self, view: DecoderView, cut: int) -> torch.Tensor:
-        """See [`DecoderReducer.scores`]."""
         return page_rank(view)
 
 
@@ -179,10 +159,7 @@ def page_rank(view: DecoderView) -> torch.Tensor:
     PageRank on the previous layer's attention: in each head h, M = softmax(q k^T / (0.1 sqrt(d))), five steps
     v <- v M from 1 / n in the n columns of the prompt, without damping, and over heads the root of the mean of v_h^2.
 
-    M is never in memory as a whole; every step makes it again, block of rows by block of rows.
-
-    Returns:
-        `[batch, n]` float32.
+    M is never in memory as a whole; every step makes it again, block of rows by block of rows. `[batch, n]` float32.
     """
     batch, length = view.is_real.shape
     rows = torch.arange(length, device=view.is_real.device).expand(batch, -1)
@@ -204,10 +181,8 @@ class AimReducer(TokenReducer):
     Without a budget merging leaves 43.75 % and pruning follows its own schedule.
 
     Args:
-        order: see [`AimMerge`].
-        share: see [`AimMerge`].
-        layer: see [`AimPrune`].
-        slope: see [`AimPrune`].
+        order, share: see [`AimMerge`].
+        layer, slope: see [`AimPrune`].
 
     Attributes:
         parts: [`AimMerge`] and [`AimPrune`], what the model runs in this reducer's place.
@@ -230,16 +205,13 @@ class AimReducer(TokenReducer):
 
     def split(self, num_patches: int, num_keep: int | None, num_layers: int) -> int:
         """
-        How many tokens merging leaves.
+        How many of N tokens merging leaves: the number M in [K, N] for which the official schedule has the mean K,
+        rounded up; not so large that the layers before the first cut alone would see more.
 
         Args:
             num_patches: N.
             num_keep: K, the mean over the decoder's layers that is wanted, in [1, N], or `None` for the own rule.
             num_layers: of the decoder.
-
-        Returns:
-            The number M in [K, N] for which the official schedule has the mean K, rounded up; not so large that the
-            layers before the first cut alone would see more.
         """
         merge, prune = self.parts
         if num_keep is None:
@@ -248,8 +220,3 @@ class AimReducer(TokenReducer):
         wanted = math.ceil(total / sum(prune.shares(num_layers)) - 1e-6)
         most = total // min(prune.first_cut(num_layers), num_layers)
         return min(num_patches, wanted, most)
-
-
-def _require_share(share: float) -> None:
-    if not 0.0 < share <= 1.0:
-        raise ValueError(f"`share` is {share!r}; allowed are shares above 0, up to 1.")

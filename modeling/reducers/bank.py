@@ -24,11 +24,9 @@ class MissingWeightsError(ValueError):
 @dataclass
 class Step:
     """
-    One reducer of a stack.
+    One reducer of a stack, and the name of its entry there.
 
     Attributes:
-        name: the entry of the stack that it belongs to.
-        reducer: the module.
         divides: the composite reducer that says how many tokens this part of it leaves, if it is not the last part.
     """
 
@@ -39,10 +37,8 @@ class Step:
 
 def stack_steps(reducers: Mapping[str, TokenReducer]) -> list[Step]:
     """
-    The steps of a stack, composite reducers taken apart.
-
-    Raises:
-        ValueError: if the reducers are not in the order of their stages, or two act inside the tower or the decoder.
+    The steps of a stack, composite reducers taken apart; a `ValueError` if they are not in the order of their stages,
+    or two act inside the tower or the decoder.
     """
     steps = []
     for name, reducer in reducers.items():
@@ -81,10 +77,8 @@ class ReducerBank:
 
     def steps(self, reducer: ReducerSpec | None = None) -> list[Step]:
         """
-        What a stack does one after another in one call. Nothing of the model changes, and no random number is drawn.
-
-        Args:
-            reducer: as in `set_reducer`; `None` stands for the configuration's.
+        What a stack (`None` is the configuration's) does one after another in one call. Nothing of the model changes,
+        and no random number is drawn.
 
         Raises:
             ValueError: if a name or a parameter is not known, the order is not that of the stages, or a reducer has
@@ -115,12 +109,7 @@ class ReducerBank:
         self.config.reducers = [entry_of(name, module) for name, module in self.add(entries).items()]
 
     def add(self, entries: list[str | dict[str, Any]]) -> dict[str, TokenReducer]:
-        """
-        Gives the model the reducers of a stack, in the form of the configuration, and writes down which have weights.
-
-        Returns:
-            Their modules by name.
-        """
+        """Gives the model a stack's reducers, writes down which have weights, and returns their modules by name."""
         stack = {name: self._looked_up(name, given, new_weights=True) for name, given in map(named, entries)}
         stack_steps(stack)
         for name, module in stack.items():

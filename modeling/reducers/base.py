@@ -25,7 +25,8 @@ class TokenReducer(nn.Module):
     """
     Base class of everything that chooses or merges visual tokens. Subclass it, write `forward`, and register it by
     name. Keyword arguments of `__init__` beside `config` are the reducer's parameters: what users may write in
-    `model.set_reducer(name, **parameters)`, plain values that JSON can hold.
+    `model.set_reducer(name, **parameters)`, plain values that JSON can hold. One that is not allowed raises a
+    `ValueError` that names it, its value and what is allowed.
 
     Attributes:
         stage: where it acts. `"encoder"`: inside the vision tower (see [`EncoderReducer`]); `"vision"`: between tower
@@ -34,6 +35,7 @@ class TokenReducer(nn.Module):
         needs: of the class or the instance, what it has to be given beside the tokens, of the fields of
             [`VisionFeatures`] `"cls"`, `"budget"`, `"question"`, `"question_ids"`, `"pixel_values"`, `"tower_patches"`
             and `"attention"` (of the tower layers in `attention_layers`).
+        ranks_by_cls: whether it reads the attention of the tower's CLS token.
         trained: whether it has weights that have to be learned.
         has_own_rule: whether `forward` also takes `num_keep=None` and then decides by a rule of its own.
         one_count: whether `forward` wants images that all keep the same number; images that do not come in several
@@ -44,6 +46,7 @@ class TokenReducer(nn.Module):
 
     stage: ClassVar[str] = "vision"
     needs: tuple[str, ...] = ()
+    ranks_by_cls: ClassVar[bool] = False
     trained: ClassVar[bool] = False
     has_own_rule: ClassVar[bool] = False
     one_count: bool = False
@@ -57,7 +60,7 @@ class TokenReducer(nn.Module):
     @property
     def attention_layers(self) -> tuple[int, ...]:
         """Tower layers, from 0, that `features.attention` is of: by default the one that made the features."""
-        return (feature_layer_index(self.config) - 1,)
+        return (making_layer(self.config),)
 
     def forward(self, features: VisionFeatures, num_keep: torch.Tensor) -> Selection:
         """
@@ -81,16 +84,12 @@ class ScoringReducer(TokenReducer):
 
     def scores(self, features: VisionFeatures) -> torch.Tensor:
         """
-        Unnormalised log-probabilities of keeping each token: only their order matters to which are kept, and their
-        differences to the entropy.
-
-        Returns:
-            `[num_images, num_tokens]`.
+        Unnormalised log-probabilities `[num_images, num_tokens]` of keeping each token: only their order matters to
+        which are kept, and their differences to the entropy.
         """
         raise NotImplementedError(f"{type(self).__name__} has to define scores(features).")
 
     def forward(self, features: VisionFeatures, num_keep: torch.Tensor) -> Selection:
-        """See [`TokenReducer.forward`]."""
         scores = self.scores(features).float()
         num_keep = raised_to_entropy(scores, num_keep, self.config.min_token_entropy)
         return Selection.from_keep(top_k_mask(scores, num_keep))
@@ -98,18 +97,11 @@ class ScoringReducer(TokenReducer):
 
 def raised_to_entropy(scores: torch.Tensor, num_keep: torch.Tensor, min_token_entropy: float) -> torch.Tensor:
     """
-    The least number of tokens, `num_keep` or more, whose entropy is no less than a share of its maximum.
+    The least number K of tokens `[num_images]`, `num_keep` or more, whose entropy is no less than a share of its
+    maximum; every token, if no number of them reaches it.
 
     The K best tokens have probabilities p = softmax of their K scores, and entropy H = -sum p log p, at most log K.
-    One token has none, so that any floor above 0 adds to it.
-
-    Args:
-        scores: `[num_images, num_tokens]` float32, unnormalised log-probabilities.
-        num_keep: `[num_images]` int64.
-        min_token_entropy: in [0, 1], the least H / log K; 0 adds nothing.
-
-    Returns:
-        `[num_images]` int64. Every token, if no number of them reaches the floor.
+    One token has none, so that any floor H / log K above 0 adds to it; 0 adds nothing.
     """
     if min_token_entropy == 0.0:
         return num_keep
@@ -126,12 +118,27 @@ def raised_to_entropy(scores: torch.Tensor, num_keep: torch.Tensor, min_token_en
     return is_enough.int().argmax(dim=-1) + 1
 
 
-def feature_layer_index(config: AdaVTPConfig) -> int:
-    """The highest feature layer as an index of hidden states, 0 the embeddings and l what layer l - 1 makes."""
+def feature_layers(config: AdaVTPConfig) -> list[int]:
+    """The feature layers in the order asked for, as indices of hidden states: 0 the embeddings, l of layer l - 1."""
     layers = config.vision_feature_layer
-    layers = [layers] if isinstance(layers, int) else layers
-    num_layers = config.vision_config.num_hidden_layers
-    return max(layer if layer >= 0 else num_layers + 1 + layer for layer in layers)
+    num_states = config.vision_config.num_hidden_layers + 1
+    return [index if index >= 0 else num_states + index for index in ([layers] if isinstance(layers, int) else layers)]
+
+
+def feature_layer_index(config: AdaVTPConfig) -> int:
+    """The highest feature layer as an index of hidden states."""
+    return max(feature_layers(config))
+
+
+def making_layer(config: AdaVTPConfig) -> int:
+    """The tower layer, from 0, that made the features; a `ValueError` if they are the tower's embeddings."""
+    layer = feature_layer_index(config) - 1
+    if layer < 0:
+        raise ValueError(
+            f"`vision_feature_layer` is {config.vision_feature_layer}, the tower's embeddings, which no layer's "
+            "attention has made; choose a feature layer above 0."
+        )
+    return layer
 
 
 REDUCERS: dict[str, type[TokenReducer]] = {}
@@ -141,12 +148,10 @@ def register_reducer(name: str) -> Callable[[type[TokenReducer]], type[TokenRedu
     """
     Class decorator that makes a reducer available as `model.set_reducer(name)` and in `config.reducers`.
 
-    Args:
-        name: letters, digits, `_`, `+` and `-`.
-
     Raises:
         TypeError: if the decorated class is not a [`TokenReducer`].
-        ValueError: if the name has other characters, another class holds it, or the class's stage is not one.
+        ValueError: if the name has characters other than letters, digits, `_`, `+` and `-`, another class holds it, or
+            the class's stage is not one.
     """
     if not re.fullmatch(r"[\w+-]+", name):
         raise ValueError(f"`name` is {name!r}; letters, digits, '_', '+' and '-' are allowed.")
@@ -187,7 +192,15 @@ def build_reducer(name: str, config: AdaVTPConfig, **parameters: Any) -> TokenRe
     if unknown:
         takes = ", ".join(known) or "none"
         raise ValueError(f"Reducer {name!r} got the parameter(s) {', '.join(unknown)}; parameters it takes: {takes}.")
-    return REDUCERS[name](config, **parameters)
+    if REDUCERS[name].ranks_by_cls and not config.has_cls:
+        raise ValueError(
+            f"Reducer {name!r} ranks patches by the attention of the CLS token, and a "
+            f"{config.vision_config.model_type!r} tower has none; use a reducer that does without, such as 'divprune'."
+        )
+    module = REDUCERS[name](config, **parameters)
+    if module.ranks_by_cls:
+        making_layer(config)
+    return module
 
 
 def reducer_parameters(name: str) -> dict[str, Any]:
@@ -197,24 +210,29 @@ def reducer_parameters(name: str) -> dict[str, Any]:
     return {p.name: p.default for p in signature if p.kind in kinds and p.name not in ("self", "config")}
 
 
+def directions(tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens `[..., width]` as unit vectors in float32, whose products are cosines; one of no length stays 0."""
+    return nn.functional.normalize(tokens.float(), dim=-1)
+
+
 def take_tokens(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Of `[num_images, num_tokens, hidden_size]` the tokens at `index` `[num_images, num_taken]`, in its order."""
     return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
 def require_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    """
-    Raises:
-        ValueError: if the parameter `name` is none of `choices`.
-    """
-    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+    """Raises a `ValueError` if the parameter `name` is none of `choices`; 1 is not `True`."""
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise ValueError(f"`{name}` is {value!r}; allowed: {', '.join(map(repr, choices))}.")
 
 
-def require_share(name: str, value: float) -> None:
-    """
-    Raises:
-        ValueError: if the parameter `name` is not from 0 to 1.
-    """
-    if not 0 <= value <= 1:
-        raise ValueError(f"`{name}` is {value!r}; allowed are 0 to 1.")
+def require_share(name: str, value: float, above_zero: bool = False) -> None:
+    """Raises a `ValueError` if the parameter `name` is not from 0 to 1, or is 0 where it has to be above."""
+    if not 0 <= value <= 1 or (above_zero and value == 0):
+        raise ValueError(f"`{name}` is {value!r}; allowed are {'shares above 0, up to' if above_zero else '0 to'} 1.")
+
+
+def require_count(name: str, value: Any, least: int) -> None:
+    """Raises a `ValueError` if the parameter `name` is no whole number of `least` or more."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"`{name}` is {value!r}; allowed are whole numbers from {least}.")

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, CLIPModel
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..budget.selection import Selection
 from ..vision.features import VisionFeatures
-from .base import TokenReducer, register_reducer
+from .base import TokenReducer, directions, register_reducer, take_tokens
 from .divprune import first_picks
 from .query import question_cosines
 
@@ -47,9 +47,6 @@ class CDPrunerReducer(TokenReducer):
         negate: whether relevance is -c; by default with `text_model`, as published, and not without.
         theta: in [0, 1), weights tokens by exp(alpha r), alpha = theta / (2 (1 - theta)), which the published code has
             but does not use; by default tokens are weighted by r itself.
-
-    Raises:
-        ValueError: if `theta` is not in that range, or `text_model` cannot go with this model's vision tower.
     """
 
     stage = "projector"
@@ -76,7 +73,6 @@ class CDPrunerReducer(TokenReducer):
         self.clip_text = None if text_model is None else CLIPText(text_model, tokenizer or config.name_or_path)
 
     def forward(self, features: VisionFeatures, num_keep: torch.Tensor) -> Selection:
-        """See [`TokenReducer.forward`]."""
         tokens = features.patches.detach()
         if self.clip_text is None:
             cosines = question_cosines(tokens, features.question.detach())
@@ -84,16 +80,13 @@ class CDPrunerReducer(TokenReducer):
             cosines = self.clip_text.cosines(features.tower_patches.detach(), features.question_ids)
         relevance = min_max_normalised(-cosines if self.negate else cosines)
         log_weights = relevance.log() if self.theta is None else self.theta / (2 - 2 * self.theta) * relevance
-        unit = nn.functional.normalize(tokens.float(), dim=-1)
+        unit = directions(tokens)
         order = greedy_map(unit @ unit.transpose(1, 2), log_weights, int(num_keep.max()))
         return Selection.from_keep(first_picks(order, num_keep, tokens.shape[1]))
 
 
 def min_max_normalised(values: torch.Tensor) -> torch.Tensor:
-    """
-    (c - min + 1e-6) / (max - min) of each row `[num_images, num_tokens]`: above 0, up to 1. A row whose values are all
-    alike becomes all alike.
-    """
+    """(c - min + 1e-6) / (max - min) of each row, above 0, up to 1; values that are all alike stay alike."""
     least, most = values.aminmax(dim=-1, keepdim=True)
     return (values - least + 1e-6) / (most - least).clamp_min(_LEAST_RANGE)
 
@@ -116,8 +109,8 @@ def greedy_map(similarity: torch.Tensor, log_weights: torch.Tensor, num_picks: i
         num_picks: how many are chosen, at most `num_tokens`.
 
     Returns:
-        The order in which they are chosen, `[num_images, num_picks]` int64, no two of an image alike. Of equal ones
-        the earlier is first; tokens with nothing left come last.
+        The order in which they are chosen, `[num_images, num_picks]` int64. Of equal ones the earlier is first; tokens
+        with nothing left come last.
     """
     num_images, num_tokens, _ = similarity.shape
     # A token's cosine with itself is 1, or 0 where it has no length, but for rounding that would break ties.
@@ -131,7 +124,7 @@ def greedy_map(similarity: torch.Tensor, log_weights: torch.Tensor, num_picks: i
         pick = gain.argmax(dim=-1, keepdim=True)
         picks.append(pick)
         log_weights = log_weights.scatter(1, pick, -math.inf)
-        to_pick = similarity.gather(1, pick[..., None].expand(-1, -1, num_tokens))
+        to_pick = take_tokens(similarity, pick)
         of_pick = factor[:, :step].gather(2, pick[:, None].expand(-1, step, -1))
         row = (to_pick - of_pick.transpose(1, 2) @ factor[:, :step])[:, 0]
         # A token that is spanned already takes nothing out; dividing its rounding by itself would.
@@ -144,14 +137,10 @@ def greedy_map(similarity: torch.Tensor, log_weights: torch.Tensor, num_picks: i
 
 class CLIPText:
     """
-    What a CLIP checkpoint has beside the vision layers that LLaVA keeps: the text tower, and both towers' projections
-    into one space.
+    What a CLIP checkpoint, `text_model`, has beside the vision layers that LLaVA keeps: the text tower, and both
+    towers' projections into one space. `tokenizer` reads the prompts' ids.
 
     It is no module, so that it is neither saved nor trained with the model.
-
-    Args:
-        text_model: folder or repository of a `CLIPModel` and its tokenizer.
-        tokenizer: folder or repository of the tokenizer that made the prompts' ids.
     """
 
     def __init__(self, text_model: str, tokenizer: str) -> None:
@@ -161,15 +150,9 @@ class CLIPText:
     @torch.no_grad()
     def cosines(self, tower_patches: torch.Tensor, question_ids: torch.Tensor) -> torch.Tensor:
         """
-        The cosine of each patch with its image's question in CLIP's space, the mean over segments of the question.
-
-        Args:
-            tower_patches: `[num_images, num_tokens, CLIP's vision hidden_size]`, as the tower's feature layer makes
-                them.
-            question_ids: `[num_images, sequence]` int64, the prompt's text in the model's own ids, -1 elsewhere.
-
-        Returns:
-            `[num_images, num_tokens]` float32.
+        The cosine of each patch with its image's question in CLIP's space, the mean over segments of the question:
+        `[num_images, num_tokens]` float32. Patches are as the tower's feature layer makes them, ids the model's own
+        and -1 where no text is.
         """
         if self._parts is None:
             self._load(width=tower_patches.shape[-1])
@@ -177,7 +160,7 @@ class CLIPText:
         patches = parts["visual_projection"](parts["post_layernorm"](tower_patches.float()))
         question = self._embedded(self._questions(question_ids))
         # The mean of cosines is the product with the mean of unit vectors.
-        return (nn.functional.normalize(patches, dim=-1) @ question[..., None])[..., 0]
+        return (directions(patches) @ question[..., None])[..., 0]
 
     def _questions(self, question_ids: torch.Tensor) -> list[str]:
         rows = [[index for index in row if index >= 0] for row in question_ids.tolist()]
@@ -197,7 +180,7 @@ class CLIPText:
             [row + [tokenizer.eos_token_id] * (length - len(row)) for rows in segments for row in rows], device=device
         )
         embedded = self._parts["text_projection"](text_tower(input_ids=input_ids).pooler_output)
-        of_question = nn.functional.normalize(embedded, dim=-1).split([len(rows) for rows in segments])
+        of_question = directions(embedded).split([len(rows) for rows in segments])
         return torch.stack([rows.mean(dim=0) for rows in of_question])
 
     def _load(self, width: int) -> None:
@@ -229,15 +212,7 @@ def text_segments(ids: list[int], start: int, end: int, length: int) -> list[lis
     A text in pieces that CLIP's text tower can read, each with its own start and end token.
 
     The published code cuts the text with one start and one end, so that all but the last piece are read where they
-    have no end.
-
-    Args:
-        ids: of the text, without start and end.
-        start, end: ids of the two.
-        length: of a piece at most, both included.
-
-    Returns:
-        One piece or more.
+    have no end. A piece has `length` ids at most, both included; there is one or more.
     """
     room = length - 2
     return [[start, *ids[first : first + room], end] for first in range(0, max(len(ids), 1), room)]

@@ -10,60 +10,24 @@ import torch
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..vision.features import VisionFeatures
 from ..vision.tower import TowerAttention
-from .base import ScoringReducer, feature_layer_index, register_reducer
+from .base import ScoringReducer, making_layer, register_reducer
 
 
 def cls_scores(attention: TowerAttention) -> torch.Tensor:
     """
     The mean over heads of CLS's attention to each patch, s_i = 1/H sum_h softmax(q_h k_h^T / sqrt(d))_i.
 
-    The softmax is over CLS and all patches that are there, and CLS's own column is left out.
-
-    Returns:
-        `[num_images, num_tokens]` float32, in [0, 1].
+    The softmax is over CLS and all patches that are there, and CLS's own column is left out:
+    `[num_images, num_tokens]` float32, in [0, 1].
     """
     return attention.cls_row().mean(dim=1)
 
 
 def cls_log_scores(attention: TowerAttention) -> torch.Tensor:
-    """
-    Logarithm of [`cls_scores`]: the same ranking, as the unnormalised log-probabilities of a [`ScoringReducer`].
-
-    Returns:
-        `[num_images, num_tokens]` float32, finite.
-    """
+    """Logarithm of [`cls_scores`], finite: the same ranking, as the log-probabilities of a [`ScoringReducer`]."""
     scores = cls_scores(attention)
     # Peaked attention underflows to 0, and the entropy of scores of minus infinity is no number.
     return scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
-
-
-def require_cls_attention(config: AdaVTPConfig, name: str) -> None:
-    """
-    Raises:
-        ValueError: if the tower has no CLS token, whose attention the reducer `name` reads, or no layer has attended.
-    """
-    if not config.has_cls:
-        raise ValueError(
-            f"Reducer {name!r} ranks patches by the attention of the CLS token, and a "
-            f"{config.vision_config.model_type!r} tower has none; use a reducer that does without, such as 'divprune'."
-        )
-    making_layer(config)
-
-
-def making_layer(config: AdaVTPConfig) -> int:
-    """
-    The tower layer, from 0, that made the features.
-
-    Raises:
-        ValueError: if none did, because the features are the tower's embeddings.
-    """
-    layer = feature_layer_index(config) - 1
-    if layer < 0:
-        raise ValueError(
-            f"`vision_feature_layer` is {config.vision_feature_layer}, the tower's embeddings, which no layer's "
-            "attention has made; choose a feature layer above 0."
-        )
-    return layer
 
 
 @register_reducer("cls_attention")
@@ -77,17 +41,14 @@ class CLSAttentionReducer(ScoringReducer):
     Args:
         layer: tower layer, from 0, whose attention ranks: any that runs, or the one above. By default the layer that
             made the features (22 of LLaVA-1.5).
-
-    Raises:
-        ValueError: if the tower has no CLS token, or `layer` is not there.
     """
 
     needs = ("attention",)
+    ranks_by_cls = True
     paper = "FasterVLM (arXiv 2412.01818)"
 
     def __init__(self, config: AdaVTPConfig, layer: int | None = None) -> None:
         super().__init__(config)
-        require_cls_attention(config, "cls_attention")
         making = making_layer(config)
         top = min(making + 1, config.vision_config.num_hidden_layers - 1)
         if layer is not None and layer not in range(top + 1):
@@ -96,9 +57,7 @@ class CLSAttentionReducer(ScoringReducer):
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
-        """The one layer that ranks."""
         return (making_layer(self.config) if self.layer is None else self.layer,)
 
     def scores(self, features: VisionFeatures) -> torch.Tensor:
-        """See [`ScoringReducer.scores`]."""
         return cls_log_scores(features.attention[self.attention_layers[0]])

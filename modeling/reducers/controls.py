@@ -31,7 +31,6 @@ class RandomReducer(TokenReducer):
         self.seed = seed
 
     def forward(self, features: VisionFeatures, num_keep: torch.Tensor) -> Selection:
-        """See [`TokenReducer.forward`]."""
         num_images, num_tokens, _ = features.patches.shape
         if self.training:
             scores = torch.rand(num_images, num_tokens, device=features.patches.device)
@@ -53,22 +52,14 @@ class GridReducer(TokenReducer):
     """
 
     def forward(self, features: VisionFeatures, num_keep: torch.Tensor) -> Selection:
-        """See [`TokenReducer.forward`]."""
         num_tokens, num_keep = features.patches.shape[1], num_keep.to(features.patches.device)
         return Selection.from_keep(at_a_stride(torch.full_like(num_keep, num_tokens), num_keep, num_tokens))
 
 
 def at_a_stride(num_tokens: torch.Tensor, num_keep: torch.Tensor, num_columns: int) -> torch.Tensor:
     """
-    Marks K of n tokens at a uniform stride, those at floor((i + 1/2) n / K), i = 0 .. K - 1.
-
-    Args:
-        num_tokens: n, `[num_images]` int64.
-        num_keep: K, `[num_images]` int64, from 0 to n.
-        num_columns: of the result, the largest n or more.
-
-    Returns:
-        `[num_images, num_columns]` bool.
+    Marks K of n tokens at a uniform stride, those at floor((i + 1/2) n / K), i = 0 .. K - 1; n and K from 0 to n are
+    `[num_images]` int64, and the result is `[num_images, num_columns]` bool, of the largest n or more columns.
     """
     num_tokens, num_keep = num_tokens[:, None], num_keep[:, None]
     step = torch.arange(num_columns, device=num_keep.device)[None]

@@ -6,19 +6,15 @@ attention weights are read. The paper cuts inside the decoder, before layer 2, w
 `dart_layer`. `dart` is our reading of the same rule for the place between projector and decoder.
 """
 
-from typing import Any
-
 import torch
-from torch import nn
 
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..budget.selection import Selection
 from ..budget.top_k import top_k_mask
-from ..decoder.layer_counts import distinct_cuts, in_proportion, shares_behind, solved_counts
-from ..decoder.reducer import DecoderReducer, require_layer
 from ..decoder.view import DecoderView
 from ..vision.features import VisionFeatures
-from .base import TokenReducer, register_reducer
+from .base import TokenReducer, directions, register_reducer, require_count, take_tokens
+from .one_cut import OneCutReducer
 
 
 @register_reducer("dart")
@@ -31,9 +27,6 @@ class DARTReducer(TokenReducer):
 
     Args:
         pivots: how many tokens are pivots, 1 or more; fewer where fewer are kept.
-
-    Raises:
-        ValueError: if `pivots` is not such a number.
     """
 
     stage = "projector"
@@ -42,10 +35,10 @@ class DARTReducer(TokenReducer):
 
     def __init__(self, config: AdaVTPConfig, pivots: int = 8) -> None:
         super().__init__(config)
-        self.pivots = _whole_number("pivots", pivots, least=1)
+        require_count("pivots", pivots, least=1)
+        self.pivots = pivots
 
     def forward(self, features: VisionFeatures, num_keep: torch.Tensor) -> Selection:
-        """See [`TokenReducer.forward`]."""
         norms = key_norms(features.attention[self.attention_layers[0]].keys.detach())
         is_image = torch.ones_like(norms, dtype=torch.bool)
         tokens = features.patches.detach()
@@ -54,7 +47,7 @@ class DARTReducer(TokenReducer):
 
 
 @register_reducer("dart_layer")
-class DARTLayerReducer(DecoderReducer):
+class DARTLayerReducer(OneCutReducer):
     """
     DART inside the decoder, as published: one cut, before `layer`.
 
@@ -71,12 +64,9 @@ class DARTLayerReducer(DecoderReducer):
         keep: visual tokens from that layer on, 0 or more, where no budget says otherwise.
         image_pivots: 1 or more; fewer where fewer tokens are kept.
         text_pivots: of the question behind the image, 0 or more; fewer where it is shorter.
-
-    Raises:
-        ValueError: if one of them is not such a number.
     """
 
-    has_own_rule = True
+    name, published_layer = "dart_layer", 2
     paper = "DART (arXiv 2502.11494)"
 
     def __init__(
@@ -87,32 +77,14 @@ class DARTLayerReducer(DecoderReducer):
         image_pivots: int = 4,
         text_pivots: int = 4,
     ) -> None:
-        super().__init__(config)
-        if layer is not None:
-            require_layer("layer", layer, config)
-        self.layer = layer
-        self.keep = _whole_number("keep", keep, least=0)
-        self.image_pivots = _whole_number("image_pivots", image_pivots, least=1)
-        self.text_pivots = _whole_number("text_pivots", text_pivots, least=0)
+        super().__init__(config, layer)
+        require_count("keep", keep, least=0)
+        require_count("image_pivots", image_pivots, least=1)
+        require_count("text_pivots", text_pivots, least=0)
+        self.keep, self.image_pivots, self.text_pivots = keep, image_pivots, text_pivots
 
-    def cuts(self, num_layers: int) -> list[int]:
-        """See [`DecoderReducer.cuts`]."""
-        return distinct_cuts([in_proportion(2, num_layers) if self.layer is None else self.layer], num_layers)
-
-    def layer_counts(self, num_visual: int, num_keep: int | None, num_layers: int) -> list[int]:
-        """See [`DecoderReducer.layer_counts`]. All tokens before the cut, as many in each layer from there on."""
-        cuts = self.cuts(num_layers)
-        if num_keep is None:
-            sees_all = shares_behind(cuts, [0.0], num_layers)
-            return [num_visual if share else min(self.keep, num_visual) for share in sees_all]
-        return solved_counts(
-            "dart_layer",
-            lambda strength: shares_behind(cuts, [1.0 - strength], num_layers),
-            num_visual,
-            num_keep,
-            num_layers,
-            advice="set a lower `layer` or a larger budget.",
-        )
+    def num_left(self, num_visual: int) -> int:
+        return min(self.keep, num_visual)
 
     def scores(self, view: DecoderView, cut: int) -> torch.Tensor:
         """The L1 norm of every column's key in the layer before the cut, its position turned in. `[batch, n]`."""
@@ -121,7 +93,7 @@ class DARTLayerReducer(DecoderReducer):
     def reduce(
         self, view: DecoderView, scores: torch.Tensor, num_keep: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See [`DecoderReducer.reduce`]. Columns are compared as the decoder's last norm makes them."""
+        """Columns are compared as the decoder's last norm makes them."""
         pivots, is_pivot = pivot_tokens(
             scores, view.is_visual, view.is_question, num_keep, self.image_pivots, self.text_pivots
         )
@@ -130,15 +102,7 @@ class DARTLayerReducer(DecoderReducer):
 
 
 def key_norms(keys: torch.Tensor) -> torch.Tensor:
-    """
-    The L1 norm of each token's key, its heads side by side.
-
-    Args:
-        keys: `[batch, heads, num_tokens, head_dim]`.
-
-    Returns:
-        `[batch, num_tokens]` float32.
-    """
+    """The L1 norm of each token's keys `[batch, heads, num_tokens, head_dim]`, all heads together."""
     return keys.float().abs().sum(dim=(1, 3))
 
 
@@ -190,9 +154,8 @@ def least_like_pivots(
     Returns:
         `[batch, num_tokens]` bool, true for exactly `num_keep` image tokens.
     """
-    unit = nn.functional.normalize(tokens.float(), dim=-1)
-    pivot_units = unit.gather(1, pivots[..., None].expand(-1, -1, unit.shape[-1]))
-    cosines = pivot_units @ unit.transpose(1, 2)
+    unit = directions(tokens)
+    cosines = take_tokens(unit, pivots) @ unit.transpose(1, 2)
     kept = torch.zeros(is_image.shape, dtype=torch.long, device=tokens.device)
     kept = (kept.scatter_add(1, pivots, is_pivot.long()) > 0) & is_image
     shares = even_shares(num_keep.to(tokens.device) - kept.sum(dim=-1), is_pivot)
@@ -204,23 +167,8 @@ def least_like_pivots(
 
 
 def even_shares(total: torch.Tensor, takes_part: torch.Tensor) -> torch.Tensor:
-    """
-    Splits whole numbers as evenly as can be; those before others get the one more.
-
-    Args:
-        total: `[batch]` int64.
-        takes_part: `[batch, num_parts]` bool.
-
-    Returns:
-        `[batch, num_parts]` int64, 0 for what takes no part.
-    """
+    """Splits whole numbers `[batch]` evenly over what takes part `[batch, num_parts]`; earlier ones get more."""
     num_parts = takes_part.sum(dim=-1).clamp(min=1)
     rank = takes_part.cumsum(dim=-1) - 1
     share = (total // num_parts)[:, None] + (rank < (total % num_parts)[:, None]).long()
     return share * takes_part
-
-
-def _whole_number(name: str, value: Any, least: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"`{name}` is {value!r}; allowed are whole numbers from {least}.")
-    return value

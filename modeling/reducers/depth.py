@@ -10,13 +10,13 @@ import torch
 
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..decoder.layer_counts import distinct_cuts, in_proportion, solved_counts
-from ..decoder.reducer import DecoderReducer, require_layer
 from ..decoder.view import DecoderView, attention_of_last
-from .base import register_reducer
+from .base import register_reducer, require_share
+from .one_cut import FirstCutReducer
 
 
 @register_reducer("depth")
-class DepthReducer(DecoderReducer):
+class DepthReducer(FirstCutReducer):
     """
     Depth-based pruning, from notes on dynamic reduction that give a formula and no source:
     C(l) = 1 - H(l - 4) P_4 - H(l - 4) R', the share of visual tokens that layer l of 32 sees, H the Heaviside step.
@@ -35,14 +35,12 @@ class DepthReducer(DecoderReducer):
 
     Args:
         layer: the first layer that sees fewer tokens, in [1, number of layers - 1]; by default 4 of 32, in proportion.
+            A budget below what the layers before it cost is refused.
         first_drop: P_4 in [0, 1], the share dropped there.
         further_drop: gamma in [0, 1], the further share dropped from there to the last layer.
-
-    Raises:
-        ValueError: if a parameter is not allowed, or a budget is below what the layers before the first cut cost.
     """
 
-    has_own_rule = True
+    name, published_layer = "depth", 4
 
     def __init__(
         self,
@@ -51,24 +49,16 @@ class DepthReducer(DecoderReducer):
         first_drop: float = 0.25,
         further_drop: float = 0.5,
     ) -> None:
-        super().__init__(config)
-        if layer is not None:
-            require_layer("layer", layer, config)
-        for name, drop in (("first_drop", first_drop), ("further_drop", further_drop)):
-            if not 0.0 <= drop <= 1.0:
-                raise ValueError(f"`{name}` is {drop!r}; allowed are shares from 0 to 1.")
+        super().__init__(config, layer)
+        require_share("first_drop", first_drop)
+        require_share("further_drop", further_drop)
         if first_drop == further_drop == 0.0:
             raise ValueError(
                 "`first_drop` and `further_drop` are 0, so that nothing is ever dropped; raise one of them."
             )
-        self.layer, self.first_drop, self.further_drop = layer, first_drop, further_drop
-
-    def first_cut(self, num_layers: int) -> int:
-        """The first layer of `num_layers` that sees fewer tokens."""
-        return in_proportion(4, num_layers) if self.layer is None else self.layer
+        self.first_drop, self.further_drop = first_drop, further_drop
 
     def cuts(self, num_layers: int) -> list[int]:
-        """See [`DecoderReducer.cuts`]."""
         first = self.first_cut(num_layers)
         quarters = [in_proportion(layer, num_layers) for layer in (8, 16, 24)]
         return distinct_cuts([first, *(layer for layer in quarters if layer > first)], num_layers)
@@ -83,14 +73,13 @@ class DepthReducer(DecoderReducer):
         ]
 
     def layer_counts(self, num_visual: int, num_keep: int | None, num_layers: int) -> list[int]:
-        """See [`DecoderReducer.layer_counts`]."""
         drops = self.drops(num_layers)
         if num_keep is None:
             return [math.floor(num_visual * max(0.0, 1.0 - drop) + 0.5) for drop in drops]
         # At this factor every layer that drops at all drops everything.
         largest_factor = 1.0 / min((drop for drop in drops if drop > 0.0), default=1.0)
         return solved_counts(
-            "depth",
+            self.name,
             lambda strength: [max(0.0, 1.0 - strength * largest_factor * drop) for drop in drops],
             num_visual,
             num_keep,
@@ -99,5 +88,4 @@ class DepthReducer(DecoderReducer):
         )
 
     def scores(self, view: DecoderView, cut: int) -> torch.Tensor:
-        """See [`DecoderReducer.scores`]."""
         return attention_of_last(view, "previous")

@@ -8,11 +8,10 @@ times, the token that is farthest from all that are in. Neither question nor att
 import math
 
 import torch
-from torch import nn
 
 from ..budget.selection import Selection
 from ..vision.features import VisionFeatures
-from .base import TokenReducer, register_reducer
+from .base import TokenReducer, directions, register_reducer, take_tokens
 
 # Float32 cannot tell 1 - cos below this from the rounding of the sum over thousands of channels.
 _RESOLUTION = 1e-6
@@ -34,22 +33,16 @@ class DivPruneReducer(TokenReducer):
     paper = "DivPrune (arXiv 2503.02175)"
 
     def forward(self, features: VisionFeatures, num_keep: torch.Tensor) -> Selection:
-        """See [`TokenReducer.forward`]."""
         order = farthest_first(cosine_distances(features.patches.detach()), int(num_keep.max()))
         return Selection.from_keep(first_picks(order, num_keep, features.patches.shape[1]))
 
 
 def cosine_distances(tokens: torch.Tensor) -> torch.Tensor:
     """
-    1 - cos of every two tokens of an image, in float32. Tokens that point in the same direction are at exactly 0.
-
-    Args:
-        tokens: `[num_images, num_tokens, hidden_size]`.
-
-    Returns:
-        `[num_images, num_tokens, num_tokens]`, in [0, 2].
+    1 - cos of every two tokens of an image, `[num_images, num_tokens, num_tokens]` float32 in [0, 2]. Tokens that
+    point in the same direction are at exactly 0.
     """
-    unit = nn.functional.normalize(tokens.float(), dim=-1)
+    unit = directions(tokens)
     distances = 1 - unit @ unit.transpose(1, 2)
     return distances.masked_fill_(distances < _RESOLUTION, 0.0)
 
@@ -84,7 +77,7 @@ def farthest_first(
     if pool is not None:
         distance_to_set = distance_to_set.masked_fill(~pool, _OUTSIDE)
     for _ in range(num_picks - 1):
-        to_latest = distances.gather(1, picks[-1][..., None].expand(-1, -1, num_tokens))[:, 0]
+        to_latest = take_tokens(distances, picks[-1])[:, 0]
         distance_to_set = torch.minimum(distance_to_set, to_latest)
         picks.append(distance_to_set.argmax(dim=-1, keepdim=True))
     return torch.cat(picks, dim=-1)
@@ -92,16 +85,8 @@ def farthest_first(
 
 def first_picks(order: torch.Tensor, num_keep: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """
-    Marks the first `num_keep` of a greedy order. A greedy order does not depend on where it will be cut, so images
-    that keep different numbers share one loop.
-
-    Args:
-        order: `[num_images, num_picks]` int64, no two of an image alike.
-        num_keep: `[num_images]` int64, at most `num_picks`.
-        num_tokens: of an image.
-
-    Returns:
-        `[num_images, num_tokens]` bool.
+    Marks the first `num_keep` of a greedy order `[num_images, num_picks]` in a mask `[num_images, num_tokens]`. A
+    greedy order does not depend on where it will be cut, so images that keep different numbers share one loop.
     """
     is_kept = torch.arange(order.shape[1], device=order.device) < num_keep.to(order.device)[:, None]
     return torch.zeros(len(order), num_tokens, dtype=torch.bool, device=order.device).scatter(1, order, is_kept)

@@ -28,17 +28,10 @@ def smallest_grid(num_keep: int) -> tuple[int, int]:
 
 def patches_under_cells(rows: int, columns: int, side: int) -> torch.Tensor:
     """
-    The patch of the full grid in which each cell of a smaller grid has its centre.
+    The patch of the full, square grid in which each cell of a smaller grid has its centre, ascending.
 
     Cell i of n has its centre at (i + 1/2) / n of the image, in patch floor((i + 1/2) side / n) of a row. Neighbouring
     centres are a patch or more apart, so no two cells share one.
-
-    Args:
-        rows, columns: of the smaller grid, no more than `side`.
-        side: of the full, square grid.
-
-    Returns:
-        `[rows * columns]` int64, ascending.
     """
     row = torch.tensor([(2 * index + 1) * side // (2 * rows) for index in range(rows)])
     column = torch.tensor([(2 * index + 1) * side // (2 * columns) for index in range(columns)])
@@ -46,12 +39,7 @@ def patches_under_cells(rows: int, columns: int, side: int) -> torch.Tensor:
 
 
 def evenly_thinned(num_cells: int, num_keep: int) -> torch.Tensor:
-    """
-    Which cells stay when M - K of M leave at a uniform stride: those at floor((j + 1/2) M / (M - K)) leave.
-
-    Returns:
-        `[num_keep]` int64, ascending.
-    """
+    """Which cells stay, ascending, when M - K of M leave at a uniform stride, at floor((j + 1/2) M / (M - K))."""
     leaving = at_a_stride(torch.tensor([num_cells]), torch.tensor([num_cells - num_keep]), num_cells)[0]
     return (~leaving).nonzero()[:, 0]
 
@@ -73,14 +61,19 @@ class DownsampleReducer(EncoderReducer):
         self.interpolation = interpolation
 
     def forward(self, tower: TowerPass, pixel_values: torch.Tensor, num_keep: torch.Tensor) -> EncodedTokens:
-        """See [`EncoderReducer.forward`]."""
         count = int(num_keep[0])
         rows, columns = smallest_grid(count)
         # Only a tower for square images of one size can be shown a smaller one: its positions are interpolated.
-        side = pixel_values.shape[-1] // self.config.vision_config.patch_size
+        patch_size = self.config.vision_config.patch_size
+        side = pixel_values.shape[-1] // patch_size
         is_smaller = rows * columns < side * side
         if is_smaller:
-            pixel_values = self._resized(pixel_values, rows, columns)
+            pixel_values = nn.functional.interpolate(
+                pixel_values.float(),
+                size=(rows * patch_size, columns * patch_size),
+                mode=self.interpolation,
+                antialias=True,
+            ).to(pixel_values.dtype)
         sequence = tower.embed(pixel_values, of_any_size=is_smaller)
         for layer in range(len(tower.layers)):
             sequence = tower.run_layer(layer, sequence)
@@ -88,13 +81,3 @@ class DownsampleReducer(EncoderReducer):
         patches = take_tokens(tower.patches(sequence), cells.expand(len(sequence), -1))
         positions = patches_under_cells(rows, columns, side).to(sequence.device)[cells]
         return EncodedTokens(tower.with_patches(sequence, patches), positions.expand(len(sequence), -1))
-
-    def _resized(self, pixel_values: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-        """The images with as many pixels as the tower has in `rows` x `columns` patches."""
-        patch_size = self.config.vision_config.patch_size
-        return nn.functional.interpolate(
-            pixel_values.float(),
-            size=(rows * patch_size, columns * patch_size),
-            mode=self.interpolation,
-            antialias=True,
-        ).to(pixel_values.dtype)

@@ -26,12 +26,7 @@ _FIRST_LOG_ODDS = 4.0
 
 
 class KeepPredictor(nn.Module):
-    """
-    Scores tokens by themselves and by the mean of those that are still kept (DynamicViT, section 3.2).
-
-    Args:
-        hidden_size: of the tower.
-    """
+    """Scores tokens by themselves and by the mean of those that are still kept (DynamicViT, section 3.2)."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -72,10 +67,7 @@ def sampled_decision(log_probabilities: torch.Tensor, previous: torch.Tensor) ->
 
     Args:
         log_probabilities: `[num_images, num_tokens, 2]` float32, of keeping and of dropping.
-        previous: `[num_images, num_tokens]` float32, the decision before, with its gradient.
-
-    Returns:
-        `[num_images, num_tokens]` float32, exactly 0 or 1.
+        previous: `[num_images, num_tokens]` float32, exactly 0 or 1 as the result, with its gradient.
     """
     soft = (log_probabilities + gumbel_noise(log_probabilities)).softmax(dim=-1)[..., 0]
     was_kept = previous > 0.5
@@ -92,12 +84,7 @@ def policy_bias(policy: torch.Tensor) -> torch.Tensor:
 
     softmax(logits + log M) = exp(logits) M / sum(exp(logits) M). A dropped token keeps the share 1e-6 of its
     attention, p <- p + 1e-6 (1 - p); official code instead mixes the result with 1e-6 of the mean of all values.
-
-    Args:
-        policy: `[num_images, num_tokens]` float32, p.
-
-    Returns:
-        `[num_images, num_tokens, num_tokens]` float32.
+    `[num_images, num_tokens]` float32 -> `[num_images, num_tokens, num_tokens]`.
     """
     itself = torch.eye(policy.shape[1], dtype=torch.bool, device=policy.device)
     bias = torch.log(policy + _LEAST_POLICY * (1 - policy))
@@ -170,7 +157,6 @@ class DynamicViTReducer(EncoderReducer):
         return not self.training
 
     def forward(self, tower: TowerPass, pixel_values: torch.Tensor, num_keep: torch.Tensor) -> EncodedTokens:
-        """See [`EncoderReducer.forward`]."""
         if self.training:
             return self._gated(tower, pixel_values, num_keep)
         return self._pruned(tower, pixel_values, int(num_keep[0]))

@@ -15,25 +15,17 @@ from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..budget.selection import Selection
 from ..budget.top_k import top_k_mask
 from ..vision.features import VisionFeatures
-from .base import ScoringReducer, register_reducer, require_choice, require_share
-from .cls_attention import cls_log_scores, cls_scores, making_layer, require_cls_attention
+from .base import ScoringReducer, making_layer, register_reducer, require_choice, require_share
+from .cls_attention import cls_log_scores, cls_scores
 
 _FIRST_LAYER = 0
 
 
 def tiled_prompts(sample: torch.Tensor, num_tiles: int) -> torch.Tensor:
     """
-    The images of each prompt that shows a whole picture and its tiles.
-
-    Args:
-        sample: `[num_images]` int64, the prompt of each image.
-        num_tiles: of one picture.
-
-    Returns:
-        `[num_prompts, 1 + num_tiles]` int64, indices of images. Prompts of a single image are not among them.
-
-    Raises:
-        ValueError: if a prompt has neither one image nor 1 + `num_tiles`.
+    The images of each prompt that shows a whole picture and its tiles, `[num_prompts, 1 + num_tiles]`. Prompts of a
+    single image are not among them; any other number is a `ValueError`. `sample` `[num_images]` says whose images
+    they are.
     """
     _, prompt, num_images = sample.unique(return_inverse=True, return_counts=True)
     if ((num_images != 1) & (num_images != 1 + num_tiles)).any():
@@ -47,23 +39,13 @@ def tiled_prompts(sample: torch.Tensor, num_tiles: int) -> torch.Tensor:
 
 def tile_of(positions: torch.Tensor, grid: tuple[int, int], tile_grid: Sequence[int]) -> torch.Tensor:
     """
-    The tile, counted row by row, whose part of the whole picture holds the centre of a patch.
-
-    Args:
-        positions: int64, any shape, patches of the picture in raster order.
-        grid: rows and columns of patches.
-        tile_grid: rows and columns of tiles.
+    The tile, counted row by row, whose part of the whole picture holds the centre of the patch at each position;
+    grids are rows and columns, of patches and of tiles.
     """
     (height, width), (rows, columns) = grid, tile_grid
     row = (2 * (positions // width) + 1) * rows // (2 * height)
     column = (2 * (positions % width) + 1) * columns // (2 * width)
     return row * columns + column
-
-
-def sum_per_tile(values: torch.Tensor, tile: torch.Tensor, num_tiles: int) -> torch.Tensor:
-    """Sums `[num_prompts, num_tokens]` over the tokens of each tile: `[num_prompts, num_tiles]`."""
-    belongs = tile[:, None, :] == torch.arange(num_tiles, device=tile.device)[:, None]
-    return (values[:, None, :] * belongs).sum(dim=-1)
 
 
 def shared_counts(total: torch.Tensor, weights: torch.Tensor, num_tokens: int, alpha: float) -> torch.Tensor:
@@ -106,9 +88,6 @@ def bounded_shares(total: torch.Tensor, weights: torch.Tensor, most: int) -> tor
         total: `[rows, 1]`, in [columns, columns * most].
         weights: `[rows, columns]`, 0 or more.
         most: at least 1.
-
-    Returns:
-        `[rows, columns]`, in the type of `weights`.
     """
     weight_sum = weights.sum(dim=-1, keepdim=True)
     # A column without weight gets the least, and takes more only where no other can.
@@ -146,12 +125,10 @@ class HiREDReducer(ScoringReducer):
         share: what the tiles share by. `"count"`, as in the authors' code: how many of the whole picture's
             floor((1 - alpha) n) best tokens, by first-layer CLS attention, lie in the tile's region. `"attention"`,
             as in the paper: the sum of that attention in the region.
-
-    Raises:
-        ValueError: if the tower has no CLS token or a parameter is not allowed.
     """
 
     needs = ("attention",)
+    ranks_by_cls = True
     paper = "HiRED (arXiv 2408.10945)"
 
     def __init__(
@@ -162,8 +139,8 @@ class HiREDReducer(ScoringReducer):
         share: str = "count",
     ) -> None:
         super().__init__(config)
-        require_cls_attention(config, "hired")
-        if tile_grid is not None and not _is_grid(tile_grid):
+        is_grid = isinstance(tile_grid, list | tuple) and [type(size) for size in tile_grid] == [int, int]
+        if tile_grid is not None and not (is_grid and min(tile_grid) > 0):
             raise ValueError(
                 f"`tile_grid` is {tile_grid!r}; allowed are None and two whole numbers above 0, rows and columns."
             )
@@ -175,20 +152,13 @@ class HiREDReducer(ScoringReducer):
     @property
     def attention_layers(self) -> tuple[int, ...]:
         """The layer that made the features and, to share among tiles, the first."""
-        layers = {making_layer(self.config)} | (set() if self.tile_grid is None else {_FIRST_LAYER})
-        return tuple(sorted(layers))
+        making = making_layer(self.config)
+        return (making,) if self.tile_grid is None else tuple(sorted({_FIRST_LAYER, making}))
 
     def scores(self, features: VisionFeatures) -> torch.Tensor:
-        """See [`ScoringReducer.scores`]."""
         return cls_log_scores(features.attention[making_layer(self.config)])
 
     def forward(self, features: VisionFeatures, num_keep: torch.Tensor) -> Selection:
-        """
-        See [`TokenReducer.forward`].
-
-        Raises:
-            ValueError: with `tile_grid`, if it is not known which images belong together or they are too few or many.
-        """
         if self.tile_grid is not None:
             num_keep = self.redistributed(features, num_keep)
         return super().forward(features, num_keep)
@@ -217,12 +187,7 @@ class HiREDReducer(ScoringReducer):
         attention = cls_scores(whole.attention[_FIRST_LAYER])
         if self.share == "count":
             num_best = math.floor((1 - self.alpha) * attention.shape[1] + 1e-9)
-            best = torch.full((len(attention),), num_best, dtype=torch.long, device=attention.device)
-            attention = top_k_mask(attention, best).float()
+            attention = top_k_mask(attention, num_best).float()
         tile = tile_of(whole.positions, whole.grid, self.tile_grid)
-        return sum_per_tile(attention, tile, math.prod(self.tile_grid))
-
-
-def _is_grid(tile_grid: object) -> bool:
-    is_pair = isinstance(tile_grid, list | tuple) and len(tile_grid) == 2
-    return is_pair and all(isinstance(size, int) and size > 0 for size in tile_grid)
+        belongs = tile[:, None] == torch.arange(math.prod(self.tile_grid), device=tile.device)[:, None]
+        return (attention[:, None] * belongs).sum(dim=-1)

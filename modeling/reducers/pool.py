@@ -22,9 +22,6 @@ class PoolReducer(TokenReducer):
 
     Args:
         kind: `"average"` or `"max"`, which takes the largest value of each channel.
-
-    Raises:
-        ValueError: if `kind` is neither.
     """
 
     one_count = True
@@ -35,12 +32,6 @@ class PoolReducer(TokenReducer):
         self.kind = kind
 
     def forward(self, features: VisionFeatures, num_keep: torch.Tensor) -> Selection:
-        """
-        See [`TokenReducer.forward`].
-
-        Raises:
-            ValueError: if the tokens are not the whole of the grid.
-        """
         patches, num_cells = features.patches, int(num_keep[0])
         num_images, num_tokens, _ = patches.shape
         rows, columns = features.grid
@@ -75,15 +66,7 @@ def cell_of_patch(rows: int, columns: int, num_cells: int, device: torch.device)
     Band i is rows floor(i rows / h) to floor((i + 1) rows / h) - 1, it starts at cell o_i = floor(i K / h) and has
     w_i = o_{i + 1} - o_i cells, which differ by at most one and add up to K. Its cell j is columns
     floor(j columns / w_i) to floor((j + 1) columns / w_i) - 1. Read backwards, x of n is in part
-    ((x + 1) p - 1) // n of p parts.
-
-    Args:
-        rows, columns: of the grid.
-        num_cells: K, from 1 to rows * columns.
-        device: of the result.
-
-    Returns:
-        The cell of each patch, `[rows * columns]` int64, cells numbered in raster order.
+    ((x + 1) p - 1) // n of p parts. `[rows * columns]` int64, the cell of each patch, numbered in raster order.
     """
     bands = num_bands(rows, columns, num_cells)
     row, column = torch.arange(rows, device=device), torch.arange(columns, device=device)
@@ -107,17 +90,8 @@ def middle_of_cells(cell: torch.Tensor, columns: int, num_cells: int) -> torch.T
 
 def cell_means(patches: torch.Tensor, cell: torch.Tensor, num_cells: int) -> torch.Tensor:
     """
-    The mean of each cell's patches, summed in float32.
-
-    A product with the matrix of cells and not an `index_add`, whose order of addition on a GPU is chance.
-
-    Args:
-        patches: `[num_images, num_patches, hidden_size]`.
-        cell: `[num_patches]` int64.
-        num_cells: K.
-
-    Returns:
-        `[num_images, num_cells, hidden_size]`.
+    The mean of each cell's patches, `[num_images, num_cells, hidden_size]`, summed in float32: a product with the
+    matrix of cells and not an `index_add`, whose order of addition on a GPU is chance.
     """
     is_member = (cell == torch.arange(num_cells, device=cell.device)[:, None]).float()
     sums = is_member @ patches.float()
@@ -125,7 +99,7 @@ def cell_means(patches: torch.Tensor, cell: torch.Tensor, num_cells: int) -> tor
 
 
 def cell_maxima(patches: torch.Tensor, cell: torch.Tensor, num_cells: int) -> torch.Tensor:
-    """The largest value of each channel in each cell. As [`cell_means`]."""
+    """The largest value of each channel in each cell, as [`cell_means`]."""
     num_images, _, width = patches.shape
     pooled = patches.new_zeros(num_images, num_cells, width)
     return pooled.scatter_reduce(1, cell[None, :, None].expand_as(patches), patches, "amax", include_self=False)

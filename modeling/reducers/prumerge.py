@@ -5,16 +5,26 @@ nearest neighbours added on, weighted by their attention, and one more token car
 PruMerge+ also keeps patches at a uniform stride, so that no part of the image is missing altogether.
 """
 
+from dataclasses import replace
+
 import torch
-from torch import nn
 
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..budget.selection import Selection
 from ..budget.top_k import top_k_mask
 from ..vision.features import VisionFeatures
 from ..vision.tower import TowerAttention
-from .base import TokenReducer, register_reducer, require_choice, require_share, take_tokens
-from .cls_attention import cls_scores, making_layer, require_cls_attention
+from .base import (
+    TokenReducer,
+    directions,
+    making_layer,
+    register_reducer,
+    require_choice,
+    require_count,
+    require_share,
+    take_tokens,
+)
+from .cls_attention import cls_scores
 from .controls import at_a_stride
 
 
@@ -23,9 +33,6 @@ def single_head_scores(attention: TowerAttention) -> torch.Tensor:
     CLS attention with all heads as one vector of width C, a = softmax(q k^T / sqrt(C)).
 
     The softmax is over CLS and all patches that are there; CLS's own column is left out and the rest not renormalised.
-
-    Returns:
-        `[num_images, num_tokens]` float32.
     """
     query, cls_key = attention.query.flatten(1)[:, None], attention.cls_key.flatten(1)[:, None]
     return TowerAttention(query, cls_key, joined_heads(attention.keys)[:, None]).cls_row()[:, 0]
@@ -37,15 +44,7 @@ def joined_heads(keys: torch.Tensor) -> torch.Tensor:
 
 
 def num_outliers(scores: torch.Tensor) -> torch.Tensor:
-    """
-    How many scores of an image lie above Q3 + 1.5 (Q3 - Q1), its quartiles linearly interpolated; at least 1.
-
-    Args:
-        scores: `[num_images, num_tokens]` float32.
-
-    Returns:
-        `[num_images]` int64.
-    """
+    """How many scores of an image lie above Q3 + 1.5 (Q3 - Q1), its quartiles linearly interpolated; at least 1."""
     quarters = torch.tensor([0.25, 0.75], dtype=scores.dtype, device=scores.device)
     first, third = torch.quantile(scores, quarters, dim=-1)
     threshold = third + 1.5 * (third - first)
@@ -73,12 +72,9 @@ def with_neighbours(
         kept: `[num_images, num_kept]` int64, i.
         num_neighbours: of each kept token; as many as there are, if there are fewer.
         average: whether to divide by the sum of the weights, 1 + sum_{j in N_i} a_j.
-
-    Returns:
-        `[num_images, num_kept, hidden_size]`.
     """
-    directions = nn.functional.normalize(keys.float(), dim=-1)
-    cosine = take_tokens(directions, kept) @ directions.transpose(1, 2)
+    unit = directions(keys)
+    cosine = take_tokens(unit, kept) @ unit.transpose(1, 2)
     cosine = cosine.scatter(2, kept[..., None], -torch.inf)
     nearest = cosine.argsort(dim=-1, descending=True, stable=True)
     nearest = nearest[..., : min(num_neighbours, patches.shape[1] - 1)]
@@ -89,46 +85,11 @@ def with_neighbours(
 
 
 def sum_of_rest(patches: torch.Tensor, scores: torch.Tensor, is_kept: torch.Tensor, average: bool) -> torch.Tensor:
-    """
-    The extra token, sum_{j not kept} a_j x_j.
-
-    Args:
-        patches: `[num_images, num_tokens, hidden_size]` float32.
-        scores: a, `[num_images, num_tokens]` float32.
-        is_kept: `[num_images, num_tokens]` bool.
-        average: whether to divide by the sum of the weights.
-
-    Returns:
-        `[num_images, 1, hidden_size]`; 0 where everything is kept.
-    """
+    """The extra token, sum_{j not kept} a_j x_j, divided by the sum of its weights or not; 0 if everything is kept."""
     weights = scores.masked_fill(is_kept, 0.0)[:, None]
     if average:
         weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
     return weights @ patches
-
-
-def padded_selection(
-    tokens: torch.Tensor, index: torch.Tensor, is_token: torch.Tensor, num_tokens: int, spatial_order: bool
-) -> Selection:
-    """
-    [`Selection.from_tokens`] for images with different numbers of tokens.
-
-    Args:
-        tokens: `[num_images, columns, hidden_size]`.
-        index: `[num_images, columns]` int64, the place of each token among those that came in.
-        is_token: `[num_images, columns]` bool; the other columns are ignored.
-        num_tokens: that came in.
-        spatial_order: whether tokens stand at their own places, or in the order given at the places of all.
-    """
-    places, by_place = index.masked_fill(~is_token, num_tokens).sort(dim=-1, stable=True)
-    order = by_place if spatial_order else (~is_token).to(torch.int8).argsort(dim=-1, stable=True)
-    longest = int(is_token.sum(dim=-1).max())
-    keep = torch.zeros(len(index), num_tokens + 1, dtype=torch.bool, device=index.device)
-    return Selection(
-        keep.scatter(1, places, True)[:, :num_tokens],
-        places.masked_fill(places == num_tokens, -1)[:, :longest],
-        features=take_tokens(tokens, order[:, :longest]),
-    )
 
 
 @register_reducer("prumerge")
@@ -153,12 +114,10 @@ class PruMergeReducer(TokenReducer):
         neighbours: tokens that are merged into each kept one, from 0; the 32 are in the authors' code only.
         order: `"spatial"`: every token stands at its own patch, and the extra one at the last patch that is free.
             `"official"`: by descending attention, the extra token last.
-
-    Raises:
-        ValueError: if the tower has no CLS token or a parameter is not allowed.
     """
 
     needs = ("attention",)
+    ranks_by_cls = True
     has_own_rule = True
     paper = "PruMerge (arXiv 2403.15388)"
 
@@ -171,12 +130,10 @@ class PruMergeReducer(TokenReducer):
         order: str = "spatial",
     ) -> None:
         super().__init__(config)
-        require_cls_attention(config, "prumerge")
         require_choice("attention", attention, ("single_head", "per_head"))
         require_choice("average", average, (True, False))
         require_choice("order", order, ("spatial", "official"))
-        if not isinstance(neighbours, int) or neighbours < 0:
-            raise ValueError(f"`neighbours` is {neighbours!r}; allowed are whole numbers from 0.")
+        require_count("neighbours", neighbours, least=0)
         self.attention, self.average, self.neighbours, self.order = attention, average, neighbours, order
 
     @property
@@ -187,17 +144,11 @@ class PruMergeReducer(TokenReducer):
     @property
     def attention_layers(self) -> tuple[int, ...]:
         """The layer above the features and, for the paper's attention, the one that made them."""
-        layers = {self.layer_above} | ({making_layer(self.config)} if self.attention == "per_head" else set())
-        return tuple(sorted(layers))
+        if self.attention == "single_head":
+            return (self.layer_above,)
+        return tuple(sorted({self.layer_above, making_layer(self.config)}))
 
     def forward(self, features: VisionFeatures, num_keep: torch.Tensor | None = None) -> Selection:
-        """
-        See [`TokenReducer.forward`].
-
-        Args:
-            features: the images.
-            num_keep: `[num_images]` int64, or `None` for the paper's own rule.
-        """
         scores = self.scores(features)
         num_tokens = scores.shape[1]
         ranked, num_kept = self.ranking(scores, None if num_keep is None else num_keep.to(scores.device))
@@ -211,13 +162,13 @@ class PruMergeReducer(TokenReducer):
         extra = sum_of_rest(patches, scores, is_kept, self.average)
         column = torch.arange(num_tokens, device=scores.device)
         last_free = column.masked_fill(is_kept, -1).amax(dim=-1, keepdim=True)
-        return padded_selection(
-            torch.cat([merged, extra], dim=1).to(features.patches.dtype),
-            torch.cat([kept, last_free], dim=1),
-            torch.cat([column[: kept.shape[1]] < num_kept[:, None], has_extra[:, None]], dim=1),
-            num_tokens,
-            self.order == "spatial",
-        )
+        # Columns of -1 are no tokens: behind an image's own number, and for an extra token that it does not get.
+        kept = kept.masked_fill(column[: kept.shape[1]] >= num_kept[:, None], -1)
+        places = torch.cat([kept, last_free.masked_fill(~has_extra[:, None], -1)], dim=1)
+        tokens = torch.cat([merged, extra], dim=1).to(features.patches.dtype)
+        selection = Selection.from_tokens(tokens, places, num_tokens, self.order == "spatial")
+        longest = int(selection.num_keep.max())
+        return replace(selection, positions=selection.positions[:, :longest], features=selection.features[:, :longest])
 
     def scores(self, features: VisionFeatures) -> torch.Tensor:
         """CLS attention a, `[num_images, num_tokens]` float32."""
@@ -227,11 +178,8 @@ class PruMergeReducer(TokenReducer):
 
     def ranking(self, scores: torch.Tensor, num_keep: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        What is kept beside the extra token.
-
-        Returns:
-            All tokens `[num_images, num_tokens]`, those to keep first and in the order of output, and how many they
-            are, `[num_images]`.
+        What is kept beside the extra token: all tokens `[num_images, num_tokens]`, those to keep first and in the
+        order of output, and how many they are, `[num_images]`.
         """
         num_kept = num_outliers(scores) if num_keep is None else (num_keep - 1).clamp(min=1)
         return scores.argsort(dim=-1, descending=True, stable=True), num_kept
@@ -252,14 +200,9 @@ class PruMergePlusReducer(PruMergeReducer):
     down and at least 1; tokens 0, stride, 2 stride, ... below n - 1 join the outliers, none twice.
 
     Args:
-        attention: see [`PruMergeReducer`], as are all other arguments but the last.
-        average: whether merged tokens are divided by the sum of their weights.
-        neighbours: tokens that are merged into each kept one.
+        attention, average, neighbours: see [`PruMergeReducer`].
         order: `"spatial"`, or `"official"`: the attended by descending attention, the spatial, the extra token.
         important: share of the kept tokens that attention chooses, from 0 to 1. Only where K is given.
-
-    Raises:
-        ValueError: if the tower has no CLS token or a parameter is not allowed.
     """
 
     paper = "PruMerge+ (arXiv 2403.15388)"
@@ -273,13 +216,11 @@ class PruMergePlusReducer(PruMergeReducer):
         order: str = "spatial",
         important: float = 0.25,
     ) -> None:
-        require_cls_attention(config, "prumerge+")
         super().__init__(config, attention, average, neighbours, order)
         require_share("important", important)
         self.important = important
 
     def ranking(self, scores: torch.Tensor, num_keep: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """See [`PruMergeReducer.ranking`]."""
         num_tokens = scores.shape[1]
         column = torch.arange(num_tokens, device=scores.device)
         if num_keep is None:
@@ -300,14 +241,8 @@ class PruMergePlusReducer(PruMergeReducer):
 
 def evenly_among(is_candidate: torch.Tensor, num_chosen: torch.Tensor) -> torch.Tensor:
     """
-    Marks s of n' candidates at a uniform stride: counted from 0, those at floor((i + 1/2) n' / s), i = 0 .. s - 1.
-
-    Args:
-        is_candidate: `[num_images, num_tokens]` bool, n' of each image.
-        num_chosen: `[num_images]` int64, s, from 0 to n'.
-
-    Returns:
-        `[num_images, num_tokens]` bool.
+    Marks s of the n' candidates `[num_images, num_tokens]` of each image at a uniform stride: counted from 0, those at
+    floor((i + 1/2) n' / s), i = 0 .. s - 1.
     """
     is_chosen = at_a_stride(is_candidate.sum(dim=-1), num_chosen, is_candidate.shape[1])
     return is_candidate & is_chosen.gather(1, (is_candidate.cumsum(dim=-1) - 1).clamp(min=0))

@@ -32,11 +32,8 @@ class PyramidDropReducer(DecoderReducer):
     Args:
         layers: the first layers that see fewer tokens, never falling, in [1, number of layers - 1]; by default a
             quarter, a half and three quarters of the depth. In a decoder too shallow for three cuts several fall on
-            one layer and act there one after another.
+            one layer and act there one after another. A budget below what the layers before the first cost is refused.
         ratios: one for each cut, the share of the original tokens that is left behind it, falling, between 0 and 1.
-
-    Raises:
-        ValueError: if a parameter is not allowed, or a budget is below what the first stage alone costs.
     """
 
     has_own_rule = True
@@ -68,11 +65,9 @@ class PyramidDropReducer(DecoderReducer):
         return [in_proportion(layer, num_layers) for layer in (8, 16, 24)]
 
     def cuts(self, num_layers: int) -> list[int]:
-        """See [`DecoderReducer.cuts`]."""
         return distinct_cuts(self.stage_cuts(num_layers), num_layers)
 
     def layer_counts(self, num_visual: int, num_keep: int | None, num_layers: int) -> list[int]:
-        """See [`DecoderReducer.layer_counts`]."""
         cuts = self.stage_cuts(num_layers)
         if num_keep is not None:
             return pyramid_counts("pyramiddrop", cuts, self.ratios, num_visual, num_keep, num_layers)
@@ -81,7 +76,6 @@ class PyramidDropReducer(DecoderReducer):
         return [math.floor(num_visual * share + 1e-6) for share in shares]
 
     def scores(self, view: DecoderView, cut: int) -> torch.Tensor:
-        """See [`DecoderReducer.scores`]."""
         return attention_of_last(view, "next")
 
 
@@ -94,14 +88,6 @@ def pyramid_counts(
     With the published shares r_1 > r_2 > ... the shares are r_s ^ t = lambda ^ e_s, e_s = log r_s / log r_1 and lambda
     = r_1 ^ t in [0, 1]: t = 0 drops nothing, t = 1 is the published schedule, and as t grows everything leaves at the
     first cut. Ratios 1/2, 1/4, 1/8 give lambda, lambda^2, lambda^3.
-
-    Args:
-        name: of the reducer.
-        cuts: the cut behind each stage.
-        ratios: the published share of the original tokens behind each cut.
-        num_visual: visual tokens that enter layer 0.
-        num_keep: their mean number over layers.
-        num_layers: of the decoder.
     """
     exponents = [math.log(ratio) / math.log(ratios[0]) for ratio in ratios]
     return solved_counts(
@@ -115,20 +101,14 @@ def pyramid_counts(
 
 
 def as_list(parameter: str, values: Sequence[float]) -> list[float]:
-    """
-    Raises:
-        ValueError: if the values are no list or tuple of numbers.
-    """
+    """The values of a parameter; a `ValueError` if they are no list or tuple of numbers."""
     if not isinstance(values, list | tuple) or not all(isinstance(value, int | float) for value in values):
         raise ValueError(f"`{parameter}` is {values!r}; allowed is a list of numbers.")
     return list(values)
 
 
 def require_falling_shares(parameter: str, shares: Sequence[float]) -> None:
-    """
-    Raises:
-        ValueError: if the shares do not fall from below 1 to above 0.
-    """
+    """Raises a `ValueError` if the shares do not fall from below 1 to above 0."""
     bounded = [1.0, *shares, 0.0]
     if not shares or any(before <= after for before, after in zip(bounded, bounded[1:], strict=False)):
         raise ValueError(f"`{parameter}` is {list(shares)!r}; allowed are falling shares between 1 and 0.")

@@ -23,9 +23,6 @@ class QueryReducer(ScoringReducer):
 
     Args:
         temperature: above 0.
-
-    Raises:
-        ValueError: if the temperature is not above 0.
     """
 
     stage = "projector"
@@ -38,19 +35,9 @@ class QueryReducer(ScoringReducer):
         self.temperature = temperature
 
     def scores(self, features: VisionFeatures) -> torch.Tensor:
-        """See [`ScoringReducer.scores`]."""
         return question_cosines(features.patches, features.question) / self.temperature
 
 
 def question_cosines(tokens: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
-    """
-    The cosine of each token with its image's question, in float32.
-
-    Args:
-        tokens: `[num_images, num_tokens, hidden_size]`.
-        question: `[num_images, hidden_size]`.
-
-    Returns:
-        `[num_images, num_tokens]`.
-    """
+    """The cosine of each token `[num_images, num_tokens, width]` with its image's question `[num_images, width]`."""
     return nn.functional.cosine_similarity(tokens.float(), question.float()[:, None], dim=-1)

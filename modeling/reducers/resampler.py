@@ -13,7 +13,7 @@ from torch import nn
 
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..budget.selection import Selection
-from ..vision.budget_token import patch_width
+from ..vision.budget_token import attended, patch_width
 from ..vision.features import VisionFeatures
 from .base import TokenReducer, register_reducer
 from .controls import at_a_stride
@@ -33,10 +33,7 @@ class ResamplerReducer(TokenReducer):
 
     Args:
         num_layers: 1 or more.
-        num_heads: heads of the attention; the tower's number by default.
-
-    Raises:
-        ValueError: if `num_layers` is below 1, or the heads do not divide the width of a patch feature.
+        num_heads: heads of the attention, a divisor of the width of a patch feature; the tower's number by default.
     """
 
     trained = True
@@ -57,7 +54,6 @@ class ResamplerReducer(TokenReducer):
         self.output_norm = nn.LayerNorm(width)
 
     def forward(self, features: VisionFeatures, num_keep: torch.Tensor) -> Selection:
-        """See [`TokenReducer.forward`]."""
         patches, num_keep = features.patches, num_keep.to(features.patches.device)
         num_images, num_tokens, width = patches.shape
         step = torch.arange(int(num_keep.max()), device=patches.device)
@@ -71,13 +67,7 @@ class ResamplerReducer(TokenReducer):
 
 
 class ResamplerLayer(nn.Module):
-    """
-    Pre-norm cross-attention from queries to patches, then an MLP, each added to its input.
-
-    Args:
-        width: of queries and patches.
-        num_heads: a divisor of `width`.
-    """
+    """Pre-norm cross-attention from queries to patches of the same width, then an MLP, each added to its input."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -93,39 +83,19 @@ class ResamplerLayer(nn.Module):
         )
 
     def forward(self, latents: torch.Tensor, patches: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            latents: `[num_images, num_queries, width]`.
-            patches: `[num_images, num_tokens, width]`.
-            places: `[num_images, num_tokens, width]`, added to the normalised patches.
-
-        Returns:
-            `[num_images, num_queries, width]`; none depends on another.
-        """
+        """`[num_images, num_queries, width]`, none of which depends on another; `places` says where each patch is."""
         patches = self.patch_norm(patches) + places
-        query = self._heads(self.q_proj(self.latent_norm(latents)))
-        key, value = self._heads(self.k_proj(patches)), self._heads(self.v_proj(patches))
-        read = nn.functional.scaled_dot_product_attention(query, key, value)
-        latents = latents + self.out_proj(read.transpose(1, 2).flatten(2))
+        query = self.q_proj(self.latent_norm(latents))
+        read = attended(query, self.k_proj(patches), self.v_proj(patches), self.num_heads)
+        latents = latents + self.out_proj(read)
         return latents + self.mlp(latents)
-
-    def _heads(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`[batch, tokens, width]` -> `[batch, heads, tokens, head_dim]`."""
-        return hidden_states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 def grid_encoding(positions: torch.Tensor, grid: tuple[int, int], width: int) -> torch.Tensor:
     """
-    Sinusoidal encoding of where in the grid each token stands: one half of the channels for its row, the other
-    for its column, each as in the Transformer (arXiv 1706.03762).
-
-    Args:
-        positions: `[num_images, num_tokens]` int64, patches in raster order.
-        grid: rows and columns.
-        width: of the encoding.
-
-    Returns:
-        `[num_images, num_tokens, width]` float32, in [-1, 1].
+    Sinusoidal encoding `[num_images, num_tokens, width]` float32 of where in the grid (rows and columns) each token
+    stands: one half of the channels for its row, the other for its column, each as in the Transformer (arXiv
+    1706.03762).
     """
     num_frequencies = -(-width // 4)
     frequency = 10_000.0 ** -(torch.arange(num_frequencies, device=positions.device) / num_frequencies)

@@ -11,9 +11,9 @@ import torch
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..budget.top_k import top_k_mask
 from ..decoder.layer_counts import distinct_cuts, in_proportion
-from ..decoder.reducer import DecoderReducer, best_visual, require_in
+from ..decoder.reducer import DecoderReducer, best_visual
 from ..decoder.view import DecoderView, marked_columns, softmax_or_zero
-from .base import register_reducer
+from .base import register_reducer, require_choice, require_count, take_tokens
 from .pyramiddrop import pyramid_counts
 
 # Tokens kept behind the three cuts, of 576, by the name that the official code gives the schedule.
@@ -52,9 +52,6 @@ class SparseVLMReducer(DecoderReducer):
             visual token that is kept (version 1).
         num_heads: heads whose attention counts (version 2), those that look at the image most; all, where a decoder
             has no more.
-
-    Raises:
-        ValueError: if a parameter is not allowed, or a budget is below what the layers before the first cut cost.
     """
 
     has_own_rule = True
@@ -70,12 +67,11 @@ class SparseVLMReducer(DecoderReducer):
         num_heads: int = 14,
     ) -> None:
         super().__init__(config)
-        require_in("version", version, tuple(_KEPT))
-        require_in("tokens", tokens, tuple(_KEPT[version]))
-        require_in("merge", merge, ("average", "sum"))
-        require_in("order", order, ("spatial", "official"))
-        if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
-            raise ValueError(f"`num_heads` is {num_heads!r}; allowed are whole numbers of 1 or more.")
+        require_choice("version", version, tuple(_KEPT))
+        require_choice("tokens", tokens, tuple(_KEPT[version]))
+        require_choice("merge", merge, ("average", "sum"))
+        require_choice("order", order, ("spatial", "official"))
+        require_count("num_heads", num_heads, least=1)
         self.version, self.tokens, self.merge, self.order, self.num_heads = version, tokens, merge, order, num_heads
 
     def stage_cuts(self, num_layers: int) -> list[int]:
@@ -83,11 +79,9 @@ class SparseVLMReducer(DecoderReducer):
         return [in_proportion(layer, num_layers) for layer in (3, 7, 16)]
 
     def cuts(self, num_layers: int) -> list[int]:
-        """See [`DecoderReducer.cuts`]."""
         return distinct_cuts(self.stage_cuts(num_layers), num_layers)
 
     def layer_counts(self, num_visual: int, num_keep: int | None, num_layers: int) -> list[int]:
-        """See [`DecoderReducer.layer_counts`]."""
         cuts = self.stage_cuts(num_layers)
         shares = [kept / 576 for kept in _KEPT[self.version][self.tokens]]
         if num_keep is not None:
@@ -99,7 +93,6 @@ class SparseVLMReducer(DecoderReducer):
         return [left[sum(cut <= layer for cut in cuts)] for layer in range(num_layers)]
 
     def scores(self, view: DecoderView, cut: int) -> torch.Tensor:
-        """See [`DecoderReducer.scores`]."""
         if "raters" not in view.carried:
             view.carried["raters"] = text_raters(view)
         if self.version == "v1":
@@ -110,10 +103,7 @@ class SparseVLMReducer(DecoderReducer):
     def reduce(
         self, view: DecoderView, scores: torch.Tensor, num_keep: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Keeps the best tokens as they are and recycles the best of the rest, `num_keep` together. See
-        [`DecoderReducer.reduce`].
-        """
+        """Keeps the best tokens as they are and recycles the best of the rest, `num_keep` together."""
         if self.version == "v2":
             return super().reduce(view, scores, num_keep)
         num_kept = num_kept_as_they_are(view.is_visual.sum(dim=-1), num_keep)
@@ -129,14 +119,10 @@ def text_raters(view: DecoderView) -> torch.Tensor:
     """
     The words of the question whose meaning is nearest to the image's: with embeddings h as they enter layer 0,
     visual tokens i and words j, r_j = mean_i softmax_j(h_i . h_j), and raters are the words with r_j > mean_j r_j.
-
-    Returns:
-        `[batch, n]` bool.
     """
     embeds = view.inputs_embeds.float()
     index, is_word = marked_columns(view.is_question)
-    words = embeds.gather(1, index[..., None].expand(-1, -1, embeds.shape[-1]))
-    affinity = (embeds @ words.transpose(1, 2)).masked_fill(~is_word[:, None], -math.inf)
+    affinity = (embeds @ take_tokens(embeds, index).transpose(1, 2)).masked_fill(~is_word[:, None], -math.inf)
     is_visual = view.is_visual[..., None].float()
     rating = (softmax_or_zero(affinity) * is_visual).sum(dim=1) / is_visual.sum(dim=1).clamp(min=1)
     mean = rating.sum(dim=-1, keepdim=True) / is_word.sum(dim=-1, keepdim=True).clamp(min=1)
@@ -148,15 +134,8 @@ def text_raters(view: DecoderView) -> torch.Tensor:
 
 def attention_of_raters(view: DecoderView, raters: torch.Tensor, divided_by_gravity: bool = False) -> torch.Tensor:
     """
-    What each column gets from the raters in the previous layer, mean over raters, each head for itself.
-
-    Args:
-        view: the sequence at the cut.
-        raters: `[batch, n]` bool, at least one in each row.
-        divided_by_gravity: whether to divide each weight by the [`gravity`] of its distance first.
-
-    Returns:
-        `[batch, heads, n]` float32.
+    What each column gets from the raters in the previous layer, `[batch, heads, n]` float32, mean over raters; for
+    version 2 each weight divided by the [`gravity`] of its distance first. `raters` `[batch, n]` has one in each row.
     """
     rows, is_rater = marked_columns(raters)
     weights = is_rater / is_rater.sum(dim=-1, keepdim=True)
@@ -174,38 +153,21 @@ def gravity(view: DecoderView, rows: torch.Tensor) -> torch.Tensor:
     What rotary positions give a distance whatever the content: the logit between a query and a key of ones,
     sum_f 2 cos(w_f (p_i - p_j)) / sqrt(d) for row i and column j. It falls with the distance, and where it is below a
     hundredth of its value at none (far out of the contexts it was made for it can be negative) it counts as that.
-
-    Args:
-        view: the sequence at the cut.
-        rows: `[batch, num_rows]` int64.
-
-    Returns:
-        `[batch, num_rows, n]` float32.
+    `[batch, num_rows]` columns -> `[batch, num_rows, n]` float32.
     """
     cos, sin = (table.float().expand(len(rows), -1, -1) for table in view.position_embeddings)
     # Angles come twice, once for each half of a head; a one in both halves turns into (cos - sin, cos + sin).
     half = cos.shape[-1] // 2
     turned = torch.cat([(cos - sin)[..., :half], (cos + sin)[..., half:]], dim=-1)
-    logits = turned.gather(1, rows[..., None].expand(-1, -1, 2 * half)) @ turned.transpose(1, 2) / math.sqrt(2 * half)
+    logits = take_tokens(turned, rows) @ turned.transpose(1, 2) / math.sqrt(2 * half)
     return logits.clamp(min=0.01 * math.sqrt(2 * half))
 
 
 def mean_of_visual_heads(received: torch.Tensor, is_visual: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """
-    Mean over the heads that give visual tokens most; of equal heads the earlier.
-
-    Args:
-        received: `[batch, heads, n]`.
-        is_visual: `[batch, n]` bool.
-        num_heads: how many heads count.
-
-    Returns:
-        `[batch, n]`.
-    """
+    """Mean of `[batch, heads, n]` over the heads that give visual tokens most; of equal heads the earlier."""
     mass = (received * is_visual[:, None]).sum(dim=-1)
-    count = torch.full((len(mass),), min(num_heads, mass.shape[1]), device=mass.device)
-    counts = top_k_mask(mass, count)[..., None]
-    return (received * counts).sum(dim=1) / count[:, None]
+    num_heads = min(num_heads, mass.shape[1])
+    return (received * top_k_mask(mass, num_heads)[..., None]).sum(dim=1) / num_heads
 
 
 def num_candidates(num_removed: int | torch.Tensor) -> int | torch.Tensor:
@@ -221,8 +183,7 @@ def num_clusters(num_removed: int | torch.Tensor) -> int | torch.Tensor:
 def num_kept_as_they_are(num_visual: torch.Tensor, num_keep: torch.Tensor) -> torch.Tensor:
     """
     How many tokens stay as they are where, with what is recycled from the others, `num_keep` are to be left: the
-    largest k with k + [`num_clusters`](num_visual - k) <= num_keep, but no less than half of what is left. All
-    `[batch]` int64.
+    largest k with k + [`num_clusters`](num_visual - k) <= num_keep, but no less than half of what is left.
     """
     kept = torch.arange(int(num_visual.max()) + 1, device=num_visual.device)
     fits = (kept <= num_visual[:, None]) & (
@@ -236,14 +197,8 @@ def recycled(
     view: DecoderView, scores: torch.Tensor, stays: torch.Tensor, count: torch.Tensor, merge: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Clusters the best of the visual tokens that leave, and puts what each cluster is merged into in its centre's place.
-
-    Args:
-        view: the sequence at the cut.
-        scores: `[batch, n]`.
-        stays: `[batch, n]` bool, the columns that stay as they are.
-        count: `[batch]` int64, clusters.
-        merge: `"average"` or `"sum"`.
+    Clusters the best of the visual tokens that leave, in `count` `[batch]` clusters, and puts what each is merged into
+    in its centre's place.
 
     Returns:
         Hidden states `[batch, n, hidden_size]`, changed at centres, and `[batch, n]` int64, 1, 2, ... for the centre
@@ -254,17 +209,17 @@ def recycled(
     index, is_there = marked_columns(best)
     if index.shape[1] == 0:
         return view.hidden_states, torch.zeros_like(stays.long())
-    expanded = index[..., None].expand(-1, -1, view.hidden_states.shape[-1])
-    candidates = view.hidden_states.gather(1, expanded).float()
+    as_it_was = take_tokens(view.hidden_states, index)
+    candidates = as_it_was.float()
     centre, rank = density_peaks(candidates, is_there, count)
     number = torch.arange(index.shape[1], device=index.device)
     member = ((centre[:, None] == number[:, None]) & is_there[:, None]).float()
     merged = member @ candidates
     if merge == "average":
         merged = merged / member.sum(dim=-1, keepdim=True).clamp(min=1)
-    is_centre = (rank > 0)[..., None]
-    merged = torch.where(is_centre, merged.to(view.hidden_states.dtype), view.hidden_states.gather(1, expanded))
-    return view.hidden_states.scatter(1, expanded, merged), torch.zeros_like(stays.long()).scatter(1, index, rank)
+    merged = torch.where((rank > 0)[..., None], merged.to(as_it_was.dtype), as_it_was)
+    hidden_states = view.hidden_states.scatter(1, index[..., None].expand_as(merged), merged)
+    return hidden_states, torch.zeros_like(stays.long()).scatter(1, index, rank)
 
 
 def density_peaks(
@@ -317,20 +272,12 @@ def _peaks_first(distance: torch.Tensor, is_there: torch.Tensor, count: torch.Te
 
 def recycled_last(hidden_states: torch.Tensor, stays: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
     """
-    Moves what was recycled behind the visual tokens that are kept; the columns that are filled stay the same.
-
-    Args:
-        hidden_states: `[batch, n, hidden_size]`.
-        stays: `[batch, n]` bool, the visual columns that stay.
-        rank: `[batch, n]` int64, the number of each recycled token from 1, and 0 for all other columns.
-
-    Returns:
-        `[batch, n, hidden_size]`.
+    Moves what was recycled (`rank` from 1) behind the visual tokens that are kept; of the visual columns that stay the
+    same are filled.
     """
     # Columns that do not stay come last in both orders, in the same order, and so are mapped to themselves.
     behind = rank.masked_fill(~stays, rank.shape[1] + 1)
     content = behind.argsort(dim=-1, stable=True)
     column = (~stays).to(torch.int8).argsort(dim=-1, stable=True)
-    width = hidden_states.shape[-1]
-    moved = hidden_states.gather(1, content[..., None].expand(-1, -1, width))
-    return hidden_states.scatter(1, column[..., None].expand(-1, -1, width), moved)
+    moved = take_tokens(hidden_states, content)
+    return hidden_states.scatter(1, column[..., None].expand_as(moved), moved)

@@ -47,8 +47,7 @@ class TokenFusionReducer(MatchingReducer):
         norm_preserving: after Token Fusion's MLERP, whether a merged token gets the largest of the norms of what it is
             made of, since a mean is shorter than its parts. A source counts for as much as it gives: the norm is
             max_a(|x_b| + g_a max(0, |x_a| - |x_b|)), which is |x_b| where everything is pruned.
-        proportional_attention: see [`MatchingReducer`].
-        order: likewise.
+        proportional_attention, order: see [`MatchingReducer`].
     """
 
     paper = "Token Fusion (arXiv 2312.01026)"
@@ -71,14 +70,8 @@ class TokenFusionReducer(MatchingReducer):
 
     def shares(self, layer: int, sources: torch.Tensor) -> torch.Tensor:
         """
-        What share of themselves tokens give to their targets.
-
-        Args:
-            layer: of the tower.
-            sources: `[num_images, num_merged, hidden_size]`, between the layer's attention and its MLP.
-
-        Returns:
-            `[num_images, num_merged]` float32 in [0, 1].
+        What share of themselves tokens `[num_images, num_merged, hidden_size]`, between a layer's attention and its
+        MLP, give to their targets: `[num_images, num_merged]` float32 in [0, 1].
         """
         gate = self.gates[layer]
         logits = gate(self.norm(sources.to(gate.weight.dtype)))[..., 0]
@@ -93,7 +86,6 @@ class TokenFusionReducer(MatchingReducer):
         sizes: torch.Tensor,
         matching: Matching,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See [`MatchingReducer.take_in`]."""
         shares = self.shares(layer, take_tokens(patches, matching.source))
         given = shares * sizes.gather(1, matching.source)
         fused = absorbed(patches, sizes, given, matching)
@@ -106,16 +98,8 @@ def with_largest_norm(
     fused: torch.Tensor, patches: torch.Tensor, shares: torch.Tensor, matching: Matching
 ) -> torch.Tensor:
     """
-    Merged tokens stretched to the largest norm among their parts, sources counting by their shares.
-
-    Args:
-        fused: `[num_images, num_tokens, hidden_size]`, the means.
-        patches: `[num_images, num_tokens, hidden_size]`, the parts.
-        shares: `[num_images, num_merged]` float32, g.
-        matching: who went where.
-
-    Returns:
-        `[num_images, num_tokens, hidden_size]`; tokens that took nothing in are what they were.
+    The means `fused` stretched to the largest norm among their parts, the `patches`, sources counting by their shares
+    g; tokens that took nothing in are what they were.
     """
     norms = patches.float().norm(dim=-1)
     own, others = norms.gather(1, matching.target), norms.gather(1, matching.source)

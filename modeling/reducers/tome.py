@@ -16,7 +16,7 @@ from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..vision.encode import TowerPass
 from ..vision.encoder_reducer import EncodedTokens, EncoderReducer
 from ..vision.tower import TowerAttention, _attention, _first_norm, layer_keys
-from .base import register_reducer, require_choice, take_tokens
+from .base import directions, register_reducer, require_choice, take_tokens
 
 
 @dataclass
@@ -36,13 +36,8 @@ class Matching:
 
     def received(self, given: torch.Tensor) -> torch.Tensor:
         """
-        What every token receives in all from the sources that point to it.
-
-        Args:
-            given: `[num_images, num_merged, width]`, what each source gives.
-
-        Returns:
-            `[num_images, num_tokens, width]`, 0 for a token that no source points to.
+        What every token receives in all, `[num_images, num_tokens, width]`, where each source gives
+        `[num_images, num_merged, width]`; 0 for a token that no source points to.
         """
         num_tokens = self.source.shape[1] + self.stay.shape[1]
         return self.added(given.new_zeros(len(given), num_tokens, given.shape[-1]), given)
@@ -77,8 +72,8 @@ def bipartite_matching(keys: torch.Tensor, num_merged: int, has_cls: bool) -> Ma
         nobody = index.new_zeros(len(keys), 0)
         return Matching(nobody, nobody, index.expand(len(keys), -1))
     in_a, in_b = (index[1::2], index[0::2]) if has_cls else (index[0::2], index[1::2])
-    directions = nn.functional.normalize(keys.float(), dim=-1)
-    similarity = directions[:, in_a] @ directions[:, in_b].transpose(1, 2)
+    unit = directions(keys)
+    similarity = unit[:, in_a] @ unit[:, in_b].transpose(1, 2)
     best = similarity.argmax(dim=-1)
     ranked = similarity.gather(-1, best[..., None])[..., 0].argsort(dim=-1, descending=True, stable=True)
     going, remaining = ranked[:, :num_merged], ranked[:, num_merged:]
@@ -93,28 +88,22 @@ def bipartite_matching(keys: torch.Tensor, num_merged: int, has_cls: bool) -> Ma
 
 def mean_keys(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """
-    The mean over heads of the keys that a layer makes of the tokens that enter it.
+    The mean over heads of the keys that a layer makes of the tokens that enter it,
+    `[num_images, num_tokens, head_dim]`.
 
     The layer's attention makes all keys too, but shows them to nobody. Their mean is a linear map, by the mean of the
     heads' weights, and costs no more than one head. Where the weights are not there as one plain matrix (an adapter,
     quantised or sharded weights, weights on another device) all keys are made, and averaged.
-
-    Args:
-        layer: of a CLIP, SigLIP or DINOv2 tower.
-        hidden_states: `[num_images, num_tokens, hidden_size]`.
-
-    Returns:
-        `[num_images, num_tokens, head_dim]`.
     """
     attention = _attention(layer)
     projection = getattr(attention, "k_proj", None)
     if not _is_plain(projection, hidden_states):
         return layer_keys(layer, hidden_states).mean(dim=1)
     heads = getattr(attention, "num_heads", None) or attention.num_attention_heads
-    weight = projection.weight.unflatten(0, (heads, -1)).mean(dim=0, dtype=torch.float32)
-    bias = None
-    if projection.bias is not None:
-        bias = projection.bias.unflatten(0, (heads, -1)).mean(dim=0, dtype=torch.float32)
+    weight, bias = (
+        None if part is None else part.unflatten(0, (heads, -1)).mean(dim=0, dtype=torch.float32)
+        for part in (projection.weight, projection.bias)
+    )
     return nn.functional.linear(_first_norm(layer)(hidden_states).float(), weight, bias)
 
 
@@ -140,7 +129,7 @@ def absorbed(features: torch.Tensor, weights: torch.Tensor, given: torch.Tensor,
         matching: who goes where.
 
     Returns:
-        `[num_images, num_tokens, hidden_size]` in the dtype of `features`, the sources still among them.
+        As `features`, the sources still among them.
     """
     total = weights + matching.received(given[..., None])[..., 0]
     share = given / total.gather(1, matching.target)
@@ -209,12 +198,11 @@ class MatchingReducer(EncoderReducer):
         matching: Matching,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Lets targets take their sources in.
+        Lets targets take their sources in, between the halves of a layer.
 
         Args:
-            tower: the pass.
-            layer: which layer this is.
-            entering: `[num_images, num_before + num_tokens + num_after, hidden_size]`, the sequence before attention.
+            tower, layer: the pass, and which layer this is.
+            entering: the whole sequence before the layer's attention.
             patches: `[num_images, num_tokens, hidden_size]`, behind it.
             sizes: `[num_images, num_tokens]` float32, how many patches each stands for.
             matching: who goes where.
@@ -225,12 +213,7 @@ class MatchingReducer(EncoderReducer):
         raise NotImplementedError(f"{type(self).__name__} has to define take_in(...).")
 
     def forward(self, tower: TowerPass, pixel_values: torch.Tensor, num_keep: torch.Tensor) -> EncodedTokens:
-        """
-        See [`EncoderReducer.forward`].
-
-        Raises:
-            ValueError: if merging pairs in every layer cannot get down to `num_keep`.
-        """
+        """Refuses a `num_keep` to which merging pairs in every layer cannot get down."""
         sequence = tower.embed(pixel_values)
         num_images, num_patches, _ = tower.patches(sequence).shape
         positions = torch.arange(num_patches, device=sequence.device).expand(num_images, -1)
@@ -266,8 +249,7 @@ class ToMeReducer(MatchingReducer):
             is the mean of its patches, as in official code. `"average"`: of the tokens as they are, however many
             patches they stand for. `"importance"`: weighted by size times importance, which is the attention that CLS
             pays to the token in this layer (mean over heads), or without CLS the norm of its feature.
-        proportional_attention: see [`MatchingReducer`].
-        order: likewise.
+        proportional_attention, order: see [`MatchingReducer`].
     """
 
     paper = "ToMe (arXiv 2210.09461)"
@@ -292,7 +274,6 @@ class ToMeReducer(MatchingReducer):
         sizes: torch.Tensor,
         matching: Matching,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See [`MatchingReducer.take_in`]."""
         weights = sizes
         if self.merge == "average":
             weights = torch.ones_like(sizes)
@@ -304,16 +285,8 @@ class ToMeReducer(MatchingReducer):
 
 def token_importance(tower: TowerPass, layer: int, entering: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
     """
-    The attention that CLS pays to each patch in a layer, mean over its heads, or without CLS the patch's norm.
-
-    Args:
-        tower: the pass.
-        layer: which of its layers.
-        entering: `[num_images, num_before + num_tokens + num_after, hidden_size]`, what enters the layer.
-        patches: `[num_images, num_tokens, hidden_size]`, behind its attention.
-
-    Returns:
-        `[num_images, num_tokens]` float32, above 0.
+    The attention that CLS pays to each patch in a layer, mean over its heads, or without CLS the norm of the patch
+    behind that attention: `[num_images, num_tokens]` float32, above 0.
     """
     if tower.config.has_cls:
         attention = TowerAttention.of_layer(tower.layers[layer], tower.without_budget(entering), has_cls=True)

@@ -8,14 +8,14 @@ target whose key it resembles most.
 import math
 
 import torch
-from torch import nn
+from torch.nn import functional
 
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..budget.selection import Selection
 from ..budget.top_k import top_k_mask
 from ..vision.features import VisionFeatures
-from .base import TokenReducer, register_reducer, require_choice, require_share, take_tokens
-from .cls_attention import cls_scores, making_layer, require_cls_attention
+from .base import TokenReducer, directions, register_reducer, require_choice, require_share, take_tokens
+from .cls_attention import cls_scores
 
 
 def num_contextual(num_kept: int, contextual: float) -> int:
@@ -46,13 +46,10 @@ def merged_into_targets(
         metric: `[num_images, num_rest, width]`, what is compared.
         is_target: `[num_rest]` bool, the same of every image.
         average: whether to take the mean of target and merged tokens instead, (x_t + sum x_j) / (1 + their number).
-
-    Returns:
-        `[num_images, num_targets, hidden_size]`.
     """
-    metric = nn.functional.normalize(metric.float(), dim=-1)
-    cosine = metric[:, ~is_target] @ metric[:, is_target].transpose(1, 2)
-    goes_to = nn.functional.one_hot(cosine.argmax(dim=-1), cosine.shape[-1]).to(tokens.dtype)
+    unit = directions(metric)
+    cosine = unit[:, ~is_target] @ unit[:, is_target].transpose(1, 2)
+    goes_to = functional.one_hot(cosine.argmax(dim=-1), cosine.shape[-1]).to(tokens.dtype)
     total = goes_to.transpose(1, 2) @ tokens[:, ~is_target]
     count = goes_to.sum(dim=1)[..., None]
     targets = tokens[:, is_target]
@@ -78,12 +75,10 @@ class VisionZipReducer(TokenReducer):
             the others to the target, and so by default do we.
         order: `"spatial"`: patches stand at their own place, contextual tokens at their target's, and CLS at the first
             patch that is free. `"official"`: CLS, the dominant patches, the contextual tokens.
-
-    Raises:
-        ValueError: if the tower has no CLS token or a parameter is not allowed.
     """
 
     needs = ("cls", "attention")
+    ranks_by_cls = True
     one_count = True
     paper = "VisionZip (arXiv 2412.04467)"
 
@@ -91,15 +86,13 @@ class VisionZipReducer(TokenReducer):
         self, config: AdaVTPConfig, contextual: float = 0.16, average: bool = False, order: str = "spatial"
     ) -> None:
         super().__init__(config)
-        require_cls_attention(config, "visionzip")
         require_share("contextual", contextual)
         require_choice("average", average, (True, False))
         require_choice("order", order, ("spatial", "official"))
         self.contextual, self.average, self.order = contextual, average, order
 
     def forward(self, features: VisionFeatures, num_keep: torch.Tensor) -> Selection:
-        """See [`TokenReducer.forward`]."""
-        patches, attention = features.patches, features.attention[making_layer(self.config)]
+        patches, attention = features.patches, features.attention[self.attention_layers[0]]
         num_images, num_tokens, hidden_size = patches.shape
         num_targets = num_contextual(int(num_keep[0]), self.contextual)
         num_cls = 0 if self.config.keep_cls else 1
@@ -119,18 +112,8 @@ class VisionZipReducer(TokenReducer):
 
 
 def split_by_score(scores: torch.Tensor, num_best: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    The `num_best` tokens with the largest scores and all others, both in spatial order.
-
-    Args:
-        scores: `[num_images, num_tokens]`.
-        num_best: in [0, num_tokens].
-
-    Returns:
-        Indices int64, `[num_images, num_best]` and `[num_images, num_tokens - num_best]`.
-    """
-    is_best = top_k_mask(scores, torch.full((len(scores),), num_best, device=scores.device))
-    best_first = (~is_best).to(torch.int8).argsort(dim=-1, stable=True)
+    """Indices of the `num_best` tokens with the largest scores and of all others, both in spatial order."""
+    best_first = (~top_k_mask(scores, num_best)).to(torch.int8).argsort(dim=-1, stable=True)
     return best_first[:, :num_best], best_first[:, num_best:]
 
 

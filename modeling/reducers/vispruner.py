@@ -8,13 +8,12 @@ as many are left as the budget still has room for.
 import math
 
 import torch
-from torch import nn
 
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..budget.selection import Selection
 from ..vision.features import VisionFeatures
-from .base import TokenReducer, register_reducer, require_share
-from .cls_attention import cls_scores, require_cls_attention
+from .base import TokenReducer, directions, register_reducer, require_share
+from .cls_attention import cls_scores
 
 _MOST_DROPPED_AT_ONCE = 8
 
@@ -26,20 +25,12 @@ def without_duplicates(patches: torch.Tensor, pool: torch.Tensor, num_diverse: i
     Each round splits the pool by even and odd places. The even tokens that are most similar to any odd one, at most 8,
     are dropped; of two that are equally similar the later. The next round's pool is the remaining even tokens, the
     most similar first, and behind them the odd ones. Halves may be unequal (the authors' code stops with an error on
-    a pool of odd size).
-
-    Args:
-        patches: `[num_images, num_tokens, hidden_size]`.
-        pool: `[num_images, pool_size]` int64, indices of tokens, in the order that the first round splits.
-        num_diverse: in [0, pool_size].
-
-    Returns:
-        `[num_images, num_diverse]` int64.
+    a pool of odd size). `pool` `[num_images, pool_size]` holds indices in the order that the first round splits.
     """
     if num_diverse == 0:
         return pool[:, :0]
-    directions = nn.functional.normalize(patches.float(), dim=-1)
-    similarity = directions @ directions.transpose(1, 2)
+    unit = directions(patches)
+    similarity = unit @ unit.transpose(1, 2)
     image = torch.arange(len(pool), device=pool.device)[:, None, None]
     while pool.shape[1] > num_diverse:
         even, odd = pool[:, ::2], pool[:, 1::2]
@@ -60,23 +51,19 @@ class VisPrunerReducer(TokenReducer):
 
     Args:
         important: share of the kept tokens that attention chooses, from 0 to 1. With 1 this is `"cls_attention"`.
-
-    Raises:
-        ValueError: if the tower has no CLS token, or `important` is out of range.
     """
 
     needs = ("attention",)
+    ranks_by_cls = True
     one_count = True
     paper = "VisPruner (arXiv 2412.01818)"
 
     def __init__(self, config: AdaVTPConfig, important: float = 0.5) -> None:
         super().__init__(config)
-        require_cls_attention(config, "vispruner")
         require_share("important", important)
         self.important = important
 
     def forward(self, features: VisionFeatures, num_keep: torch.Tensor) -> Selection:
-        """See [`TokenReducer.forward`]."""
         num_tokens_kept = int(num_keep[0])
         # Rounded first: 0.29 x 100 is 28.999999999999996.
         num_important = math.floor(round(self.important * num_tokens_kept, 6))

@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..decoder.layer_counts import distinct_cuts, in_proportion, unreachable
-from ..decoder.reducer import DecoderReducer, require_layer
 from ..decoder.view import DecoderView
 from .base import register_reducer
+from .one_cut import FirstCutReducer
 
 
 @register_reducer("vtw")
-class VTWReducer(DecoderReducer):
+class VTWReducer(FirstCutReducer):
     """
     Visual tokens withdrawal (arXiv 2405.05803): all visual tokens leave before layer k.
 
@@ -28,37 +27,26 @@ class VTWReducer(DecoderReducer):
     one layer more; they are spread evenly over the image. That layer is our completion, so that the mean is exact.
 
     Args:
-        layer: k of the own rule (no budget), in [1, number of layers - 1]; by default 15 of 32, in proportion.
-
-    Raises:
-        ValueError: if `layer` is not allowed, or a budget is below 1 / L: layer 0 sees every token.
+        layer: k of the own rule (no budget), in [1, L - 1]; by default 15 of 32, in proportion. A budget below 1 / L
+            is refused: layer 0 sees every token.
     """
 
-    has_own_rule = True
+    name, published_layer = "vtw", 15
     paper = "VTW (arXiv 2405.05803)"
-
-    def __init__(self, config: AdaVTPConfig, layer: int | None = None) -> None:
-        super().__init__(config)
-        if layer is not None:
-            require_layer("layer", layer, config)
-        self.layer = layer
 
     def cuts(self, num_layers: int) -> list[int]:
         """Layer 1: the order in which tokens leave is the same wherever they do."""
         return distinct_cuts([1], num_layers)
 
     def layer_counts(self, num_visual: int, num_keep: int | None, num_layers: int) -> list[int]:
-        """See [`DecoderReducer.layer_counts`]."""
         if num_keep is None:
-            layer = in_proportion(15, num_layers) if self.layer is None else self.layer
-            return [num_visual if index < layer else 0 for index in range(num_layers)]
+            return [num_visual if layer < self.first_cut(num_layers) else 0 for layer in range(num_layers)]
         total = num_keep * num_layers
         if total < num_visual:
-            raise unreachable("vtw", num_visual, num_keep, num_visual / num_layers, "ask for more.")
+            raise unreachable(self.name, num_visual, num_keep, num_visual / num_layers, "ask for more.")
         return [min(num_visual, max(0, total - index * num_visual)) for index in range(num_layers)]
 
     def scores(self, view: DecoderView, cut: int) -> torch.Tensor:
-        """See [`DecoderReducer.scores`]."""
         return evenly_spread_order(view.is_visual)
 
 
@@ -66,13 +54,7 @@ def evenly_spread_order(is_visual: torch.Tensor) -> torch.Tensor:
     """
     Scores of which the K highest stand at nearly even distances for every K: the bits of a token's number behind the
     point, in reverse order, negated (van der Corput's sequence). Half of the tokens are those with even numbers, a
-    quarter those whose numbers four divides, and so on.
-
-    Args:
-        is_visual: `[batch, n]` bool.
-
-    Returns:
-        `[batch, n]` float32.
+    quarter those whose numbers four divides, and so on. `[batch, n]` bool -> `[batch, n]` float32.
     """
     number = is_visual.long().cumsum(dim=-1) - 1
     reversed_bits = torch.zeros(is_visual.shape, device=is_visual.device)

@@ -10,13 +10,8 @@ from ...configuration.configuration_adavtp import AdaVTPConfig
 
 class BudgetEmbedding(nn.Module):
     """
-    A budget as a vector: sinusoids of 2 * pi * b over geometrically spaced frequencies, then an MLP.
-
-    The frequencies are 10000^(-i / num_frequencies), as in AdaLLaVA's latency encoding (arXiv 2503.10905).
-
-    Args:
-        hidden_size: width of the result.
-        num_frequencies: number of frequencies; the encoding has a sine and a cosine of each.
+    A budget as a vector of width `hidden_size`: a sine and a cosine of 2 * pi * b at each of the frequencies
+    10000^(-i / num_frequencies), as in AdaLLaVA's latency encoding (arXiv 2503.10905), then an MLP.
     """
 
     def __init__(self, hidden_size: int, num_frequencies: int = 128) -> None:
@@ -27,13 +22,7 @@ class BudgetEmbedding(nn.Module):
         self.linear_2 = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, budget: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            budget: `[batch]`, the kept fraction K / N in [0, 1].
-
-        Returns:
-            `[batch, hidden_size]` in the dtype of the weights.
-        """
+        """Kept fractions K / N in [0, 1] `[batch]` -> `[batch, hidden_size]` in the dtype of the weights."""
         exponent = torch.arange(self.num_frequencies, device=budget.device, dtype=torch.float32) / self.num_frequencies
         angles = 2 * math.pi * budget.float()[:, None] * 10000.0**-exponent
         sinusoids = torch.cat([angles.sin(), angles.cos()], dim=-1)
@@ -41,12 +30,7 @@ class BudgetEmbedding(nn.Module):
 
 
 class BudgetToken(nn.Module):
-    """
-    The vector that carries the budget, and if the model is question-aware the question, to the image.
-
-    Args:
-        config: the model's configuration.
-    """
+    """The vector that carries the budget, and if the model is question-aware the question, to the image."""
 
     def __init__(self, config: AdaVTPConfig) -> None:
         super().__init__()
@@ -76,12 +60,7 @@ class BudgetToken(nn.Module):
 
 
 class BudgetCrossAttention(nn.Module):
-    """
-    One cross-attention after the tower, the budget as query and the patches as keys and values ("Option B").
-
-    Args:
-        config: the model's configuration.
-    """
+    """One cross-attention after the tower, the budget as query and the patches as keys and values ("Option B")."""
 
     def __init__(self, config: AdaVTPConfig) -> None:
         super().__init__()
@@ -95,23 +74,17 @@ class BudgetCrossAttention(nn.Module):
         self.out_proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, budget_token: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            budget_token: `[num_images, hidden_size]`.
-            patches: `[num_images, num_patches, patch_width]`.
-
-        Returns:
-            `[num_images, hidden_size]`: the budget token plus what it read from the patches.
-        """
+        """Budget tokens `[num_images, hidden_size]`, each plus what it read from its image's patches."""
         patches = self.patch_norm(patches)
-        query = self._heads(self.q_proj(self.query_norm(budget_token)[:, None]))
-        key, value = self._heads(self.k_proj(patches)), self._heads(self.v_proj(patches))
-        read = nn.functional.scaled_dot_product_attention(query, key, value)
-        return budget_token + self.out_proj(read.transpose(1, 2).flatten(1))
+        query = self.q_proj(self.query_norm(budget_token)[:, None])
+        read = attended(query, self.k_proj(patches), self.v_proj(patches), self.num_heads)
+        return budget_token + self.out_proj(read[:, 0])
 
-    def _heads(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`[batch, tokens, hidden_size]` -> `[batch, heads, tokens, head_dim]`."""
-        return hidden_states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+def attended(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """What queries read, `[batch, num_queries, width]`; all three are `[batch, tokens, width]`, heads side by side."""
+    query, key, value = (part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in (query, key, value))
+    return nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
 def patch_width(config: AdaVTPConfig) -> int:

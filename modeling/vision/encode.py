@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ...configuration.configuration_adavtp import AdaVTPConfig
-from ..reducers.base import feature_layer_index
+from ..reducers.base import feature_layer_index, feature_layers
 from .budget_token import BudgetToken
 from .features import VisionFeatures
 from .tower import TowerAttention, attention_half, mlp_half, takes_mask, tower_layers
@@ -49,24 +49,16 @@ class TowerPass:
 
     def embed(self, pixel_values: torch.Tensor, of_any_size: bool = False) -> torch.Tensor:
         """
-        The input of the first layer.
-
-        Args:
-            pixel_values: `[num_images, channels, height, width]`.
-            of_any_size: whether height and width may differ from the tower's; its positions are then interpolated.
-
-        Returns:
-            `[num_images, num_before + num_patches + num_after, hidden_size]`.
+        The input of the first layer, `[num_images, num_before + num_patches + num_after, hidden_size]`. For images of
+        any size the tower's positions are interpolated.
         """
         weight = next(self.tower.parameters())
         pixel_values = pixel_values.to(weight.device, weight.dtype)
         # DINOv2 always interpolates and has no such argument.
-        resize = (
-            {"interpolate_pos_encoding": True}
-            if of_any_size and self.config.vision_config.model_type != "dinov2"
-            else {}
+        interpolates = of_any_size and self.config.vision_config.model_type != "dinov2"
+        hidden_states = self.tower.embeddings(
+            pixel_values, **({"interpolate_pos_encoding": True} if interpolates else {})
         )
-        hidden_states = self.tower.embeddings(pixel_values, **resize)
         if hasattr(self.tower, "pre_layrnorm"):  # the misspelling is CLIP's own
             hidden_states = self.tower.pre_layrnorm(hidden_states)
         if self.token is None:
@@ -86,13 +78,8 @@ class TowerPass:
 
     def attend(self, index: int, hidden_states: torch.Tensor, key_bias: torch.Tensor | None = None) -> torch.Tensor:
         """
-        The attention half of layer `index`.
-
-        Args:
-            index: of the layer.
-            hidden_states: `[num_images, num_tokens, hidden_size]`.
-            key_bias: `[num_images, num_tokens]`, added to every attention logit of the key it belongs to, or
-                `[num_images, num_tokens, num_tokens]`, added to each row's own.
+        The attention half of layer `index`. `key_bias` `[num_images, num_tokens]` is added to every attention logit of
+        the key it belongs to, or `[num_images, num_tokens, num_tokens]` to each row's own.
         """
         return attention_half(self.layers[index], hidden_states, self._mask(hidden_states, key_bias))
 
@@ -164,12 +151,19 @@ def encode_image(
     Raises:
         ValueError: if the tower's attention cannot hide a read-only budget token, or a layer is not there.
     """
+    wanted, num_layers = feature_layers(config), config.vision_config.num_hidden_layers
+    if not all(0 <= index <= num_layers for index in wanted):
+        raise ValueError(
+            f"`vision_feature_layer` is {config.vision_feature_layer}; a tower of {num_layers} layers has hidden "
+            f"states {-num_layers - 1} to {num_layers}."
+        )
+    top = min(max(wanted), num_layers - 1)
+    if any(not 0 <= layer <= top for layer in attention_layers):
+        raise ValueError(f"`attention_layers` is {tuple(attention_layers)}; this tower's layers are 0 to {top}.")
     tower_pass, token = start_pass(tower, config, budget_token, budget, question)
     hidden_states = tower_pass.embed(pixel_values)
-    wanted = _feature_layers(config)
-    _require_layers(attention_layers, feature_layer_index(config), config.vision_config.num_hidden_layers)
     states, attention = {}, {}
-    for index in range(feature_layer_index(config) + 1):
+    for index in range(max(wanted) + 1):
         if index in wanted:
             states[index] = hidden_states
         if index in attention_layers:
@@ -221,21 +215,3 @@ def _require_mask(tower: PreTrainedModel) -> None:
             "the model with attn_implementation={'vision_config': 'sdpa'} and a newer transformers, or use "
             "budget_attention='mutual' or budget_fusion='post'."
         )
-
-
-def _feature_layers(config: AdaVTPConfig) -> list[int]:
-    """Feature layers as indices from 0, the embeddings, in the order asked for."""
-    layers, num_layers = config.vision_feature_layer, config.vision_config.num_hidden_layers
-    wanted = [layers] if isinstance(layers, int) else layers
-    if any(not -num_layers - 1 <= index <= num_layers for index in wanted):
-        raise ValueError(
-            f"`vision_feature_layer` is {layers}; a tower of {num_layers} layers has hidden states "
-            f"{-num_layers - 1} to {num_layers}."
-        )
-    return [index if index >= 0 else num_layers + 1 + index for index in wanted]
-
-
-def _require_layers(attention_layers: Sequence[int], highest: int, num_layers: int) -> None:
-    top = min(highest, num_layers - 1)
-    if any(not 0 <= layer <= top for layer in attention_layers):
-        raise ValueError(f"`attention_layers` is {tuple(attention_layers)}; this tower's layers are 0 to {top}.")

@@ -60,13 +60,8 @@ class EncoderReducer(TokenReducer):
 
     def forward(self, tower: "TowerPass", pixel_values: torch.Tensor, num_keep: torch.Tensor) -> EncodedTokens:
         """
-        Args:
-            tower: the pass to run; see [`TowerPass`] for its steps.
-            pixel_values: `[num_images, channels, height, width]`.
-            num_keep: `[num_images]` int64, all the same in evaluation.
-
-        Returns:
-            `EncodedTokens` with `num_keep` tokens of each image, or in training all of them with gates.
+        Runs a pass ([`TowerPass`] has its steps) that leaves `num_keep` tokens of each image, `[num_images]` and all
+        the same in evaluation, or in training all tokens with gates.
         """
         raise NotImplementedError(f"{type(self).__name__} has to define forward(tower, pixel_values, num_keep).")
 

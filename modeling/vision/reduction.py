@@ -7,11 +7,12 @@ like ones, so that every call sees full rows.
 from dataclasses import replace
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..budget.selection import Selection
-from ..reducers.base import ScoringReducer, TokenReducer
+from ..reducers.base import ScoringReducer, TokenReducer, take_tokens
 from .encode import BudgetToken, encode_image, start_pass
 from .encoder_reducer import EncoderReducer
 from .features import BY_IMAGE, VisionFeatures
@@ -22,11 +23,11 @@ def reduce_tokens(
     name: str, reducer: TokenReducer, features: VisionFeatures, num_keep: torch.Tensor | None
 ) -> tuple[VisionFeatures, Selection]:
     """
-    Lets a reducer choose from the tokens that are left of each image.
+    Lets a reducer of stage `"vision"` or `"projector"` choose from the tokens that are left of each image.
 
     Args:
         name: of the reducer, for error messages.
-        reducer: of stage `"vision"` or `"projector"`.
+        reducer: the module.
         features: tokens `[num_images, max_tokens, hidden_size]`; images that have fewer end in positions of -1.
         num_keep: `[num_images]` int64, or `None`.
 
@@ -73,16 +74,8 @@ def reduce_in_tower(
     question: torch.Tensor | None = None,
 ) -> tuple[VisionFeatures, Selection]:
     """
-    Runs the tower with a reducer in it.
-
-    Args:
-        tower: a CLIP, SigLIP or DINOv2 vision model.
-        reducer: of stage `"encoder"`.
-        pixel_values: `[num_images, channels, height, width]`.
-        config: the model's configuration.
-        num_keep: `[num_images]` int64.
-        sizes: `[num_images]` int64, patches of each image, N.
-        budget_token, budget, question: see [`encode_image`].
+    Runs the tower with a reducer in it, which keeps `num_keep` of the `sizes` patches of each image, `[num_images]`
+    int64; all else is as in [`encode_image`].
 
     Returns:
         The tokens that are left, and the selection of patches that they are.
@@ -151,7 +144,7 @@ def _result(features: VisionFeatures, selection: Selection) -> tuple[VisionFeatu
     whole = Selection(keep, positions, gates, patches if merged else None, selection.loss)
     tower_patches = features.tower_patches
     if tower_patches is not None:
-        tower_patches = tower_patches.gather(1, index[..., None].expand(-1, -1, tower_patches.shape[-1]))
+        tower_patches = take_tokens(tower_patches, index)
     attention = {} if merged else {layer: view.take(index) for layer, view in features.attention.items()}
     left = replace(features, patches=patches, positions=positions, tower_patches=tower_patches, attention=attention)
     return left, whole
@@ -173,7 +166,10 @@ def _joined(
 
     def tokens(name: str, fill: float = 0.0) -> torch.Tensor | None:
         tensors = [getattr(part, name) for part in parts]
-        return None if tensors[0] is None else joined([_lengthened(tensor, longest, fill) for tensor in tensors])
+        if tensors[0] is None:
+            return None
+        rest = [[0, 0] * (tensor.dim() - 2) + [0, longest - tensor.shape[1]] for tensor in tensors]
+        return joined([nn.functional.pad(*pair, value=fill) for pair in zip(tensors, rest, strict=True)])
 
     patches, positions = tokens("patches"), tokens("positions", -1)
     merged = any(selection.features is not None for selection in selections)
@@ -203,11 +199,3 @@ def _joined(
         **{name: joined([getattr(part, name) for part in parts]) for name in BY_IMAGE},
     )
     return left, whole
-
-
-def _lengthened(tokens: torch.Tensor, length: int, fill: float) -> torch.Tensor:
-    """`[num_images, num_tokens, ...]` filled up to `length` tokens."""
-    if tokens.shape[1] == length:
-        return tokens
-    rest = tokens.new_full((tokens.shape[0], length - tokens.shape[1], *tokens.shape[2:]), fill)
-    return torch.cat([tokens, rest], dim=1)

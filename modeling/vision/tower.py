@@ -25,23 +25,15 @@ def takes_mask(layer: nn.Module) -> bool:
 
 def attention_half(layer: nn.Module, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
     """
-    A layer's first half: h + Attention(norm(h)).
-
-    Args:
-        layer: of a CLIP, SigLIP or DINOv2 tower.
-        hidden_states: `[num_images, num_tokens, hidden_size]`.
-        attention_mask: added to the attention logits, broadcast to `[num_images, heads, num_tokens, num_tokens]`.
-
-    Raises:
-        ValueError: if there is a mask and the layer takes none.
+    A layer's first half: h + Attention(norm(h)), a mask (a `ValueError` where the layer takes none) added to the
+    attention logits, broadcast to `[num_images, heads, num_tokens, num_tokens]`.
     """
     if attention_mask is not None and not takes_mask(layer):
         raise ValueError(
             f"{type(layer).__name__} takes no attention mask in this version of transformers, and the chosen reducer "
             "needs one; use a newer transformers, or another reducer."
         )
-    mask = {} if attention_mask is None else {"attention_mask": attention_mask}
-    attended = _attention(layer)(_first_norm(layer)(hidden_states), **({"attention_mask": None} | mask))[0]
+    attended = _attention(layer)(_first_norm(layer)(hidden_states), attention_mask=attention_mask)[0]
     if hasattr(layer, "layer_scale1"):
         attended = layer.drop_path(layer.layer_scale1(attended))
     return hidden_states + attended
@@ -101,13 +93,7 @@ class TowerAttention:
 
     @classmethod
     def of_layer(cls, layer: nn.Module, hidden_states: torch.Tensor, has_cls: bool) -> "TowerAttention":
-        """
-        Args:
-            layer: of the tower.
-            hidden_states: `[num_images, (1 +) num_patches, hidden_size]`, what enters the layer, CLS first if there
-                is one.
-            has_cls: whether there is.
-        """
+        """Of what enters a layer, `[num_images, (1 +) num_patches, hidden_size]`, CLS first if there is one."""
         keys = layer_keys(layer, hidden_states)
         if not has_cls:
             return cls(None, None, keys)
@@ -115,11 +101,8 @@ class TowerAttention:
 
     def cls_row(self) -> torch.Tensor:
         """
-        How much CLS attends to each patch in each head: softmax(q k^T / sqrt(d)) over CLS and patches, the column of
-        CLS left out.
-
-        Returns:
-            `[num_images, heads, num_tokens]` float32.
+        How much CLS attends to each patch in each head, `[num_images, heads, num_tokens]` float32: softmax(q k^T /
+        sqrt(d)) over CLS and patches, the column of CLS left out.
         """
         keys = torch.cat([self.cls_key[:, :, None], self.keys], dim=2).float()
         logits = (keys @ self.query.float()[..., None])[..., 0] * self.query.shape[-1] ** -0.5

@@ -42,14 +42,8 @@ class VisualTokens:
 
 class VisualModel:
     """
-    The visual half of a model, whose modules it uses and does not own.
-
-    Args:
-        tower: a CLIP, SigLIP or DINOv2 vision model.
-        projector: from the tower's width to the decoder's.
-        budget_token: the module that makes the budget token.
-        config: the model's configuration.
-        training: whether choices are sampled, with a gradient.
+    The visual half of a model, whose modules it uses and does not own. In training choices are sampled, with a
+    gradient.
     """
 
     def __init__(
@@ -85,7 +79,12 @@ class VisualModel:
             ValueError: if the images do not have the size that the model was made for, or a reducer cannot do what it
                 is asked to.
         """
-        self._check_images(pixel_values)
+        size = self.config.vision_config.image_size
+        if tuple(pixel_values.shape[-2:]) != (size, size):
+            raise ValueError(
+                f"`pixel_values` has images of {tuple(pixel_values.shape[-2:])} pixels; this model's images have "
+                f"{size} pixels a side."
+            )
         steps, budget = schedule.steps, schedule.of_units(units.sample, units.sizes)
         needs = {need for step in steps for need in step.reducer.needs}
         num_keep = budget.of_step(steps[0], units.sizes)
@@ -114,12 +113,8 @@ class VisualModel:
 
     def embeddings(self, tokens: VisualTokens, units: Units, in_place: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        What stands at the placeholders of a prompt, in the decoder's space.
-
-        Args:
-            tokens: what is left.
-            units: of the whole images.
-            in_place: whether every visual token has its place, and those that left are zero.
+        What stands at the placeholders of a prompt, in the decoder's space; `in_place`, whether every visual token of
+        the whole images has its place, and those that left are zero.
 
         Returns:
             The embeddings `[filled placeholders, text_hidden_size]` in the order of their placeholders, and for every
@@ -142,14 +137,6 @@ class VisualModel:
             is_left = nn.functional.pad(is_left, (1, 0), value=True)
         embeds = embeds if tokens.is_projected else self.projector(embeds)
         return embeds[is_left], column_stays
-
-    def _check_images(self, pixel_values: torch.Tensor) -> None:
-        size = self.config.vision_config.image_size
-        if tuple(pixel_values.shape[-2:]) != (size, size):
-            raise ValueError(
-                f"`pixel_values` has images of {tuple(pixel_values.shape[-2:])} pixels; this model's images have "
-                f"{size} pixels a side."
-            )
 
     def _require_no_gates(self, selection: Selection, step: Step) -> None:
         if selection.gates is not None and self.config.gradient_gates == "attention":

@@ -95,17 +95,6 @@ def test_sets_are_drawn_as_by_successive_draws_without_replacement(scheme: str, 
     assert chi2.sf(statistic, df=len(expected) - 1) > 1e-4
 
 
-@pytest.mark.parametrize("num_keep", [2, 3])
-def test_one_shot_and_successive_draws_cannot_be_told_apart(num_keep: int) -> None:
-    torch.manual_seed(10 + num_keep)
-    counts = torch.full((NUM_SAMPLES,), num_keep)
-    keep, _ = sample_top_k(LOGITS.expand(NUM_SAMPLES, -1), counts, 1.0, training=True)
-    ours = subset_frequencies(keep, num_keep).double()
-    theirs = subset_frequencies(draw_one_after_another(num_keep), num_keep).double()
-    statistic = ((ours - theirs).square() / (ours + theirs)).sum().item()
-    assert chi2.sf(statistic, df=len(ours) - 1) > 1e-4
-
-
 def test_the_gradient_s_temperature_does_not_change_what_is_drawn() -> None:
     kept = []
     for temperature in (0.1, 10.0):

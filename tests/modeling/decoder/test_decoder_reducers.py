@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from adavtp.modeling.decoder import view as decoder_views
-from adavtp.modeling.decoder.reducer import DecoderReducer, best_visual, require_in, require_layer
+from adavtp.modeling.decoder.reducer import DecoderReducer, best_visual, require_layer
 from adavtp.modeling.decoder.view import AttentionRows, attention_of_last, marked_columns
 from adavtp.modeling.reducers.aim import AimPrune
 from adavtp.modeling.reducers.depth import DepthReducer
@@ -267,9 +267,3 @@ def test_a_reducer_that_only_scores_leaves_hidden_states_alone() -> None:
 def test_a_layer_before_which_nothing_can_leave_is_refused(layer: object) -> None:
     with pytest.raises(ValueError, match=r"`layer` is .*; allowed are whole numbers from 1 to 3"):
         require_layer("layer", layer, deep_config(4))
-
-
-def test_a_value_that_is_not_allowed_is_refused() -> None:
-    require_in("rows", "last", ("last", "all"))
-    with pytest.raises(ValueError, match="`rows` is 'first'; allowed: 'last', 'all'."):
-        require_in("rows", "first", ("last", "all"))

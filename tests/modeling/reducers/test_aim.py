@@ -12,31 +12,14 @@ from adavtp.modeling.reducers.aim import AimMerge, AimPrune, AimReducer
 from adavtp.modeling.vision.features import VisionFeatures
 from adavtp.modeling.vision.tower import TowerAttention
 from tiny_decoder_views import deep_config, tiny_view
-from tiny_models import tiny_config, tiny_vision_config
-
-LAYER = 2  # the tiny tower has three, and its features come from the second
-
-
-def tiny_features(
-    num_tokens: int = 16, num_images: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32
-) -> VisionFeatures:
-    """Random tokens and keys."""
-    generator = torch.Generator().manual_seed(seed)
-    patches = torch.randn(num_images, num_tokens, 8, generator=generator).to(dtype)
-    keys = torch.randn(num_images, 2, num_tokens, 3, generator=generator).to(dtype)
-    return features_of(patches, keys)
+from tiny_features import LAYER_ABOVE, tiny_features
+from tiny_features import features_of as tokens_of
+from tiny_models import tiny_config
 
 
 def features_of(patches: torch.Tensor, keys: torch.Tensor) -> VisionFeatures:
     """Tokens `[num_images, n, C]` and keys `[num_images, heads, n, d]` as a reducer sees them."""
-    positions = torch.arange(patches.shape[1]).expand(len(patches), -1)
-    attention = {LAYER: TowerAttention(None, None, keys)}
-    return VisionFeatures(patches, positions, attention=attention, num_patches=patches.shape[1])
-
-
-def one_image(features: VisionFeatures, image: int) -> VisionFeatures:
-    """The same, of one image."""
-    return features.images(torch.tensor([image]), features.patches.shape[1])
+    return tokens_of(patches, attention={LAYER_ABOVE: TowerAttention(None, None, keys)})
 
 
 def merged(features: VisionFeatures, num_keep: int | None, order: str = "spatial", **parameters: object) -> Selection:
@@ -74,7 +57,7 @@ def rounds(tokens: list[Token], num_keep: int) -> list[Token]:
 
 def expected_of(features: VisionFeatures, image: int, num_keep: int) -> list[Token]:
     """The definition on one image, keys of all heads side by side."""
-    keys = features.attention[LAYER].keys[image]
+    keys = features.attention[LAYER_ABOVE].keys[image]
     tokens = [
         (feature.tolist(), [float(value) for head in keys for value in head[place]], place)
         for place, feature in enumerate(features.patches[image].double())
@@ -88,7 +71,7 @@ def expected_of(features: VisionFeatures, image: int, num_keep: int) -> list[Tok
 @pytest.mark.parametrize("order", ["spatial", "official"])
 @pytest.mark.parametrize(("num_tokens", "num_keep"), [(16, 13), (16, 8), (16, 7), (16, 3), (15, 4), (9, 1), (2, 1)])
 def test_rounds_merge_each_token_into_its_likeness(num_tokens: int, num_keep: int, order: str) -> None:
-    features = tiny_features(num_tokens)
+    features = tiny_features(2, num_tokens)
     selection = merged(features, num_keep, order)
     for image in range(2):
         expected = expected_of(features, image, num_keep)
@@ -112,12 +95,6 @@ def test_a_group_is_a_plain_mean_in_every_round() -> None:
     assert selection.features[0, :, 0].tolist() == [53.0, 1000.0]
 
 
-def test_a_rounds_matching_is_of_the_keys_length_does_not_count() -> None:
-    features = tiny_features()
-    longer = features_of(features.patches, features.attention[LAYER].keys * 7.0)
-    assert torch.allclose(merged(features, 9).features, merged(longer, 9).features, atol=1e-5)
-
-
 def test_of_equal_likenesses_the_earlier_joins_the_earlier() -> None:
     patches = torch.tensor([[1.0], [10.0], [3.0], [20.0], [5.0], [30.0]])
     selection = merged(features_of(patches[None], torch.ones(1, 1, 6, 2)), 4, "official")
@@ -136,8 +113,8 @@ def test_the_official_order_puts_what_did_not_merge_first_by_falling_likeness() 
 
 
 def test_one_token_may_be_all_that_is_left_and_all_may_be_left() -> None:
-    features = tiny_features()
-    assert merged(features, 1).features.shape == (2, 1, 8)
+    features = tiny_features(2)
+    assert merged(features, 1).features.shape == (2, 1, 32)
     for order in ("spatial", "official"):
         everything = merged(features, 16, order)
         assert everything.keep.all()
@@ -145,37 +122,11 @@ def test_one_token_may_be_all_that_is_left_and_all_may_be_left() -> None:
 
 
 def test_the_own_rule_leaves_252_of_576() -> None:
-    features = tiny_features(576, 1)
+    features = tiny_features(1, 576, width=8)
     assert merged(features, None).num_keep.tolist() == [252]
     assert torch.equal(merged(features, None).features, merged(features, 252).features)
-    assert merged(tiny_features(2), None).num_keep.tolist() == [1, 1]
-    assert merged(tiny_features(10), None, share=0.7).num_keep.tolist() == [7, 7]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_exactly_as_many_are_left_as_are_asked_for(dtype: torch.dtype) -> None:
-    for num_tokens in (5, 16, 33):
-        features = tiny_features(num_tokens, dtype=dtype)
-        for num_keep in random.Random(0).sample(range(1, num_tokens + 1), 5):
-            selection = merged(features, num_keep)
-            assert selection.num_keep.tolist() == [num_keep] * 2
-            assert selection.features.dtype == dtype
-
-
-def test_an_image_is_merged_alone_as_in_a_batch() -> None:
-    features = tiny_features(num_images=3)
-    together = merged(features, 5)
-    for image in range(3):
-        alone = merged(one_image(features, image), 5)
-        assert torch.equal(alone.positions[0], together.positions[image])
-        assert torch.allclose(alone.features[0], together.features[image], atol=1e-6)
-
-
-def test_keys_come_from_the_layer_above_the_features() -> None:
-    assert AimMerge(tiny_config()).attention_layers == (2,)
-    assert AimMerge(tiny_config(vision_config=tiny_vision_config(num_layers=24))).attention_layers == (23,)
-    assert AimMerge(tiny_config(vision_feature_layer=-1)).attention_layers == (2,)
-    assert AimMerge(tiny_config(vision_feature_layer=1)).attention_layers == (1,)
+    assert merged(tiny_features(2, 2), None).num_keep.tolist() == [1, 1]
+    assert merged(tiny_features(2, 10), None, share=0.7).num_keep.tolist() == [7, 7]
 
 
 # Pruning
@@ -273,23 +224,3 @@ def test_every_budget_can_be_divided_and_has_exactly_its_mean(num_layers: int) -
             counts = reducer.parts[1].layer_counts(num_left, num_keep, num_layers)
             assert counts[0] == num_left
             assert sum(counts) == num_keep * num_layers
-
-
-@pytest.mark.parametrize(
-    ("reducer", "parameters"),
-    [
-        (AimMerge, {"order": "random"}),
-        (AimMerge, {"share": 0.0}),
-        (AimMerge, {"share": 1.5}),
-        (AimPrune, {"layer": 0}),
-        (AimPrune, {"layer": 8}),
-        (AimPrune, {"slope": 0.0}),
-        (AimPrune, {"slope": 1.5}),
-        (AimReducer, {"order": "random"}),
-        (AimReducer, {"slope": -1}),
-    ],
-)
-def test_bad_parameters_are_named(reducer: type, parameters: dict) -> None:
-    (name, value), *_ = parameters.items()
-    with pytest.raises(ValueError, match=f"`{name}` is {value!r}; allowed"):
-        reducer(deep_config(8), **parameters)

@@ -13,25 +13,13 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokeniz
 
 from adavtp.modeling.reducers.cdpruner import CDPrunerReducer
 from adavtp.modeling.vision.features import VisionFeatures
+from tiny_features import features_of, places_of, tiny_features
 from tiny_models import tiny_config
 
 CONFIG = tiny_config()
 
 TEXT_LENGTH = 10
 LETTERS = "abcdefghij"
-
-
-def features_of(patches: torch.Tensor, question: torch.Tensor | None = None, **fields: torch.Tensor) -> VisionFeatures:
-    positions = torch.arange(patches.shape[1]).expand(len(patches), -1)
-    return VisionFeatures(patches, positions, question=question, num_patches=patches.shape[1], **fields)
-
-
-def random_features(
-    num_images: int = 3, num_tokens: int = 14, width: int = 16, dtype: torch.dtype = torch.float32
-) -> VisionFeatures:
-    generator = torch.Generator().manual_seed(0)
-    patches = torch.randn(num_images, num_tokens, width, generator=generator).to(dtype)
-    return features_of(patches, torch.randn(num_images, width, generator=generator).to(dtype))
 
 
 def unit_rows(rows: np.ndarray) -> np.ndarray:
@@ -57,19 +45,15 @@ def greedy_by_determinants(tokens: np.ndarray, weights: np.ndarray, num_keep: in
     return sorted(chosen)
 
 
-def kept_of(keep: torch.Tensor) -> list[list[int]]:
-    return [row.nonzero()[:, 0].tolist() for row in keep]
-
-
 # Without CLIP
 
 
 @pytest.mark.parametrize("parameters", [{}, {"negate": True}, {"theta": 0.5}, {"theta": 0.9, "negate": True}])
 @pytest.mark.parametrize("num_keep", [1, 4, 10, 14])
 def test_it_is_the_greedy_mode_of_the_dpp_by_its_definition(num_keep: int, parameters: dict) -> None:
-    features = random_features()
+    features = tiny_features(3, 14, width=16)
     keep = CDPrunerReducer(CONFIG, **parameters)(features, torch.full((3,), num_keep)).keep
-    for image, chosen in enumerate(kept_of(keep)):
+    for image, chosen in enumerate(places_of(keep)):
         tokens, question = features.patches[image].double().numpy(), features.question[image].double().numpy()
         cosines = unit_rows(tokens) @ unit_rows(question[None])[0]
         relevance = normalised_relevance(cosines, -1.0 if parameters.get("negate") else 1.0)
@@ -80,15 +64,15 @@ def test_it_is_the_greedy_mode_of_the_dpp_by_its_definition(num_keep: int, param
 
 def test_the_first_token_is_the_most_relevant_and_a_copy_of_it_is_not_the_second() -> None:
     patches = torch.tensor([[[0.1, 1.0], [1.0, 0.1], [1.0, 0.1], [0.5, 1.0]]])
-    features = features_of(patches, torch.tensor([[1.0, 0.0]]))
+    features = features_of(patches, question=torch.tensor([[1.0, 0.0]]))
     reducer = CDPrunerReducer(CONFIG)
-    assert kept_of(reducer(features, torch.tensor([1])).keep) == [[1]]
-    assert kept_of(reducer(features, torch.tensor([2])).keep) == [[1, 3]]
+    assert places_of(reducer(features, torch.tensor([1])).keep) == [[1]]
+    assert places_of(reducer(features, torch.tensor([2])).keep) == [[1, 3]]
 
 
 def test_theta_of_zero_looks_at_diversity_alone() -> None:
-    features = random_features()
-    other = features_of(features.patches, -features.question)
+    features = tiny_features(3, 14, width=16)
+    other = features_of(features.patches, question=-features.question)
     reducer = CDPrunerReducer(CONFIG, theta=0.0)
     keep, same = (reducer(asked, torch.tensor([5, 5, 5])).keep for asked in (features, other))
     assert torch.equal(keep, same)
@@ -96,29 +80,29 @@ def test_theta_of_zero_looks_at_diversity_alone() -> None:
 
 @pytest.mark.parametrize("negate", [False, True])
 def test_where_everything_is_as_relevant_diversity_alone_decides(negate: bool) -> None:
-    patches = nn.functional.pad(random_features().patches, (0, 1))
-    features = features_of(patches, torch.eye(17)[-1].expand(3, -1))
+    patches = nn.functional.pad(tiny_features(3, 14, width=16).patches, (0, 1))
+    features = features_of(patches, question=torch.eye(17)[-1].expand(3, -1))
     num_keep = torch.tensor([3, 5, 9])
     keep, diverse = (
         CDPrunerReducer(CONFIG, negate=negate, theta=theta)(features, num_keep).keep for theta in (None, 0.0)
     )
     assert torch.equal(keep, diverse)
-    assert kept_of(keep) == [
+    assert places_of(keep) == [
         greedy_by_determinants(image.double().numpy(), np.ones(14), count)
         for image, count in zip(patches, num_keep.tolist(), strict=True)
     ]
 
 
 def test_theta_next_to_one_looks_at_relevance_alone() -> None:
-    features = random_features()
+    features = tiny_features(3, 14, width=16)
     keep = CDPrunerReducer(CONFIG, theta=0.99999)(features, torch.tensor([5, 5, 5])).keep
     cosines = nn.functional.cosine_similarity(features.patches, features.question[:, None], dim=-1)
-    assert kept_of(keep) == cosines.topk(5).indices.sort(dim=-1).values.tolist()
+    assert places_of(keep) == cosines.topk(5).indices.sort(dim=-1).values.tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_token_is_taken_twice_beyond_the_rank_of_the_features(dtype: torch.dtype) -> None:
-    features = random_features(num_images=60, num_tokens=60, width=7, dtype=dtype)
+    features = tiny_features(60, 60, dtype, width=7)
     num_keep = torch.arange(1, 61)
     assert torch.equal(CDPrunerReducer(CONFIG)(features, num_keep).num_keep, num_keep)
 
@@ -126,9 +110,9 @@ def test_no_token_is_taken_twice_beyond_the_rank_of_the_features(dtype: torch.dt
 def test_what_the_chosen_tokens_span_comes_last_and_then_the_most_relevant_first() -> None:
     # Tokens 0 to 3 lie in a plane, which any two of them span, and token 4 stands alone and is the least relevant.
     patches = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 1.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.01, 1.0]]])
-    features = features_of(patches, torch.tensor([[1.0, 0.2, 0.0]]))
+    features = features_of(patches, question=torch.tensor([[1.0, 0.2, 0.0]]))
     reducer = CDPrunerReducer(CONFIG)
-    chosen = [set(kept_of(reducer(features, torch.tensor([count])).keep)[0]) for count in range(1, 6)]
+    chosen = [set(places_of(reducer(features, torch.tensor([count])).keep)[0]) for count in range(1, 6)]
     added = [chosen[0], *(after - before for before, after in zip(chosen, chosen[1:], strict=False))]
     # Token 3 is the most relevant but for token 0, as cosines with (1, 0.2) go: 0.98, 0.20, 0.83, 0.96, 0.00.
     assert added == [{0}, {2}, {4}, {3}, {1}]
@@ -138,37 +122,9 @@ def test_tokens_of_no_length_come_last() -> None:
     patches = torch.eye(6)[None].clone()
     patches[0, [1, 3]] = 0.0
     reducer = CDPrunerReducer(CONFIG, theta=0.0)
-    assert kept_of(reducer(features_of(patches, torch.ones(1, 6)), torch.tensor([4])).keep) == [[0, 2, 4, 5]]
-
-
-def test_equal_tokens_go_in_the_order_of_the_image() -> None:
-    for patches in (torch.ones(1, 8, 8), torch.eye(8)[None]):
-        features = features_of(patches, torch.ones(1, 8))
-        for num_keep in range(1, 9):
-            keep = CDPrunerReducer(CONFIG)(features, torch.tensor([num_keep])).keep
-            assert keep[0].tolist() == [True] * num_keep + [False] * (8 - num_keep)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_exactly_k_for_every_image_of_a_batch_and_the_same_as_alone(dtype: torch.dtype) -> None:
-    features = random_features(30, 24, dtype=dtype)
-    num_keep = torch.randint(1, 25, (30,), generator=torch.Generator().manual_seed(1))
-    reducer = CDPrunerReducer(CONFIG)
-    keep = reducer(features, num_keep).keep
-    assert torch.equal(keep.sum(dim=-1), num_keep)
-    rows = [torch.tensor([row]) for row in range(30)]
-    assert torch.equal(keep, torch.cat([reducer(features.images(row, 24), num_keep[row]).keep for row in rows]))
-
-
-def test_the_kept_tokens_stand_in_the_order_of_the_image() -> None:
-    selection = CDPrunerReducer(CONFIG)(random_features(), torch.tensor([5, 9, 14]))
-    assert all(row[row >= 0].diff().gt(0).all() for row in selection.positions)
-
-
-@pytest.mark.parametrize("theta", [-0.1, 1.0, math.nan])
-def test_a_theta_out_of_range_is_refused(theta: float) -> None:
-    with pytest.raises(ValueError, match="`theta` is"):
-        CDPrunerReducer(CONFIG, theta=theta)
+    assert places_of(reducer(features_of(patches, question=torch.ones(1, 6)), torch.tensor([4])).keep) == [
+        [0, 2, 4, 5]
+    ]
 
 
 # With CLIP
@@ -252,7 +208,7 @@ def test_with_clip_relevance_is_clip_s_own_and_negated_unless_told(
     for image, count in enumerate([4, 5, 9]):
         relevance = normalised_relevance(cosines[image], 1.0 if negate is False else -1.0)
         expected = greedy_by_determinants(features.patches[image].double().numpy(), relevance, count)
-        assert kept_of(keep)[image] == expected
+        assert places_of(keep)[image] == expected
 
 
 def test_a_long_question_is_the_mean_of_its_segments(clip_folder: Path, prompt_tokenizer_folder: Path) -> None:

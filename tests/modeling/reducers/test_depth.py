@@ -60,16 +60,6 @@ def test_a_line_alone_leaves_its_first_layer_whole() -> None:
         reducer.layer_counts(8, 3, 4)
 
 
-@pytest.mark.parametrize(
-    "parameters",
-    [{"layer": 0}, {"layer": 8}, {"first_drop": -0.1}, {"first_drop": 1.1}, {"further_drop": -1}, {"further_drop": 2}],
-)
-def test_bad_parameters_are_named(parameters: dict) -> None:
-    (name, value), *_ = parameters.items()
-    with pytest.raises(ValueError, match=f"`{name}` is {value!r}; allowed"):
-        DepthReducer(deep_config(8), **parameters)
-
-
 def test_a_schedule_that_drops_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="`first_drop` and `further_drop` are 0"):
         DepthReducer(deep_config(8), first_drop=0.0, further_drop=0.0)

@@ -6,16 +6,10 @@ import pytest
 import torch
 
 from adavtp.modeling.reducers.divprune import DivPruneReducer
-from adavtp.modeling.vision.features import VisionFeatures
+from tiny_features import features_of
 from tiny_models import tiny_config
 
 CONFIG = tiny_config()
-
-
-def features_of(patches: torch.Tensor) -> VisionFeatures:
-    """Tokens without a reducer before."""
-    positions = torch.arange(patches.shape[1]).expand(len(patches), -1)
-    return VisionFeatures(patches, positions, num_patches=patches.shape[1])
 
 
 def kept(patches: torch.Tensor, num_keep: list[int]) -> torch.Tensor:
@@ -68,7 +62,6 @@ def test_length_does_not_matter_and_direction_does() -> None:
 def test_equal_distances_go_to_the_earlier_token() -> None:
     for num_keep in range(1, 9):
         assert kept(torch.eye(8)[None], [num_keep])[0].tolist() == [True] * num_keep + [False] * (8 - num_keep)
-        assert kept(torch.ones(1, 8, 3), [num_keep])[0].tolist() == [True] * num_keep + [False] * (8 - num_keep)
 
 
 def test_copies_are_kept_only_when_nothing_else_is_left() -> None:
@@ -86,16 +79,6 @@ def test_a_larger_budget_adds_to_a_smaller_one() -> None:
     assert nested.sum(dim=-1).tolist() == list(range(1, 21))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_exactly_k_for_every_image_of_a_batch_and_the_same_as_alone(dtype: torch.dtype) -> None:
-    patches = random_tokens(40, 30).round().to(dtype)
-    num_keep = torch.randint(1, 31, (40,), generator=torch.Generator().manual_seed(1)).tolist()
-    keep = kept(patches, num_keep)
-    assert keep.sum(dim=-1).tolist() == num_keep
-    alone = [kept(patches[row : row + 1], num_keep[row : row + 1]) for row in range(40)]
-    assert torch.equal(keep, torch.cat(alone))
-
-
 def test_half_precision_tokens_are_compared_in_float32() -> None:
     patches = random_tokens(4, 40, width=64).bfloat16()
     assert torch.equal(kept(patches, [13] * 4), kept(patches.float(), [13] * 4))
@@ -105,14 +88,3 @@ def test_tokens_of_no_length_do_no_harm() -> None:
     patches = random_tokens(1, 8)
     patches[0, 3:] = 0.0
     assert kept(patches, [6]).sum() == 6
-
-
-def test_one_token_is_kept_where_there_is_one() -> None:
-    assert kept(torch.ones(2, 1, 4), [1, 1]).all()
-
-
-def test_the_kept_tokens_stand_in_the_order_of_the_image_unchanged() -> None:
-    patches = random_tokens(2, 16)
-    selection = DivPruneReducer(CONFIG)(features_of(patches), torch.tensor([5, 9]))
-    assert all(row[row >= 0].diff().gt(0).all() for row in selection.positions)
-    assert torch.equal(selection.gather(patches)[1], patches[1, selection.positions[1]])

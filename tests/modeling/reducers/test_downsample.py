@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from adavtp.modeling.reducers.downsample import DownsampleReducer, evenly_thinned, patches_under_cells, smallest_grid
-from adavtp.modeling.vision.encode import encode_image
 from tiny_models import IMAGE_SIZE, NUM_PATCHES, PATCH_SIZE, tiny_config
-from tiny_towers import PASS_IDS, PASSES, TOWERS, alone, counts, tiny_images, tiny_pass, whole_run
+from tiny_towers import TOWERS, counts, tiny_images, tiny_pass, whole_run
 
 
 def test_the_grid_is_the_smallest_square_or_nearly_square_one_with_k_cells() -> None:
@@ -76,25 +75,6 @@ def test_the_features_are_the_stock_tower_s_of_the_smaller_image(vision: str, in
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("fields", PASSES, ids=PASS_IDS)
-@pytest.mark.parametrize("vision", TOWERS)
-def test_exactly_k_tokens_and_the_plain_tower_at_a_full_budget(vision: str, fields: dict) -> None:
-    tower = tiny_pass(vision, **fields)
-    reducer = DownsampleReducer(tower.config)
-    for num_keep in range(1, NUM_PATCHES + 1):
-        encoded = reducer(tower, tiny_images(), counts(num_keep))
-        assert encoded.sequence.shape == (2, tower.num_before + num_keep + tower.num_after, 32)
-        for places in encoded.positions.tolist():
-            assert places == sorted(set(places))
-            assert len(places) == num_keep
-            assert 0 <= places[0] <= places[-1] < NUM_PATCHES
-    assert torch.equal(encoded.sequence, whole_run(tower, tiny_images()))
-    if not fields["budget"]:
-        plain = encode_image(tower.tower, tiny_images(), tower.config)
-        assert torch.equal(tower.patches(encoded.sequence), plain.patches)
-
-
-@torch.no_grad()
 def test_the_tower_sees_about_k_tokens_and_no_more() -> None:
     tower = tiny_pass(budget=True)
     lengths = []
@@ -114,31 +94,3 @@ def test_an_image_whose_size_is_no_multiple_of_the_patches_is_left_alone_at_a_fu
     encoded = DownsampleReducer(tower.config)(tower, images, counts(NUM_PATCHES))
     assert torch.equal(encoded.sequence, whole_run(tower, images))
     assert DownsampleReducer(tower.config)(tower, images, counts(9)).positions.shape == (2, 9)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("vision", TOWERS)
-def test_an_image_does_not_notice_what_shares_its_batch_nor_a_read_only_budget(vision: str) -> None:
-    tower = tiny_pass(vision, num_images=3, budget=True)
-    reducer = DownsampleReducer(tower.config)
-    together = reducer(tower, tiny_images(3), counts(5, 3))
-    plain = reducer(tiny_pass(vision), tiny_images(3), counts(5, 3))
-    torch.testing.assert_close(tower.without_budget(together.sequence), plain.sequence, atol=1e-5, rtol=1e-5)
-    for image in range(3):
-        single = reducer(alone(tower, image), tiny_images(3)[image : image + 1], counts(5, 1))
-        torch.testing.assert_close(single.sequence[0], together.sequence[image], atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("vision", TOWERS)
-def test_bfloat16_keeps_exactly_k_and_stays_bfloat16(vision: str) -> None:
-    tower = tiny_pass(vision, dtype=torch.bfloat16)
-    for pixel_values in (tiny_images(), tiny_images().bfloat16()):
-        encoded = DownsampleReducer(tower.config)(tower, pixel_values, counts(7))
-        assert encoded.sequence.dtype == torch.bfloat16
-        assert encoded.positions.shape == (2, 7)
-
-
-def test_an_interpolation_that_there_is_not_is_refused() -> None:
-    with pytest.raises(ValueError, match="`interpolation` is 'nearest'; allowed: 'bicubic', 'bilinear'"):
-        DownsampleReducer(tiny_config(), interpolation="nearest")

@@ -1,7 +1,6 @@
 """FastV's promises: one cut, and behind it the visual tokens that the layer before looked at most."""
 
 import pytest
-import torch
 
 from adavtp.modeling.reducers.fastv import FastVReducer
 from tiny_decoder_views import deep_config, tiny_view
@@ -33,20 +32,6 @@ def test_all_other_tokens_attention_ranks_if_asked(side: str) -> None:
             assert float(scores[row, column]) == pytest.approx(received / len(others), abs=1e-5)
 
 
-def test_the_best_of_the_last_row_stay() -> None:
-    view, attentions = tiny_view()
-    reducer = FastVReducer(deep_config(3))
-    for num_keep in range(7):
-        stays, _ = reducer.reduce(view, reducer.scores(view, 0), torch.tensor([num_keep, min(num_keep, 5)]))
-        for row in range(2):
-            columns = visual_columns(view, row)
-            weight = attentions[0][row, :, 12].mean(dim=0)
-            best = sorted(columns, key=lambda column, weight=weight: -float(weight[column]))[
-                : min(num_keep, len(columns))
-            ]
-            assert stays[row, columns].nonzero()[:, 0].tolist() == sorted(columns.index(column) for column in best)
-
-
 def test_the_cut_lies_before_layer_2_of_32() -> None:
     assert FastVReducer(deep_config(32)).cuts(32) == [2]
     assert FastVReducer(deep_config(8)).cuts(8) == [1]
@@ -68,12 +53,3 @@ def test_a_budget_is_the_mean_over_all_layers() -> None:
         assert sum(counts[2:]) == 32 * num_keep - 2 * 576
     assert FastVReducer(deep_config(4)).layer_counts(16, 7, 4) == [16, 4, 4, 4]
     assert FastVReducer(deep_config(4)).layer_counts(16, 8, 4) == [16, 6, 5, 5]
-
-
-@pytest.mark.parametrize(
-    "parameters", [{"layer": 0}, {"layer": 4}, {"ratio": -0.1}, {"ratio": 1.1}, {"rows": "first"}, {"layer": "2"}]
-)
-def test_bad_parameters_are_named(parameters: dict) -> None:
-    (name, value), *_ = parameters.items()
-    with pytest.raises(ValueError, match=f"`{name}` is {value!r}; allowed"):
-        FastVReducer(deep_config(4), **parameters)

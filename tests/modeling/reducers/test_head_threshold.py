@@ -59,10 +59,3 @@ def test_a_budget_is_the_mean_over_all_layers() -> None:
     assert HeadThresholdReducer(deep_config(32)).cuts(32) == [2]
     assert HeadThresholdReducer(deep_config(4), layer=2).layer_counts(16, 10, 4) == [16, 16, 4, 4]
     assert HeadThresholdReducer(deep_config(1)).cuts(1) == []
-
-
-@pytest.mark.parametrize("parameters", [{"layer": 0}, {"layer": 4}, {"percentile": -1}, {"percentile": 100.5}])
-def test_bad_parameters_are_named(parameters: dict) -> None:
-    (name, value), *_ = parameters.items()
-    with pytest.raises(ValueError, match=f"`{name}` is {value!r}; allowed"):
-        HeadThresholdReducer(deep_config(4), **parameters)

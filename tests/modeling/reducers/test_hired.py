@@ -1,6 +1,5 @@
 """What HiRED promises: the most attended patches, and a picture's budget on the tiles with something to see."""
 
-import math
 import random
 from typing import Any
 
@@ -11,18 +10,10 @@ import torch
 from adavtp.modeling.reducers.base import build_reducer
 from adavtp.modeling.reducers.hired import HiREDReducer, bounded_shares, tile_of
 from adavtp.modeling.vision.features import VisionFeatures
-from adavtp.modeling.vision.tower import TowerAttention
+from tiny_features import MAKING_LAYER, attention_from
 from tiny_models import NUM_PATCHES, tiny_config
 
-MAKING_LAYER = 1
 SIDE = 4  # 16 patches
-
-
-def attention_from(scores: torch.Tensor, dtype: torch.dtype = torch.float32) -> TowerAttention:
-    """CLS attention proportional to `scores` `[num_images, num_tokens]`, in two equal heads of width 1."""
-    keys = scores.log()[:, None, :, None].expand(-1, 2, -1, -1).to(dtype)
-    ones = torch.ones(len(scores), 2, 1, dtype=dtype)
-    return TowerAttention(ones, ones, keys)
 
 
 def images(
@@ -76,33 +67,6 @@ def test_an_image_keeps_its_most_attended_patches_in_spatial_order() -> None:
     for image, count in enumerate([3, 8, 5]):
         assert selection.positions[image].tolist() == best(features, image, count) + [-1] * (8 - count)
     assert reducer().attention_layers == (MAKING_LAYER,)
-
-
-def test_a_sum_over_heads_decides_as_their_mean_does() -> None:
-    generator = torch.Generator().manual_seed(0)
-    query, cls_key = torch.randn(2, 4, 8, generator=generator), torch.randn(2, 4, 8, generator=generator)
-    attention = TowerAttention(query, cls_key, torch.randn(2, 4, NUM_PATCHES, 8, generator=generator))
-    features = random_images([0, 1])
-    features.attention[MAKING_LAYER] = attention
-    positions = reducer()(features, torch.tensor([5, 5])).positions
-    for image in range(2):
-        total = np.zeros(NUM_PATCHES)
-        for head in range(4):
-            keys = [cls_key[image, head].numpy(), *attention.keys[image, head].numpy()]
-            weights = [math.exp(float(query[image, head].numpy() @ key) / math.sqrt(8)) for key in keys]
-            total += np.array(weights[1:]) / sum(weights)
-        assert positions[image].tolist() == sorted(np.argsort(-total)[:5].tolist())
-
-
-def test_of_equally_attended_patches_the_earlier_stays() -> None:
-    features = images(torch.ones(1, 16), torch.ones(1, 16), [0])
-    assert reducer()(features, torch.tensor([3])).positions.tolist() == [[0, 1, 2]]
-
-
-def test_one_token_and_all_tokens() -> None:
-    features = random_images([0, 1])
-    assert reducer()(features, torch.tensor([1, 1])).positions.tolist() == [best(features, i, 1) for i in range(2)]
-    assert reducer()(features, torch.tensor([16, 16])).keep.all()
 
 
 # A whole picture and its tiles
@@ -218,39 +182,11 @@ def test_a_batch_of_prompts_is_each_alone() -> None:
         assert torch.equal(alone, together[rows])
 
 
-def test_bfloat16_keeps_exactly_k() -> None:
-    features = random_images([0] * 5, dtype=torch.bfloat16)
-    assert kept(features, [5, 6, 7, 8, 9]) == [5, 6, 7, 8, 9]
-    assert sum(kept(features, [5, 6, 7, 8, 9], tile_grid=(2, 2))) == 35
-
-
 def test_images_that_are_not_a_picture_and_its_tiles_are_refused() -> None:
     with pytest.raises(ValueError, match=r"4 tiles.*one image or 5.*\[3, 1\]"):
         kept(random_images([0, 0, 0, 1]), [4] * 4, tile_grid=(2, 2))
     with pytest.raises(ValueError, match="`features.sample`"):
         kept(images(torch.ones(1, 16), torch.ones(1, 16), None), [4], tile_grid=(2, 2))
-
-
-@pytest.mark.parametrize(
-    "parameters",
-    [
-        {"tile_grid": (2,)},
-        {"tile_grid": (0, 2)},
-        {"tile_grid": "22"},
-        {"tile_grid": (2.0, 2)},
-        {"alpha": 1.5},
-        {"alpha": -0.5},
-        {"share": "sum"},
-    ],
-)
-def test_parameters_that_are_not_allowed_are_refused(parameters: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"`{next(iter(parameters))}` is .*; allowed"):
-        reducer(**parameters)
-
-
-def test_a_tower_without_cls_is_refused() -> None:
-    with pytest.raises(ValueError, match="'hired'.*CLS"):
-        build_reducer("hired", tiny_config("siglip"))
 
 
 def test_a_patch_of_a_picture_that_is_no_square_belongs_to_the_tile_with_its_centre() -> None:

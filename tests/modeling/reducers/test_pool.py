@@ -10,14 +10,10 @@ from torch import nn
 from adavtp import Selection
 from adavtp.modeling.reducers.pool import PoolReducer, cell_of_patch
 from adavtp.modeling.vision.features import VisionFeatures
+from tiny_features import features_of
 from tiny_models import tiny_config
 
 CONFIG = tiny_config()
-
-
-def features_of(patches: torch.Tensor) -> VisionFeatures:
-    positions = torch.arange(patches.shape[1]).expand(len(patches), -1)
-    return VisionFeatures(patches, positions, num_patches=patches.shape[1])
 
 
 def pooled(patches: torch.Tensor, num_keep: int, kind: str = "average") -> Selection:
@@ -105,24 +101,10 @@ def test_a_cell_stands_at_the_patch_in_its_middle() -> None:
             assert position == (min(rows) + max(rows)) // 2 * 7 + (min(columns) + max(columns)) // 2
 
 
-def test_cells_stand_in_the_order_of_the_image_at_distinct_places() -> None:
-    patches = random_patches(1, 24, width=1)
-    for num_cells in range(1, 577, 5):
-        positions = pooled(patches, num_cells).positions
-        assert positions.shape == (1, num_cells) and (positions.diff() > 0).all()
-
-
 @pytest.mark.parametrize("kind", ["average", "max"])
 def test_keeping_everything_changes_nothing(kind: str) -> None:
     patches = random_patches(2, 6)
     assert torch.equal(pooled(patches, 36, kind).gather(patches), patches)
-
-
-def test_one_cell_is_the_whole_image() -> None:
-    patches = random_patches(2, 6)
-    assert torch.allclose(pooled(patches, 1).features[:, 0], patches.mean(dim=1), atol=1e-6)
-    assert torch.equal(pooled(patches, 1, "max").features[:, 0], patches.amax(dim=1))
-    assert pooled(patches, 1).positions.tolist() == [[14], [14]]
 
 
 @pytest.mark.parametrize("kind", ["average", "max"])
@@ -134,27 +116,9 @@ def test_half_precision_is_pooled_in_float32(kind: str) -> None:
         assert torch.equal(features, pooled(patches.float(), num_cells, kind).features.bfloat16())
 
 
-def test_an_image_is_pooled_the_same_in_any_batch() -> None:
-    patches = random_patches(5, 6)
-    alone = [pooled(patches[row : row + 1], 11).features for row in range(5)]
-    assert torch.allclose(pooled(patches, 11).features, torch.cat(alone), atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["average", "max"])
-def test_gradients_reach_the_patches(kind: str) -> None:
-    patches = random_patches(1, 4).requires_grad_()
-    pooled(patches, 5, kind).features.sum().backward()
-    assert torch.allclose(patches.grad.sum(), torch.tensor(25.0))
-
-
 def test_what_is_no_whole_grid_is_refused() -> None:
     patches = random_patches(1, 4)
     rest = VisionFeatures(patches[:, :9], torch.arange(9)[None], num_patches=16)
     for features in (rest, features_of(patches[:, :12])):
         with pytest.raises(ValueError, match="needs the whole grid"):
             PoolReducer(tiny_config())(features, torch.tensor([4]))
-
-
-def test_another_kind_is_refused() -> None:
-    with pytest.raises(ValueError, match="`kind` is 'median'"):
-        PoolReducer(tiny_config(), kind="median")

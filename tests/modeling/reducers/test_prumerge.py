@@ -1,7 +1,6 @@
 """What PruMerge and PruMerge+ promise: what is kept, what is merged into it by which weight, and what stands where."""
 
 import math
-import random
 from typing import Any
 
 import numpy as np
@@ -10,35 +9,21 @@ import torch
 
 from adavtp.modeling.budget.selection import Selection
 from adavtp.modeling.reducers.base import build_reducer
-from adavtp.modeling.reducers.prumerge import PruMergePlusReducer, PruMergeReducer
+from adavtp.modeling.reducers.prumerge import PruMergeReducer
 from adavtp.modeling.vision.features import VisionFeatures
 from adavtp.modeling.vision.tower import TowerAttention
+from tiny_features import (
+    LAYER_ABOVE,
+    MAKING_LAYER,
+    features_of,
+    head_mean_of_cls,
+    one_image,
+    row_of_cls,
+    tiny_features,
+)
 from tiny_models import NUM_PATCHES, tiny_config
 
-MAKING_LAYER, LAYER_ABOVE = 1, 2
 NAMES = ["prumerge", "prumerge+"]
-
-
-def random_images(
-    num_images: int,
-    num_tokens: int = NUM_PATCHES,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    peakedness: float = 1.0,
-) -> VisionFeatures:
-    """Images with random features, and in both layers random attention of four heads of width 8."""
-    generator = torch.Generator().manual_seed(seed)
-    draw = {
-        layer: TowerAttention(
-            peakedness * torch.randn(num_images, 4, 8, generator=generator).to(dtype),
-            torch.randn(num_images, 4, 8, generator=generator).to(dtype),
-            torch.randn(num_images, 4, num_tokens, 8, generator=generator).to(dtype),
-        )
-        for layer in (MAKING_LAYER, LAYER_ABOVE)
-    }
-    patches = torch.randn(num_images, num_tokens, 6, generator=generator).to(dtype)
-    positions = torch.arange(num_tokens).expand(num_images, -1)
-    return VisionFeatures(patches, positions, attention=draw, num_patches=num_tokens)
 
 
 def images_attended(scores: list[float]) -> VisionFeatures:
@@ -48,7 +33,7 @@ def images_attended(scores: list[float]) -> VisionFeatures:
     cls_key = (1 - keys.sum()).log().float().view(1, 1, 1)
     attention = TowerAttention(torch.ones(1, 1, 1), cls_key, keys.log().float().view(1, 1, -1, 1))
     patches = torch.arange(1.0, num_tokens + 1)[None, :, None].expand(-1, -1, 3)
-    return VisionFeatures(patches, torch.arange(num_tokens)[None], attention={2: attention}, num_patches=num_tokens)
+    return features_of(patches, attention={LAYER_ABOVE: attention})
 
 
 def reducer(name: str, **parameters: Any) -> PruMergeReducer:
@@ -58,18 +43,12 @@ def reducer(name: str, **parameters: Any) -> PruMergeReducer:
 # The definitions, in loops
 
 
-def row_of_cls(query: np.ndarray, cls_key: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """softmax(q k / sqrt(width)) over CLS and patches, without the column of CLS."""
-    weights = [math.exp(float(query @ key) / math.sqrt(len(query))) for key in [cls_key, *keys]]
-    return np.array(weights[1:]) / sum(weights)
-
-
 def scores_of(features: VisionFeatures, image: int, per_head: bool = False) -> np.ndarray:
-    attention = features.attention[MAKING_LAYER if per_head else LAYER_ABOVE]
+    if per_head:
+        return head_mean_of_cls(features.attention[MAKING_LAYER], image)
+    attention = features.attention[LAYER_ABOVE]
     query, cls_key = attention.query[image].double().numpy(), attention.cls_key[image].double().numpy()
     keys = attention.keys[image].double().numpy()
-    if per_head:
-        return np.mean([row_of_cls(*head) for head in zip(query, cls_key, keys, strict=True)], axis=0)
     joined = np.array([np.concatenate([head[token] for head in keys]) for token in range(keys.shape[1])])
     return row_of_cls(np.concatenate(list(query)), np.concatenate(list(cls_key)), joined)
 
@@ -102,8 +81,8 @@ def tokens_by_definition(
         near = neighbours_of(features, image, token, neighbours)
         merged = x[token] + sum((a[other] * x[other] for other in near), np.zeros_like(x[0]))
         tokens[token] = merged / (1 + sum(a[other] for other in near)) if average else merged
-    if extra:
-        rest = [token for token in range(len(x)) if token not in kept]
+    rest = [token for token in range(len(x)) if token not in kept]
+    if extra and rest:
         total = sum(a[token] * x[token] for token in rest)
         tokens[max(rest)] = total / sum(a[token] for token in rest) if average else total
     return tokens
@@ -135,7 +114,7 @@ def kept_by_plus(scores: np.ndarray, num_keep: int, important: float = 0.25) -> 
 @pytest.mark.parametrize("order", ["spatial", "official"])
 @pytest.mark.parametrize("average", [False, True])
 def test_the_most_attended_take_in_their_neighbours_and_one_token_all_the_rest(average: bool, order: str) -> None:
-    features = random_images(3)
+    features = tiny_features(3)
     selection = reducer("prumerge", average=average, neighbours=4, order=order)(features, torch.tensor([6, 6, 6]))
     for image in range(3):
         kept = best_of(scores_of(features, image), 5)
@@ -146,7 +125,7 @@ def test_the_most_attended_take_in_their_neighbours_and_one_token_all_the_rest(a
 @pytest.mark.parametrize("order", ["spatial", "official"])
 @pytest.mark.parametrize("important", [0.25, 0.5])
 def test_plus_adds_tokens_at_a_uniform_stride_among_the_others(important: float, order: str) -> None:
-    features = random_images(3)
+    features = tiny_features(3)
     counts = [6, 9, 13]
     selection = reducer("prumerge+", important=important, neighbours=4, order=order)(features, torch.tensor(counts))
     for image, count in enumerate(counts):
@@ -191,7 +170,7 @@ def test_neighbours_may_be_kept_tokens_themselves_and_are_taken_as_they_were() -
 
 
 def test_thirty_two_neighbours_are_merged_where_there_are_as_many() -> None:
-    features = random_images(1, num_tokens=50)
+    features = tiny_features(1, num_tokens=50)
     selection = reducer("prumerge")(features, torch.tensor([4]))
     kept = best_of(scores_of(features, 0), 3)
     assert_tokens(selection, 0, tokens_by_definition(features, 0, kept, neighbours=32))
@@ -199,7 +178,7 @@ def test_thirty_two_neighbours_are_merged_where_there_are_as_many() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_papers_attention_is_the_head_mean_of_the_layer_that_made_the_features(name: str) -> None:
-    features = random_images(2)
+    features = tiny_features(2)
     model = reducer(name, attention="per_head", neighbours=3)
     selection = model(features, torch.tensor([7, 7]))
     for image in range(2):
@@ -211,7 +190,7 @@ def test_the_papers_attention_is_the_head_mean_of_the_layer_that_made_the_featur
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_single_token_is_the_best_with_its_neighbours_and_no_extra_one(name: str) -> None:
-    features = random_images(2)
+    features = tiny_features(2)
     selection = reducer(name, neighbours=5)(features, torch.tensor([1, 1]))
     for image in range(2):
         kept = best_of(scores_of(features, image), 1)
@@ -220,7 +199,7 @@ def test_a_single_token_is_the_best_with_its_neighbours_and_no_extra_one(name: s
 
 @pytest.mark.parametrize("name", NAMES)
 def test_all_tokens_are_all_but_the_least_and_the_extra_one_in_its_place(name: str) -> None:
-    features = random_images(2)
+    features = tiny_features(2)
     selection = reducer(name, neighbours=5)(features, torch.tensor([NUM_PATCHES] * 2))
     assert selection.keep.all()
     for image in range(2):
@@ -231,31 +210,18 @@ def test_all_tokens_are_all_but_the_least_and_the_extra_one_in_its_place(name: s
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_image_of_one_token_keeps_it_as_it_is(name: str) -> None:
-    features = random_images(2, num_tokens=1)
+    features = tiny_features(2, num_tokens=1)
     for num_keep in (torch.tensor([1, 1]), None):
         selection = reducer(name)(features, num_keep)
         assert selection.positions.tolist() == [[0], [0]]
         assert torch.equal(selection.features, features.patches)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_exactly_k_tokens_come_out_for_any_k(name: str) -> None:
-    draw = random.Random(0)
-    for seed in range(30):
-        num_tokens = draw.randint(2, 40)
-        counts = [draw.randint(1, num_tokens) for _ in range(3)]
-        parameters = {"important": draw.random()} if name == "prumerge+" else {}
-        selection = reducer(name, **parameters)(random_images(3, num_tokens, seed), torch.tensor(counts))
-        assert selection.num_keep.tolist() == counts
-        assert (selection.positions >= 0).sum(dim=-1).tolist() == counts
-        assert selection.features.shape[:2] == selection.positions.shape
-
-
 # The papers' own rules
 
 
 def test_without_k_the_outliers_of_each_image_are_kept() -> None:
-    features = random_images(6, peakedness=4.0)
+    features = tiny_features(6, peakedness=4.0)
     selection = reducer("prumerge", neighbours=4)(features, None)
     counts = set()
     for image in range(6):
@@ -269,7 +235,7 @@ def test_without_k_the_outliers_of_each_image_are_kept() -> None:
 
 @pytest.mark.parametrize("order", ["spatial", "official"])
 def test_without_k_plus_adds_every_stride_th_token(order: str) -> None:
-    features = random_images(6, num_tokens=40, peakedness=4.0)
+    features = tiny_features(6, num_tokens=40, peakedness=4.0)
     selection = reducer("prumerge+", neighbours=4, order=order)(features, None)
     strides = set()
     for image in range(6):
@@ -297,60 +263,12 @@ def test_where_nothing_is_left_over_there_is_no_extra_token() -> None:
     torch.testing.assert_close(selection.features[0, :, 0], torch.arange(1.0, 6.0))
 
 
-# Batches, precision, parameters
-
-
-@pytest.mark.parametrize("own_rule", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_batch_is_each_image_alone(name: str, own_rule: bool) -> None:
-    features, counts = random_images(4, peakedness=4.0), torch.tensor([1, 5, 16, 9])
-    together = reducer(name)(features, None if own_rule else counts)
+def test_without_k_a_batch_is_each_image_alone(name: str) -> None:
+    features = tiny_features(4, peakedness=4.0)
+    together = reducer(name)(features, None)
     for image in range(4):
-        row = torch.tensor([image])
-        alone = reducer(name)(features.images(row, NUM_PATCHES), None if own_rule else counts[row])
+        alone = reducer(name)(one_image(features, image), None)
         count = int(alone.num_keep)
-        assert torch.equal(alone.keep, together.keep[row])
+        assert torch.equal(alone.keep[0], together.keep[image])
         torch.testing.assert_close(alone.features[0, :count], together.features[image, :count])
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_bfloat16_keeps_exactly_k_in_its_own_type(name: str) -> None:
-    selection = reducer(name)(random_images(2, dtype=torch.bfloat16), torch.tensor([4, 9]))
-    assert selection.num_keep.tolist() == [4, 9]
-    assert selection.features.dtype == torch.bfloat16
-    assert reducer(name)(random_images(2, dtype=torch.bfloat16), None).features.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize(("feature_layer", "above"), [(-2, 2), (1, 1), (-1, 2)])
-def test_keys_come_from_the_layer_above_the_features_or_the_top_one(feature_layer: int, above: int) -> None:
-    model = build_reducer("prumerge", tiny_config(vision_feature_layer=feature_layer))
-    assert model.attention_layers == (above,)
-
-
-@pytest.mark.parametrize(
-    "parameters",
-    [
-        {"attention": "mean"},
-        {"average": "yes"},
-        {"neighbours": -1},
-        {"neighbours": 2.5},
-        {"order": "random"},
-        {"important": 1.5},
-        {"important": -0.5},
-    ],
-)
-def test_parameters_that_are_not_allowed_are_refused(parameters: dict[str, Any]) -> None:
-    for name in NAMES if "important" not in parameters else NAMES[1:]:
-        with pytest.raises(ValueError, match=f"`{next(iter(parameters))}` is .*; allowed"):
-            reducer(name, **parameters)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_tower_without_cls_is_refused_by_name(name: str) -> None:
-    with pytest.raises(ValueError, match=f"'{name.replace('+', '[+]')}'.*CLS"):
-        build_reducer(name, tiny_config("siglip"))
-
-
-def test_plus_is_a_prumerge() -> None:
-    assert issubclass(PruMergePlusReducer, PruMergeReducer)
-    assert PruMergeReducer.has_own_rule and PruMergePlusReducer.has_own_rule

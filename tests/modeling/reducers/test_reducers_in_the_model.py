@@ -25,7 +25,6 @@ from tiny_models import (
     GATES,
     IMAGE_TOKEN_ID,
     NUM_PATCHES,
-    PAD_TOKEN_ID,
     WITH_WEIGHTS,
     alone,
     padded_on_the_right,
@@ -45,18 +44,21 @@ TRAINED = [name for name in NAMES if REDUCERS[name].trained]
 LEAST = {"tome": 4, "token_fusion": 4, "aim_prune": 8} | {
     name: 4 for name in INSIDE_THE_DECODER if name != "aim_prune"
 }
-# One of every stage, those in the decoder that drop once, recycle and drop in steps, and a stack.
-MODES = ["tome", "prumerge", "divprune", "fastv", "sparsevlm", "pyramiddrop", ["tome", "adaptive", "fastv"]]
+# What only the stage can change is tried with one of each kind before the decoder, and inside it with one that drops
+# once, one that chooses by how many it keeps, one that recycles in several steps, and one that drops all.
+KINDS = ["adaptive", "tome", "dynamicvit", "prumerge", "divprune", "aim", "fastv", "dart_layer", "sparsevlm", "vtw"]
 
-# What only the stage can change is tried with one of each kind before the decoder, and with all inside it.
-KINDS = ["adaptive", "tome", "dynamicvit", "prumerge", "divprune", "aim", *INSIDE_THE_DECODER]
+# The ways to generate see merged tokens, tokens that leave at one layer and at several, and a stack of all stages.
+# That sampling, beams and processors work on a pruned prompt and on a cache of uneven layers is said elsewhere.
+STACK = ["tome", "adaptive", "divprune", "pyramiddrop"]
+MODES = [("prumerge", "compact"), ("fastv", "compact"), ("sparsevlm", "original"), (STACK, "compact")]
 READS_THE_QUESTION = [
     name for name in NAMES if REDUCERS[name].stage == "decoder" or name in ("adaptive", "aim", "cdpruner", "query")
 ]
 
 every_reducer = pytest.mark.parametrize("name", NAMES)
 every_kind = pytest.mark.parametrize("name", KINDS)
-every_mode = pytest.mark.parametrize("reducer", MODES, ids=str)
+every_mode = pytest.mark.parametrize(("reducer", "positions"), MODES, ids=str)
 
 Model = AdaVTPForConditionalGeneration
 Batch = dict[str, torch.Tensor]
@@ -104,51 +106,33 @@ IMAGES, LENGTHS, BUDGETS = (1, 2, 0, 1), (7, 9, 6, 8), [0.6, 0.8, 0.5, 1.0]
 
 @torch.no_grad()
 @every_reducer
-def test_a_batch_gives_what_its_samples_give_alone(name: str) -> None:
-    model = model_of()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_batch_gives_what_its_samples_give_alone(name: str, dtype: torch.dtype) -> None:
+    model = model_in(dtype)
     batch = tiny_batch(model.config, IMAGES, LENGTHS)
-    left = model(**batch, token_budget=BUDGETS, reducer=name)
-    right = model(**padded_on_the_right(batch), token_budget=BUDGETS, reducer=name)
-    answers = answers_of(model, batch, token_budget=BUDGETS, reducer=name)
-    first = 0
-    for row, num_images in enumerate(IMAGES):
-        sample = alone(batch, row, IMAGES)
-        own = model(**sample, token_budget=[BUDGETS[row]], reducer=name)
-        length = own.logits.shape[1]
-        close(left.logits[row, -length:], own.logits[0])
-        close(right.logits[row, -length:], own.logits[0])
-        assert answers_of(model, sample, token_budget=BUDGETS[row], reducer=name) == [answers[row]]
-        for output in (left, right):
-            images = slice(first, first + num_images)
-            assert num_images == 0 or torch.equal(output.selection.keep[images], own.selection.keep)
-            if num_images and own.selection.depth is not None:
-                assert torch.equal(output.selection.depth[images], own.selection.depth)
-        first += num_images
-
-
-@torch.no_grad()
-@every_reducer
-def test_in_bfloat16_a_batch_keeps_what_its_samples_keep_alone(name: str) -> None:
-    model = bfloat16_model()
-    batch = tiny_batch(model.config, IMAGES, LENGTHS)
-    batch["pixel_values"] = batch["pixel_values"].bfloat16()
-    output = model(**batch, token_budget=BUDGETS, reducer=name)
-    assert output.logits.dtype == torch.bfloat16
-    first = 0
+    if dtype == torch.bfloat16:
+        batch["pixel_values"] = batch["pixel_values"].bfloat16()
+    outputs = [model(**padded, token_budget=BUDGETS, reducer=name) for padded in (batch, padded_on_the_right(batch))]
+    choices = [output.selection.keep.split(IMAGES) for output in outputs]
+    depths = [None if output.selection.depth is None else output.selection.depth.split(IMAGES) for output in outputs]
     for row, num_images in enumerate(IMAGES):
         own = model(**alone(batch, row, IMAGES), token_budget=[BUDGETS[row]], reducer=name)
-        if num_images:
-            images = slice(first, first + num_images)
-            assert torch.equal(output.selection.keep[images], own.selection.keep)
-            assert own.selection.depth is None or torch.equal(output.selection.depth[images], own.selection.depth)
-        spread = own.logits[0, -1].float().std()
-        assert (output.logits[row, -1] - own.logits[0, -1]).float().abs().max() < 0.1 * spread
-        first += num_images
+        for output, choice, depth in zip(outputs, choices, depths, strict=True):
+            logits, expected = output.logits[row, -own.logits.shape[1] :], own.logits[0]
+            if dtype == torch.float32:
+                close(logits, expected)
+            else:
+                assert logits.dtype == dtype
+                spread = expected[-1].float().std()
+                assert (logits[-1] - expected[-1]).float().abs().max() < 0.1 * spread
+            if num_images:
+                assert torch.equal(choice[row], own.selection.keep)
+                assert depth is None or torch.equal(depth[row], own.selection.depth)
 
 
 @cache
-def bfloat16_model() -> Model:
-    return own_model().to(torch.bfloat16)
+def model_in(dtype: torch.dtype) -> Model:
+    return own_model().to(dtype)
 
 
 # ------------------------------------------------------------------------------------------------------- budgets
@@ -160,8 +144,8 @@ def test_exactly_as_many_tokens_are_kept_as_the_budget_says(name: str) -> None:
     model = model_of()
     batch = tiny_batch(model.config, (1, 2))
     numbers, least = random.Random(name), LEAST.get(name, 1)
-    budgets = [numbers.uniform(least / NUM_PATCHES, 1.0) for _ in range(12)]
-    budgets += [numbers.randint(max(2, least), NUM_PATCHES) for _ in range(4)] + [least / NUM_PATCHES, 1.0]
+    budgets = [numbers.uniform(least / NUM_PATCHES, 1.0) for _ in range(4)]
+    budgets += [numbers.randint(max(2, least), NUM_PATCHES), least / NUM_PATCHES]
     for budget in budgets:
         num_keep = math.floor(budget * NUM_PATCHES) if isinstance(budget, float) else budget
         selection = model.select_tokens(**batch, token_budget=budget, reducer=name)
@@ -183,12 +167,12 @@ def test_what_is_below_the_smallest_budget_is_refused(name: str) -> None:
 
 
 @torch.no_grad()
-@every_kind
+@every_reducer
 def test_the_whole_budget_is_the_model_without_reduction_to_the_bit(name: str) -> None:
     model = model_of()
     batch = tiny_batch(model.config, (1, 2, 0))
     expected = reference_logits(model, batch)
-    for budget in (1.0, NUM_PATCHES, [1.0, 1.0, 0.5]):
+    for budget in (NUM_PATCHES, [1.0, 1.0, 0.5]):
         output = model(**batch, token_budget=budget, reducer=name)
         assert torch.equal(output.logits, expected)
         assert output.selection.keep.all()
@@ -256,8 +240,10 @@ def test_without_a_budget_and_a_rule_the_configuration_decides(name: str) -> Non
 # ---------------------------------------------------------------------------------------------------- generation
 
 
-@every_kind
-@pytest.mark.parametrize("positions", ["original", "compact"])
+@pytest.mark.parametrize(
+    ("name", "positions"),
+    [(name, "original") for name in KINDS] + [(name, "compact") for name in ("prumerge", "fastv", "sparsevlm", "vtw")],
+)
 def test_every_token_is_chosen_from_what_one_forward_says(name: str, positions: str) -> None:
     model = model_of(visual_position_ids=positions)
     images, budgets = (1, 2, 0), [0.6, 0.7, 0.5]
@@ -272,9 +258,7 @@ def test_every_token_is_chosen_from_what_one_forward_says(name: str, positions: 
         close(logits, logits_along(model, alone(batch, row, images), answer, token_budget=budgets[row], reducer=name))
 
 
-@pytest.mark.parametrize(
-    "reducer", ["tome", "divprune", "fastv", "sparsevlm", ["downsample", "adaptive", "vtw"]], ids=str
-)
+@pytest.mark.parametrize("reducer", ["tome", "sparsevlm", ["downsample", "adaptive", "divprune", "vtw"]], ids=str)
 @pytest.mark.parametrize(
     ("vision", "fields"),
     [
@@ -341,7 +325,6 @@ def assistant_of(model: Model) -> LlamaForCausalLM:
 
 
 @every_mode
-@pytest.mark.parametrize("positions", ["original", "compact"])
 def test_every_way_to_be_greedy_gives_the_greedy_answer(reducer: Any, positions: str) -> None:
     model = model_of(visual_position_ids=positions)
     batch, how = repetitive_batch(model), {"token_budget": 0.6, "reducer": reducer, "max_new_tokens": 12}
@@ -363,67 +346,7 @@ def test_every_way_to_be_greedy_gives_the_greedy_answer(reducer: Any, positions:
     assert torch.equal(outputs.sequences, expected)
 
 
-@every_mode
-def test_sampling_and_penalties_work_on_what_one_forward_says(reducer: Any) -> None:
-    model = model_of()
-    images, how = (1, 2, 0), {"token_budget": 0.6, "reducer": reducer}
-    batch = tiny_batch(model.config, images, (9, 9, 6))
-    options = {"return_dict_in_generate": True, "output_scores": True, "num_return_sequences": 2}
-    torch.manual_seed(0)
-    sampled = generate(model, batch, **how, **options, do_sample=True, temperature=0.7, top_k=9)
-    torch.manual_seed(0)
-    again = generate(model, batch, **how, **options, do_sample=True, temperature=0.7, top_k=9)
-    assert torch.equal(sampled.sequences, again.sequences)
-    assert len({tuple(row[-NUM_NEW_TOKENS:].tolist()) for row in sampled.sequences}) > 3
-    for row, sequence in enumerate(sampled.sequences):
-        answer, sample = sequence[-NUM_NEW_TOKENS:].tolist(), alone(batch, row // 2, images)
-        expected = logits_along(model, sample, answer, **how) / 0.7
-        expected = expected.masked_fill(expected < expected.topk(9).values[:, -1:], -torch.inf)
-        close(torch.stack([step[row] for step in sampled.scores]), expected)
-    penalised = generate(model, batch, **how, **(options | {"num_return_sequences": 1}), repetition_penalty=1.7)
-    for row, sequence in enumerate(penalised.sequences):
-        answer, sample = sequence[-NUM_NEW_TOKENS:].tolist(), alone(batch, row, images)
-        for step, logits in enumerate(logits_along(model, sample, answer, **how)):
-            seen = torch.tensor(sorted({*sample["input_ids"][0].tolist(), *answer[:step]}))
-            logits[seen] = torch.where(logits[seen] < 0, logits[seen] * 1.7, logits[seen] / 1.7)
-            scores = penalised.scores[step][row].clone()
-            # Whether padding is a repetition is for the version of transformers to say.
-            scores[PAD_TOKEN_ID] = logits[PAD_TOKEN_ID]
-            close(scores, logits)
-
-
-@every_mode
-@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-def test_beams_have_the_probabilities_that_one_forward_says(reducer: Any, static: bool) -> None:
-    model = model_of()
-    images, how = (1, 2, 0), {"token_budget": 0.6, "reducer": reducer}
-    batch = tiny_batch(model.config, images, (9, 9, 6))
-    outputs = generate(
-        model,
-        batch,
-        **how,
-        num_beams=3,
-        num_return_sequences=2,
-        return_dict_in_generate=True,
-        output_scores=True,
-        cache_implementation="static" if static else None,
-    )
-    for row, sequence in enumerate(outputs.sequences):
-        sample = alone(batch, row // 2, images)
-        answer = sequence[-NUM_NEW_TOKENS:].tolist()
-        score = mean_log_probability(model, sample, answer, **how)
-        close(outputs.sequences_scores[row], score)
-        if row % 2 == 1:
-            assert outputs.sequences_scores[row - 1] >= outputs.sequences_scores[row]
-            assert sequence.tolist() != outputs.sequences[row - 1].tolist()
-
-
-def mean_log_probability(model: Model, sample: Batch, answer: list[int], **how: Any) -> torch.Tensor:
-    logits = logits_along(model, sample, answer, **how).log_softmax(dim=-1)
-    return logits.gather(1, torch.tensor(answer)[:, None]).mean()
-
-
-@every_mode
+@pytest.mark.parametrize("reducer", ["prumerge", STACK], ids=str)
 def test_a_dictionary_output_says_what_was_kept(reducer: Any) -> None:
     model = model_of()
     batch, how = tiny_batch(model.config, (1, 2)), {"token_budget": 0.75, "reducer": reducer}
@@ -466,7 +389,6 @@ class Conversation:
 
 
 @every_mode
-@pytest.mark.parametrize("positions", ["original", "compact"])
 def test_a_conversation_goes_on_from_its_cache(reducer: Any, positions: str) -> None:
     """
     The second turn, of text, equals one forward over the whole conversation whose question is that of the first turn.
@@ -488,7 +410,7 @@ def test_a_conversation_goes_on_from_its_cache(reducer: Any, positions: str) -> 
         second_part = [*answers[0], *second["input_ids"][0].tolist(), *answers[1]]
         said = logits_along(model, first, second_part, **how).argmax(dim=-1)[-NUM_NEW_TOKENS:]
         assert said.tolist() == answers[1]
-        if reducer in ("tome", "prumerge", "divprune"):
+        if reducer == "prumerge":
             ids = [*first["input_ids"][0].tolist(), *second_part, *third["input_ids"][0].tolist()]
             pixels = torch.cat([first["pixel_values"], third["pixel_values"]])
             sample = {"input_ids": torch.tensor([ids]), "pixel_values": pixels}
@@ -530,8 +452,10 @@ def reducer_module(model: Model, name: str) -> torch.nn.Module:
 
 
 @torch.no_grad()
-@every_kind
-@pytest.mark.parametrize("selection_output", ["gather", "mask"])
+@pytest.mark.parametrize(
+    ("name", "selection_output"),
+    [(name, "gather") for name in KINDS] + [(name, "mask") for name in ("adaptive", "prumerge", "fastv", "sparsevlm")],
+)
 def test_a_label_is_predicted_where_generation_would_choose_it(name: str, selection_output: str) -> None:
     model = model_of()
     images, budgets = (1, 2, 0), [0.6, 0.8, 0.5]
@@ -585,7 +509,7 @@ def test_a_training_batch_of_text_runs_what_a_batch_with_images_runs(name: str) 
 
 
 @torch.no_grad()
-@every_kind
+@pytest.mark.parametrize("name", ["adaptive", "tome", "dynamicvit", "divprune", "aim", "fastv"])
 def test_a_reducer_can_be_set_configured_or_asked_for_in_a_call(name: str) -> None:
     model, batch = own_model(), tiny_batch(model_of().config, (1, 1))
     before = model(**batch, token_budget=0.6).logits
@@ -635,10 +559,8 @@ def test_parameters_of_a_call_leave_an_optimizer_its_weights() -> None:
 
 SAVED = {
     "a name": "fastv",
-    "parameters": {"name": "pyramiddrop", "ratios": [0.6, 0.3, 0.1]},
-    "trained": {"name": "resampler", "num_heads": 2},
-    "a stack": ["token_fusion", "adaptive", {"name": "vtw", "layer": 1}],
-    "a composite": {"name": "aim", "share": 0.5},
+    "a composite with a parameter": {"name": "aim", "share": 0.5},
+    "a stack": ["token_fusion", {"name": "resampler", "num_heads": 2}, "adaptive", {"name": "vtw", "layer": 1}],
 }
 
 
@@ -651,31 +573,20 @@ def test_saving_and_loading_keeps_reducers_parameters_and_weights(reducers: str,
         parameter.add_(torch.randn_like(parameter) * 0.1)
     batch = tiny_batch(model.config, (1, 1))
     expected = model(**batch, token_budget=0.6).logits
+    beside_the_stack = model(**batch, token_budget=0.6, reducer="dynamicvit").logits
     model.save_pretrained(tmp_path)
     loaded, report = AdaVTPForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert loaded.config.reducers == model.config.reducers
     assert torch.equal(loaded(**batch, token_budget=0.6).logits, expected)
+    assert torch.equal(loaded(**batch, token_budget=0.6, reducer="dynamicvit").logits, beside_the_stack)
     other = AdaVTPForConditionalGeneration.from_pretrained(tmp_path, reducer="fastv")
     assert other.config.reducers == ["fastv"]
     assert torch.equal(
         other(**batch, token_budget=0.6).logits, model(**batch, token_budget=0.6, reducer="fastv").logits
     )
     assert torch.equal(other(**batch, token_budget=0.6, reducer=SAVED[reducers]).logits, expected)
-
-
-@torch.no_grad()
-def test_weights_beside_the_stack_are_saved_too(tmp_path: Path) -> None:
-    model = own_model(reducer="fastv", trained_reducers=["dynamicvit"])
-    batch = tiny_batch(model.config, (1, 1))
-    expected = model(**batch, token_budget=0.6, reducer="dynamicvit").logits
-    model.save_pretrained(tmp_path)
-    loaded, report = AdaVTPForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
-    assert not report["missing_keys"]
-    assert not report["unexpected_keys"]
-    assert loaded.config.reducers == ["fastv"]
-    assert torch.equal(loaded(**batch, token_budget=0.6, reducer="dynamicvit").logits, expected)
 
 
 @pytest.fixture(scope="module")
@@ -705,7 +616,7 @@ def test_asking_for_any_reducer_changes_nothing_that_is_saved(saved_folder: Path
                 with pytest.raises(ValueError, match=r"model\.set_reducer\('dynamicvit'\)"):
                     ask(**batch, token_budget=0.6, reducer=reducer)
             continue
-        generate(model, batch, token_budget=0.6, reducer=reducer)
+        generate(model, batch, token_budget=0.6, reducer=reducer, max_new_tokens=1)
         model(**batch, token_budget=0.6, reducer=reducer)
         model.select_tokens(**batch, token_budget=0.6, reducer=reducer)
     with pytest.raises(ValueError, match="made for the parameters"):
@@ -729,4 +640,4 @@ def test_calls_in_several_threads_have_their_own_parameters() -> None:
             return torch.equal(model(**batch, token_budget=0.8, reducer=asked[which]).logits, expected[which])
 
     with ThreadPoolExecutor(3) as threads:
-        assert all(threads.map(answer, range(60)))
+        assert all(threads.map(answer, range(24)))

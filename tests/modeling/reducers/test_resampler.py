@@ -2,7 +2,6 @@
 
 import math
 
-import pytest
 import torch
 from torch import nn
 
@@ -114,17 +113,6 @@ def test_tokens_stand_at_a_uniform_stride_in_the_order_of_the_queries() -> None:
 
 
 @torch.no_grad()
-def test_an_image_is_read_the_same_in_any_batch() -> None:
-    reducer, features = resampler(), features_of(random_patches(6))
-    num_keep = torch.tensor([1, 16, 3, 9, 9, 4])
-    together = reducer(features, num_keep)
-    for row in range(6):
-        alone = reducer(features.images(torch.tensor([row]), 16), num_keep[row : row + 1])
-        assert torch.allclose(alone.features[0], together.features[row, : num_keep[row]], atol=1e-5)
-        assert torch.equal(alone.keep[0], together.keep[row])
-
-
-@torch.no_grad()
 def test_new_weights_make_tokens_on_the_scale_of_the_patches_channel_by_channel() -> None:
     torch.manual_seed(0)
     reducer = ResamplerReducer(tiny_config())
@@ -152,28 +140,7 @@ def test_every_weight_learns() -> None:
 
 
 @torch.no_grad()
-def test_half_precision_runs_and_keeps_exactly_k() -> None:
-    reducer = resampler().bfloat16()
-    selection = reducer(features_of(random_patches(4).bfloat16()), torch.tensor([1, 5, 16, 7]))
-    assert selection.features.dtype == torch.bfloat16 and selection.features.isfinite().all()
-    assert selection.num_keep.tolist() == [1, 5, 16, 7]
-
-
-@torch.no_grad()
 def test_several_feature_layers_make_a_wider_resampler() -> None:
     config = tiny_config(vision_feature_layer=[-2, -1])
     features = features_of(random_patches(1, width=64))
     assert resampler(config)(features, torch.tensor([3])).features.shape == (1, 3, 64)
-
-
-def test_it_has_a_query_for_every_patch_and_as_many_layers_as_asked() -> None:
-    reducer = ResamplerReducer(tiny_config(), num_layers=3)
-    assert reducer.queries.weight.shape == (NUM_PATCHES, WIDTH) and len(reducer.layers) == 3
-    assert {layer.num_heads for layer in reducer.layers} == {4}
-    assert ResamplerReducer.trained and ResamplerReducer.stage == "vision"
-
-
-@pytest.mark.parametrize(("name", "value"), [("num_layers", 0), ("num_heads", 3), ("num_heads", 0)])
-def test_bad_parameters_are_refused(name: str, value: int) -> None:
-    with pytest.raises(ValueError, match=f"`{name}` is {value}"):
-        ResamplerReducer(tiny_config(), **{name: value})

@@ -1,7 +1,6 @@
 """SparseVLM's promises: words that have to do with the image rate its tokens; the best of what leaves is recycled."""
 
 import math
-import random
 from decimal import Decimal
 
 import pytest
@@ -320,58 +319,9 @@ def test_densities_too_small_for_a_float_still_differ() -> None:
     assert left[0, stays[0]].tolist() == [pytest.approx(values, abs=1e-3) for values in content]
 
 
-def test_the_official_numbers_come_out_at_each_cut() -> None:
-    generator = torch.Generator().manual_seed(0)
-    for num_visual, num_kept, num_left in ((576, 300, 309), (309, 200, 204), (204, 110, 113), (576, 66, 82)):
-        hidden_states = torch.randn(1, num_visual, 2, generator=generator)
-        scores = torch.randn(1, num_visual, generator=generator)
-        stays, left = reduced_by_model(
-            hidden_states, scores, [num_left], torch.ones(1, num_visual, dtype=torch.bool), merge="sum"
-        )
-        as_it_was = (left == hidden_states).all(dim=-1)[0] & stays[0]
-        best = columns(torch.zeros(num_visual).scatter(0, scores[0].topk(num_kept).indices, 1.0) > 0)
-        assert set(best) <= set(columns(as_it_was))
-        # A cluster of one is as it was too.
-        assert stays.sum() == num_left
-
-
 def test_version_2_recycles_nothing() -> None:
     generator = torch.Generator().manual_seed(0)
     hidden_states, scores = torch.randn(1, 40, 2, generator=generator), torch.randn(1, 40, generator=generator)
     stays, left = reduced_by_model(hidden_states, scores, [12], torch.ones(1, 40, dtype=torch.bool), version="v2")
     assert set(columns(stays[0])) == set(scores[0].topk(12).indices.tolist())
     assert torch.equal(left, hidden_states)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("order", ["spatial", "official"])
-def test_exactly_as_many_are_left_as_are_asked_for(order: str, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    is_visual = torch.ones(3, 100, dtype=torch.bool)
-    is_visual[1, 50:] = False
-    is_visual[2] = False
-    hidden_states = torch.randn(3, 100, 4, generator=generator).to(dtype)
-    scores = torch.randn(3, 100, generator=generator)
-    chosen = random.Random(0)
-    for _ in range(15):
-        num_keep = [chosen.randint(0, 100), chosen.randint(0, 50), 0]
-        stays, left = reduced_by_model(hidden_states, scores, num_keep, is_visual, order=order)
-        assert (stays & is_visual).sum(dim=-1).tolist() == num_keep
-        assert left.dtype == dtype
-
-
-@pytest.mark.parametrize(
-    "parameters",
-    [
-        {"version": "v3"},
-        {"tokens": 100},
-        {"merge": "max"},
-        {"order": "random"},
-        {"num_heads": 0},
-        {"num_heads": 1.5},
-    ],
-)
-def test_bad_parameters_are_named(parameters: dict) -> None:
-    (name, value), *_ = parameters.items()
-    with pytest.raises(ValueError, match=f"`{name}` is {value!r}; allowed"):
-        SparseVLMReducer(deep_config(4), **parameters)

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from adavtp.modeling.reducers.token_fusion import TokenFusionReducer
-from adavtp.modeling.reducers.tome import Matching, MatchingReducer, ToMeReducer, absorbed
-from adavtp.modeling.vision.encode import encode_image
+from adavtp.modeling.reducers.tome import Matching, MatchingReducer, ToMeReducer
 from tiny_models import NUM_PATCHES, tiny_config
-from tiny_towers import PASS_IDS, PASSES, TOWERS, alone, counts, tiny_images, tiny_pass, whole_run
+from tiny_towers import TOWERS, counts, tiny_images, tiny_pass, whole_run
 
 
 class Pruning(MatchingReducer):
@@ -109,17 +108,6 @@ def test_giving_nothing_is_pruning(vision: str, norm_preserving: bool) -> None:
         assert torch.equal(ours.positions, expected.positions)
 
 
-def test_a_mean_is_shorter_than_its_parts_unless_norms_are_preserved() -> None:
-    patches = torch.tensor([[[3.0, 0.0], [0.0, 4.0]]])
-    matching = Matching(torch.tensor([[1]]), torch.tensor([[0]]), torch.tensor([[0]]))
-    assert float(absorbed(patches, torch.ones(1, 2), torch.ones(1, 1), matching)[0, 0].norm()) == 2.5
-    config = tiny_config()
-    config.vision_config.hidden_size = 2
-    reducer = with_gates(TokenFusionReducer(config), 1e4)
-    fused, _ = reducer.take_in(None, 1, None, patches, torch.ones(1, 2), matching)
-    torch.testing.assert_close(fused[0, 0], torch.tensor([2.4, 3.2]))
-
-
 # In training
 
 
@@ -167,69 +155,3 @@ def test_gates_run_in_training_even_where_nothing_is_merged() -> None:
 
 
 # What every reducer in the tower promises
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("fields", PASSES, ids=PASS_IDS)
-@pytest.mark.parametrize("vision", TOWERS)
-def test_exactly_k_tokens_and_the_plain_tower_at_a_full_budget(vision: str, fields: dict) -> None:
-    tower = tiny_pass(vision, **fields)
-    reducer = with_random_gates(TokenFusionReducer(tower.config)).eval()
-    for num_keep in range(4, NUM_PATCHES + 1):
-        encoded = reducer(tower, tiny_images(), counts(num_keep))
-        assert tower.patches(encoded.sequence).shape == (2, num_keep, 32)
-        assert all(len(set(places)) == num_keep for places in encoded.positions.tolist())
-    assert torch.equal(encoded.sequence, whole_run(tower, tiny_images()))
-    if not fields["budget"]:
-        plain = encode_image(tower.tower, tiny_images(), tower.config)
-        assert torch.equal(tower.patches(encoded.sequence), plain.patches)
-
-
-@torch.no_grad()
-def test_orders_hold_the_same_tokens_by_position_or_as_matching_left_them() -> None:
-    tower = tiny_pass("siglip")
-    encoded, selections = [], []
-    for order in ("spatial", "official"):
-        reducer = TokenFusionReducer(tower.config, order=order).eval()
-        encoded.append(reducer(tower, tiny_images(), counts(6)))
-        selections.append(reducer.selection(encoded[-1], tower.patches(encoded[-1].sequence), NUM_PATCHES))
-    assert torch.equal(encoded[0].positions, encoded[1].positions)
-    assert torch.equal(selections[0].positions, selections[1].positions)
-    assert torch.equal(selections[1].features, tower.patches(encoded[1].sequence))
-    for image, places in enumerate(encoded[0].positions.tolist()):
-        assert places != sorted(places)
-        for index, place in enumerate(places):
-            rank = sorted(places).index(place)
-            assert torch.equal(selections[0].features[image, rank], selections[1].features[image, index])
-
-
-@torch.no_grad()
-def test_an_image_does_not_notice_what_shares_its_batch_nor_a_read_only_budget() -> None:
-    tower = tiny_pass(num_images=3, budget=True)
-    reducer = with_random_gates(TokenFusionReducer(tower.config)).eval()
-    together = reducer(tower, tiny_images(3), counts(6, 3))
-    plain = reducer(tiny_pass(), tiny_images(3), counts(6, 3))
-    torch.testing.assert_close(tower.without_budget(together.sequence), plain.sequence, atol=1e-5, rtol=1e-5)
-    for image in range(3):
-        single = reducer(alone(tower, image), tiny_images(3)[image : image + 1], counts(6, 1))
-        assert torch.equal(single.positions[0], together.positions[image])
-        torch.testing.assert_close(single.sequence[0], together.sequence[image], atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("reducer_dtype", [torch.bfloat16, torch.float32])
-def test_bfloat16_keeps_exactly_k_and_stays_bfloat16(reducer_dtype: torch.dtype) -> None:
-    tower = tiny_pass(dtype=torch.bfloat16)
-    encoded = TokenFusionReducer(tower.config).to(reducer_dtype)(tower, tiny_images(), counts(7))
-    assert encoded.sequence.dtype == torch.bfloat16
-    assert encoded.sequence.isfinite().all()
-    assert encoded.positions.shape == (2, 7)
-
-
-@pytest.mark.parametrize(
-    "parameters", [{"norm_preserving": 1}, {"order": "best"}, {"proportional_attention": None}], ids=str
-)
-def test_a_parameter_that_means_nothing_is_refused(parameters: dict) -> None:
-    name, value = next(iter(parameters.items()))
-    with pytest.raises(ValueError, match=f"`{name}` is {value!r}; allowed: "):
-        TokenFusionReducer(tiny_config(), **parameters)

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from adavtp.modeling.reducers.tome import Matching, ToMeReducer, absorbed, bipartite_matching, tokens_after_layers
-from adavtp.modeling.vision.encode import TowerPass, encode_image
+from adavtp.modeling.vision.encode import TowerPass
 from tiny_models import NUM_PATCHES, tiny_config
-from tiny_towers import PASS_IDS, PASSES, TOWERS, alone, counts, tiny_images, tiny_pass, whole_run
+from tiny_towers import counts, tiny_images, tiny_pass
 
 MEANS = ["weighted", "average", "importance"]
 
@@ -207,82 +207,6 @@ def test_a_run_is_that_of_plain_loops(vision: str, merge: str, proportional: boo
             assert selection.positions[image].tolist() == sorted(places)
 
 
-def test_the_three_means_and_proportional_attention_make_a_difference() -> None:
-    tower = tiny_pass("clip", vision_feature_layer=-1)
-    runs = [
-        ToMeReducer(tower.config, merge=merge, proportional_attention=proportional)(tower, tiny_images(), counts(5))
-        for merge in MEANS
-        for proportional in (True, False)
-    ]
-    for index, run in enumerate(runs):
-        assert not any(torch.allclose(run.sequence, other.sequence, atol=1e-4) for other in runs[:index])
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("fields", PASSES, ids=PASS_IDS)
-@pytest.mark.parametrize("vision", TOWERS)
-def test_a_full_budget_is_the_plain_tower(vision: str, fields: dict) -> None:
-    tower = tiny_pass(vision, **fields)
-    encoded = ToMeReducer(tower.config)(tower, tiny_images(), counts(NUM_PATCHES))
-    assert torch.equal(encoded.sequence, whole_run(tower, tiny_images()))
-    assert encoded.positions.tolist() == [list(range(NUM_PATCHES))] * 2
-    if not fields["budget"]:
-        plain = encode_image(tower.tower, tiny_images(), tower.config)
-        assert torch.equal(tower.patches(encoded.sequence), plain.patches)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("fields", PASSES, ids=PASS_IDS)
-@pytest.mark.parametrize("vision", TOWERS)
-def test_exactly_k_tokens_whatever_k(vision: str, fields: dict) -> None:
-    tower = tiny_pass(vision, **fields)
-    reducer = ToMeReducer(tower.config)
-    for num_keep in range(4, NUM_PATCHES + 1):
-        encoded = reducer(tower, tiny_images(), counts(num_keep))
-        assert tower.patches(encoded.sequence).shape == (2, num_keep, 32)
-        assert encoded.sequence.shape[1] == tower.num_before + num_keep + tower.num_after
-        assert all(len(set(places)) == num_keep for places in encoded.positions.tolist())
-        # The first patch of the image has none before it to merge into.
-        assert (encoded.positions.amin(dim=1) == 0).all()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("vision", TOWERS)
-def test_a_budget_token_is_no_party_to_the_merging(vision: str) -> None:
-    plain = tiny_pass(vision)
-    last, first = (tiny_pass(vision, budget=True, budget_token_place=place) for place in ("last", "first"))
-    reducer = ToMeReducer(plain.config)
-    expected = reducer(plain, tiny_images(), counts(6))
-    for tower in (last, first):
-        encoded = reducer(tower, tiny_images(), counts(6))
-        torch.testing.assert_close(tower.without_budget(encoded.sequence), expected.sequence, atol=1e-5, rtol=1e-5)
-        assert torch.equal(encoded.positions, expected.positions)
-        assert encoded.sequence.shape[1] == expected.sequence.shape[1] + 1
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("vision", TOWERS)
-def test_an_image_does_not_notice_what_shares_its_batch(vision: str) -> None:
-    tower = tiny_pass(vision, num_images=3, budget=True, budget_attention="mutual")
-    reducer = ToMeReducer(tower.config)
-    together = reducer(tower, tiny_images(3), counts(6, 3))
-    for image in range(3):
-        single = reducer(alone(tower, image), tiny_images(3)[image : image + 1], counts(6, 1))
-        assert torch.equal(single.positions[0], together.positions[image])
-        torch.testing.assert_close(single.sequence[0], together.sequence[image], atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("merge", MEANS)
-@pytest.mark.parametrize("vision", TOWERS)
-def test_bfloat16_keeps_exactly_k_and_stays_bfloat16(vision: str, merge: str) -> None:
-    tower = tiny_pass(vision, dtype=torch.bfloat16)
-    encoded = ToMeReducer(tower.config, merge=merge)(tower, tiny_images(), counts(7))
-    assert encoded.sequence.dtype == torch.bfloat16
-    assert encoded.sequence.isfinite().all()
-    assert encoded.positions.shape == (2, 7)
-
-
 def test_gradients_go_through_a_merge_to_all_patches() -> None:
     tower = tiny_pass(vision_feature_layer=-1)
     pixel_values = tiny_images().requires_grad_()
@@ -290,22 +214,3 @@ def test_gradients_go_through_a_merge_to_all_patches() -> None:
     tower.patches(encoded.sequence).square().sum().backward()
     patches = nn.functional.unfold(pixel_values.grad, kernel_size=8, stride=8)
     assert (patches.abs().sum(dim=1) > 0).all()
-
-
-@pytest.mark.parametrize(
-    ("parameters", "message"),
-    [
-        ({"merge": "mean"}, "`merge` is 'mean'; allowed: 'weighted', 'average', 'importance'"),
-        ({"order": "score"}, "`order` is 'score'; allowed: 'spatial', 'official'"),
-        ({"proportional_attention": "yes"}, "`proportional_attention` is 'yes'; allowed: True, False"),
-    ],
-)
-def test_a_parameter_that_means_nothing_is_refused(parameters: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ToMeReducer(tiny_config(), **parameters)
-
-
-def test_several_feature_layers_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"`vision_feature_layer` is \[-2, -1\]"):
-        ToMeReducer(tiny_config(vision_feature_layer=[-2, -1]))
-    ToMeReducer(tiny_config(vision_feature_layer=[-2]))

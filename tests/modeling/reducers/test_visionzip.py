@@ -1,7 +1,6 @@
 """What VisionZip promises: CLS, dominant patches, and contextual tokens into which the rest was merged."""
 
 import math
-import random
 from typing import Any
 
 import numpy as np
@@ -12,29 +11,8 @@ from adavtp.modeling.reducers.base import build_reducer
 from adavtp.modeling.reducers.visionzip import VisionZipReducer
 from adavtp.modeling.vision.features import VisionFeatures
 from adavtp.modeling.vision.tower import TowerAttention
+from tiny_features import MAKING_LAYER, features_of, head_mean_of_cls, tiny_features
 from tiny_models import NUM_PATCHES, tiny_config
-
-MAKING_LAYER = 1
-
-
-def random_images(
-    num_images: int, num_tokens: int = NUM_PATCHES, seed: int = 0, dtype: torch.dtype = torch.float32
-) -> VisionFeatures:
-    """Images with random features and random attention of four heads of width 8."""
-    generator = torch.Generator().manual_seed(seed)
-    attention = TowerAttention(
-        2 * torch.randn(num_images, 4, 8, generator=generator).to(dtype),
-        torch.randn(num_images, 4, 8, generator=generator).to(dtype),
-        torch.randn(num_images, 4, num_tokens, 8, generator=generator).to(dtype),
-    )
-    patches = torch.randn(num_images, num_tokens, 6, generator=generator).to(dtype)
-    return VisionFeatures(
-        patches,
-        torch.arange(num_tokens).expand(num_images, -1),
-        cls=torch.randn(num_images, 1, 6, generator=generator).to(dtype),
-        attention={MAKING_LAYER: attention},
-        num_patches=num_tokens,
-    )
 
 
 def reducer(keep_cls: bool = False, **parameters: Any) -> VisionZipReducer:
@@ -43,17 +21,6 @@ def reducer(keep_cls: bool = False, **parameters: Any) -> VisionZipReducer:
 
 
 # The definition, in loops
-
-
-def summed_attention(features: VisionFeatures, image: int) -> np.ndarray:
-    attention = features.attention[MAKING_LAYER]
-    total = np.zeros(attention.keys.shape[2])
-    for head in range(attention.keys.shape[1]):
-        query = attention.query[image, head].double().numpy()
-        keys = [attention.cls_key[image, head].double().numpy(), *attention.keys[image, head].double().numpy()]
-        weights = [math.exp(float(query @ key) / math.sqrt(len(query))) for key in keys]
-        total += np.array(weights[1:]) / sum(weights)
-    return total
 
 
 def tokens_by_definition(
@@ -66,7 +33,7 @@ def tokens_by_definition(
 ) -> dict[int, np.ndarray]:
     """Each output token by its place, in the order CLS, dominant, contextual."""
     x = features.patches[image].double().numpy()
-    scores = summed_attention(features, image)
+    scores = head_mean_of_cls(features.attention[MAKING_LAYER], image)
     dominant = sorted(sorted(range(len(x)), key=lambda token: -scores[token])[:num_dominant])
     rest = [token for token in range(len(x)) if token not in dominant]
     targets = rest[:: len(rest) // num_contextual][:num_contextual] if num_contextual else []
@@ -95,7 +62,7 @@ def assert_tokens(selection: Any, image: int, expected: dict[int, np.ndarray], s
 
 def counts_of(num_keep: int, num_tokens: int) -> list[int]:
     """CLS and dominant patches, which come out as they went in, and contextual tokens, which do not."""
-    features = random_images(1, num_tokens)
+    features = tiny_features(1, num_tokens)
     selection = reducer(order="official")(features, torch.tensor([num_keep]))
     originals = {tuple(token) for token in [*features.patches[0].tolist(), *features.cls[0].tolist()]}
     untouched = [tuple(token) in originals for token in selection.features[0].tolist()]
@@ -106,7 +73,7 @@ def counts_of(num_keep: int, num_tokens: int) -> list[int]:
 @pytest.mark.parametrize("order", ["spatial", "official"])
 @pytest.mark.parametrize("average", [False, True])
 def test_cls_and_dominant_patches_stay_and_the_rest_goes_to_its_nearest_target(average: bool, order: str) -> None:
-    features = random_images(3, num_tokens=30)
+    features = tiny_features(3, num_tokens=30)
     selection = reducer(average=average, order=order)(features, torch.tensor([13, 13, 13]))
     for image in range(3):  # floor(0.16 x 13) = 2 contextual, CLS and 10 dominant patches
         assert_tokens(selection, image, tokens_by_definition(features, image, 10, 2, average), order == "spatial")
@@ -119,7 +86,7 @@ def test_the_default_share_makes_the_published_splits(num_keep: int, split: list
 
 @pytest.mark.parametrize(("contextual", "num_contextual"), [(0.5, 4), (0.25, 2), (0.9, 7), (1.0, 7), (0.0, 0)])
 def test_the_share_of_contextual_tokens_can_be_chosen(contextual: float, num_contextual: int) -> None:
-    features = random_images(2)
+    features = tiny_features(2)
     selection = reducer(contextual=contextual)(features, torch.tensor([8, 8]))
     for image in range(2):
         expected = tokens_by_definition(features, image, 7 - num_contextual, num_contextual)
@@ -128,7 +95,7 @@ def test_the_share_of_contextual_tokens_can_be_chosen(contextual: float, num_con
 
 def test_a_share_that_floating_point_makes_too_small_is_not_cut() -> None:
     # 0.29 x 100 is 28.999999999999996.
-    features = random_images(1, num_tokens=200)
+    features = tiny_features(1, num_tokens=200)
     selection = reducer(contextual=0.29)(features, torch.tensor([100]))
     assert_tokens(selection, 0, tokens_by_definition(features, 0, 100 - 29 - 1, 29))
 
@@ -139,13 +106,8 @@ def small_image(keys: list[list[float]], attended: list[float]) -> VisionFeature
     query = torch.zeros(1, 1, keys.shape[1])
     query[..., -1] = 1.0
     patches = torch.arange(1.0, len(keys) + 1)[None, :, None]
-    return VisionFeatures(
-        patches,
-        torch.arange(len(keys))[None],
-        cls=torch.full((1, 1, 1), 100.0),
-        attention={MAKING_LAYER: TowerAttention(query, torch.zeros_like(query), keys[None, None])},
-        num_patches=len(keys),
-    )
+    attention = {MAKING_LAYER: TowerAttention(query, torch.zeros_like(query), keys[None, None])}
+    return features_of(patches, cls=torch.full((1, 1, 1), 100.0), attention=attention)
 
 
 def test_a_target_that_nothing_goes_to_stays_what_it_is() -> None:
@@ -172,7 +134,7 @@ def test_cls_takes_the_first_free_place() -> None:
 
 
 def test_one_token_is_cls_and_two_are_cls_and_the_best_patch() -> None:
-    features = random_images(2)
+    features = tiny_features(2)
     for num_keep in (1, 2):
         selection = reducer()(features, torch.tensor([num_keep] * 2))
         for image in range(2):
@@ -185,7 +147,7 @@ def test_from_three_tokens_on_one_is_contextual() -> None:
 
 
 def test_all_tokens_are_cls_and_all_but_one() -> None:
-    features = random_images(2)
+    features = tiny_features(2)
     selection = reducer()(features, torch.tensor([NUM_PATCHES] * 2))
     assert selection.keep.all()
     for image in range(2):
@@ -194,47 +156,9 @@ def test_all_tokens_are_cls_and_all_but_one() -> None:
 
 @pytest.mark.parametrize("num_keep", [1, 2, 5, 12, NUM_PATCHES])
 def test_where_the_model_keeps_cls_it_is_not_kept_twice(num_keep: int) -> None:
-    features = random_images(2)
+    features = tiny_features(2)
     selection = reducer(keep_cls=True)(features, torch.tensor([num_keep] * 2))
     num_contextual = max(int(0.16 * num_keep), int(num_keep >= 3))
     for image in range(2):
         dominant = num_keep - num_contextual
         assert_tokens(selection, image, tokens_by_definition(features, image, dominant, num_contextual, cls=False))
-
-
-def test_exactly_k_tokens_come_out_for_any_k() -> None:
-    draw = random.Random(0)
-    for seed in range(40):
-        num_tokens = draw.randint(1, 40)
-        num_keep = draw.randint(1, num_tokens)
-        model = reducer(keep_cls=draw.random() < 0.5, contextual=draw.choice([0.16, draw.random(), 1.0]))
-        selection = model(random_images(2, num_tokens, seed), torch.tensor([num_keep] * 2))
-        assert selection.num_keep.tolist() == [num_keep] * 2
-        assert selection.features.shape == (2, num_keep, 6)
-
-
-def test_a_batch_is_each_image_alone() -> None:
-    features = random_images(4)
-    together = reducer()(features, torch.tensor([9] * 4))
-    for image in range(4):
-        row = torch.tensor([image])
-        alone = reducer()(features.images(row, NUM_PATCHES), torch.tensor([9]))
-        assert torch.equal(alone.keep, together.keep[row])
-        torch.testing.assert_close(alone.features, together.features[row])
-
-
-def test_bfloat16_keeps_exactly_k_in_its_own_type() -> None:
-    selection = reducer()(random_images(2, dtype=torch.bfloat16), torch.tensor([9, 9]))
-    assert selection.num_keep.tolist() == [9, 9]
-    assert selection.features.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("parameters", [{"contextual": 1.1}, {"contextual": -0.1}, {"average": 1}, {"order": "cls"}])
-def test_parameters_that_are_not_allowed_are_refused(parameters: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"`{next(iter(parameters))}` is .*; allowed"):
-        reducer(**parameters)
-
-
-def test_a_tower_without_cls_is_refused() -> None:
-    with pytest.raises(ValueError, match="'visionzip'.*CLS"):
-        build_reducer("visionzip", tiny_config("siglip"))

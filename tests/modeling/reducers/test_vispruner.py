@@ -1,7 +1,6 @@
 """What VisPruner promises: the most attended patches, and of the others those that resemble no other."""
 
 import math
-import random
 
 import numpy as np
 import pytest
@@ -10,29 +9,18 @@ import torch
 from adavtp.modeling.reducers.base import build_reducer
 from adavtp.modeling.reducers.vispruner import VisPrunerReducer
 from adavtp.modeling.vision.features import VisionFeatures
-from adavtp.modeling.vision.tower import TowerAttention
+from tiny_features import MAKING_LAYER, attention_from, features_of, head_mean_of_cls, tiny_features
 from tiny_models import NUM_PATCHES, tiny_config
-
-MAKING_LAYER = 1
 
 
 def images(scores: torch.Tensor, patches: torch.Tensor) -> VisionFeatures:
-    """Images with CLS attention proportional to `scores` `[num_images, num_tokens]`, in two equal heads of width 1."""
-    num_images, num_tokens = scores.shape
-    keys = scores.log()[:, None, :, None].expand(-1, 2, -1, -1).to(patches.dtype)
-    ones = torch.ones(num_images, 2, 1, dtype=patches.dtype)
-    positions = torch.arange(num_tokens).expand(num_images, -1)
-    attention = {MAKING_LAYER: TowerAttention(ones, ones, keys)}
-    return VisionFeatures(patches, positions, attention=attention, num_patches=num_tokens)
+    """Images with CLS attention in proportion to `scores` `[num_images, num_tokens]`."""
+    return features_of(patches, attention={MAKING_LAYER: attention_from(scores)})
 
 
-def random_images(
-    num_images: int, num_tokens: int = NUM_PATCHES, seed: int = 0, dtype: torch.dtype = torch.float32
-) -> VisionFeatures:
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.stack([torch.randperm(num_tokens, generator=generator) for _ in range(num_images)])
-    patches = torch.randn(num_images, num_tokens, 8, generator=generator)
-    return images(1.0 + order, patches.to(dtype))
+def attended_of(features: VisionFeatures, image: int) -> list[int]:
+    """The patches by falling attention of CLS."""
+    return np.argsort(-head_mean_of_cls(features.attention[MAKING_LAYER], image)).tolist()
 
 
 def reducer(**parameters: float) -> VisPrunerReducer:
@@ -56,11 +44,11 @@ def diverse_by_definition(pool: list[int], patches: torch.Tensor, num_diverse: i
 @pytest.mark.parametrize("num_tokens", [16, 37])
 @pytest.mark.parametrize("important", [0.5, 0.75, 0.0])
 def test_half_are_the_most_attended_and_half_are_diverse(important: float, num_tokens: int) -> None:
-    features = random_images(3, num_tokens)
+    features = tiny_features(3, num_tokens)
     for num_keep in (2, 4, 9, num_tokens - 1):
         selection = reducer(important=important)(features, torch.full((3,), num_keep))
         for image in range(3):
-            attended = np.argsort(-features.attention[MAKING_LAYER].keys[image, 0, :, 0].numpy()).tolist()
+            attended = attended_of(features, image)
             num_important = int(num_keep * important)
             pool = attended[num_important:]
             diverse = diverse_by_definition(pool, features.patches[image], num_keep - num_important)
@@ -86,25 +74,25 @@ def test_of_equally_attended_tokens_the_earlier_is_important() -> None:
 
 
 def test_the_length_of_a_feature_does_not_count() -> None:
-    features = random_images(2)
+    features = tiny_features(2)
     before = reducer()(features, torch.tensor([6, 6])).keep
     features.patches = features.patches * torch.linspace(0.1, 10.0, NUM_PATCHES)[:, None]
     assert torch.equal(reducer()(features, torch.tensor([6, 6])).keep, before)
 
 
 def test_one_token_is_diverse_and_all_tokens_are_all() -> None:
-    features = random_images(2)
+    features = tiny_features(2)
     selection = reducer()(features, torch.tensor([1, 1]))
     for image in range(2):
-        attended = np.argsort(-features.attention[MAKING_LAYER].keys[image, 0, :, 0].numpy()).tolist()
+        attended = attended_of(features, image)
         assert selection.positions[image].tolist() == diverse_by_definition(attended, features.patches[image], 1)
     assert reducer()(features, torch.tensor([NUM_PATCHES] * 2)).keep.all()
 
 
 def test_with_everything_important_attention_decides_alone() -> None:
-    features = random_images(2)
-    best = features.attention[MAKING_LAYER].keys[:, 0, :, 0].argsort(dim=-1, descending=True)[:, :5].sort().values
-    assert torch.equal(reducer(important=1.0)(features, torch.tensor([5, 5])).positions, best)
+    features = tiny_features(2)
+    best = [sorted(attended_of(features, image)[:5]) for image in range(2)]
+    assert reducer(important=1.0)(features, torch.tensor([5, 5])).positions.tolist() == best
 
 
 def test_a_share_that_floating_point_makes_too_small_is_not_cut() -> None:
@@ -114,37 +102,3 @@ def test_a_share_that_floating_point_makes_too_small_is_not_cut() -> None:
     patches[28] = patches[29]
     features = images(torch.arange(num_tokens, 0, -1.0)[None], patches[None])
     assert reducer(important=0.29)(features, torch.tensor([100])).keep[0, 28]
-
-
-def test_exactly_k_stay_for_any_k() -> None:
-    draw = random.Random(0)
-    for seed in range(30):
-        num_tokens = draw.randint(1, 41)
-        num_keep = draw.randint(1, num_tokens)
-        selection = reducer(important=draw.random())(random_images(2, num_tokens, seed), torch.tensor([num_keep] * 2))
-        assert selection.num_keep.tolist() == [num_keep] * 2
-
-
-def test_a_batch_is_each_image_alone() -> None:
-    features = random_images(4)
-    together = reducer()(features, torch.tensor([6] * 4)).keep
-    for image in range(4):
-        row = torch.tensor([image])
-        alone = reducer()(features.images(row, NUM_PATCHES), torch.tensor([6])).keep
-        assert torch.equal(alone, together[row])
-
-
-def test_bfloat16_keeps_exactly_k() -> None:
-    selection = reducer()(random_images(2, dtype=torch.bfloat16), torch.tensor([7, 7]))
-    assert selection.num_keep.tolist() == [7, 7]
-
-
-@pytest.mark.parametrize("important", [-0.1, 1.1, math.nan])
-def test_a_share_out_of_range_is_refused(important: float) -> None:
-    with pytest.raises(ValueError, match="`important` is .*allowed are 0 to 1"):
-        reducer(important=important)
-
-
-def test_a_tower_without_cls_is_refused() -> None:
-    with pytest.raises(ValueError, match="'vispruner'.*CLS"):
-        build_reducer("vispruner", tiny_config("siglip"))

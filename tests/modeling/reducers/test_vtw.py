@@ -1,16 +1,15 @@
 """VTW's promises: all visual tokens up to a layer and none from there on, and a layer found by calibration."""
 
 import math
-from types import SimpleNamespace
-from typing import Any
+from functools import cache
 
 import pytest
 import torch
-from torch import nn
 
+from adavtp import AdaVTPForConditionalGeneration
 from adavtp.modeling.reducers.vtw import VTWReducer, choose_withdrawal_layer
 from tiny_decoder_views import deep_config, view_of
-from tiny_models import tiny_batch, tiny_model, tiny_text_config
+from tiny_models import alone, padded_on_the_right, tiny_batch, tiny_model, tiny_text_config
 
 
 def order_of_leaving(num_visual: int, is_visual: torch.Tensor | None = None) -> list[list[int]]:
@@ -71,102 +70,20 @@ def test_words_between_images_do_not_count() -> None:
     assert order_of_leaving(8, is_visual)[2] == [0, 4]
 
 
-@pytest.mark.parametrize("layer", [0, 4, 2.0])
-def test_bad_layers_are_named(layer: object) -> None:
-    with pytest.raises(ValueError, match=f"`layer` is {layer!r}; allowed"):
-        VTWReducer(deep_config(4), layer=layer)
-
-
 # Calibration
 
 
-class Withdrawable(nn.Module):
-    """A model of seven layers that says what distribution withdrawal leaves; the fuller, the later."""
-
-    def __init__(self, full: list[list[float]], withdrawn: dict[int, list[list[float]]]) -> None:
-        super().__init__()
-        self.config = SimpleNamespace(text_config=SimpleNamespace(num_hidden_layers=7))
-        self.full, self.withdrawn = full, withdrawn
-        self.asked: list[int | None] = []
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        reducer: dict[str, Any] | None = None,
-        token_budget: float | None = None,
-        logits_to_keep: int = 0,
-    ) -> SimpleNamespace:
-        assert not self.training
-        assert logits_to_keep == 1
-        assert (token_budget == 1.0) == (reducer is None)
-        layer = None if reducer is None else reducer["layer"]
-        assert reducer in (None, {"name": "vtw", "layer": layer})
-        self.asked.append(layer)
-        distributions = self.full if layer is None else self.withdrawn[layer]
-        chosen = [distributions[int(prompt)] for prompt in input_ids[:, -1]]
-        # Logits may be shifted by any constant.
-        return SimpleNamespace(logits=torch.tensor(chosen).log()[:, None] + 3.0)
-
-
-FULL = [[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]]
-WITHDRAWN = {
-    1: [[0.1, 0.1, 0.8], [0.2, 0.2, 0.6]],
-    2: [[0.1, 0.3, 0.6], [0.3, 0.3, 0.4]],
-    3: [[0.5, 0.2, 0.3], [0.2, 0.3, 0.5]],
-    4: [[0.5, 0.25, 0.25], [0.21, 0.2, 0.59]],
-    5: FULL,
-    6: FULL,
-}
-PROMPTS = [{"input_ids": torch.tensor([[7, 0]])}, {"input_ids": torch.tensor([[9, 1], [7, 0]])}]
-
-
-def divergence(layer: int) -> float:
-    """The mean of KL(withdrawn || full) over the three prompts 0, 1 and 0."""
-    total = 0.0
-    for prompt in (0, 1, 0):
-        for p, q in zip(WITHDRAWN[layer][prompt], FULL[prompt], strict=True):
-            total += p * math.log(p / q)
-    return total / 3
-
-
-def test_the_first_layer_below_the_threshold_is_chosen() -> None:
-    assert divergence(3) > divergence(4) > 0.0
-    for layer in (2, 3, 4):
-        model = Withdrawable(FULL, WITHDRAWN)
-        assert choose_withdrawal_layer(model, PROMPTS, divergence(layer) + 1e-6) == layer
-        assert choose_withdrawal_layer(model, PROMPTS, divergence(layer) - 1e-6) > layer
-    # 5 of 32 layers is 1 of 7.
-    assert choose_withdrawal_layer(Withdrawable(FULL, WITHDRAWN), PROMPTS, 10.0) == 1
-
-
-def test_each_prompt_is_run_once_in_full() -> None:
-    model = Withdrawable(FULL, WITHDRAWN).train()
-    assert choose_withdrawal_layer(model, iter(PROMPTS), 1e-6) == 5
-    assert model.asked == [None, None, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
-    assert model.training
-
-
-def test_candidates_may_be_said() -> None:
-    assert choose_withdrawal_layer(Withdrawable(FULL, WITHDRAWN), PROMPTS, layers=[2, 6]) == 6
-
-
-def test_calibration_says_why_it_cannot_choose() -> None:
-    model = Withdrawable(FULL, WITHDRAWN)
-    with pytest.raises(
-        ValueError, match=r"`threshold` is 0.003, and no layer's mean divergence is as low: 1: 0\.\d+, 2"
-    ):
-        choose_withdrawal_layer(model, PROMPTS, layers=[1, 2])
-    with pytest.raises(ValueError, match="`batches` is empty"):
-        choose_withdrawal_layer(model, [])
-    with pytest.raises(ValueError, match="padded on the right"):
-        choose_withdrawal_layer(model, [PROMPTS[1] | {"attention_mask": torch.tensor([[1, 1], [1, 0]])}])
-
-
-@torch.no_grad()
-def test_a_model_is_calibrated_through_its_own_forward() -> None:
+@cache
+def model_and_batch() -> tuple[AdaVTPForConditionalGeneration, dict[str, torch.Tensor]]:
     model = tiny_model(text_config=tiny_text_config(num_layers=4), reducer="random", token_budget=0.5)
-    batch = tiny_batch(model.config, [1, 1])
+    return model, tiny_batch(model.config, [1, 1])
+
+
+@cache
+@torch.no_grad()
+def divergences() -> dict[int, float]:
+    """The mean of KL(withdrawn || full) over two prompts, of each layer."""
+    model, batch = model_and_batch()
     full = model(**batch, reducer="vtw", token_budget=1.0).logits[:, -1].double().softmax(dim=-1)
     means = {}
     for layer in (1, 2, 3):
@@ -174,8 +91,39 @@ def test_a_model_is_calibrated_through_its_own_forward() -> None:
         withdrawn = model(**batch, reducer=withdrawal, token_budget=None).logits[:, -1].double().softmax(dim=-1)
         pairs = zip(withdrawn.flatten().tolist(), full.flatten().tolist(), strict=True)
         means[layer] = sum(p * math.log(p / q) for p, q in pairs) / 2
+    return means
+
+
+def test_the_first_layer_below_the_threshold_is_chosen() -> None:
+    model, batch = model_and_batch()
+    means = divergences()
     assert min(means.values()) > 1e-3
-    assert model.config.reducers == ["random"]
+    prompts = [alone(batch, row, (1, 1)) for row in range(2)]
     for mean in means.values():
-        expected = next(candidate for candidate in means if means[candidate] <= mean * 1.001)
+        expected = next(layer for layer in means if means[layer] <= mean * 1.001)
         assert choose_withdrawal_layer(model, [batch], mean * 1.001) == expected
+        assert choose_withdrawal_layer(model, iter(prompts), mean * 1.001) == expected
+    assert model.config.reducers == ["random"]
+
+
+def test_candidates_may_be_said_and_are_tried_in_evaluation() -> None:
+    model, batch = model_and_batch()
+    modes = []
+    handle = model.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    # 5 of 32 layers is 1 of 4.
+    assert choose_withdrawal_layer(model.train(), [batch], math.inf) == 1
+    assert choose_withdrawal_layer(model, [batch], math.inf, layers=[2, 3]) == 2
+    handle.remove()
+    # The whole prompt once, and once for the candidate that is chosen.
+    assert modes == [False] * 4 and model.training
+    model.eval()
+
+
+def test_calibration_says_why_it_cannot_choose() -> None:
+    model, batch = model_and_batch()
+    with pytest.raises(ValueError, match=r"`threshold` is 0.0, and no layer's mean divergence is as low: 1: \d.*, 2"):
+        choose_withdrawal_layer(model, [batch], 0.0, layers=[1, 2])
+    with pytest.raises(ValueError, match="`batches` is empty"):
+        choose_withdrawal_layer(model, [])
+    with pytest.raises(ValueError, match="padded on the right"):
+        choose_withdrawal_layer(model, [padded_on_the_right(batch)])
