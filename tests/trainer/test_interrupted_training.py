@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from repository import FIXTURES
 from tiny_conversations import conversation_rows, digit_model, digit_processor
 from tiny_trainers import EVERY_PART, SAVED, tiny_trainer
 
-MAX_STEPS, SAVE_STEPS = 6, 2
+MAX_STEPS, SAVE_STEPS = 4, 2
 # As accelerate launch says it for trainer/launch/fsdp2.yaml.
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
@@ -37,15 +36,6 @@ WAYS = {"one": 1, "fsdp2": 2}
 
 
 # Killing
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    """Processes that have imported what training needs."""
-    here = str(FIXTURES)
-    imports = f"import sys; sys.path.insert(0, {here!r}); import training_process"
-    with Forks(imports, "training_process.main()", {"DS_ACCELERATOR": "cpu"}) as forks:
-        yield forks
 
 
 class Run:
@@ -72,7 +62,8 @@ class Run:
         environments = as_launched(self.num_processes) if self.num_processes > 1 else [{}]
         environments = [environment | self.environment for environment in environments]
         spec = self.folder.parent / f"{self.folder.name}.json"
-        return self.forks.begin(["training", str(spec)], self.folder.parent / "output", environments)
+        call = [str(FIXTURES / "training_process.py"), "train_all", str(spec)]
+        return self.forks.begin(call, self.folder.parent / "output", environments)
 
     def finish(self) -> dict[str, torch.Tensor]:
         self.begin()
@@ -127,7 +118,7 @@ def test_a_killed_and_resumed_run_ends_with_the_weights_of_one_that_never_stoppe
     expected = Run(forks, way, tmp_path / "whole", start).finish()
     run, draw = Run(forks, way, tmp_path / "killed", start), random.Random(way)
     # At a random step, somewhere between its end and that of the next one.
-    run.begin_and_kill_after(steps=draw.randrange(1, 4), seconds=draw.uniform(0, 0.05))
+    run.begin_and_kill_after(steps=draw.randrange(1, 3), seconds=draw.uniform(0, 0.05))
     # Then while a checkpoint is being written. A slow observer may come too late; every run has some checkpoints.
     half = run.begin_and_kill_while_writing()
     was_half = what_is_missing(half) is not None
