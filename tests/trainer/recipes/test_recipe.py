@@ -168,7 +168,7 @@ def test_a_finished_recipe_is_not_run_again(finished: Path) -> None:
     assert times(finished / "run") == before
 
 
-@pytest.mark.parametrize(("stage", "checkpoint"), [("see", 1), ("speak", 2), ("choose", 1), ("choose", 0)])
+@pytest.mark.parametrize(("stage", "checkpoint"), [("see", 1), ("speak", 2), ("choose", 0)])
 def test_an_interrupted_recipe_ends_where_one_without_a_break_ends(
     finished: Path, tmp_path: Path, stage: str, checkpoint: int
 ) -> None:
