@@ -20,7 +20,7 @@ from rich.table import Table
 
 from adavtp.modeling.budget.token_budget import num_tokens_to_keep
 from adavtp.trainer.data.budget_stream import BudgetStream
-from adavtp.trainer.data.group_by_length import length_groups, share_of_padding, tokens_after_reduction
+from adavtp.trainer.data.group_by_length import length_groups
 from circumstances import circumstances, console, write_json
 
 NUM_VISUAL_TOKENS, MAX_LENGTH = 576, 2048
@@ -51,14 +51,16 @@ def padding(order: str, per: str, block_size: int, batch_size: int, num_processe
         stream.numbered(range(num_batches))[:, None] if per == "batch" else stream.numbered(range(block_size))[None]
     )
     kept = num_tokens_to_keep(drawn.flatten(), NUM_VISUAL_TOKENS, drawn.numel()).view_as(drawn)
-    after = tokens_after_reduction(text, images, kept).expand(num_batches, block_size)
-    before = tokens_after_reduction(text, images, torch.tensor(NUM_VISUAL_TOKENS)).expand(num_batches, block_size)
+    after, before = (
+        (text + images * num_visual).expand(num_batches, block_size) for num_visual in (kept, NUM_VISUAL_TOKENS)
+    )
     generator = torch.Generator().manual_seed(seed)
     if order == ORDERS[0]:
         groups = torch.randperm(block_size, generator=generator).view(num_batches, size)
     else:
         groups = torch.tensor(length_groups(after if order == ORDERS[2] else before, size, generator))
-    return share_of_padding(after.gather(1, groups).view(-1, batch_size))
+    tokens = after.gather(1, groups).view(-1, batch_size)
+    return 1 - float(tokens.sum() / (tokens.amax(dim=-1) * batch_size).sum())
 
 
 def main(

@@ -58,24 +58,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def target_logits(outputs: Any) -> torch.Tensor:
     """
-    Logits that predict a target, `[num_targets, vocab_size]` float32, sample by sample in the order of the targets.
-
-    Args:
-        outputs: of the model, with `logits` `[batch, sequence, vocab_size]` and `labels` `[batch, sequence]`. The same
-            prompts give the same targets in the same order whatever the budget dropped between them.
+    The logits of the model's outputs that predict a target, `[num_targets, vocab_size]` float32. The same prompts give
+    the same targets in the same order whatever the budget dropped between them.
     """
     return outputs.logits[:, :-1][outputs.labels[:, 1:] != IGNORED].float()
 
 
 @torch.no_grad()
 def full_budget_logits(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-    """
-    What the model would predict for each target if it saw every visual token, `[num_targets, vocab_size]`.
-
-    Args:
-        model: an [`AdaVTPForConditionalGeneration`], not wrapped.
-        inputs: its arguments, with `labels`; their `token_budget` is put aside.
-    """
+    """What an unwrapped model would predict for targets if it saw every visual token, `[num_targets, vocab_size]`."""
     with evaluating(model):
         return target_logits(model(**inputs | {"token_budget": FULL_BUDGET}))
 
@@ -91,9 +82,6 @@ def distillation_loss(
         student: logits `[num_targets, vocab_size]` of the model at its budget.
         teacher: logits of the same shape at full budget, without gradient.
         num_items_in_batch: what the sum over targets is divided by; by default their number here.
-
-    Returns:
-        A scalar.
     """
     divergence = nn.functional.kl_div(
         student.log_softmax(dim=-1), teacher.log_softmax(dim=-1), reduction="sum", log_target=True
@@ -164,9 +152,6 @@ def relevance_loss(
         num_targets: `[num_images]`, the weight of each image: every target counts the same, as in the language model's
             loss.
         num_items_in_batch: what the weighted sum is divided by; by default the sum of weights.
-
-    Returns:
-        A scalar.
     """
     per_image = -(relevance * scores.float().log_softmax(dim=-1)).sum(dim=-1)
     weight = num_targets.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch

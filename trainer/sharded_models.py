@@ -17,15 +17,8 @@ def layer_classes(model: AdaVTPModel) -> list[str]:
 
 def require_same_modules(model: AdaVTPModel, is_fsdp: bool) -> None:
     """
-    Does nothing for a model that runs the same modules for every batch.
-
-    Args:
-        model: whose chosen reducers are looked at.
-        is_fsdp: whether layers are whole only when they run as a whole; with ZeRO-3 their parts are, too.
-
-    Raises:
-        ValueError: if the reducers run once for every number of tokens that images of a batch keep, run inside the
-            decoder, or read layers in pieces where that is not possible.
+    Raises `ValueError` for a model whose chosen reducers do not run the same modules for every batch. With FSDP
+    (`is_fsdp`) layers are whole only when they run as a whole; with ZeRO-3 their parts are, too.
     """
     steps = model.steps()
     for step in steps:

@@ -65,14 +65,8 @@ class PatchLabeller(nn.Module):
 
 class TowerTrainer(WholeCheckpointsMixin, Trainer):
     """
-    Trains the tower of a model as a [`PatchLabeller`]; saves the model, and in checkpoints on the way the labeller.
-
-    Args:
-        model: an [`AdaVTPForConditionalGeneration`], trained in place.
-        args, kwargs: see `Trainer`.
-
-    Raises:
-        ValueError: if parameters are spread over processes.
+    Trains the tower of a model as a [`PatchLabeller`], in place; saves the model, and in checkpoints on the way the
+    labeller. Raises `ValueError` if parameters are spread over processes.
     """
 
     def __init__(self, model: AdaVTPForConditionalGeneration, args: TrainingArguments, **kwargs: Any) -> None:

@@ -83,12 +83,7 @@ def _let_adapters_train(model: nn.Module, train_parts: list[str], never_run: tup
 
 
 def never_run_prefixes(model: AdaVTPModel) -> tuple[str, ...]:
-    """
-    What the names of parameters start with that no forward uses.
-
-    Args:
-        model: without its head; the names are those of the model with it.
-    """
+    """What the names of parameters start with, in the model with its head, that no forward uses."""
     feature_layers = model.config.vision_feature_layer
     feature_layers = [feature_layers] if isinstance(feature_layers, int) else feature_layers
     num_layers = model.config.vision_config.num_hidden_layers

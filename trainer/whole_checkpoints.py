@@ -94,12 +94,8 @@ def last_whole_checkpoint(folder: str | Path) -> str | None:
 
 def rotate_whole_checkpoints(folder: str | Path, limit: int | None, protected: Collection[str | Path] = ()) -> None:
     """
-    Deletes checkpoints until `limit` are left: what is not whole first, then the oldest.
-
-    Args:
-        folder: of the run.
-        limit: how many stay; `None` or 0 for all.
-        protected: that stay in any case: the one just written, the best.
+    Deletes checkpoints of a run until `limit` are left (`None` or 0: all stay): what is not whole first, then the
+    oldest, and in no case one that is `protected`.
     """
     if not limit or limit < 0:
         return

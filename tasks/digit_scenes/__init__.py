@@ -31,9 +31,17 @@ True
 from .dataset import load_digit_questions, load_digit_scenes
 from .drawing import draw_scene
 from .handwriting import digit_instances
-from .patch_labels import BACKGROUND_COLOUR, BACKGROUND_DIGIT, patch_labels
 from .questions import QUESTION_KINDS, TRAINING_KINDS, VOCABULARY, Question, ask_questions, caption
-from .scene import COLOUR_VALUES, COLOURS, SPLITS, Scene, SceneObject
+from .scene import (
+    BACKGROUND_COLOUR,
+    BACKGROUND_DIGIT,
+    COLOUR_VALUES,
+    COLOURS,
+    SPLITS,
+    Scene,
+    SceneObject,
+    patch_labels,
+)
 
 __all__ = [
     "BACKGROUND_COLOUR",

@@ -13,9 +13,8 @@ from datasets import List, Value
 from PIL import Image
 
 from .drawing import draw_scene
-from .patch_labels import patch_labels
 from .questions import QUESTION_KINDS, ask_questions, caption, require_kinds
-from .scene import random_numbers, require_at_least, require_image_size, split_number
+from .scene import patch_labels, random_numbers, require_at_least, require_image_size, split_number
 
 DATASET_PATCH_SIZE = 8
 # Part of what the cache is keyed by. Raise it whenever a change alters what is drawn or asked: otherwise scenes built
@@ -75,7 +74,8 @@ def load_digit_scenes(
         ValueError: if an argument is outside what is allowed.
     """
     require_at_least("num_scenes", num_scenes, 1)
-    return _build(_generate_scenes, _SCENE_FEATURES, num_scenes, split, seed, image_size, cache_dir, kinds)
+    asked = {"count": num_scenes, "split": split, "seed": seed, "image_size": image_size, "recipe": _RECIPE}
+    return _built(_generate_scenes, _SCENE_FEATURES, asked, kinds, cache_dir)
 
 
 def load_digit_questions(
@@ -103,31 +103,28 @@ def load_digit_questions(
         ValueError: if an argument is outside what is allowed.
     """
     require_at_least("num_questions", num_questions, 1)
-    return _build(_generate_questions, _QUESTION_FEATURES, num_questions, split, seed, image_size, cache_dir, kinds)
+    asked = {"count": num_questions, "split": split, "seed": seed, "image_size": image_size, "recipe": _RECIPE}
+    return _built(_generate_questions, _QUESTION_FEATURES, asked, kinds, cache_dir)
 
 
-def _build(
+def _built(
     generate: Callable[..., Iterator[dict[str, Any]]],
     features: datasets.Features,
-    count: int,
-    split: str,
-    seed: int,
-    image_size: int,
-    cache_dir: str | Path | None,
+    asked: dict[str, Any],
     kinds: Sequence[str] | None,
+    cache_dir: str | Path | None,
 ) -> datasets.Dataset:
-    split_number(split)
-    require_at_least("seed", seed, 0)
-    require_image_size(image_size)
+    split_number(asked["split"])
+    require_at_least("seed", asked["seed"], 0)
+    require_image_size(asked["image_size"])
     require_kinds(kinds or ())
-    # Absent where it is `None`: it is part of what the cache is keyed by.
-    asked = {"kinds": tuple(kinds)} if kinds else {}
     return datasets.Dataset.from_generator(
         generate,
         features=features,
         cache_dir=None if cache_dir is None else str(cache_dir),
-        gen_kwargs={"count": count, "split": split, "seed": seed, "image_size": image_size, "recipe": _RECIPE} | asked,
-        split=datasets.NamedSplit(split),
+        # Absent where it is `None`: it is part of what the cache is keyed by.
+        gen_kwargs=asked | ({"kinds": tuple(kinds)} if kinds else {}),
+        split=datasets.NamedSplit(asked["split"]),
     )
 
 

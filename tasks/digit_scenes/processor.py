@@ -76,11 +76,8 @@ def build_digit_processor(image_size: int = 96, patch_size: int = 8) -> AdaVTPPr
 
 def build_digit_tokenizer() -> PreTrainedTokenizerFast:
     """
-    The word-level tokenizer over `VOCABULARY`.
-
-    Returns:
-        A tokenizer that ignores case and spaces around punctuation, pads on the right, and adds no token by itself.
-        Ids are fixed: special tokens first, `<pad>` is 0, then the vocabulary in its order.
+    The word-level tokenizer over `VOCABULARY`. It ignores case and spaces around punctuation, pads on the right, and
+    adds no token by itself. Ids are fixed: special tokens first, `<pad>` is 0, then the vocabulary in its order.
     """
     special = (PAD, BOS, EOS, UNKNOWN, IMAGE, USER, ASSISTANT)
     ids = {word: number for number, word in enumerate((*special, *VOCABULARY))}

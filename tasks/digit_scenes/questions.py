@@ -22,14 +22,7 @@ VOCABULARY: tuple[str, ...] = tuple(
 
 @dataclass(frozen=True)
 class Question:
-    """
-    A question about a scene.
-
-    Attributes:
-        kind: one of `QUESTION_KINDS` or `TRAINING_KINDS`.
-        question: words of `VOCABULARY`, separated by single spaces.
-        answer: one word of `VOCABULARY`.
-    """
+    """A question in words of `VOCABULARY`, separated by single spaces, and its answer, one of them."""
 
     kind: str
     question: str
@@ -48,12 +41,8 @@ def ask_questions(scene: Scene, rng: np.random.Generator, kinds: Sequence[str] =
     the scene has enough of them.
 
     Args:
-        scene: the scene to ask about.
         rng: decides which of the possible questions are asked.
         kinds: the kinds to ask, of `QUESTION_KINDS` and `TRAINING_KINDS`.
-
-    Returns:
-        The questions, in the order of `kinds`.
 
     Raises:
         ValueError: if a kind is unknown.

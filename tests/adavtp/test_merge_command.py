@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
@@ -15,25 +16,8 @@ from adavtp.command_line import app
 from tiny_adapters import adapted_model, adapter_trainer, base_checkpoint, trained_adapter
 from tiny_conversations import picture
 from tiny_models import tiny_text_config
-from without_package import run_without_package
 
 QUESTION = "which digit is red ?"
-
-# Run where this package cannot be imported, and PEFT cannot either.
-WITHOUT_PEFT = f"""
-import sys
-sys.modules["peft"] = None
-import torch
-from PIL import Image
-from transformers import AutoModel, AutoProcessor
-model = AutoModel.from_pretrained("merged", trust_remote_code=True).eval()
-image = Image.open("image.png")
-inputs = AutoProcessor.from_pretrained("merged", trust_remote_code=True).of_questions(image, {QUESTION!r})
-with torch.no_grad():
-    logits = [model(**inputs, token_budget=budget).logits for budget in (1.0, 0.4)]
-answer = model.generate(image, {QUESTION!r}, token_budget=0.4, max_new_tokens=6)
-torch.save({{"logits": logits, "answer": answer}}, "output")
-"""
 
 
 @pytest.fixture(scope="module")
@@ -62,24 +46,26 @@ def copy_of_adapter(place: Path, folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def test_the_merged_checkpoint_needs_neither_this_package_nor_peft(place: Path, tmp_path: Path) -> None:
+def test_the_merged_checkpoint_is_like_its_base_and_answers_as_the_adapted_model(place: Path, tmp_path: Path) -> None:
     result = merge(place / "adapter", tmp_path / "merged")
     assert result.exit_code == 0 and "MB of weights" in " ".join(result.output.split()), result.output
-    assert not list((tmp_path / "merged").glob("adapter_*"))
-    picture(0).save(tmp_path / "image.png")
-    run_without_package(WITHOUT_PEFT, tmp_path)
-    elsewhere = torch.load(tmp_path / "output")
-
-    model = AdaVTPForConditionalGeneration.from_pretrained(place / "base")
-    from peft import PeftModel
-
-    adapted = PeftModel.from_pretrained(model, place / "adapter").eval()
-    processor = AdaVTPProcessor.from_pretrained(place / "base")
-    inputs = processor.of_questions(picture(0), QUESTION)
+    base, merged = (
+        {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+        for folder in (place / "base", tmp_path / "merged")
+    )
+    assert base == merged - {"training_log.json"}, "with the code and without a trace of PEFT"
+    model = AdaVTPForConditionalGeneration.from_pretrained(tmp_path / "merged")
+    assert load_file(tmp_path / "merged" / "model.safetensors").keys() == model.state_dict().keys()
+    adapted = PeftModel.from_pretrained(
+        AdaVTPForConditionalGeneration.from_pretrained(place / "base"), place / "adapter"
+    ).eval()
+    inputs = AdaVTPProcessor.from_pretrained(tmp_path / "merged").of_questions(picture(0), QUESTION)
     with torch.no_grad():
-        for logits, budget in zip(elsewhere["logits"], (1.0, 0.4), strict=True):
-            assert torch.allclose(logits, adapted(**inputs, token_budget=budget).logits, atol=1e-5)
-    assert elsewhere["answer"] == adapted.generate(picture(0), QUESTION, token_budget=0.4, max_new_tokens=6)
+        for budget in (1.0, 0.4):
+            expected = adapted(**inputs, token_budget=budget).logits
+            assert torch.allclose(model(**inputs, token_budget=budget).logits, expected, atol=1e-5)
+    answers = [m.generate(picture(0), QUESTION, token_budget=0.4, max_new_tokens=6) for m in (model, adapted)]
+    assert answers[0] == answers[1]
 
 
 def test_the_base_may_be_named_from_here_from_the_adapter_or_by_hand(

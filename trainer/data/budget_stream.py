@@ -40,11 +40,8 @@ class BudgetStream:
 
     def numbered(self, numbers: Iterable[int], *more: int) -> torch.Tensor:
         """
-        The budgets with these numbers, which count batches or samples, as `per` says; `[len(numbers)]` float32.
-
-        Args:
-            numbers: of the budgets.
-            more: numbers that tell streams of one seed apart.
+        The budgets with these numbers, which count batches or samples, as `per` says; `[len(numbers)]` float32. `more`
+        numbers tell streams of one seed apart.
         """
         low, high = self.budget_range
         # 24 bits are as many as float32 tells apart.
@@ -59,7 +56,6 @@ class BudgetStream:
             batch: number of the batch in the run; the same in all processes that share it.
             first_sample: number in the run of the part's first sample, counted over all processes.
             batch_size: samples in the part.
-            more: as for `numbered`.
         """
         if self.per == "batch":
             return self.numbered([batch], *more).expand(batch_size).clone()

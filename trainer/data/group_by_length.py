@@ -12,21 +12,6 @@ import torch
 BATCHES_IN_MEGA_BATCH = 50
 
 
-def tokens_after_reduction(
-    num_text_tokens: torch.Tensor, num_images: torch.Tensor, num_kept: torch.Tensor, num_other_tokens: int = 0
-) -> torch.Tensor:
-    """
-    Lengths of samples in the decoder.
-
-    Args:
-        num_text_tokens: all tokens but the images', of any shape; the others broadcast with it.
-        num_images: images of each sample.
-        num_kept: visual tokens kept of each image, K.
-        num_other_tokens: tokens of each image that no budget takes away: 1 where CLS is kept.
-    """
-    return num_text_tokens + num_images * (num_kept + num_other_tokens)
-
-
 def length_groups(tokens: torch.Tensor, batch_size: int, generator: torch.Generator) -> list[list[int]]:
     """
     Divides samples into batches of about equal lengths.
@@ -51,9 +36,3 @@ def length_groups(tokens: torch.Tensor, batch_size: int, generator: torch.Genera
             groups.append(by_length[part : part + batch_size].tolist())
             left = torch.cat([by_length[:part], by_length[part + batch_size :]])
     return groups
-
-
-def share_of_padding(tokens: torch.Tensor) -> float:
-    """The share of padding in batches whose samples have these lengths, `[num_batches, batch_size]`."""
-    columns = tokens.amax(dim=-1) * tokens.shape[-1]
-    return 1 - float(tokens.sum() / columns.sum())

@@ -10,11 +10,8 @@ from ...modeling.processing_adavtp import AdaVTPProcessor
 
 class ImageTokens(NamedTuple):
     """
-    Placeholder tokens of one image.
-
-    Attributes:
-        num_visual: that a budget counts, N.
-        num_other: that no budget takes away: 1 where the tower's CLS is kept.
+    Placeholder tokens of one image: `num_visual` that a budget counts, N, and `num_other` that no budget takes away, 1
+    where the tower's CLS is kept.
     """
 
     num_visual: int

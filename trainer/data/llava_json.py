@@ -89,13 +89,8 @@ def _rows(path: str, image_folder: str, content_hash: str, version: int) -> Iter
 
 def read_records(path: Path) -> Iterator[tuple[str, Any]]:
     """
-    The records of a JSON list or of JSON lines, one after another, with a chunk of the file in memory.
-
-    Yields:
-        The record's place, as `file.json:N`, and the record. A line that is no JSON gives its `JSONDecodeError`.
-
-    Raises:
-        ValueError: if the file is empty, or not JSON.
+    The records of a JSON list or of JSON lines with their places, `file.json:N`, a chunk of the file in memory. A line
+    that is no JSON gives its `JSONDecodeError`; a file that is empty or not JSON raises `ValueError`.
     """
     # Bytes that are no UTF-8 become characters that `common_row` rejects, so that they cost their own record alone.
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
@@ -128,9 +123,6 @@ def _list_records(file: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
     """
     The items of a list whose opening bracket has been read. An item that the text in memory cuts off is parsed again
     with more of the file.
-
-    Raises:
-        ValueError: if the list does not end, or is not all that the file holds.
     """
     decoder, number, chunk = json.JSONDecoder(), 0, CHUNK
     text, place, is_end = "", 0, False

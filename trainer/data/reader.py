@@ -21,14 +21,7 @@ Result = TypeVar("Result")
 
 
 class RejectedSample(ValueError):
-    """
-    A row that cannot be trained on.
-
-    Attributes:
-        id: of the row.
-        reason: what is wrong with it.
-        kind: of the reason: `"conversation"`, `"image"` or `"length"`.
-    """
+    """A row that cannot be trained on: its `id`, the `reason`, and what that is about."""
 
     def __init__(
         self, id: str, reason: str, kind: Literal["conversation", "image", "length"] = "conversation"
@@ -61,11 +54,7 @@ class ConversationReader:
 
     def lengths(self, row: Row) -> tuple[int, int]:
         """
-        How long a row is. No image is opened.
-
-        Returns:
-            The number of tokens that are not an image's, and the number of images. Of N visual tokens for an image at
-            budget b, the row has `num_text_tokens + num_images * floor(b * N)` tokens.
+        How long a row is: the number of tokens that are not an image's, and the number of images. None is opened.
 
         Raises:
             RejectedSample: for what can be seen without opening images.

@@ -9,15 +9,7 @@ logger = logging.getLogger(__name__)
 
 
 class RejectedSamples:
-    """
-    A process's list.
-
-    Args:
-        folder: of the run.
-        num_processes: processes that train; each has a file of its own, `rejected_samples_<process>.jsonl`, or
-            `rejected_samples.jsonl` where there is one process.
-        process_index: which of them this is.
-    """
+    """A process's `rejected_samples.jsonl` in the run's folder; `rejected_samples_<process>.jsonl` of several."""
 
     def __init__(self, folder: str | Path, num_processes: int = 1, process_index: int = 0) -> None:
         of_processes = [f"_{index}" for index in range(num_processes)] if num_processes > 1 else [""]
@@ -36,13 +28,7 @@ class RejectedSamples:
                 _forget_after(step, path)
 
     def add(self, rejected: list[dict[str, Any]], step: int) -> None:
-        """
-        Writes samples down, and warns of the first of each kind.
-
-        Args:
-            rejected: `{"id", "reason", "kind"}` each.
-            step: in which they would have been trained on.
-        """
+        """Writes down samples, `{"id", "reason", "kind"}`, of a step, and warns of the first of each kind."""
         if not rejected:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,12 +39,9 @@ class RejectedSamples:
             if sample["kind"] not in self._kinds:
                 self._kinds.add(sample["kind"])
                 logger.warning(
-                    "Sample %r is left out, and another one trained on in its place: %s. All of these samples are in "
-                    "%s; no more warnings of kind %r follow.",
-                    sample["id"],
-                    sample["reason"],
-                    self.path,
-                    sample["kind"],
+                    f"Sample {sample['id']!r} is left out, and another one trained on in its place: "
+                    f"{sample['reason']}. All of these samples are in {self.path}; no more warnings of kind "
+                    f"{sample['kind']!r} follow."
                 )
 
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, Subset, get_worker_info
 
 from ...modeling.budget.token_budget import num_tokens_to_keep
-from .block_shuffle import Block, IndexedBlocks, IndexedRows, Row, StreamedBlocks, generator_of
+from .block_shuffle import Block, Row, StreamedBlocks, generator_of, indexed_blocks
 from .budget_stream import BudgetStream, mixed
-from .group_by_length import length_groups, tokens_after_reduction
+from .group_by_length import length_groups
 from .reader import ConversationReader, RejectedSample
 
 if TYPE_CHECKING:
@@ -29,14 +29,7 @@ START: dict[str, Any] = {"epoch": 0, "batch": 0, "block": 0, "source": None}
 
 @dataclass
 class BlockPlan:
-    """
-    What becomes of a block.
-
-    Attributes:
-        block: its rows.
-        batches: of each global batch, the indices of the block's rows that are its samples, of all processes.
-        budgets: of each sample of each batch.
-    """
+    """What becomes of a block: of each global batch, which of the block's rows are its samples, and their budgets."""
 
     block: Block
     batches: list[list[int]]
@@ -118,10 +111,7 @@ class ConversationStream(IterableDataset):
         return self.num_batches * self.batch_size
 
     def endless(self, num_processes: int, process_index: int) -> "ConversationStream":
-        """
-        The same stream for one of several processes, going on from epoch to epoch: a copy that stands where this one
-        does. Raises `ValueError` if the rows do not fill one global batch.
-        """
+        """A copy for one of several processes that stands where this one does and goes on from epoch to epoch."""
         stream = copy(self)
         stream._share(num_processes, process_index)
         stream.is_endless = True
@@ -166,8 +156,6 @@ class ConversationStream(IterableDataset):
                 samples[-1]["stream_position"] = self.state_dict()
                 yield from samples
 
-    # Where it stands
-
     def _share(self, num_processes: int, process_index: int) -> None:
         if not 0 <= process_index < num_processes:
             raise ValueError(f"`process_index` is {process_index}; of {num_processes} it is 0 to {num_processes - 1}.")
@@ -207,8 +195,6 @@ class ConversationStream(IterableDataset):
             return here | {"block": first + batches, "source": block.source_after}
         return START | {"epoch": block.epoch + 1}
 
-    # What comes when
-
     def _planned_batches(self) -> Iterator[tuple[BlockPlan, int]]:
         """From where the stream stands: the plan of a block, and the number in it of the batch whose turn it is."""
         position = self._position
@@ -219,17 +205,18 @@ class ConversationStream(IterableDataset):
                 first = position["batch"] - block.first_row // self.global_batch_size
                 for batch in range(max(first, 0), len(plan.batches)):
                     yield plan, batch
-                    blocks.read_ahead()
+                    if self.is_streamed:
+                        blocks.read_ahead()
             self._require_a_batch(num_rows)
             if not self.is_endless:
                 return
             position = START | {"epoch": position["epoch"] + 1}
 
-    def _blocks(self, position: dict[str, Any]) -> IndexedBlocks | StreamedBlocks:
+    def _blocks(self, position: dict[str, Any]) -> Iterator[Block] | StreamedBlocks:
         page_size = self.global_batch_size
         first_row, block_size = position["block"] * page_size, self._batches_per_block() * page_size
         where = (self.rows, self.seed, position["epoch"], block_size, page_size, first_row)
-        return StreamedBlocks(*where, position["source"]) if self.is_streamed else IndexedBlocks(*where)
+        return StreamedBlocks(*where, position["source"]) if self.is_streamed else indexed_blocks(*where)
 
     def _plan(self, block: Block) -> BlockPlan:
         size = self.global_batch_size
@@ -253,7 +240,7 @@ class ConversationStream(IterableDataset):
     def _tokens(self, block: Block, budgets: torch.Tensor) -> torch.Tensor:
         """How long samples are in the decoder at their budgets, `[num_batches or 1, num_samples]`."""
         num_samples = len(block.rows) // self.global_batch_size * self.global_batch_size
-        if self.lengths is not None and isinstance(block.rows, IndexedRows):
+        if self.lengths is not None and isinstance(block.rows, Subset):
             lengths = self.lengths[block.rows.indices[:num_samples]]
         else:
             lengths = torch.tensor([_lengths_of(self.reader, block.rows[index]) for index in range(num_samples)])
@@ -263,7 +250,7 @@ class ConversationStream(IterableDataset):
         num_text_tokens, num_images = lengths[neighbour].clamp(min=0).unbind(-1)
         num_visual, num_other = self.reader.image_tokens
         num_kept = num_tokens_to_keep(budgets.flatten(), num_visual, budgets.numel()).view_as(budgets)
-        return tokens_after_reduction(num_text_tokens, num_images, num_kept, num_other)
+        return num_text_tokens + num_images * (num_kept + num_other)
 
     def _sample(self, plan: BlockPlan, batch: int, place: int) -> Row:
         """The sample in a place: the row that was planned, or another one of the block if that cannot be read."""
@@ -307,19 +294,13 @@ def measured_lengths(rows: "datasets.Dataset", reader: ConversationReader, num_p
         `[num_rows, 2]` int64: text tokens and images; -1 for a row that cannot be understood.
     """
     measured = rows.map(
-        _named_lengths,
-        fn_kwargs={"reader": reader},
+        lambda row: {"lengths": _lengths_of(reader, row)},
         remove_columns=rows.column_names,
         num_proc=num_processes if num_processes > 1 else None,
         desc="Measuring conversations",
     )
-    # As lists: one by one, hundreds of thousands of numbers take minutes.
-    return torch.tensor([measured[name][:] for name in ("num_text_tokens", "num_images")]).T.contiguous()
-
-
-def _named_lengths(row: Row, reader: ConversationReader) -> dict[str, int]:
-    num_text_tokens, num_images = _lengths_of(reader, row)
-    return {"num_text_tokens": num_text_tokens, "num_images": num_images}
+    # As a list: one by one, hundreds of thousands of numbers take minutes.
+    return torch.tensor(measured["lengths"][:])
 
 
 def _lengths_of(reader: ConversationReader, row: Row) -> tuple[int, int]:

@@ -34,14 +34,7 @@ from .recipe import Stage
 
 
 def stage_arguments(stage: Stage, folder: Path, seed: int) -> TrainingArguments:
-    """
-    The training arguments of one stage. They come before its model: DeepSpeed learns from them how to load it.
-
-    Args:
-        stage: what is done.
-        folder: for the stage's checkpoints.
-        seed: of the order of data and of the budgets.
-    """
+    """The training arguments of one stage. They come before its model: DeepSpeed learns from them how to load it."""
     common = {"report_to": [], "seed": seed}
     if stage.kind == "patch_labels":
         fixed = {"label_names": ["patch_digits", "patch_colours"], "remove_unused_columns": False}
@@ -57,17 +50,7 @@ def stage_trainer(
     seed: int,
 ) -> Trainer:
     """
-    The trainer of one stage, ready to `train`.
-
-    Args:
-        model: to be trained, in place.
-        processor: of the model.
-        stage: what is done.
-        arguments: see [`stage_arguments`].
-        seed: of the order of data and of the budgets.
-
-    Returns:
-        An [`AdaVTPTrainer`], or a [`TowerTrainer`] for `"patch_labels"`.
+    An [`AdaVTPTrainer`] of one stage, or a [`TowerTrainer`] for `"patch_labels"`, ready to `train` the model in place.
 
     Raises:
         ValueError: if the tower alone is to be trained with its parameters spread over processes; if a source cannot

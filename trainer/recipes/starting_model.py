@@ -48,15 +48,7 @@ def new_model(model: dict[str, Any]) -> ModelAndProcessor:
 
 
 def model_on_disk(recipe: Recipe, stage: Stage, before: Path | None) -> ModelAndProcessor:
-    """
-    Args:
-        recipe: whose checkpoint the first stage starts from.
-        stage: that starts.
-        before: the folder of the stage before it, if there is one.
-
-    Raises:
-        ValueError: if the stage has adapters and the checkpoint is not a whole AdaVTP one.
-    """
+    """What a stage starts from: what the stage before it left in a folder, or the recipe's checkpoint."""
     fields = dict(recipe.model)
     if before is not None:
         fields = {name: fields[name] for name in HOW_TO_LOAD if name in fields}

@@ -83,14 +83,6 @@ def test_patches_are_chosen_for_the_caption_which_comes_first() -> None:
     assert torch.allclose(packed[: len(alone)], alone, atol=1e-5)
 
 
-def test_targets_are_the_caption_and_then_the_answers(processor: AdaVTPProcessor) -> None:
-    rows = scene_rows(2)
-    batch = PackedQuestionCollator(processor)(rows)
-    for row, ids, labels in zip(rows, batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
-        said = [text.removesuffix("</s>").strip() for text in target_texts(processor, ids, labels)]
-        assert said == [row["caption"], *row["answers"]]
-
-
 def test_a_block_sees_the_head_and_itself() -> None:
     processor = digit_processor()
     (row,) = scene_rows(1)

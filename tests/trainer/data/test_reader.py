@@ -12,7 +12,6 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from adavtp import AdaVTPProcessor
 from adavtp.trainer.data.chat_template import encode_conversation
-from adavtp.trainer.data.image_tokens import tokens_of_any_image
 from adavtp.trainer.data.reader import ConversationReader, RejectedSample
 from tiny_conversations import (
     PROCESSORS,
@@ -92,13 +91,6 @@ def test_lengths_are_those_of_what_is_read_and_no_image_is_opened(
         missing = [stored(path="nowhere.jpg") for _ in given["images"]]
         assert reader.lengths(given | {"images": missing}) == (num_text_tokens, len(missing))
         assert len(ids) == num_text_tokens + len(missing) * NUM_PATCHES
-
-
-def test_the_number_of_placeholders_is_known_before_an_image_is(processor: AdaVTPProcessor) -> None:
-    inputs = processor(images=picture(size=(50, 20)), text="<image>", return_tensors="pt")
-    assert tokens_of_any_image(processor).num_placeholders == int(
-        (inputs["input_ids"] == processor.image_token_id).sum()
-    )
 
 
 def test_a_processor_whose_images_differ_in_size_is_refused() -> None:

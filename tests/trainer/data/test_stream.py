@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from adavtp.trainer.data.group_by_length import length_groups, share_of_padding
+from adavtp.trainer.data.group_by_length import length_groups
 from adavtp.trainer.data.reader import ConversationReader
 from adavtp.trainer.data.stream import ConversationStream, measured_lengths
 from tiny_conversations import assistant, digit_processor, llava_processor, user
@@ -194,7 +194,6 @@ def test_groups_worked_out_by_hand() -> None:
     assert groups == {(0, 1): [2, 3], (2, 3): [0, 1]}
     alike = length_groups(torch.stack([reduced, reduced]), 2, torch.Generator().manual_seed(0))
     assert sorted(map(sorted, alike)) == [[0, 3], [1, 2]]
-    assert share_of_padding(reduced[torch.tensor(alike)]) == pytest.approx(1 - 50 / (2 * 30 + 2 * 6))
 
 
 def test_more_rows_than_a_mega_batch_are_grouped_stretch_by_stretch() -> None:
@@ -205,7 +204,7 @@ def test_more_rows_than_a_mega_batch_are_grouped_stretch_by_stretch() -> None:
     assert all(index < 100 for group in groups[:50] for index in group)
 
 
-def test_lengths_measured_before_are_those_measured_on_the_way(capfd: pytest.CaptureFixture[str]) -> None:
+def test_lengths_measured_before_are_those_measured_on_the_way() -> None:
     rows = stored_rows(24)
     rows[5]["images"] = []
     data, reader = source("indexed", rows), ConversationReader(digit_processor())
@@ -396,8 +395,6 @@ def test_fewer_rows_than_a_batch_are_an_error(kind: str) -> None:
         ({"batch_size": 0}, "batch_size"),
         ({"block_size": 0}, "block_size"),
         ({"process_index": 1}, "process_index"),
-        ({"budget_range": (0.9, 0.1)}, "budget_range"),
-        ({"per": "token"}, "per"),
         ({"lengths": torch.zeros(3, 2)}, "lengths"),
     ],
     ids=str,

@@ -21,11 +21,6 @@ from adavtp.trainer.recipes.run import FINISHED, run_recipe
 from forked_processes import Forks, as_launched
 from tiny_trainers import differing, weights_in
 
-# Of the command, what it imports as it goes along.
-IMPORTS = """
-from adavtp.command_line import app
-from adavtp.trainer.recipes import run
-"""
 RECIPES = sorted(Path(recipe_module.__file__).parent.glob("*.yaml"))
 
 MODEL = {
@@ -173,7 +168,7 @@ def test_a_finished_recipe_is_not_run_again(finished: Path) -> None:
     assert times(finished / "run") == before
 
 
-@pytest.mark.parametrize(("stage", "checkpoint"), [("see", 1), ("speak", 2), ("choose", 1), ("choose", 0)])
+@pytest.mark.parametrize(("stage", "checkpoint"), [("see", 1), ("speak", 2), ("choose", 0)])
 def test_an_interrupted_recipe_ends_where_one_without_a_break_ends(
     finished: Path, tmp_path: Path, stage: str, checkpoint: int
 ) -> None:
@@ -199,7 +194,11 @@ def test_an_interrupted_recipe_ends_where_one_without_a_break_ends(
         assert [entry["step"] for entry in log if "loss" in entry] == [1, 2]
 
 
-def test_two_processes_carry_a_recipe_out_as_one_does(tmp_path: Path) -> None:
+def train(recipe: str, output: str) -> None:
+    app(["train", recipe, "--output", output])
+
+
+def test_two_processes_carry_a_recipe_out_as_one_does(forks: Forks, tmp_path: Path) -> None:
     content = content_of(tmp_path)
     _, speak, choose = content["stages"]
     for stage in (speak, choose):
@@ -211,10 +210,9 @@ def test_two_processes_carry_a_recipe_out_as_one_does(tmp_path: Path) -> None:
     alone = run_recipe(read(content, tmp_path), tmp_path / "alone")
     for stage in content["stages"]:
         stage["training"] = stage["training"] | {"per_device_train_batch_size": 1}
-    arguments = ["adavtp", "train", str(written(content, tmp_path)), "--output", str(tmp_path / "two")]
-    with Forks(IMPORTS, "app()") as forks:
-        forks.begin(arguments, tmp_path / "said", as_launched(2))
-        assert forks.exit_codes(300) == [0, 0], (tmp_path / "said").read_text()[-5000:]
+    arguments = [__file__, "train", str(written(content, tmp_path)), str(tmp_path / "two")]
+    forks.begin(arguments, tmp_path / "said", as_launched(2))
+    assert forks.exit_codes(300) == [0, 0], (tmp_path / "said").read_text()[-5000:]
     two = tmp_path / "two" / "choose"
     assert {path.name for path in two.iterdir()} == {path.name for path in alone.iterdir()}
     for stage in content["stages"]:

@@ -112,22 +112,21 @@ def train(recipe: str, output: str, killed_in: str = "", killed_behind: str = ""
     adavtp("train", recipe, "--output", output)
 
 
-def test_from_llava_s_folder_to_a_published_model_with_a_budget(tmp_path: Path) -> None:
+def test_from_llava_s_folder_to_a_published_model_with_a_budget(forks: Forks, tmp_path: Path) -> None:
     converted, run, hub = tmp_path / "converted", tmp_path / "run", tmp_path / "home"
     source = transformers_folder(tmp_path / "llava")
     assert "controller" in adavtp("convert", source.path, converted)
     answers_as_llava_does(converted, source)
 
     recipe = write_recipe(tmp_path, converted, write_conversations(tmp_path))
-    name, said = Path(__file__).stem, tmp_path / "said"
-    with Forks(f"import {name}", f"{name}.train(*sys.argv[1:])", folder=Path(__file__).parent) as forks:
-        for stage, step in BREAKS:
-            forks.begin(["", str(recipe), str(run), stage, str(step)], said)
-            assert forks.exit_codes(120) == [-signal.SIGKILL], said.read_text()[-3000:]
-            assert (run / stage / f"checkpoint-{step - 1}").is_dir() and not (run / stage / "finished.json").exists()
-        for output in (run, tmp_path / "without a break"):
-            forks.begin(["", str(recipe), str(output)], said)
-            assert forks.exit_codes(120) == [0], said.read_text()[-3000:]
+    said = tmp_path / "said"
+    for stage, step in BREAKS:
+        forks.begin([__file__, "train", str(recipe), str(run), stage, str(step)], said)
+        assert forks.exit_codes(120) == [-signal.SIGKILL], said.read_text()[-3000:]
+        assert (run / stage / f"checkpoint-{step - 1}").is_dir() and not (run / stage / "finished.json").exists()
+    for output in (run, tmp_path / "without a break"):
+        forks.begin([__file__, "train", str(recipe), str(output)], said)
+        assert forks.exit_codes(120) == [0], said.read_text()[-3000:]
     trained_as_without_a_break(run, tmp_path / "without a break")
 
     adavtp("merge", run / "2-tune", tmp_path / "merged")
