@@ -6,12 +6,13 @@ matches ids (maximum lengths, penalties, prompt lookup, streamers, stopping crit
 an ordinary prompt with fewer placeholders and as many features.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedConfig
+from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.image_utils import ImageInput
 from transformers.masking_utils import create_masks_for_generate
 from transformers.processing_utils import ProcessorMixin
@@ -28,7 +29,7 @@ from .decoder.pruned_cache import (
     new_columns,
     pruned_cache,
 )
-from .prompt import PreparedInputs, Prompt
+from .prompt import PreparedInputs, Prompt, check_columns
 
 if TYPE_CHECKING:
     from transformers.generation.utils import GenerateOutput
@@ -180,6 +181,9 @@ class AdaVTPGenerationMixin(GenerationMixin):
                     f"`inputs` is a {type(inputs).__name__} and there is no prompt; call `generate(image, prompt)` or "
                     "pass tensors."
                 )
+            input_ids = kwargs.get("input_ids", inputs)
+            if input_ids is not None:
+                check_columns(input_ids)
             # Whoever prunes the prompt leaves it here.
             pruned: list[PrunedPrompt] = []
             outputs = super().generate(inputs, generation_config, *args, pruned_prompt=pruned, **kwargs)
@@ -225,7 +229,8 @@ class AdaVTPGenerationMixin(GenerationMixin):
         decoding loop, this is the one that sees ids, mask and positions together while there is one row per prompt.
         """
         call = model_kwargs.pop("pruned_prompt", None)
-        model_kwargs, pruned = self._prune_prompt(input_ids, model_kwargs)
+        with _in_evaluation(self.model):
+            model_kwargs, pruned = self._prune_prompt(input_ids, model_kwargs)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
@@ -244,6 +249,9 @@ class AdaVTPGenerationMixin(GenerationMixin):
             model_kwargs.pop(name, None)
             for name in ("pixel_values", "token_budget", "reducer", "budget_processor", "selection_output")
         )
+        self.model.refuse_other_features(model_kwargs)
+        if pixel_values is not None and len(pixel_values) == 0:
+            pixel_values = None
         schedule = self.model.resolve_budget(token_budget, reducer, len(input_ids))
         processors = BudgetProcessorList.of_argument(processors)
         _require_gather(selection_output)
@@ -262,7 +270,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
                 "placeholder tokens in `input_ids`, so pass that."
             )
         new = new_columns(input_ids, model_kwargs, past_length, earlier)
-        prompt = Prompt(new.input_ids, new.attention_mask, new.position_ids)
+        prompt = self.model.padded_on_the_left(Prompt(new.input_ids, new.attention_mask, new.position_ids))
         prepared = PreparedInputs(prompt)
         if pixel_values is not None:
             if processors:
@@ -398,6 +406,18 @@ class AdaVTPGenerationMixin(GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+
+
+@contextmanager
+def _in_evaluation(model: PreTrainedModel) -> Iterator[None]:
+    """A model in training draws its choice, and hides what it drops; one that generates chooses, and drops."""
+    in_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in in_training:
+            module.training = True
 
 
 def _require_gather(selection_output: str | None) -> None:

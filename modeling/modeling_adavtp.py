@@ -30,7 +30,7 @@ from .generation_adavtp import AdaVTPGenerationMixin
 from .hub.custom_reducers import CustomReducersMixin
 from .hub.loading import CompleteLoadingMixin
 from .hub.saving import SelfContainedMixin
-from .prompt import Prompt, additive_mask, count_positions, without_first_labels
+from .prompt import Prompt, additive_mask, check_columns, count_positions, without_first_labels
 from .prompt_reduction import PromptReductionMixin
 from .reducers.adaptive import VisionTokenController
 from .reducers.bank import MissingWeightsError, ReducerBank, ReducerSpec, Step, named
@@ -184,7 +184,10 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
         **kwargs: Any,
     ) -> AdaVTPModelOutputWithPast:
         """See [`AdaVTPForConditionalGeneration.forward`]; returns hidden states in place of logits."""
-        self._check_inputs(input_ids, pixel_values, past_key_values, inputs_embeds)
+        if pixel_values is not None and len(pixel_values) == 0:
+            pixel_values = None
+        self._check_inputs(input_ids, pixel_values, position_ids, past_key_values, inputs_embeds, labels)
+        self.refuse_other_features(kwargs)
         encoded = None if mm_encoder_outputs is None else mm_encoder_outputs.get("image")
         policy, selection, pruned = pending_policy(past_key_values), None, None
         if pixel_values is not None:
@@ -269,11 +272,15 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
         self,
         input_ids: torch.LongTensor | None,
         pixel_values: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
         past_key_values: Cache | None,
         inputs_embeds: torch.Tensor | None,
+        labels: torch.Tensor | None,
     ) -> None:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` has to be given.")
+        if input_ids is not None:
+            check_columns(input_ids, labels, position_ids)
         if pixel_values is not None and input_ids is None:
             raise ValueError(
                 "`pixel_values` was given with `inputs_embeds`; images are placed by the placeholder tokens in "

@@ -198,6 +198,27 @@ def additive_mask(attention_mask: torch.Tensor | None, dtype: torch.dtype) -> to
     return additive.masked_fill(~attention_mask, torch.finfo(dtype).min)
 
 
+def check_columns(
+    input_ids: torch.Tensor, labels: torch.Tensor | None = None, position_ids: torch.Tensor | None = None
+) -> None:
+    """
+    Raises:
+        ValueError: if ids are not whole numbers `[batch, sequence]`, or labels or positions are not theirs.
+    """
+    shape = tuple(input_ids.shape)
+    for name, columns in (("input_ids", input_ids), ("labels", labels)):
+        if columns is not None and (columns.is_floating_point() or columns.is_complex()):
+            raise ValueError(f"`{name}` is {columns.dtype}; it holds token ids, which are integers (torch.long).")
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"`input_ids` has shape {shape}; it has to be [batch, sequence], neither of them 0.")
+    if labels is not None and labels.shape != input_ids.shape:
+        raise ValueError(f"`labels` has shape {tuple(labels.shape)}, and `input_ids` has {shape}; they must agree.")
+    if position_ids is not None and position_ids.shape[-2:] not in ((1, shape[1]), shape):
+        raise ValueError(
+            f"`position_ids` has shape {tuple(position_ids.shape)}; it has to end in {shape}, as `input_ids` does."
+        )
+
+
 def check_attention_mask(attention_mask: torch.Tensor, shape: torch.Size) -> None:
     """
     Raises:

@@ -4,8 +4,9 @@ What leaves, leaves everything that has a column for each token, and the encoder
 own class reads an ordinary prompt with fewer placeholders and as many features.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -106,22 +107,32 @@ class PromptReductionMixin:
         if labels is not None:
             labels = without_first_labels(labels, prompt.attention_mask)
         prompt = replace(prompt, position_ids=position_ids, labels=labels, visual_index=visual_index)
-        pad_token_id = int(self.config.image_token_id == 0)
         if gates_attention:
             _check_attention_takes_gates(self.language_model, prompt.input_ids.shape[1])
             gates = self._at_columns(selection.gates, placeholders, units, 1.0)
             if not bool(keep.all()):
-                gates, prompt = gates.gather(1, left_padded(keep)), prompt.without(keep, pad_token_id)
+                gates, prompt = gates.gather(1, left_padded(keep)), prompt.without(keep, self._pad_token_id)
             prompt = prompt.gating(gates, self.language_model.dtype)
         elif not bool(keep.all()):
             if is_hidden:
                 prompt = prompt.hiding(~keep)
             else:
                 is_real = keep if prompt.attention_mask.dim() == 4 else keep & prompt.attention_mask.bool()
-                prompt = prompt.without(is_real, pad_token_id)
+                prompt = prompt.without(is_real, self._pad_token_id)
         if tokens.decoder is not None:
             selection.depth = selection.keep * self.config.text_config.num_hidden_layers
         return PreparedInputs(prompt, features, selection, self._decoder_policy(tokens, prompt, units))
+
+    @property
+    def _pad_token_id(self) -> int:
+        """An id that is no placeholder's."""
+        return int(self.config.image_token_id == 0)
+
+    def padded_on_the_left(self, prompt: Prompt) -> Prompt:
+        """A prompt in whose rows padding stands in front: an answer that goes on behind padding is another one."""
+        if prompt.attention_mask.dim() != 2 or bool(prompt.attention_mask[:, -1].all()):
+            return prompt
+        return prompt.without(prompt.attention_mask.bool(), self._pad_token_id)
 
     def pruned_prompt(self, new: NewColumns, prepared: PreparedInputs, num_ids: int) -> PrunedPrompt | None:
         """
@@ -154,6 +165,20 @@ class PromptReductionMixin:
         if selection_output not in ("gather", "mask"):
             raise ValueError(f"`selection_output` is {selection_output!r}; allowed are 'gather' and 'mask'.")
         return selection_output
+
+    def refuse_other_features(self, arguments: Mapping[str, Any]) -> None:
+        """
+        Raises:
+            ValueError: if a call asks for features of the tower that are not those of the configuration, which the
+                budget token and reducers read too.
+        """
+        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+            value = arguments.get(name)
+            if value is not None and value != getattr(self.config, name):
+                raise ValueError(
+                    f"`{name}` is {value!r}, and this model reads {getattr(self.config, name)!r}; a call cannot "
+                    "change it. Set it in the configuration before the model is built."
+                )
 
     def zero_of_a_blank_image(self, input_ids: torch.Tensor, schedule: BudgetSchedule) -> torch.Tensor:
         """

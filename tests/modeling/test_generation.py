@@ -21,6 +21,7 @@ from tiny_models import (
     NUM_PATCHES,
     PAD_TOKEN_ID,
     TEXT_CONFIGS,
+    padded_on_the_right,
     tiny_batch,
     tiny_model,
     tiny_text_config,
@@ -274,6 +275,35 @@ def test_a_mask_that_is_not_passed_is_taken_from_the_padding() -> None:
     expected = generate(model, batch, token_budget=0.4)
     batch.pop("attention_mask")
     assert torch.equal(generate(model, batch, token_budget=0.4), expected)
+
+
+CHOICES = [{"token_budget": 1.0}, {"token_budget": 0.4}, {"token_budget": 0.8, "reducer": "fastv"}]
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+@both_positions
+def test_padding_on_the_right_gives_what_padding_on_the_left_gives(choice: dict[str, Any], positions: str) -> None:
+    model = model_of(visual_position_ids=positions)
+    batch = tiny_batch(model.config, (1, 2, 1), (5, 9, 7))
+    on_the_right = padded_on_the_right(batch)
+    assert not on_the_right["attention_mask"][:, -1].all()
+    answers = new_tokens(generate(model, on_the_right, **choice), batch)
+    assert torch.equal(answers, new_tokens(generate(model, batch, **choice), batch))
+
+
+def test_ids_that_are_no_batch_are_refused() -> None:
+    batch = tiny_batch(model_of().config, (1,))
+    with pytest.raises(ValueError, match=r"`input_ids` has shape \(22,\)"):
+        generate(model_of(), batch | {"input_ids": batch["input_ids"][0]})
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_a_model_in_training_generates_what_it_does_in_evaluation(num_beams: int) -> None:
+    model = own_model()
+    batch = tiny_batch(model.config, (1, 2), (5, 9))
+    for choice in CHOICES:
+        expected = generate(model.eval(), batch, num_beams=num_beams, **choice)
+        assert torch.equal(generate(model.train(), batch, num_beams=num_beams, **choice), expected)
 
 
 def sample_from(logits: torch.Tensor, temperature: float, top_k: int) -> torch.Tensor:

@@ -365,6 +365,36 @@ def refused_calls() -> dict[str, tuple[Callable[[dict[str, torch.Tensor]], dict[
             lambda batch: {"attention_mask": torch.ones(1, 7, dtype=torch.int64)},
             ["`attention_mask`", "(1, 7)", "(1, 22)"],
         ),
+        "ids of one dimension": (lambda batch: {"input_ids": batch["input_ids"][0]}, ["`input_ids`", "(22,)"]),
+        "ids of an empty batch": (lambda batch: {"input_ids": batch["input_ids"][:0]}, ["`input_ids`", "(0, 22)"]),
+        "ids that are no integers": (
+            lambda batch: {"input_ids": batch["input_ids"].float()},
+            ["`input_ids`", "torch.float32", "torch.long"],
+        ),
+        "text of one dimension": (
+            lambda batch: {"input_ids": torch.tensor([1, 5, 6]), "attention_mask": None, "pixel_values": None},
+            ["`input_ids`", "(3,)", "[batch, sequence]"],
+        ),
+        "labels of another length": (
+            lambda batch: {"labels": batch["input_ids"][:, 1:]},
+            ["`labels`", "(1, 21)", "`input_ids`", "(1, 22)"],
+        ),
+        "labels that are no ids": (
+            lambda batch: {"labels": batch["input_ids"].float()},
+            ["`labels`", "torch.float32", "torch.long"],
+        ),
+        "positions of another length": (
+            lambda batch: {"position_ids": torch.arange(3)[None]},
+            ["`position_ids`", "(1, 3)", "(1, 22)"],
+        ),
+        "another feature layer": (
+            lambda batch: {"vision_feature_layer": 1},
+            ["`vision_feature_layer`", "1", "-2", "configuration"],
+        ),
+        "another feature strategy": (
+            lambda batch: {"vision_feature_select_strategy": "full"},
+            ["`vision_feature_select_strategy`", "'full'", "'default'"],
+        ),
         "unknown selection output": (
             lambda batch: {"selection_output": "prune"},
             ["`selection_output`", "'prune'", "'gather'", "'mask'"],
@@ -406,6 +436,15 @@ def test_a_bad_call_is_refused_and_leaves_the_model_working(case: str, training:
     for fragment in fragments:
         assert fragment in str(refusal.value)
     assert torch.equal(model.eval()(**batch, token_budget=0.4).logits, expected)
+
+
+def test_no_images_at_all_are_as_good_as_none_given() -> None:
+    model = tiny_model()
+    text = tiny_batch(model.config, [0, 0])
+    no_images = torch.empty(0, 3, 32, 32)
+    assert torch.equal(model(**text, pixel_values=no_images).logits, model(**text).logits)
+    answer = model.generate(**text, pixel_values=no_images, max_new_tokens=3, do_sample=False)
+    assert torch.equal(answer, model.generate(**text, max_new_tokens=3, do_sample=False))
 
 
 def test_an_image_after_a_filled_cache_is_refused() -> None:
