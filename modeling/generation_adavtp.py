@@ -270,6 +270,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
                 "placeholder tokens in `input_ids`, so pass that."
             )
         new = new_columns(input_ids, model_kwargs, past_length, earlier)
+        _require_whole_windows(self.config.get_text_config(), new)
         prompt = self.model.padded_on_the_left(Prompt(new.input_ids, new.attention_mask, new.position_ids))
         prepared = PreparedInputs(prompt)
         if pixel_values is not None:
@@ -418,6 +419,20 @@ def _in_evaluation(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for module in in_training:
             module.training = True
+
+
+def _require_whole_windows(config: PreTrainedConfig, new: NewColumns) -> None:
+    """A window counts columns: padding between two turns would take the places of tokens."""
+    mask, window = torch.cat([new.past_mask, new.attention_mask], dim=1), getattr(config, "sliding_window", None)
+    if window is None or window >= mask.shape[1] or new.past_mask.shape[1] == 0:
+        return
+    is_gap = (mask == 0) & (mask.cumsum(dim=-1) > 0)
+    if bool(is_gap.any()):
+        raise ValueError(
+            "`input_ids` continues conversations of different lengths, which leaves padding within them, and this "
+            f"decoder attends to the last {window} columns of {mask.shape[1]}, padding counted. Continue each by "
+            "itself."
+        )
 
 
 def _require_gather(selection_output: str | None) -> None:

@@ -300,8 +300,8 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
         reducer: ReducerSpec | None,
     ) -> torch.Tensor | None:
         """Embeddings of a prompt of text where something has to be added to them, `None` elsewhere."""
-        if past_key_values is None:
-            # A placeholder without an image is refused.
+        if past_key_values is None and not torch.compiler.is_compiling():
+            # A placeholder without an image is refused; a graph cannot ask for one.
             self.units_of(input_ids, 0)
         has_to_look = self.training or self.is_sharded
         if token_budget is None and reducer is None and not has_to_look:

@@ -115,6 +115,7 @@ class PromptReductionMixin:
             prompt = prompt.gating(gates, self.language_model.dtype)
         elif not bool(keep.all()):
             if is_hidden:
+                _check_window_takes_hidden_columns(self.language_model, prompt.input_ids.shape[1])
                 prompt = prompt.hiding(~keep)
             else:
                 is_real = keep if prompt.attention_mask.dim() == 4 else keep & prompt.attention_mask.bool()
@@ -245,6 +246,16 @@ class PromptReductionMixin:
             num_keep,
             self.config.text_config.num_hidden_layers,
             always=self.training,
+        )
+
+
+def _check_window_takes_hidden_columns(language_model: "PreTrainedModel", length: int) -> None:
+    """A window counts columns, so that hidden ones would take the places of others."""
+    window = getattr(language_model.config, "sliding_window", None)
+    if window is not None and window < length:
+        raise ValueError(
+            f"`selection_output` is 'mask', which leaves dropped tokens in the sequence, and this decoder attends to "
+            f"the last {window} columns of {length}, dropped ones counted. Use 'gather', or shorter prompts."
         )
 
 

@@ -721,6 +721,16 @@ def test_a_row_that_ended_early_is_continued_without_its_padding() -> None:
         torch.testing.assert_close(logits, expected[row].logits_along(answer), atol=1e-4, rtol=1e-4)
 
 
+def test_padding_between_turns_is_refused_where_a_window_would_count_it() -> None:
+    model = own_model(text="mistral", text_config=tiny_text_config("mistral", sliding_window=12))
+    conversation = Conversation(model, 2, whole=True)
+    for lengths in ((5, 9), (6, 6)):
+        answers, expected = conversation.turn(tiny_batch(model.config, (1, 1), lengths), 0.4)
+        assert answers == expected
+    with pytest.raises(ValueError, match=r"different lengths.*12 columns.*Continue each by itself"):
+        conversation.turn(tiny_batch(model.config, (0, 0), (5, 9)), 0.4)
+
+
 # ----------------------------------------------------------------------------------------------- lengths and penalties
 
 

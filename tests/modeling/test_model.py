@@ -176,6 +176,17 @@ def test_a_text_only_batch_is_the_text_model_s() -> None:
     torch.testing.assert_close(output.loss, expected.loss, atol=1e-5, rtol=0)
 
 
+def test_reading_text_exports_and_compiles_in_one_piece() -> None:
+    model = tiny_model()
+    text = {"input_ids": torch.tensor([[1, 5, 6, 7]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    with torch.no_grad():
+        expected = model(**text, use_cache=False).logits
+        exported = torch.export.export(model, (), text | {"use_cache": False}, strict=False).module()
+        torch.testing.assert_close(exported(**text, use_cache=False).logits, expected)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(**text, use_cache=False).logits, expected)
+
+
 def test_the_loss_at_the_full_budget_is_stock_llava_s() -> None:
     stock, ours = stock_llava(), tiny_model()
     ours.load_state_dict(stock.state_dict(), strict=False)
@@ -436,6 +447,14 @@ def test_a_bad_call_is_refused_and_leaves_the_model_working(case: str, training:
     for fragment in fragments:
         assert fragment in str(refusal.value)
     assert torch.equal(model.eval()(**batch, token_budget=0.4).logits, expected)
+
+
+def test_the_mask_form_is_refused_where_a_window_would_count_what_is_hidden() -> None:
+    model = tiny_model(text="mistral", text_config=tiny_text_config("mistral", sliding_window=12))
+    batch = tiny_batch(model.config, [1])
+    with pytest.raises(ValueError, match="`selection_output` is 'mask'.*12 columns of 22"):
+        model(**batch, token_budget=0.4, selection_output="mask")
+    assert model(**batch, token_budget=1.0, selection_output="mask").logits.isfinite().all()
 
 
 def test_no_images_at_all_are_as_good_as_none_given() -> None:
