@@ -1,12 +1,17 @@
 """The processor: from images and text as people have them to what the model takes."""
 
+import io
+import os
+import re
+from base64 import b64decode
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import torch
 from transformers import BatchFeature, LlavaProcessor
-from transformers.image_utils import ImageInput, is_pil_image, is_valid_image, load_image, to_numpy_array
+from transformers.image_utils import PIL, ImageInput, is_pil_image, is_valid_image, to_numpy_array
 
 from .budget.token_budget import TokenBudget, budget_values, num_tokens_to_keep
 from .hub.saving import AUTO_MAP, save_code, without_auto_class
@@ -176,7 +181,8 @@ def readable_images(images: ImageInput | Sequence[ImageInput | Sequence[ImageInp
         any_range: allow arrays with values outside 0 to 255, or of fractions only.
 
     Returns:
-        The flat list of images. Grey, palette, CMYK and transparent images become RGB; 16-bit ones are scaled to 8
+        The flat list of images, read alike whether they come as a path, a URL, base64 or a PIL object: upright as
+        their EXIF orientation says; grey, palette, CMYK and transparent ones become RGB; 16-bit ones are scaled to 8
         bits. Arrays and tensors become arrays with three channels.
 
     Raises:
@@ -199,12 +205,21 @@ def _readable_image(image: Any, name: str, any_range: bool) -> Any:
     return _rgb_image(image, name) if is_pil_image(image) else _rgb_array(image, name, any_range)
 
 
-def _load(place: str, name: str) -> Any:
+def _load(place: str, name: str) -> "PIL.Image.Image":
+    """The image at a path, a URL, or in base64, as a PIL object of it would be."""
+    is_file = os.path.isfile(place)  # `Path.is_file` raises where base64 is no file name
     try:
-        return load_image(place)
+        if is_file:
+            return PIL.Image.open(place)
+        if place.startswith(("http://", "https://")):
+            # Some servers refuse what does not name itself.
+            request = Request(place, headers={"User-Agent": "adavtp"})
+            with urlopen(request, timeout=60) as answer:
+                return PIL.Image.open(io.BytesIO(answer.read()))
+        return PIL.Image.open(io.BytesIO(b64decode(re.sub(r"^data:image/[^,]*,", "", place), validate=True)))
     # Decoders raise what they like for a broken file: OSError, SyntaxError, ValueError, struct.error.
     except Exception as error:
-        if Path(place[:255]).is_file():
+        if is_file:
             raise ValueError(f"{name} cannot be decoded: {error}. Pass an intact image file.") from error
         shown = place if len(place) <= 100 else f"{place[:100]}..."
         raise ValueError(
@@ -213,8 +228,8 @@ def _load(place: str, name: str) -> Any:
         ) from error
 
 
-def _rgb_image(image: Any, name: str) -> Any:
-    """A PIL image as RGB."""
+def _rgb_image(image: "PIL.Image.Image", name: str) -> "PIL.Image.Image":
+    """A PIL image as RGB, upright as its EXIF orientation says."""
     if 0 in image.size:
         raise ValueError(f"{name} has size {image.size}; an image needs at least one pixel.")
     if image.mode in ("I", "F"):
@@ -224,6 +239,7 @@ def _rgb_image(image: Any, name: str) -> Any:
         )
     try:
         image.load()
+        image = PIL.ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):
             # Plain conversion would clip everything above 255 to white.
             image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")

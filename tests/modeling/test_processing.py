@@ -1,8 +1,12 @@
 """The processors: images as people have them, prompts in every form, and the digit scenes' own words."""
 
+import base64
+import functools
 import io
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +123,68 @@ def test_scaled_arrays_pass_where_scaling_is_switched_off(processor: AdaVTPProce
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("to", [str, Path])
-def test_a_path_is_read(to: Callable, processor: AdaVTPProcessor, tmp_path: Path) -> None:
-    _picture().save(tmp_path / "a.png")
-    assert torch.equal(_pixels(processor, to(tmp_path / "a.png")), _pixels(processor, _picture()))
+def _sixteen_bits() -> Image.Image:
+    wide = np.asarray(_picture().convert("L")).astype("<u2") * 257
+    return Image.frombytes("I;16", (32, 32), wide.tobytes())
+
+
+def _lying() -> Image.Image:
+    image = _picture()
+    image.getexif()[0x0112] = 6
+    return image
+
+
+def _see_through() -> Image.Image:
+    image = _picture().convert("P")
+    image.info["transparency"] = bytes(range(256))
+    return image
+
+
+# What a file may hold, and the colours that it shows.
+FILES = {
+    "RGB": (_picture, _picture),
+    "sixteen bits": (_sixteen_bits, lambda: _picture().convert("L").convert("RGB")),
+    "lying on its side": (_lying, lambda: _picture().transpose(Image.Transpose.ROTATE_270)),
+    "a palette with transparency": (_see_through, lambda: _see_through().convert("RGBA").convert("RGB")),
+    "grey": (lambda: _picture().convert("L"), lambda: _picture().convert("L").convert("RGB")),
+}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """A folder, and where a server shows it."""
+    folder = tmp_path_factory.mktemp("served")
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=folder)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_an_image_is_read_alike_whatever_way_it_comes_in(
+    kind: str, processor: AdaVTPProcessor, served: tuple[Path, str]
+) -> None:
+    image, shown = (make() for make in FILES[kind])
+    folder, address = served
+    file = folder / f"{len(kind)}.png"
+    image.save(file, exif=image.getexif())
+    expected = _pixels(processor, shown)
+    encoded = base64.b64encode(file.read_bytes()).decode()
+    ways = {
+        "object": image,
+        "opened": Image.open(file),
+        "path": file,
+        "string": str(file),
+        "base64": encoded,
+        "data": f"data:image/png;base64,{encoded}",
+        "address": f"{address}/{file.name}",
+    }
+    for way, given in ways.items():
+        assert torch.equal(_pixels(processor, given), expected), way
+    message = [{"role": "user", "content": [{"type": "image", "path": str(file)}, {"type": "text", "text": QUESTION}]}]
+    inputs = processor.apply_chat_template(message, tokenize=True, return_dict=True, return_tensors="pt")
+    assert torch.equal(inputs["pixel_values"], expected)
 
 
 def test_a_single_pixel_is_an_image(processor: AdaVTPProcessor) -> None:
