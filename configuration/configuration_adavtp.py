@@ -1,7 +1,7 @@
 """What an AdaVTP checkpoint says about itself: LLaVA's configuration plus the choices that a token budget needs."""
 
 import math
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
@@ -121,6 +121,13 @@ class AdaVTPConfig(LlavaConfig):
     """
 
     model_type = "adavtp"
+    # What `transformers.Trainer` leaves out of a model's predictions.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values",
+        "image_hidden_states",
+        "selection",
+        "labels",
+    ]
 
     token_budget: float | int = 1.0
     reducers: list[Any] | None = None
