@@ -5,14 +5,16 @@ import os
 import re
 from base64 import b64decode
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.request import Request, urlopen
 
 import torch
 from transformers import BatchFeature, LlavaProcessor
 from transformers.image_utils import PIL, ImageInput, is_pil_image, is_valid_image, to_numpy_array
 
+from ..configuration.configuration_adavtp import AdaVTPConfig
 from .budget.token_budget import TokenBudget, budget_values, num_tokens_to_keep
 from .hub.saving import AUTO_MAP, save_code, without_auto_class
 
@@ -49,6 +51,26 @@ class AdaVTPProcessor(LlavaProcessor):
             **kwargs,
         )
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> Self:
+        """
+        Loads a processor. See [`ProcessorMixin.from_pretrained`]. What older folders leave to the model's
+        configuration, how many placeholders an image has, is taken from there.
+        """
+        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if processor.patch_size is None:
+            of_hub = {name: kwargs[name] for name in ("cache_dir", "revision", "subfolder", "token") if name in kwargs}
+            fields, _ = AdaVTPConfig.get_config_dict(pretrained_model_name_or_path, **of_hub)
+            if fields:
+                processor.count_placeholders_as(AdaVTPConfig.from_dict(fields))
+        return processor
+
+    def count_placeholders_as(self, config: AdaVTPConfig) -> None:
+        """Writes as many placeholders for an image as a model of this configuration has tokens."""
+        self.patch_size = config.vision_config.patch_size
+        self.vision_feature_select_strategy = config.vision_feature_select_strategy
+        self.num_additional_image_tokens = int(config.has_cls)
+
     def __call__(
         self,
         images: ImageInput | Sequence[ImageInput | Sequence[ImageInput]] | None = None,
@@ -72,6 +94,11 @@ class AdaVTPProcessor(LlavaProcessor):
                 and placeholders do not agree, or a budget is not allowed.
         """
         if images is not None:
+            if self.patch_size is None:
+                raise ValueError(
+                    "`patch_size` is None, so it is not known how many placeholders an image has; pass the vision "
+                    "tower's to the processor, or load it from a folder that has the model's config.json."
+                )
             self._check_places(images, text)
             # Whoever switches scaling off has values of another range in mind.
             rescales = kwargs.get("do_rescale", getattr(self.image_processor, "do_rescale", True))

@@ -88,9 +88,7 @@ def fit_processor(processor: AdaVTPProcessor, config: AdaVTPConfig) -> None:
             f"The image processor makes images of {sides} pixels, and `vision_config.image_size` is {size}; expected "
             "are images of that size."
         )
-    processor.patch_size = config.vision_config.patch_size
-    processor.vision_feature_select_strategy = config.vision_feature_select_strategy
-    processor.num_additional_image_tokens = int(config.has_cls)
+    processor.count_placeholders_as(config)
 
 
 def _sides(image_processor: Any) -> tuple[int | None, int | None]:

@@ -3,6 +3,7 @@
 import base64
 import functools
 import io
+import json
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from PIL import Image
 from adavtp import AdaVTPForConditionalGeneration, AdaVTPProcessor
 from adavtp.tasks.digit_scenes import VOCABULARY, ask_questions, draw_scene
 from adavtp.tasks.digit_scenes.processor import build_digit_processor
-from tiny_models import tiny_model
+from tiny_models import tiny_config, tiny_model
 
 NUM_PATCHES = 16
 QUESTION = "what colour is the 7 ?"
@@ -493,6 +494,19 @@ def test_the_processor_comes_back_from_a_folder_as_it_was(processor: AdaVTPProce
     assert loaded.chat_template == processor.chat_template
     assert loaded.tokenizer.padding_side == processor.tokenizer.padding_side
     assert _rows(loaded.of_questions(_picture(), QUESTION)) == _rows(processor.of_questions(_picture(), QUESTION))
+
+
+def test_a_folder_that_leaves_the_patch_size_to_the_model_loads(processor: AdaVTPProcessor, tmp_path: Path) -> None:
+    processor.save_pretrained(tmp_path)
+    file = tmp_path / "processor_config.json"
+    fields = json.loads(file.read_text())
+    older = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens")
+    file.write_text(json.dumps({name: value for name, value in fields.items() if name not in older}))
+    with pytest.raises(ValueError, match="`patch_size` is None"):
+        AdaVTPProcessor.from_pretrained(tmp_path)(images=_picture(), text=PROMPT)
+    tiny_config().save_pretrained(tmp_path)
+    ids = AdaVTPProcessor.from_pretrained(tmp_path)(images=_picture(), text=PROMPT)["input_ids"]
+    assert ids == processor(images=_picture(), text=PROMPT)["input_ids"]
 
 
 def test_the_picture_is_scaled_and_cropped_to_the_models_square() -> None:
