@@ -270,3 +270,10 @@ def _check_attention_takes_gates(language_model: "PreTrainedModel", length: int)
             f"shorter than the prompt; here attention is {implementation!r}, its window {window} and the prompt "
             f"{length} tokens. Use gradient_gates='features', or another attention."
         )
+    layer = language_model.layers[0]
+    checkpoint = layer._gradient_checkpointing_func if getattr(layer, "gradient_checkpointing", False) else None
+    if getattr(checkpoint, "keywords", {}).get("use_reentrant"):
+        raise ValueError(
+            "`gradient_gates` is 'attention' and gradient checkpointing has use_reentrant=True, which loses the "
+            "gradient of whatever is no hidden state. Use use_reentrant=False, or gradient_gates='features'."
+        )

@@ -113,3 +113,15 @@ def test_gates_in_attention_refuse_a_text_model_whose_window_they_would_switch_o
         model(**batch, token_budget=0.5)
     model.config.gradient_gates = "features"
     assert model(**batch, token_budget=0.5).logits.isfinite().all()
+
+
+def test_gates_in_attention_refuse_checkpointing_that_would_lose_their_gradient() -> None:
+    model = tiny_model().train()
+    batch = tiny_batch(model.config)
+    batch["labels"] = targets(batch)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match="`gradient_gates` is 'attention'.*use_reentrant=True.*'features'"):
+        model(**batch, token_budget=0.5)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model(**batch, token_budget=0.5).loss.backward()
+    assert all(parameter.grad.any() for parameter in model.model.controller.parameters())
