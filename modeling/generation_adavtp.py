@@ -259,12 +259,14 @@ class AdaVTPGenerationMixin(GenerationMixin):
         # A static cache counts in a tensor, which would be unreadable in error messages.
         past_length = 0 if cache is None else int(cache.get_seq_length())
         earlier = pruned_cache(cache).prompt if past_length else None
-        if pixel_values is None and earlier is None:
-            if past_length == 0 and input_ids.shape[1] > 0:
-                # A placeholder without an image is refused.
-                self.model.units_of(input_ids, 0)
+        is_text = pixel_values is None and earlier is None
+        if is_text and past_length == 0 and input_ids.shape[1] > 0:
+            # A placeholder without an image is refused.
+            self.model.units_of(input_ids, 0)
+        has_embeds = model_kwargs.get("inputs_embeds") is not None
+        if is_text and (past_length or has_embeds or not _ends_in_padding(model_kwargs.get("attention_mask"))):
             return model_kwargs, PrunedCache()
-        if model_kwargs.get("inputs_embeds") is not None:
+        if has_embeds:
             raise ValueError(
                 "`inputs_embeds` was given with images, in this turn or an earlier one; images are placed by the "
                 "placeholder tokens in `input_ids`, so pass that."
@@ -419,6 +421,10 @@ def _in_evaluation(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for module in in_training:
             module.training = True
+
+
+def _ends_in_padding(attention_mask: torch.Tensor | None) -> bool:
+    return attention_mask is not None and attention_mask.dim() == 2 and not bool(attention_mask[:, -1].all())
 
 
 def _require_whole_windows(config: PreTrainedConfig, new: NewColumns) -> None:

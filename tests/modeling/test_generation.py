@@ -280,11 +280,14 @@ def test_a_mask_that_is_not_passed_is_taken_from_the_padding() -> None:
 CHOICES = [{"token_budget": 1.0}, {"token_budget": 0.4}, {"token_budget": 0.8, "reducer": "fastv"}]
 
 
+@pytest.mark.parametrize("images", [(1, 2, 1), (0, 0, 0)], ids=["images", "text"])
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 @both_positions
-def test_padding_on_the_right_gives_what_padding_on_the_left_gives(choice: dict[str, Any], positions: str) -> None:
+def test_padding_on_the_right_gives_what_padding_on_the_left_gives(
+    choice: dict[str, Any], positions: str, images: tuple[int, ...]
+) -> None:
     model = model_of(visual_position_ids=positions)
-    batch = tiny_batch(model.config, (1, 2, 1), (5, 9, 7))
+    batch = tiny_batch(model.config, images, (5, 9, 7))
     on_the_right = padded_on_the_right(batch)
     assert not on_the_right["attention_mask"][:, -1].all()
     answers = new_tokens(generate(model, on_the_right, **choice), batch)
