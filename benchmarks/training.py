@@ -48,8 +48,8 @@ from adavtp import (
     BudgetCollator,
 )
 from adavtp.evaluation.training_costs import A100_PEAK
-from adavtp.evaluation.training_flops import Step, Trained, TrainingFlops, count_training_flops, plain_training_flops
 from adavtp.modeling.costs.presets import preset_config
+from adavtp.modeling.costs.training_step import Step, TrainingFlops, count_training_flops, plain_training_flops
 from adavtp.trainer.data.reader import ConversationReader
 from adavtp.trainer.data.stream import ConversationStream
 from adavtp.trainer.trained_parts import choose_trained_parts
@@ -252,7 +252,7 @@ def expected_speed_up(
     """What counted FLOPs say of the same budgets."""
     text = [arguments.text_tokens] * arguments.batch_size
     step = Step(
-        Trained.of(TRAIN_PARTS),
+        TRAIN_PARTS,
         checkpointing=arguments.checkpointing,
         gates=way.gates,
         gates_fused=arguments.device.type == "cuda",
@@ -431,7 +431,7 @@ def sample_costs(reader: ConversationReader, rows: list[dict[str, Any]], argumen
         collator([reader.read(rows[0])])
 
     spread = interleaved_medians({"sample": one}, 9)["sample"]
-    step = Step(Trained.of(TRAIN_PARTS), checkpointing=True)
+    step = Step(TRAIN_PARTS, checkpointing=True)
     mean = sum(BUDGET_RANGE) / 2
     config = preset_config("llava-1.5-7b")
     flops = count_training_flops(config, [arguments.text_tokens], step, token_budget=mean).total

@@ -2,13 +2,12 @@
 
     hours = samples x FLOPs of a sample x overhead / (GPUs x peak x utilisation) / 3600
 
-Torch counts the FLOPs (`training_flops.py`), formulas the memory (`training_memory.py`). The overhead is what a
+Torch counts the FLOPs, formulas the memory (`training_memory.py`). The overhead is what a
 benchmark measured beyond the count. The utilisation is nobody's to count: it is an input, a range, and what published
 runs reached by this very formula stands beside it.
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +15,15 @@ from typing import Any
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
 from ..modeling.costs.presets import preset_config
+from ..modeling.costs.training_step import (
+    Step,
+    TrainingFlops,
+    longest_counts,
+    mean_training_flops,
+    plain_training_flops,
+)
 from ..modeling.families.llava import LLAVA
-from .training_flops import Step, Trained, TrainingFlops, longest_counts, mean_training_flops, plain_training_flops
-from .training_memory import Layout, Memory, training_memory
+from .training_memory import Layout, training_memory
 
 GIB = 2**30
 # Dense bfloat16 products of an A100 (NVIDIA's data sheet), in FLOPs a second.
@@ -74,16 +79,20 @@ class Run:
         return mean_training_flops(self.config, *asked, per=self.per, rows=self.micro_batch)
 
     @cached_property
-    def plain_flops(self) -> TrainingFlops:
-        """Of a sample in plain LLaVA with all visual tokens and the same parts trained, but for the controller."""
-        return plain_training_flops(self.config, [self.text_tokens], self.step)
+    def plain_flops(self) -> TrainingFlops | None:
+        """
+        Of a sample in plain LLaVA with all visual tokens and the same parts trained, but for the controller; `None` if
+        nothing is left that trains.
+        """
+        alone = set(self.step.parts) == {"controller"}
+        return None if alone else plain_training_flops(self.config, [self.text_tokens], self.step)
 
     @cached_property
-    def memory(self) -> Memory:
-        """On each GPU, at the longest batch: at the highest budget."""
+    def memory(self) -> dict[str, float]:
+        """Bytes on each GPU by what they are for, at the longest batch: at the highest budget."""
         patches = LLAVA.tokens_per_image(self.config)
         kept = max(keep for keep, _ in longest_counts(self.budget_range, patches))
-        stays = self.step.trained.controller and self.step.gates == "attention"
+        stays = self.step.trains("controller") and self.step.gates == "attention"
         return training_memory(
             self.config,
             self.step,
@@ -94,15 +103,40 @@ class Run:
             quantize=self.quantize,
         )
 
-    @property
-    def trains_like_plain(self) -> bool:
-        """Whether plain LLaVA has something to train in this run."""
-        return self.step.trained != Trained(controller=True)
+    def largest_micro_batch(self, gpu_memory: float) -> int | None:
+        """The largest of 1, 2, 4 ... 32 rows that fits into `gpu_memory` bytes, or `None` if none does."""
+        needed = {rows: sum(replace(self, micro_batch=rows).memory.values()) for rows in (1, 2, 4, 8, 16, 32)}
+        return max((rows for rows, size in needed.items() if size <= gpu_memory), default=None)
+
+    def hours(self, peak: float, utilisation: float, overhead: float | None = None) -> dict[str, float | None]:
+        """
+        Hours of an epoch at a utilisation: counted, with the overhead that was measured, if any, and plain LLaVA's.
+
+        Args:
+            peak, utilisation: see [`hours`].
+            overhead: time beyond the count, 1 or more times.
+        """
+        # What cannot be is refused before anything is counted.
+        of_a_flop = hours(1.0, self.samples, self.layout.gpus, peak, utilisation)
+        ours = of_a_flop * self.flops.total
+        return {
+            "utilisation": utilisation,
+            "counted": ours,
+            "with_overhead": None if overhead is None else overhead * ours,
+            "plain": None if self.plain_flops is None else of_a_flop * self.plain_flops.total,
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything counted, as JSON can hold it: bytes, and FLOPs of a sample."""
+        flops, plain = self.flops, self.plain_flops
+        return {
+            "memory": self.memory | {"total": sum(self.memory.values())},
+            "flops_per_sample": {name: part.total for name, part in flops.parts.items()} | {"total": flops.total},
+            "plain_flops_per_sample": None if plain is None else plain.total,
+        }
 
 
-def hours(
-    flops_per_sample: float, samples: int, gpus: int, peak: float, utilisation: float, overhead: float = 1.0
-) -> float:
+def hours(flops_per_sample: float, samples: int, gpus: int, peak: float, utilisation: float) -> float:
     """
     Hours of an epoch.
 
@@ -111,7 +145,6 @@ def hours(
         samples, gpus: how many.
         peak: FLOPs a second of a GPU.
         utilisation: share of the peak that is reached, above 0 and at most 1.
-        overhead: time beyond the count, 1 or more times.
 
     Raises:
         ValueError: if the utilisation is not one, or the peak not above 0.
@@ -120,7 +153,7 @@ def hours(
         raise ValueError(f"`peak` is {peak}; allowed are FLOPs a second above 0.")
     if not 0 < utilisation <= 1:
         raise ValueError(f"`utilisation` is {utilisation}; allowed are shares above 0 and up to 1.")
-    return flops_per_sample * samples * overhead / (gpus * peak * utilisation) / 3600
+    return flops_per_sample * samples / (gpus * peak * utilisation) / 3600
 
 
 # ---------------------------------------------------------------- what was measured
@@ -179,26 +212,6 @@ class MeasuredStep:
             raise ValueError(f"`measured` is '{path}', which is no result of benchmarks/training.py.") from error
 
 
-@dataclass(frozen=True)
-class MeasuredChoice:
-    """
-    What the prefill benchmark measured of choosing tokens.
-
-    Attributes:
-        command: how it was made.
-        ratios: budget -> median time over stock parts that are told which tokens to take.
-    """
-
-    command: str
-    ratios: dict[float, float]
-
-    @classmethod
-    def of_file(cls, path: Path) -> "MeasuredChoice":
-        """Reads the result of `benchmarks/overhead.py`."""
-        result = json.loads(path.read_text(encoding="utf-8"))
-        return cls(result["command"], {row["budget"]: row["ratio"]["median"] for row in result["pruned_prefill"]})
-
-
 # ---------------------------------------------------------------- what was published
 
 
@@ -234,7 +247,7 @@ class PublishedRun:
         Args:
             text_tokens: of a sample, on average; the authors do not state it.
         """
-        step = Step(Trained.of(["projector", "decoder"]), checkpointing=True)
+        step = Step(["projector", "decoder"], checkpointing=True)
         parts = plain_training_flops(preset_config(self.preset), [text_tokens], step).parts
         executed = parts["vision"].forward + sum(part.total for name, part in parts.items() if name != "vision")
         return executed * self.samples / (self.hours * 3600 * self.gpus * self.peak)
@@ -245,20 +258,3 @@ PUBLISHED_RUNS: tuple[PublishedRun, ...] = (
     PublishedRun("LLaVA-1.5-7B", "llava-1.5-7b", 10, 8, "A100 40 GB", A100_PEAK, 665_000, _README),
     PublishedRun("LLaVA-1.5-13B", "llava-1.5-13b", 20, 8, "A100 80 GB", A100_PEAK, 665_000, _README),
 )
-
-
-def largest_micro_batch(run: Run, gpu_memory: float, choices: Sequence[int] = (1, 2, 4, 8, 16, 32)) -> int | None:
-    """The largest of some numbers of rows that fits into `gpu_memory` bytes, or `None` if none does."""
-    fitting = [rows for rows in choices if replace(run, micro_batch=rows).memory.total <= gpu_memory]
-    return max(fitting) if fitting else None
-
-
-def as_dict(run: Run) -> dict[str, Any]:
-    """Everything counted of a run, as JSON can hold it: bytes, and FLOPs of a sample."""
-    flops, memory = run.flops, run.memory
-    plain = run.plain_flops if run.trains_like_plain else None
-    return {
-        "memory": dict(memory.parts) | {"total": memory.total},
-        "flops_per_sample": {name: part.total for name, part in flops.parts.items()} | {"total": flops.total},
-        "plain_flops_per_sample": None if plain is None else plain.total,
-    }

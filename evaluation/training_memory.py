@@ -7,21 +7,19 @@ one layer that runs again. What the CUDA context, the communication library and 
 is a reserve that the caller states.
 """
 
-import json
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedConfig
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
-from ..modeling.costs.counting import weightless_model
+from ..modeling.costs.counting import remembered
+from ..modeling.costs.training_step import Step, linear_maps, part_of
+from ..modeling.costs.weightless import weightless_model
 from ..modeling.families.llava import LLAVA
-from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
 from ..modeling.reducers.base import feature_layer_index
 from ..modeling.vision.budget_token import patch_width
-from .training_flops import Step, Trained, linear_maps, part_of
 
 STRATEGIES = ("ddp", "zero2", "zero3", "fsdp2")
 # DeepSpeed's own defaults, in numbers: `reduce_bucket_size` and `stage3_max_live_parameters`.
@@ -52,38 +50,37 @@ class Weights:
     head: int
 
     @classmethod
-    def of(cls, config: AdaVTPConfig, trained: Trained, quantize: bool = False) -> "Weights":
+    def of(cls, config: AdaVTPConfig, step: Step, quantize: bool = False) -> "Weights":
         """
         Counts them.
 
         Args:
             config: the model's.
-            trained: what trains.
+            step: says what trains.
             quantize: whether the linear maps of the decoder's layers are in four bits (NF4).
 
         Raises:
             ValueError: if the decoder's own weights are to train in four bits.
         """
-        if quantize and trained.decoder_weights:
+        if quantize and step.trains("decoder"):
             raise ValueError("`quantize` is True and the decoder's own weights train; four bits are for adapters.")
-        model, parts = _weightless(config.to_json_string()), Counter()
-        for name, parameter in model.named_parameters():
-            parts[part_of(name, config)] += parameter.numel()
-        layers = model.get_decoder().layers
-        maps = [(linear.in_features, linear.out_features) for linear in linear_maps(layers[0]).values()]
+        parts, num_layers, layer, maps, head = _parameters(config)
         # r (in + out) for every linear map of every layer.
-        adapters = len(layers) * (trained.lora_rank or 0) * sum(map(sum, maps))
-        train = sum(parts[name] for name in ("controller", "projector", "vision") if getattr(trained, name))
-        train += parts["decoder"] if trained.decoder_weights else adapters
-        quantized = len(layers) * sum(wide * out for wide, out in maps) if quantize else 0
-        frozen = parts.total() + adapters - train - quantized
-        layer = sum(parameter.numel() for parameter in layers[0].parameters())
-        return cls(train, frozen, quantized, layer, model.get_output_embeddings().weight.numel())
+        adapters = num_layers * (step.lora_rank or 0) * sum(map(sum, maps))
+        train = adapters + sum(number for part, number in parts.items() if step.trains(part))
+        quantized = num_layers * sum(wide * out for wide, out in maps) if quantize else 0
+        return cls(train, parts.total() + adapters - train - quantized, quantized, layer, head)
 
 
-@lru_cache(maxsize=16)
-def _weightless(config: str) -> AdaVTPForConditionalGeneration:
-    return weightless_model(AdaVTPConfig(**json.loads(config)))
+@remembered
+def _parameters(config: AdaVTPConfig) -> tuple[Counter[str], int, int, list[tuple[int, int]], int]:
+    """How many each part has; decoder layers, how many one has, and its linear maps' sizes; how many the head has."""
+    model, parts = weightless_model(config), Counter()
+    for name, parameter in model.named_parameters():
+        parts[part_of(name, config)] += parameter.numel()
+    layers, head = model.get_decoder().layers, model.get_output_embeddings()
+    maps = [(linear.in_features, linear.out_features) for linear in linear_maps(layers[0]).values()]
+    return parts, len(layers), sum(map(torch.numel, layers[0].parameters())), maps, head.weight.numel()
 
 
 @dataclass(frozen=True)
@@ -119,23 +116,6 @@ class Layout:
         return self.strategy == "ddp"
 
 
-@dataclass(frozen=True)
-class Memory:
-    """
-    Bytes on each GPU, at the worst moment of a step.
-
-    Attributes:
-        parts: by name, in the order of their making.
-    """
-
-    parts: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def total(self) -> float:
-        """All of it."""
-        return sum(self.parts.values())
-
-
 def training_memory(
     config: AdaVTPConfig,
     step: Step,
@@ -146,9 +126,9 @@ def training_memory(
     visual_tokens: int | None = None,
     num_images: int | None = None,
     quantize: bool = False,
-) -> Memory:
+) -> dict[str, float]:
     """
-    Bytes on each GPU for bfloat16 mixed precision with AdamW.
+    Bytes on each GPU at the worst moment of a step, by what they are for, for bfloat16 mixed precision with AdamW.
 
     Args:
         config: the model's.
@@ -163,7 +143,7 @@ def training_memory(
     Raises:
         ValueError: if four bits are to be spread by DeepSpeed ZeRO-3, or see [`Weights.of`].
     """
-    weights = Weights.of(config, step.trained, quantize)
+    weights = Weights.of(config, step, quantize)
     saved = activations(
         config,
         step,
@@ -173,7 +153,7 @@ def training_memory(
         num_images=num_images,
         autocast=layout.autocast,
     )
-    return Memory(kept_by_weights(weights, layout) | saved | {"reserve": layout.reserve})
+    return kept_by_weights(weights, layout) | saved | {"reserve": layout.reserve}
 
 
 def kept_by_weights(weights: Weights, layout: Layout) -> dict[str, float]:
@@ -256,22 +236,23 @@ def activations(
         `"tower"`, `"controller"`, `"projector"`, `"decoder"`: what is saved; and `"logits or a layer"`: what comes on
         top at its beginning, or later while a checkpointed layer runs again, with the gradients inside its MLP.
     """
-    text, vision, trained, b = config.text_config, config.vision_config, step.trained, number
+    text, vision, b = config.text_config, config.vision_config, number
     images, patches = rows if num_images is None else num_images, LLAVA.tokens_per_image(config)
     num_layers, depth = feature_layer_index(config), text.num_hidden_layers
     # Which tensors want a gradient. Checkpointing makes words and patches want one whatever trains, and the budget
     # token, which stands in one sequence with the patches, makes all of them.
     adaptive = "adaptive" in config.reducer.split(", ")
-    words = trained.decoder_weights or step.checkpointing
-    token = adaptive and images > 0 and (trained.controller or (config.question_aware and words))
+    words = step.trains("decoder") or step.checkpointing
+    token = adaptive and images > 0 and (step.trains("controller") or (config.question_aware and words))
     joins = token and config.budget_fusion == "encoder"
-    in_tower, gates = trained.vision or step.checkpointing or joins, trained.controller and adaptive
+    in_tower = step.trains("vision") or step.checkpointing or joins
+    gates = step.trains("controller") and adaptive
     in_attention = gates and step.gates == "attention"
-    in_projector = in_tower or trained.projector or (gates and not in_attention)
+    in_projector = in_tower or step.trains("projector") or (gates and not in_attention)
     sequence = patches + int(config.has_cls) + int(joins)
-    of_tower_layer = images * tower_layer_bytes(config, sequence, trained.vision, b) if in_tower else 0.0
+    of_tower_layer = images * tower_layer_bytes(config, sequence, step.trains("vision"), b) if in_tower else 0.0
     masked = rows > 1 if padded is None else padded
-    of_layer = rows * decoder_layer_bytes(text, length, trained, b, autocast, masked)
+    of_layer = rows * decoder_layer_bytes(text, length, step, b, autocast, masked)
     tower, layers = num_layers * of_tower_layer, depth * of_layer
     again = 0.0
     if step.checkpointing:
@@ -279,7 +260,7 @@ def activations(
         tower = num_layers * images * sequence * vision.hidden_size * b
         layers = depth * rows * length * text.hidden_size * b
     kept = patches if visual_tokens is None or in_attention else visual_tokens
-    projected = images * kept * b * (patch_width(config) * trained.projector + 2 * text.hidden_size)
+    projected = images * kept * b * (patch_width(config) * step.trains("projector") + 2 * text.hidden_size)
     # Normed patches, what enters GELU and score, and the features behind the gates.
     scored = 5 * images * patches * vision.hidden_size * b if gates else 0.0
     bias = rows * length * length * b * (3 + text.num_attention_heads) if in_attention else 0.0
@@ -287,13 +268,13 @@ def activations(
         "tower": float(tower),
         "controller": float(scored + bias),
         "projector": float(projected) if in_projector else 0.0,
-        "decoder": float(layers + rows * last_norm_bytes(text, length, trained, b)),
+        "decoder": float(layers + rows * last_norm_bytes(text, length, step, b)),
         "logits or a layer": float(max(again, LOGIT_BYTES * rows * length * text.vocab_size)),
     }
 
 
 def decoder_layer_bytes(
-    text: PreTrainedConfig, n: int, trained: Trained, b: int, autocast: bool = False, masked: bool = False
+    text: PreTrainedConfig, n: int, step: Step, b: int, autocast: bool = False, masked: bool = False
 ) -> float:
     """
     What autograd saves of a Llama-shaped layer, for one row of n columns.
@@ -301,7 +282,7 @@ def decoder_layer_bytes(
     Args:
         text: configuration of the text model.
         n: columns.
-        trained: what trains.
+        step: says what trains.
         b: bytes of a number.
         autocast: whether every product casts what enters it anew.
         masked: whether rows are padded, which makes attention take a mask, and as many keys as queries.
@@ -309,24 +290,23 @@ def decoder_layer_bytes(
     width, heads, mlp = text.hidden_size, text.num_attention_heads, text.intermediate_size
     head_dim = getattr(text, "head_dim", None) or width // heads
     query, key = heads * head_dim, text.num_key_value_heads * head_dim
-    weights, adapters = trained.decoder_weights, trained.lora_rank is not None
     numbers = 2 * (4 * width + 4)  # of both norms: what enters, in float32, and the inverse of its size
-    if weights:
+    if step.trains("decoder"):
         numbers += 2 * width * (4 if autocast else b)  # of both norms: what their weights multiply
         numbers += (5 if autocast else 2) * width * b  # what enters queries, keys and values; gate and up
         numbers += mlp * b  # what enters down
     numbers += b * (2 * query + 2 * (query if masked else key)) + 4 * heads  # q, result; k, v; log-sums
     numbers += 3 * mlp * b  # gate, silu(gate), up
-    if adapters:
+    if step.lora_rank is not None:
         numbers += (5 * width + query + mlp) * (b + 1)  # what enters each adapter behind dropout of its own; its mask
-        numbers += 7 * trained.lora_rank * b  # between the halves of each adapter
+        numbers += 7 * step.lora_rank * b  # between the halves of each adapter
     return float(n * numbers + (b * n * n if masked else 0))
 
 
-def last_norm_bytes(text: PreTrainedConfig, n: int, trained: Trained, b: int) -> float:
+def last_norm_bytes(text: PreTrainedConfig, n: int, step: Step, b: int) -> float:
     """The norm before the head and what enters the head, for one row of n columns."""
     width = text.hidden_size
-    return float(n * (4 * width + 4 + (2 * b * width if trained.decoder_weights else 0)))
+    return float(n * (4 * width + 4 + (2 * b * width if step.trains("decoder") else 0)))
 
 
 def tower_layer_bytes(config: AdaVTPConfig, n: int, trains: bool, b: int) -> float:

@@ -14,15 +14,6 @@ from transformers import LlamaConfig, LlamaModel, LlavaConfig, LlavaForCondition
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from adavtp import AdaVTPForConditionalGeneration
-from adavtp.evaluation.training_flops import (
-    Step,
-    Trained,
-    TrainingFlops,
-    count_training_flops,
-    longest_counts,
-    mean_training_flops,
-    plain_training_flops,
-)
 from adavtp.evaluation.training_memory import (
     LOGIT_BYTES,
     NF4_BYTES,
@@ -32,6 +23,14 @@ from adavtp.evaluation.training_memory import (
     decoder_layer_bytes,
     kept_by_weights,
     tower_layer_bytes,
+)
+from adavtp.modeling.costs.training_step import (
+    Step,
+    TrainingFlops,
+    count_training_flops,
+    longest_counts,
+    mean_training_flops,
+    plain_training_flops,
 )
 from adavtp.modeling.reducers.base import feature_layer_index
 from adavtp.modeling.vision.encode import encode_image
@@ -90,7 +89,7 @@ def forward_and_back(counted: TrainingFlops) -> tuple[float, float]:
 
 
 def step_of(parts: list[str], gates: str = "features", **others: Any) -> Step:
-    return Step(Trained.of(parts), gates=gates, gates_fused=False, **others)
+    return Step(parts, gates=gates, gates_fused=False, **others)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
@@ -203,7 +202,7 @@ def test_adapters_cost_what_torch_counts(others: list[str], checkpointing: bool)
         parameter.requires_grad_("lora_" in name or name.removeprefix("base_model.model.") in kept)
     if checkpointing:
         model.activation_checkpointing_enable()
-    step = Step(Trained.of([*others, "decoder"], lora_rank=3), checkpointing=checkpointing)
+    step = Step([*others, "decoder"], lora_rank=3, checkpointing=checkpointing)
     counted = count_training_flops(model.config, [9], step, token_budget=0.4)
     seen = seen_by_torch(adapted, tiny_batch(model.config, (1,), (9,)), token_budget=0.4)
     assert forward_and_back(counted) == pytest.approx(seen, rel=1e-2)
@@ -237,7 +236,7 @@ def test_plain_llava_costs_what_torch_counts(checkpointing: bool) -> None:
     if checkpointing:
         plain.activation_checkpointing_enable()
     batch = tiny_batch(config, (1, 1), (9, 9))
-    step = Step(Trained.of(["projector", "decoder"]), checkpointing=checkpointing)
+    step = Step(["projector", "decoder"], checkpointing=checkpointing)
     counted = plain_training_flops(config, [9, 9], step)
     assert forward_and_back(counted) == pytest.approx(seen_by_torch(plain, batch), rel=1e-2)
 
@@ -334,7 +333,7 @@ def test_activations_are_what_autograd_saves(parts: list[str], dtype: torch.dtyp
     inputs = batch | {"labels": targets(batch), "pixel_values": batch["pixel_values"].to(dtype)}
     saved = bytes_saved(lambda: model(**inputs, token_budget=0.5).loss, model.parameters())
     sizes = {"rows": 2, "length": 72, "visual_tokens": 32, "padded": padded, "number": dtype.itemsize}
-    counted = activations(model.config, Step(Trained.of(parts)), **sizes)
+    counted = activations(model.config, Step(parts), **sizes)
     # Of the logits only the log-probabilities are saved.
     log_probabilities = 4 * 2 * 72 * 67
     counted["logits or a layer"] = log_probabilities
@@ -353,7 +352,7 @@ def test_the_worst_moment_is_what_torch_allocates(parts: list[str], checkpointin
         parameter.grad = torch.zeros_like(parameter)
     with BytesAlive() as alive:
         model(**inputs, token_budget=0.5).loss.backward()
-    step = Step(Trained.of(parts), checkpointing=checkpointing)
+    step = Step(parts, checkpointing=checkpointing)
     counted = activations(model.config, step, rows=8, length=132, visual_tokens=32, padded=False)
     assert sum(counted.values()) == pytest.approx(alive.peak, rel=0.1)
 
@@ -393,7 +392,7 @@ def test_adapters_keep_what_autograd_saves() -> None:
         embeds = torch.randn(2, 50, 40, dtype=torch.bfloat16, requires_grad=True)
         run = partial(adapted, inputs_embeds=embeds, use_cache=False)
         results[layers] = bytes_saved(lambda run=run: run().last_hidden_state, adapted.parameters())
-    counted = 2 * decoder_layer_bytes(LlamaConfig(**LLAMA), 50, Trained.of(["decoder"], lora_rank=3), 2)
+    counted = 2 * decoder_layer_bytes(LlamaConfig(**LLAMA), 50, Step(["decoder"], lora_rank=3), 2)
     # A GPU keeps dropout's masks in bytes, a CPU in numbers of the input's kind.
     masks = 2 * 50 * (5 * 40 + 48 + 104)
     assert counted + masks == pytest.approx((results[4] - results[2]) / 2, rel=1e-3)
@@ -402,7 +401,7 @@ def test_adapters_keep_what_autograd_saves() -> None:
 @pytest.mark.parametrize("parts", ALL_PARTS, ids="+".join)
 def test_parameters_are_counted_by_what_trains(parts: list[str]) -> None:
     model = training_model(parts, vision="clip")
-    weights = Weights.of(model.config, Trained.of(parts))
+    weights = Weights.of(model.config, Step(parts))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert weights.trained == sum(parameter.numel() for parameter in trained)
     assert weights.trained + weights.frozen == sum(parameter.numel() for parameter in model.parameters())
@@ -422,7 +421,7 @@ def test_adapters_and_four_bits_weigh_what_their_libraries_make() -> None:
     maps = r".*language_model\.layers\..*(q|k|v|o|gate|up|down)_proj"
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=maps))
     adapters = sum(parameter.numel() for name, parameter in adapted.named_parameters() if "lora_" in name)
-    weights = Weights.of(model.config, Trained.of(["decoder"], lora_rank=3))
+    weights = Weights.of(model.config, Step(["decoder"], lora_rank=3))
     assert weights.trained == adapters
     functional = pytest.importorskip("bitsandbytes.functional")
     quantized, state = functional.quantize_4bit(torch.randn(1024, 512), quant_type="nf4", compress_statistics=True)
@@ -444,12 +443,12 @@ def test_spread_over_gpus_a_model_takes_its_share_of_each() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Trained.of(["head"]), "`train_parts` is"),
-        (lambda: Trained.of(["controller"], lora_rank=4), "`lora_rank` is 4"),
-        (lambda: Step(Trained.of(["decoder"]), losses=("guess",)), "`losses` is"),
+        (lambda: Step(["head"]), "`train_parts` is"),
+        (lambda: Step(["controller"], lora_rank=4), "`lora_rank` is 4"),
+        (lambda: Step(["decoder"], losses=("guess",)), "`losses` is"),
         (lambda: Layout("zero1", 8), "`strategy` is 'zero1'"),
         (lambda: Layout("ddp", 0), "`gpus` is 0"),
-        (lambda: Weights.of(uneven_model().config, Trained.of(["decoder"]), quantize=True), "`quantize` is True"),
+        (lambda: Weights.of(uneven_model().config, Step(["decoder"]), quantize=True), "`quantize` is True"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(make: Any, message: str) -> None:
