@@ -7,12 +7,13 @@ what it costs in earnest.
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from ...configuration.configuration_adavtp import AdaVTPConfig
@@ -85,7 +86,8 @@ class ProductsAreNoise(TorchDispatchMode):
             return operation(*args, **kwargs)
         if is_product and not (self.every or packet in CPU_FORMULAS or any(map(_is_weight, args))):
             return operation(*args, **kwargs)
-        shapes = operation(*tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), args), **kwargs)
+        leaves, structure = tree_flatten((args, kwargs))
+        shapes = _shapes_of_results(operation, structure, tuple(map(_without_values, leaves)))
         return tree_map_only(torch.Tensor, self._result, shapes)
 
     def _result(self, shape: torch.Tensor) -> torch.Tensor:
@@ -97,6 +99,28 @@ class ProductsAreNoise(TorchDispatchMode):
         self.made = (self.made + 7919) % (_NOISE // 2)
         strides = [step * stride for stride in rows.stride()]
         return self.noise.to(shape.dtype).as_strided(shape.shape, [*strides, 1], self.made)
+
+
+class Shape(NamedTuple):
+    """What a result's shape depends on of a tensor."""
+
+    size: torch.Size
+    dtype: torch.dtype
+
+
+def _without_values(argument: Any) -> Any:
+    return Shape(argument.shape, argument.dtype) if isinstance(argument, torch.Tensor) else argument
+
+
+@lru_cache(maxsize=4096)
+def _shapes_of_results(operation: Any, structure: TreeSpec, arguments: tuple) -> Any:
+    """What an operation returns, on the meta device. Layers are alike, so it is asked for once."""
+    leaves = [
+        torch.empty(argument.size, dtype=argument.dtype, device="meta") if isinstance(argument, Shape) else argument
+        for argument in arguments
+    ]
+    args, kwargs = tree_unflatten(leaves, structure)
+    return operation(*args, **kwargs)
 
 
 def _is_large(operation: Any, args: tuple) -> bool:

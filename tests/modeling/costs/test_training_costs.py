@@ -1,14 +1,11 @@
 """What a training run costs is counted as torch counts it, and weighed as torch allocates it."""
 
-import weakref
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaModel, LlavaConfig, LlavaForConditionalGeneration
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -36,9 +33,9 @@ from adavtp.modeling.reducers.base import feature_layer_index
 from adavtp.modeling.vision.encode import encode_image
 from adavtp.modeling.vision.features import VisionFeatures
 from adavtp.trainer.data.group_by_length import length_groups
-from adavtp.trainer.losses import full_budget_logits, visual_relevance
+from adavtp.trainer.losses import full_budget_logits, recorded_scores, visual_relevance
 from adavtp.trainer.trained_parts import choose_trained_parts
-from counted_flops import ON_A_CPU, uneven_model
+from counted_flops import ON_A_CPU, BytesAlive, storage_of, uneven_model
 from tiny_models import GATE_IDS, GATES, targets, tiny_batch
 
 LLAMA = {
@@ -49,7 +46,8 @@ LLAMA = {
     "num_key_value_heads": 2,
     "head_dim": 12,
 }
-ALL_PARTS = [["controller"], ["projector"], ["vision"], ["decoder"], ["controller", "projector", "decoder"]]
+WHOLE = ["controller", "projector", "decoder"]
+ALL_PARTS = [["controller"], ["projector"], ["vision"], ["decoder"], WHOLE]
 
 
 def attention_and_back(_: Any, query: tuple, key: tuple, value: tuple, *__: Any, **___: Any) -> int:
@@ -93,8 +91,9 @@ def step_of(parts: list[str], gates: str = "features", **others: Any) -> Step:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize("parts", ALL_PARTS, ids="+".join)
-@pytest.mark.parametrize("gates", GATES, ids=GATE_IDS)
+@pytest.mark.parametrize(
+    ("gates", "parts"), [(gates, parts) for gates in GATES[:2] for parts in ALL_PARTS] + [(GATES[2], WHOLE)], ids=str
+)
 def test_every_choice_of_trained_parts_costs_what_torch_counts(
     gates: dict, parts: list[str], checkpointing: bool
 ) -> None:
@@ -106,28 +105,28 @@ def test_every_choice_of_trained_parts_costs_what_torch_counts(
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("fields", "parts"),
     [
-        {"budget_fusion": "post"},
-        {"budget_attention": "mutual"},
-        {"question_aware": False},
-        {"controller_head": "dot"},
-        {"controller_head": "patch"},
-        {"controller_head": "budget_token", "controller_choice": "spread"},
-        {"vision": "siglip"},
-        {"vision": "dinov2", "text": "qwen3"},
-        {"vision_feature_select_strategy": "full"},
-        {"vision_feature_layer": [-2, -4]},
+        # Whether the budget token makes the patches want a gradient.
+        ({"budget_fusion": "post"}, ["controller"]),
+        ({"budget_attention": "mutual"}, ["controller"]),
+        ({"question_aware": False}, ["controller"]),
+        ({"controller_head": "dot"}, ["controller"]),
+        ({"controller_head": "budget_token", "controller_choice": "spread"}, ["controller"]),
+        ({"controller_head": "patch"}, ["controller", "vision"]),
+        ({"vision": "siglip"}, ["controller", "vision"]),
+        ({"vision": "dinov2", "text": "qwen3"}, ["controller", "vision"]),
+        ({"vision_feature_select_strategy": "full"}, ["controller", "vision"]),
+        ({"vision_feature_layer": [-2, -4]}, ["controller", "vision"]),
     ],
     ids=str,
 )
-def test_every_kind_of_model_costs_what_torch_counts(fields: dict[str, Any]) -> None:
-    for parts, checkpointing in ((["controller"], False), (["controller", "vision"], True)):
-        model = training_model(parts, checkpointing, gradient_gates="features", **fields)
-        step = step_of(parts, checkpointing=checkpointing)
-        counted = count_training_flops(model.config, [9], step, token_budget=0.4)
-        seen = seen_by_torch(model, tiny_batch(model.config, (1,), (9,)), token_budget=0.4)
-        assert forward_and_back(counted) == pytest.approx(seen, rel=1e-4)
+def test_every_kind_of_model_costs_what_torch_counts(fields: dict[str, Any], parts: list[str]) -> None:
+    checkpointing = "vision" in parts
+    model = training_model(parts, checkpointing, gradient_gates="features", **fields)
+    counted = count_training_flops(model.config, [9], step_of(parts, checkpointing=checkpointing), token_budget=0.4)
+    seen = seen_by_torch(model, tiny_batch(model.config, (1,), (9,)), token_budget=0.4)
+    assert forward_and_back(counted) == pytest.approx(seen, rel=1e-4)
 
 
 @pytest.mark.parametrize("reducer", ["random", "visionzip", "divprune", "tome", "downsample", "fastv"])
@@ -139,7 +138,7 @@ def test_methods_without_weights_cost_what_torch_counts(reducer: str) -> None:
 
 
 def test_each_part_costs_what_torch_counts_in_it() -> None:
-    model = training_model(["controller", "projector", "decoder"], gradient_gates="features")
+    model = training_model(WHOLE, gradient_gates="features")
     num_keep, columns, width = 32, 9 + 32, 40
     question = torch.randn(1, width, requires_grad=True)
     sequence = torch.randn(1, columns, width, requires_grad=True)
@@ -165,14 +164,14 @@ def test_each_part_costs_what_torch_counts_in_it() -> None:
     # The tower's run makes the budget token on its way.
     seen["vision"] = seen.pop("tower") - seen["token"]
     seen["reducer"] = seen.pop("token") + seen.pop("controller")
-    step = step_of(["controller", "projector", "decoder"])
+    step = step_of(WHOLE)
     counted = count_training_flops(model.config, [9], step, token_budget=0.5)
     assert {part: of.total for part, of in counted.parts.items()} == pytest.approx(seen, rel=1e-3)
 
 
 @pytest.mark.parametrize("gates", GATES, ids=GATE_IDS)
 def test_a_batch_of_text_costs_what_torch_counts(gates: dict) -> None:
-    parts = ["controller", "projector", "decoder"]
+    parts = WHOLE
     model = training_model(parts, **gates)
     step = step_of(parts, gates["gradient_gates"])
     counted = count_training_flops(model.config, [9, 9], step, token_budget=[0.5, 0.7], num_images=[0, 0])
@@ -181,9 +180,9 @@ def test_a_batch_of_text_costs_what_torch_counts(gates: dict) -> None:
 
 
 def test_several_images_and_none_cost_what_torch_counts() -> None:
-    model = training_model(["controller", "projector", "decoder"], gradient_gates="features")
+    model = training_model(WHOLE, gradient_gates="features")
     batch = tiny_batch(model.config, (2, 0, 1), (9, 30, 7))
-    step = step_of(["controller", "projector", "decoder"])
+    step = step_of(WHOLE)
     counted = count_training_flops(model.config, [9, 30, 7], step, token_budget=[0.5, 0.4, 0.7], num_images=[2, 0, 1])
     seen = seen_by_torch(model, batch, token_budget=[0.5, 0.4, 0.7])
     assert forward_and_back(counted) == pytest.approx(seen, rel=1e-2)
@@ -208,14 +207,28 @@ def test_adapters_cost_what_torch_counts(others: list[str], checkpointing: bool)
     assert forward_and_back(counted) == pytest.approx(seen, rel=1e-2)
 
 
+def test_relevance_alone_is_on_the_way_back_through_the_scores() -> None:
+    model = training_model(["controller"], gradient_gates="features")
+    with recorded_scores(model.model.controller) as scores, counter() as flops:
+        model(**tiny_batch(model.config, (1,), (9,)), token_budget=0.5)
+        forward = flops.get_total_flops()
+        scores[0].sum().backward()
+    seen = forward, flops.get_total_flops() - forward
+    step = step_of(["controller"], losses=("relevance",))
+    parts = dict(count_training_flops(model.config, [9], step, token_budget=0.5).parts)
+    del parts["full_budget"]
+    assert parts["decoder"].backward == parts["projector"].backward == 0 < parts["reducer"].backward
+    assert forward_and_back(TrainingFlops(parts)) == pytest.approx(seen, rel=1e-4)
+
+
 def test_passes_at_full_budget_cost_what_torch_counts() -> None:
-    model = training_model(["controller", "projector", "decoder"], gradient_gates="features")
+    model = training_model(WHOLE, gradient_gates="features")
     batch = tiny_batch(model.config, (1,), (9,))
     inputs = batch | {"labels": targets(batch)}
     for loss, run in (("distillation", full_budget_logits), ("relevance", visual_relevance)):
         with counter() as flops:
             run(model, inputs)
-        step = step_of(["controller", "projector", "decoder"], losses=("lm", loss))
+        step = step_of(WHOLE, losses=("lm", loss))
         counted = count_training_flops(model.config, [9], step, token_budget=0.5)
         assert counted.parts["full_budget"].total == pytest.approx(flops.get_total_flops(), rel=1e-3)
 
@@ -258,7 +271,7 @@ def test_budgets_are_averaged_as_they_are_drawn() -> None:
 
 
 def test_a_batch_with_a_budget_for_each_sample_is_as_long_as_its_longest() -> None:
-    config, step = uneven_model().config, step_of(["controller", "projector", "decoder"])
+    config, step = uneven_model().config, step_of(WHOLE)
     per_batch, per_sample, full = (
         mean_training_flops(config, 9, step, budgets, per=per, rows=4).parts["decoder"].total
         for budgets, per in (((0.2, 1.0), "batch"), ((0.2, 1.0), "sample"), ((1.0, 1.0), "batch"))
@@ -281,34 +294,6 @@ def test_grouping_by_length_nearly_makes_up_for_a_budget_for_each_sample() -> No
 # ---------------------------------------------------------------- memory
 
 
-class BytesAlive(TorchDispatchMode):
-    """Adds up the storages that operations make, for as long as they live."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: dict[int, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = operation(*args, **(kwargs or {}))
-        given = {storage_of(tensor) for tensor in tensors_of((args, kwargs))}
-        for tensor in tensors_of(result):
-            key = storage_of(tensor)
-            if key not in given and key not in self.sizes:
-                self.sizes[key] = tensor.untyped_storage().nbytes()
-                weakref.finalize(tensor.untyped_storage(), self.sizes.pop, key, None)
-        self.peak = max(self.peak, sum(self.sizes.values()))
-        return result
-
-
-def tensors_of(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-def storage_of(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
 def bytes_saved(run: Any, parameters: Any) -> int:
     """What autograd keeps while `run` runs, each storage once, parameters not among them."""
     own, kept = {storage_of(parameter) for parameter in parameters}, {}
@@ -324,8 +309,9 @@ def bytes_saved(run: Any, parameters: Any) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["equal", "padded"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "padded"), [(torch.float32, False), (torch.bfloat16, True)], ids=["equal", "padded, in half precision"]
+)
 @pytest.mark.parametrize("parts", ALL_PARTS, ids="+".join)
 def test_activations_are_what_autograd_saves(parts: list[str], dtype: torch.dtype, padded: bool) -> None:
     model = training_model(parts, gradient_gates="features").to(dtype)
@@ -341,9 +327,7 @@ def test_activations_are_what_autograd_saves(parts: list[str], dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize(
-    "parts", [["projector"], ["controller"], ["controller", "projector", "decoder"]], ids="+".join
-)
+@pytest.mark.parametrize("parts", [["projector"], ["controller"], WHOLE], ids="+".join)
 def test_the_worst_moment_is_what_torch_allocates(parts: list[str], checkpointing: bool) -> None:
     model = training_model(parts, checkpointing, gradient_gates="features").to(torch.bfloat16)
     batch = tiny_batch(model.config, (1,) * 8, (100,) * 8)
