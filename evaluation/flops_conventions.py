@@ -267,7 +267,7 @@ def _adallava_rows(costs: ModelCosts) -> Iterator[PublishedRow]:
         ours = 100 * prefill(latency).prefill / prefill(1.0).prefill
         reason = f"{ran} of 32 layers"
         if abs(ours / published - 1) > TOLERANCE:
-            reason = f"the figure is a third party's and rounded; a cut of whole layers can only be {reason}"
+            reason = f"the figure is a third party's and rounded; a cut of whole layers can only be {ran} of 32"
         yield PublishedRow("AdaLLaVA", f"L, latency {latency}", "% of full", published, ours, reason)
 
 

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
 from ..modeling.costs.presets import preset_config
@@ -23,7 +23,7 @@ from ..modeling.costs.training_step import (
     plain_training_flops,
 )
 from ..modeling.families.llava import LLAVA
-from .training_memory import Layout, training_memory
+from .training_memory import Layout, Weights, activations, kept_by_weights
 
 GIB = 2**30
 # Dense bfloat16 products of an A100 (NVIDIA's data sheet), in FLOPs a second.
@@ -93,15 +93,17 @@ class Run:
         patches = LLAVA.tokens_per_image(self.config)
         kept = max(keep for keep, _ in longest_counts(self.budget_range, patches))
         stays = self.step.trains("controller") and self.step.gates == "attention"
-        return training_memory(
+        saved = activations(
             self.config,
             self.step,
-            self.layout,
             rows=self.micro_batch,
             length=self.longest if stays else self.longest - (patches - kept),
             visual_tokens=kept,
-            quantize=self.quantize,
+            # DDP makes half precision of float32 weights step by step; DeepSpeed and FSDP2 run the model in it.
+            autocast=self.layout.strategy == "ddp",
         )
+        weights = Weights.of(self.config, self.step, self.quantize)
+        return kept_by_weights(weights, self.layout) | saved | {"reserve": self.layout.reserve}
 
     def largest_micro_batch(self, gpu_memory: float) -> int | None:
         """The largest of 1, 2, 4 ... 32 rows that fits into `gpu_memory` bytes, or `None` if none does."""
@@ -215,28 +217,13 @@ class MeasuredStep:
 # ---------------------------------------------------------------- what was published
 
 
-@dataclass(frozen=True)
-class PublishedRun:
-    """
-    A run whose duration its authors state.
-
-    Attributes:
-        name, preset: the model.
-        hours: as stated, "around".
-        gpus, gpu: on what.
-        peak: FLOPs a second of one, by its data sheet.
-        samples: of the one epoch.
-        source: where it is stated.
-    """
+class PublishedRun(NamedTuple):
+    """A run over 665K samples on 8 A100s whose hours its authors state, "around"."""
 
     name: str
     preset: str
     hours: float
-    gpus: int
     gpu: str
-    peak: float
-    samples: int
-    source: str
 
     def utilisation(self, text_tokens: int) -> float:
         """
@@ -250,11 +237,12 @@ class PublishedRun:
         step = Step(["projector", "decoder"], checkpointing=True)
         parts = plain_training_flops(preset_config(self.preset), [text_tokens], step).parts
         executed = parts["vision"].forward + sum(part.total for name, part in parts.items() if name != "vision")
-        return executed * self.samples / (self.hours * 3600 * self.gpus * self.peak)
+        return hours(executed, PUBLISHED_SAMPLES, PUBLISHED_GPUS, A100_PEAK, 1.0) / self.hours
 
 
-_README = "github.com/haotian-liu/LLaVA, README.md, 'Visual Instruction Tuning'; scripts/v1_5/finetune.sh"
-PUBLISHED_RUNS: tuple[PublishedRun, ...] = (
-    PublishedRun("LLaVA-1.5-7B", "llava-1.5-7b", 10, 8, "A100 40 GB", A100_PEAK, 665_000, _README),
-    PublishedRun("LLaVA-1.5-13B", "llava-1.5-13b", 20, 8, "A100 80 GB", A100_PEAK, 665_000, _README),
+PUBLISHED_SAMPLES, PUBLISHED_GPUS = 665_000, 8
+PUBLISHED_SOURCE = "github.com/haotian-liu/LLaVA, README.md, 'Visual Instruction Tuning'; scripts/v1_5/finetune.sh"
+PUBLISHED_RUNS = (
+    PublishedRun("LLaVA-1.5-7B", "llava-1.5-7b", 10, "A100 40 GB"),
+    PublishedRun("LLaVA-1.5-13B", "llava-1.5-13b", 20, "A100 80 GB"),
 )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ..modeling.costs.presets import preset_config
 from ..modeling.costs.training_step import Step, longest_counts
 from ..modeling.families.llava import LLAVA
-from .training_costs import A100_PEAK, GIB, PUBLISHED_RUNS, MeasuredStep, Run
+from .training_costs import A100_PEAK, GIB, PUBLISHED_GPUS, PUBLISHED_RUNS, PUBLISHED_SOURCE, MeasuredStep, Run
 from .training_memory import LIVE_PARAMETERS, LOGIT_BYTES, NF4_BYTES, REDUCE_BUCKET, Layout, Weights, activations
 
 GPUS, SIZES = 8, (80, 40)
@@ -214,13 +214,13 @@ def _time(about: Run, utilisations: list[float], measured: MeasuredStep | None) 
 def _published() -> str:
     lengths = (100, 200, 300)
     rows = [
-        [run.name, run.gpu, f"{run.gpus}", f"{run.hours:g}", *(f"{run.utilisation(n):.2f}" for n in lengths)]
+        [run.name, run.gpu, f"{PUBLISHED_GPUS}", f"{run.hours:g}", *(f"{run.utilisation(n):.2f}" for n in lengths)]
         for run in PUBLISHED_RUNS
     ]
     head = ["", "GPU", "GPUs", "hours, as stated"]
     return (
         "## A published anchor\n\nLLaVA-1.5's authors state how long visual instruction tuning took on their 665K "
-        f"samples ({PUBLISHED_RUNS[0].source}). By our count, recomputation included, that is a utilisation of\n\n"
+        f"samples ({PUBLISHED_SOURCE}). By our count, recomputation included, that is a utilisation of\n\n"
         + _table([*head, *(f"at {n} text tokens" for n in lengths)], rows)
         + "\n\nThey do not state the mean number of text tokens, hence three columns."
     )

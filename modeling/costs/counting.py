@@ -25,7 +25,8 @@ from .weightless import CPU_FORMULAS, ProductsAreNoise
 
 class FlopsByPart(TorchDispatchMode):
     """
-    Notes what torch counts for which part of a model: forward, on the way back, and in layers that run again on it.
+    Notes what torch's `FlopCounterMode` would count, by its formulas, for which part of a model: forward, on the way
+    back, and in layers that run again on it.
 
     Autograd numbers its nodes in the order in which the forward pass makes them. So the modules of parts say which
     numbers are theirs, and a product on the way back belongs to the part that has its node's number.
@@ -40,7 +41,7 @@ class FlopsByPart(TorchDispatchMode):
 
     def __init__(self, parts: Mapping[Hashable, list[nn.Module]]) -> None:
         super().__init__()
-        self.flops = FlopCounterMode(display=False, custom_mapping=CPU_FORMULAS)
+        self.formulas = FlopCounterMode(display=False, custom_mapping=CPU_FORMULAS).flop_registry
         self.spent: Counter[tuple[Hashable, str, bool]] = Counter()
         self.inside, self.hooks = [], []
         # Numbers of autograd's nodes at which parts begin and end, and the part from there on.
@@ -64,24 +65,20 @@ class FlopsByPart(TorchDispatchMode):
         self.numbers.append(torch._C._autograd._get_sequence_nr())
         self.parts.append(part)
 
-    def __enter__(self) -> "FlopsByPart":
-        self.flops.__enter__()
-        return super().__enter__()
-
     def __exit__(self, *error: Any) -> None:
         for hook in self.hooks:
             hook.remove()
         super().__exit__(*error)
-        self.flops.__exit__(*error)
 
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        before = self.flops.get_total_flops()
-        result = operation(*args, **(kwargs or {}))
-        spent, node = self.flops.get_total_flops() - before, torch._C._current_autograd_node()
+        kwargs = kwargs or {}
+        result, formula = operation(*args, **kwargs), self.formulas.get(operation.overloadpacket)
+        spent = formula(*args, **kwargs, out_val=result) if formula else 0
         if spent:
             part, phase = self.inside[-1] if self.inside else None, "forward"
+            node = torch._C._current_autograd_node()
             if node is not None:
                 phase = "recomputed" if self.inside else "backward"
             if phase == "backward":
@@ -93,7 +90,8 @@ class FlopsByPart(TorchDispatchMode):
 def flops_by_part(run: Callable[[], Any], parts: Mapping[Hashable, list[nn.Module]]) -> tuple[Any, Counter[Hashable]]:
     """What `run` returns without gradients, and the FLOPs of each part; see [`FlopsByPart`]."""
     by_part: Counter[Hashable] = Counter()
-    with torch.no_grad(), ProductsAreNoise(), FlopsByPart(parts) as counted:
+    # See `weightless_model`.
+    with torch.inference_mode(False), torch.no_grad(), ProductsAreNoise(), FlopsByPart(parts) as counted:
         result = run()
     for (part, _, _), flops in counted.spent.items():
         by_part[part] += flops

@@ -32,6 +32,8 @@ CPU_FORMULAS: dict[Any, Callable[..., int]] = {
 _NOISE, _LARGE = 2**20, 2**18
 
 
+# Of tensors made in inference mode operations come whole, and not as the products that they are made of.
+@torch.inference_mode(False)
 def weightless_model(config: AdaVTPConfig, **changes: Any) -> AdaVTPForConditionalGeneration:
     """
     A model whose weights take no memory, in evaluation mode.

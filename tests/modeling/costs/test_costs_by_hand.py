@@ -71,6 +71,15 @@ def test_totals_add_up_token_by_token() -> None:
         counted.with_new_tokens(-1)
 
 
+@torch.inference_mode()
+def test_counting_is_the_same_in_inference_mode() -> None:
+    config = uneven_model().config
+    for reducer in ("adaptive", "fastv"):
+        inside = ModelCosts(config).of_prompt(9, reducer=reducer, token_budget=0.5)
+        with torch.inference_mode(False):
+            assert inside == ModelCosts(config).of_prompt(9, reducer=reducer, token_budget=0.5)
+
+
 @pytest.mark.parametrize("window", [None, 3, 10, 12, 13, 20, 100])
 def test_steps_attend_to_one_column_more_up_to_the_window(window: int | None) -> None:
     for steps in range(12):
