@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .console import command_as_typed, console, refusals_shown
-from .flops import model_config
+from .flops import Checkpoint, Preset, model_config
 
 if TYPE_CHECKING:
     from ..evaluation.training_costs import MeasuredStep, Run
@@ -21,12 +21,8 @@ MEASURED = Path("benchmarks/results/training.json")
 
 
 def plan(
-    preset: Annotated[
-        str | None, typer.Option(help="A well-known shape, such as llava-1.5-7b or llava-1.5-13b.")
-    ] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Checkpoint folder in its place; only its config.json is read.")
-    ] = None,
+    preset: Preset = None,
+    checkpoint: Checkpoint = None,
     gpus: Annotated[int, typer.Option(help="Number of GPUs.", min=1)] = 8,
     gpu_memory: Annotated[float, typer.Option(help="Of one, in GiB.", min=1)] = 80,
     strategy: Annotated[str, typer.Option(help="ddp, zero2, zero3 or fsdp2.")] = "zero3",
@@ -85,7 +81,7 @@ def plan(
             config=model_config(preset, checkpoint, None),
             step=Step(train_parts, lora, checkpointing, gates, tuple(loss)),
             layout=Layout(strategy, gpus, reserve * GIB),
-            budget_range=_low_and_high(budget_range),
+            budget_range=tuple(budget_range),
             per=per,
             samples=samples,
             text_tokens=text_tokens,
@@ -116,12 +112,6 @@ def _write_page(document: Path, measured: "MeasuredStep | None", file: Path, ask
     document.parent.mkdir(parents=True, exist_ok=True)
     document.write_text(plan_page(command_as_typed(), measured, choice, *asked), encoding="utf-8")
     console.print(f"Page: {document}")
-
-
-def _low_and_high(budgets: list[float]) -> tuple[float, float]:
-    if len(budgets) != 2:
-        raise ValueError(f"`budget_range` is {budgets}; two are allowed, the lowest and the highest budget.")
-    return budgets[0], budgets[1]
 
 
 def _memory_table(run: "Run", gpu_memory: float) -> Table:

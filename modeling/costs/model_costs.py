@@ -195,28 +195,24 @@ class ModelCosts:
         *,
         token_budget: StackBudget | None = None,
         reducer: ReducerSpec | None = None,
-        new_tokens: int = 1,
-        dtype: torch.dtype | str | None = None,
     ) -> Costs:
         """
         The FLOPs of one prompt whose visual tokens have been chosen, also by a rule that only the image could answer.
 
         Args:
             selection: of the prompt's images, or `None` if it has none.
+            text_tokens: see [`ModelCosts.of_prompt`].
             token_budget, reducer: with which it was made.
-            others: see [`ModelCosts.of_prompt`].
 
         Raises:
             ValueError: see [`ModelCosts.of_prompt`].
         """
         stack, budget = self._stack(reducer, token_budget)
         tokens = VisualTokens.chosen(selection, self.config.text_config.num_hidden_layers)
-        key = (stack, _written(budget), tokens, text_tokens, str(dtype))
+        key = (stack, _written(budget), tokens, text_tokens)
         if key not in self._prompts:
-            spent = stack.spent_on(tokens, budget, text_tokens)
-            self._prompts[key] = self._costs(text_tokens, tokens, spent, 1, dtype, None)
-        found = self._prompts[key]
-        return found if new_tokens == 1 else replace(found, new_tokens=new_tokens)
+            self._prompts[key] = self._costs(text_tokens, tokens, stack.spent_on(tokens, budget, text_tokens))
+        return self._prompts[key]
 
     def visual_tokens(
         self, reducer: ReducerSpec | None = None, token_budget: StackBudget | None = None, num_images: int = 1
@@ -261,9 +257,9 @@ class ModelCosts:
         text_tokens: int,
         tokens: VisualTokens,
         spent: Counter,
-        new_tokens: int,
-        dtype: torch.dtype | str | None,
-        plan: ExecutionPlan | None,
+        new_tokens: int = 1,
+        dtype: torch.dtype | str | None = None,
+        plan: ExecutionPlan | None = None,
     ) -> Costs:
         columns = self.columns(text_tokens, tokens)
         decode = self.decoder.decode(columns, plan)

@@ -242,7 +242,7 @@ def longest_counts(budget_range: tuple[float, float], num_patches: int, draws: i
     Raises:
         ValueError: if the range is empty or leaves [0, 1].
     """
-    low, high = budget_range
+    low, high = budget_range if len(budget_range) == 2 else (1.0, 0.0)
     if not 0.0 <= low <= high <= 1.0:
         raise ValueError(f"`budget_range` is {budget_range!r}; allowed are two fractions 0 <= low <= high <= 1.")
     if low == high:
