@@ -394,34 +394,23 @@ class _StackCosts:
             return self._with_projected(self.spent(token_budget, num_images, text_tokens, tokens), tokens)
         whole: Counter = Counter()
         for size, keep in zip(tokens.sizes, tokens.num_keep, strict=True):
-            whole += self._of_kept(
-                size, keep, lambda budget: self._with_decoder(budget, names, tokens), text_tokens, tokens
-            )
+            whole += self._of_kept(size, keep, tokens, text_tokens)
         return self._with_projected(whole, tokens)
 
-    def _of_kept(
-        self,
-        size: int,
-        keep: int,
-        budget_of: Callable[[float | int], StackBudget],
-        text_tokens: int,
-        tokens: VisualTokens,
-    ) -> Counter:
+    def _of_kept(self, size: int, keep: int, tokens: VisualTokens, text_tokens: int) -> Counter:
         """A unit of which so many tokens stay: run for the first few numbers, others lie on the parabola."""
+        names = {step.name for step in self.before}
 
         def run(number: int) -> Counter:
             budget = 1.0 if number >= size else 0.0 if number == 1 else number
-            return self.spent(budget_of(budget), 1, text_tokens, tokens)
+            if self.decoder is not None and self.decoder.name not in names:
+                # Beside that of the reducer before the decoder, the mean that was left inside it.
+                budget = {**dict.fromkeys(names, budget), self.decoder.name: max(round(tokens.mean), 2)}
+            return self.spent(budget, 1, text_tokens, tokens)
 
         if self.decoder is not None:
             return run(keep)
         return self._on_parabola(size, keep, (size // 4, size // 2, 3 * size // 4), run)
-
-    def _with_decoder(self, budget: StackBudget, names: list[str], tokens: VisualTokens) -> StackBudget:
-        """A budget for the reducer before the decoder, with the mean that was left inside it."""
-        if self.decoder is None or self.decoder.name in names:
-            return budget
-        return {**dict.fromkeys(names, budget), self.decoder.name: max(round(tokens.mean), 2)}
 
     def _with_projected(self, spent: Counter, tokens: VisualTokens) -> Counter:
         """The projector gets rows as long as the longest, unless tokens are chosen behind it."""
