@@ -114,14 +114,15 @@ def build_models(shape: Shape, device: torch.device, dtype: torch.dtype) -> Mode
     config = configuration(shape)
     with device:
         ours = AdaVTPForConditionalGeneration._from_config(config, dtype=dtype).eval()
-    stock_cut_config = _stock_configuration(config)
+    stock_cut_config = stock_configuration(config)
     # The feature layer is -2, the output of the last layer but one; with one layer less it is -1.
     stock_cut_config.vision_config.num_hidden_layers -= 1
     stock_cut_config.vision_feature_layer = -1
-    return Models(ours, _with_weights_of(ours, _stock_configuration(config)), _with_weights_of(ours, stock_cut_config))
+    return Models(ours, with_weights_of(ours, stock_configuration(config)), with_weights_of(ours, stock_cut_config))
 
 
-def _stock_configuration(config: AdaVTPConfig) -> LlavaConfig:
+def stock_configuration(config: AdaVTPConfig) -> LlavaConfig:
+    """Stock LLaVA's of the same sizes."""
     return LlavaConfig(
         vision_config=copy.deepcopy(config.vision_config),
         text_config=copy.deepcopy(config.text_config),
@@ -131,14 +132,14 @@ def _stock_configuration(config: AdaVTPConfig) -> LlavaConfig:
     )
 
 
-def _with_weights_of(ours: AdaVTPForConditionalGeneration, config: LlavaConfig) -> LlavaForConditionalGeneration:
+def with_weights_of(ours: AdaVTPForConditionalGeneration, config: LlavaConfig) -> LlavaForConditionalGeneration:
     """
-    Stock LLaVA of this configuration on our tensors. Its modules are its own: transformers puts hooks on them, and
-    a module in two models would carry them twice.
+    Stock LLaVA of this configuration on our parameters, so that what trains here trains there. Its modules are its
+    own: transformers puts hooks on them, and a module in two models would carry them twice.
     """
     with torch.device("meta"):
         stock = LlavaForConditionalGeneration._from_config(config, dtype=ours.dtype).eval()
-    stock.load_state_dict(ours.state_dict(), strict=False, assign=True)
+    stock.load_state_dict(ours.state_dict(keep_vars=True), strict=False, assign=True)
     for name, buffer in list(stock.named_buffers()):
         if buffer.is_meta:
             module, _, own_name = name.rpartition(".")

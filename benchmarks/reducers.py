@@ -29,9 +29,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import AutoModel, CLIPVisionConfig, DynamicCache, LlamaConfig, PreTrainedModel
+from transformers import AutoModel, DynamicCache, PreTrainedModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+import overhead
 from adavtp import AdaVTPConfig, TokenReducer, VisionFeatures
 from adavtp.modeling.budget.token_budget import num_tokens_to_keep
 from adavtp.modeling.decoder.reducer import DecoderReducer
@@ -66,27 +67,11 @@ class Shape:
 
 
 def configuration(shape: Shape) -> AdaVTPConfig:
-    """The configuration of a model of this shape, everything else LLaVA-1.5's or AdaVTP's default."""
-    vision = CLIPVisionConfig(
-        hidden_size=shape.width,
-        intermediate_size=4 * shape.width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        image_size=PATCH_SIZE * math.isqrt(shape.num_patches),
-        patch_size=PATCH_SIZE,
-    )
-    text = LlamaConfig(
-        hidden_size=shape.text_width,
-        intermediate_size=shape.text_mlp_width,
-        num_hidden_layers=shape.text_layers,
-        num_attention_heads=shape.text_heads,
-        max_position_embeddings=4096,
-        # Nothing here embeds or predicts a word.
-        vocab_size=64,
-    )
-    return AdaVTPConfig(
-        vision_config=vision, text_config=text, image_token_index=63, image_seq_length=shape.num_patches
-    )
+    """The configuration of a model of this shape. Nothing here embeds or predicts a word."""
+    image_size = PATCH_SIZE * math.isqrt(shape.num_patches)
+    tower = (shape.layers, shape.width, shape.heads, image_size, PATCH_SIZE)
+    decoder = (shape.text_layers, shape.text_width, shape.text_heads, shape.text_heads, shape.text_mlp_width)
+    return overhead.configuration(overhead.Shape(*tower, *decoder, vocab_size=64))
 
 
 @dataclass

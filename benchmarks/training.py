@@ -15,7 +15,6 @@ Three questions, asked of a LLaVA-shaped model with random weights whose decoder
 """
 
 import argparse
-import copy
 import gc
 import io
 import itertools
@@ -32,12 +31,8 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
-from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast, PrinterCallback
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers import LlavaForConditionalGeneration, PrinterCallback
 
 from adavtp import (
     AdaVTPConfig,
@@ -47,15 +42,16 @@ from adavtp import (
     AdaVTPTrainingArguments,
     BudgetCollator,
 )
+from adavtp.commands.console import reference_checkpoint
 from adavtp.evaluation.training_costs import A100_PEAK
-from adavtp.evaluation.training_flops import Step, Trained, TrainingFlops, count_training_flops, plain_training_flops
 from adavtp.modeling.costs.presets import preset_config
+from adavtp.modeling.costs.training_step import Step, TrainingFlops, count_training_flops, plain_training_flops
 from adavtp.trainer.data.reader import ConversationReader
 from adavtp.trainer.data.stream import ConversationStream
 from adavtp.trainer.trained_parts import choose_trained_parts
 from circumstances import circumstances, console, write_json
 from interleaved import CLOCKS, Spread, interleaved_medians
-from overhead import Shape, configuration
+from overhead import Shape, configuration, stock_configuration, with_weights_of
 
 TARGET_SPEED_UP, TARGET_WAITING = 1.25, 0.05
 TRAIN_PARTS = ["controller", "projector", "decoder"]
@@ -131,21 +127,7 @@ def build_models(config: AdaVTPConfig, device: torch.device, dtype: torch.dtype,
     """Random weights, made where and as they are used."""
     with device:
         ours = AdaVTPForConditionalGeneration._from_config(config, dtype=dtype).train()
-    plain_config = LlavaConfig(
-        vision_config=copy.deepcopy(config.vision_config),
-        text_config=copy.deepcopy(config.text_config),
-        image_token_index=config.image_token_id,
-        image_seq_length=config.image_seq_length,
-        tie_word_embeddings=False,
-    )
-    with torch.device("meta"):
-        plain = LlavaForConditionalGeneration._from_config(plain_config, dtype=dtype).train()
-    # The parameters themselves: what trains here trains there, and AdamW has one state for both.
-    plain.load_state_dict(ours.state_dict(keep_vars=True), strict=False, assign=True)
-    for name, buffer in list(plain.named_buffers()):
-        if buffer.is_meta:
-            module, _, own_name = name.rpartition(".")
-            setattr(plain.get_submodule(module), own_name, ours.get_buffer(name))
+    plain = with_weights_of(ours, stock_configuration(config)).train()
     # Not before: taking parameters over makes them train.
     choose_trained_parts(ours, TRAIN_PARTS)
     if checkpointing:
@@ -252,7 +234,7 @@ def expected_speed_up(
     """What counted FLOPs say of the same budgets."""
     text = [arguments.text_tokens] * arguments.batch_size
     step = Step(
-        Trained.of(TRAIN_PARTS),
+        TRAIN_PARTS,
         checkpointing=arguments.checkpointing,
         gates=way.gates,
         gates_fused=arguments.device.type == "cuda",
@@ -276,38 +258,12 @@ def jpeg(generator: torch.Generator, width: int = 640, height: int = 480) -> byt
 
 
 def build_processor(image_size: int, patch_size: int) -> AdaVTPProcessor:
-    """CLIP's preprocessing, a prompt in LLaVA's form, and a tokenizer that knows the words of the conversations."""
-    words = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:", *f"{QUESTION} {ANSWER}".split()]
-    tokenizer = Tokenizer(
-        WordLevel({word: number for number, word in enumerate(dict.fromkeys(words))}, unk_token="<unk>")
-    )
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    tokenizer.add_special_tokens(words[:7])
-    template = (
-        "{{ bos_token }}{% for message in messages %}{{ message['role'].upper() + ': ' }}"
-        "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }}"
-        "{% endif %}{% endfor %}{{ eos_token if message['role'] == 'assistant' else ' ' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}"
-    )
-    return AdaVTPProcessor(
-        CLIPImageProcessorPil(
-            size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
-        ),
-        PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            pad_token="<pad>",
-            bos_token="<s>",
-            eos_token="</s>",
-            unk_token="<unk>",
-            extra_special_tokens={"image_token": "<image>"},
-            padding_side="right",
-        ),
-        patch_size=patch_size,
-        vision_feature_select_strategy="default",
-        chat_template=template,
-        image_token="<image>",
-        num_additional_image_tokens=1,
-    )
+    """The reference's, CLIP's preprocessing and a prompt in LLaVA's form, for images of another size."""
+    processor = AdaVTPProcessor.from_pretrained(reference_checkpoint())
+    processor.image_processor.size = {"shortest_edge": image_size}
+    processor.image_processor.crop_size = {"height": image_size, "width": image_size}
+    processor.patch_size = patch_size
+    return processor
 
 
 def conversation_rows(number: int, text_tokens: int, seed: int) -> list[dict[str, Any]]:
@@ -431,7 +387,7 @@ def sample_costs(reader: ConversationReader, rows: list[dict[str, Any]], argumen
         collator([reader.read(rows[0])])
 
     spread = interleaved_medians({"sample": one}, 9)["sample"]
-    step = Step(Trained.of(TRAIN_PARTS), checkpointing=True)
+    step = Step(TRAIN_PARTS, checkpointing=True)
     mean = sum(BUDGET_RANGE) / 2
     config = preset_config("llava-1.5-7b")
     flops = count_training_flops(config, [arguments.text_tokens], step, token_budget=mean).total

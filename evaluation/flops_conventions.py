@@ -6,120 +6,84 @@ Each convention here is the paper's formula for a layer; [`published_rows`] puts
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..modeling.costs.decoder import DecodeCost, ExecutionPlan
-from ..modeling.costs.model_costs import Costs, ModelCosts, mean_of_layers
+from ..modeling.costs.decoder import DecoderCost, ExecutionPlan, LayerCost
+from ..modeling.costs.model_costs import Costs, ModelCosts
 from ..modeling.costs.presets import preset_config
 
 NOT_COUNTED = ("vision", "reducer", "projector")
 TOLERANCE = 0.03
 
 
-class Widths(NamedTuple):
-    """What the papers' formulas are made of: d, the widths of all queries and of all keys, m, H and V."""
-
-    hidden_size: int
-    query_width: int
-    key_width: int
-    mlp_size: int
-    num_heads: int
-    vocab_size: int
-
-    @classmethod
-    def of(cls, text: PreTrainedConfig) -> "Widths":
-        """Of a text model's configuration."""
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
-        return cls(text.hidden_size, queries, keys, text.intermediate_size, text.num_attention_heads, text.vocab_size)
-
-
-def fastv_layer(decoder: Widths, n: int, keys: int, heads: float, mlp: float) -> float:
-    """
-    FastV (arXiv 2403.06764, section 4): 4 n d^2 + 2 n^2 d + 2 n d m, a multiplication with its addition counted once.
-    The MLP has two matrices there, where Vicuna's has three. Grouped-query attention makes 4 n d^2 less.
-    """
-    width = decoder.hidden_size
-    projections = 2 * n * width * (decoder.query_width + decoder.key_width)
-    return heads * (projections + 2 * n * keys * decoder.query_width) + mlp * 2 * n * width * decoder.mlp_size
-
-
-def llm_viewer_layer(decoder: Widths, n: int, keys: int, heads: float, mlp: float) -> float:
-    """
-    LLM-Viewer, which PruMerge and AdaLLaVA count with: 2 n (4 d^2 + 3 d m) + 4 n^2 d for the products, 5 H n^2 for the
-    softmax, 14 n d for two norms and 2 n d for each of two additions.
-    """
-    width = decoder.hidden_size
-    projections = 4 * n * width * (decoder.query_width + decoder.key_width)
-    attention = 4 * n * keys * decoder.query_width + 5 * decoder.num_heads * n * keys
-    return heads * (projections + attention) + mlp * 6 * n * width * decoder.mlp_size + 18 * n * width
-
-
-def llm_viewer_head(decoder: Widths) -> float:
-    """The head on one position, a multiplication with its addition counted once."""
-    return float(decoder.hidden_size * decoder.vocab_size)
-
-
 @dataclass(frozen=True)
 class Convention:
     """
-    How a paper counts.
+    How a paper counts a decoder layer of n columns: with hidden size d, queries q and keys k wide, H heads and m
+    neurons,
+
+        projections n d (q + k) + pairs n^2 q + softmax n^2 H + mlp n d m + norms n d
+
+    and the head on one position, head d V. Grouped-query attention makes k less than d, which no paper had.
 
     Attributes:
         paper: its name and arXiv id.
-        layer: FLOPs of a layer for n columns that attend to `keys`, with shares of heads and of the MLP that run.
-        head: FLOPs of the head.
+        projections, pairs, softmax, mlp, norms, head: the numbers in the formula.
         extra_columns: that the paper counts beside text and visual tokens.
         says: what is peculiar about it.
     """
 
     paper: str
-    layer: Callable[[Widths, int, int, float, float], float]
-    head: Callable[[Widths], float]
-    extra_columns: int
     says: str
+    projections: int
+    pairs: int
+    mlp: int
+    softmax: int = 0
+    norms: int = 0
+    head: int = 0
+    extra_columns: int = 0
 
-    def layers(self, decoder: Widths, n: Sequence[int], keys: Sequence[int], plan: ExecutionPlan) -> float:
-        """The sum over the layers that run, of n columns that attend to so many keys, and the head."""
-        layers = zip(n, keys, plan.heads, plan.mlp, strict=True)
-        return self.head(decoder) + sum(self.layer(decoder, *layer) for layer in layers if layer[2] or layer[3])
-
-    def decode(self, decoder: Widths, seen: Sequence[int], plan: ExecutionPlan) -> DecodeCost:
-        """The steps behind a prefill of so many columns in each layer."""
-        per_key = tuple(
-            self.layer(decoder, 1, 1, heads, mlp) - self.layer(decoder, 1, 0, heads, mlp)
-            for heads, mlp in zip(plan.heads, plan.mlp, strict=True)
+    def decoder(self, text: PreTrainedConfig) -> DecoderCost:
+        """The formula with a text model's sizes."""
+        width, heads = text.hidden_size, text.num_attention_heads
+        head_dim = getattr(text, "head_dim", None) or width // heads
+        queries, keys = heads * head_dim, text.num_key_value_heads * head_dim
+        layer = LayerCost(
+            projections=self.projections * width * (queries + keys),
+            pair=self.pairs * queries + self.softmax * heads,
+            mlp=self.mlp * width * text.intermediate_size,
+            shared=self.norms * width,
         )
-        step = self.layers(decoder, [1] * len(seen), [0] * len(seen), plan)
-        return DecodeCost(step, per_key, tuple(seen), (None,) * len(seen))
+        return DecoderCost((layer,) * text.num_hidden_layers, self.head * width * text.vocab_size)
 
 
+# 2 n (4 d^2 + 3 d m) + 4 n^2 d for the products, 5 H n^2 for the softmax, 14 n d for two norms and 2 n d for each of
+# two additions; at the head a multiplication with its addition counts once.
+LLM_VIEWER = {"projections": 4, "pairs": 4, "mlp": 6, "softmax": 5, "norms": 18, "head": 1}
 CONVENTIONS = {
+    # 4 n d^2 + 2 n^2 d + 2 n d m (section 4), where Vicuna's MLP has a third matrix.
     "fastv": Convention(
         "FastV (arXiv 2403.06764)",
-        fastv_layer,
-        lambda decoder: 0.0,
-        extra_columns=0,
-        says="1 MAC = 1 FLOP, MLP of two matrices, whole sequence; the paper prints the mean of a layer",
+        "1 MAC = 1 FLOP, MLP of two matrices, whole sequence; the paper prints the mean of a layer",
+        projections=2,
+        pairs=2,
+        mlp=2,
     ),
     "prumerge": Convention(
         "PruMerge (arXiv 2403.15388)",
-        llm_viewer_layer,
-        llm_viewer_head,
-        extra_columns=0,
-        says="1 MAC = 2 FLOPs (head: 1), softmax, norms and additions counted, whole sequence (LLM-Viewer)",
+        "1 MAC = 2 FLOPs (head: 1), softmax, norms and additions counted, whole sequence (LLM-Viewer)",
+        **LLM_VIEWER,
     ),
     "adallava": Convention(
         "AdaLLaVA (arXiv 2503.10905)",
-        llm_viewer_layer,
-        llm_viewer_head,
+        "as PruMerge, with a latency token and, as the authors count, one more; skipped layers count nothing",
         # The latency token, and the one by which the authors' evaluation counts the prompt too long.
         extra_columns=2,
-        says="as PruMerge, with a latency token and, as the authors count, one more; skipped layers count nothing",
+        **LLM_VIEWER,
     ),
 }
 
@@ -152,22 +116,21 @@ def count_flops(
         return costs.of_prompt(text_tokens, plan=plan, new_tokens=new_tokens, dtype=dtype, **asked)
     if convention not in CONVENTIONS:
         raise ValueError(f"`convention` is {convention!r}; allowed: adavtp, {', '.join(CONVENTIONS)}.")
-    paper, text = CONVENTIONS[convention], costs.config.text_config
+    paper = CONVENTIONS[convention]
+    decoder = paper.decoder(costs.config.text_config)
     tokens = costs.visual_tokens("full" if layer_tokens is not None else asked.pop("reducer", None), **asked)
     if layer_tokens is not None:
         tokens = replace(tokens, of_layers=tuple(layer_tokens))
-    columns = costs.columns(text_tokens, tokens)
-    seen, whole = [n + paper.extra_columns for n in columns], (1.0,) * len(columns)
-    units, decoder = plan or ExecutionPlan(whole, whole), Widths.of(text)
-    decode = paper.decode(decoder, seen, units)
+    seen = [n + paper.extra_columns for n in costs.columns(text_tokens, tokens)]
+    decode = decoder.decode(seen, plan)
     return Costs(
         vision=0.0,
         reducer=0.0,
         projector=0.0,
-        prefill=paper.layers(decoder, seen, seen, units),
+        prefill=decoder.prefill(seen, plan),
         decode_per_token=decode.steps(1),
         kv_bytes=float(costs.decoder.kv_numbers(seen, plan) * costs.bytes_per_number(dtype)),
-        mean_visual_tokens=mean_of_layers(tokens),
+        mean_visual_tokens=tokens.mean,
         new_tokens=new_tokens,
         layer_tokens=tuple(seen),
         convention=convention,
@@ -264,22 +227,18 @@ _PROMPT = 60
 
 def published_rows() -> list[PublishedRow]:
     """The published FLOPs of FastV, PruMerge, AdaLLaVA and DyRate for LLaVA-1.5-7B, and ours in their conventions."""
-    return [*_fastv_rows(), *_prumerge_rows(), *_adallava_rows(), *_dyrate_rows()]
-
-
-def _fastv_rows() -> list[PublishedRow]:
     costs = ModelCosts.of(preset_config("llava-1.5-7b"))
-    rows = []
+    return [*_fastv_rows(costs), *_prumerge_rows(costs), *_adallava_rows(costs), *_dyrate_rows(costs)]
+
+
+def _fastv_rows(costs: ModelCosts) -> Iterator[PublishedRow]:
+    reason = f"taken: {_FASTV_TEXT} text tokens, with which the unpruned row comes out; mean of a layer"
     for setting, reducer, published in _FASTV:
         flops = count_flops(costs, _FASTV_TEXT, "fastv", reducer=reducer or "full")
-        reason = f"taken: {_FASTV_TEXT} text tokens, with which the unpruned row comes out; mean of a layer"
-        rows.append(PublishedRow("FastV", setting, "GFLOPs", published, per_layer(flops) / 1e9, reason))
-    return rows
+        yield PublishedRow("FastV", setting, "GFLOPs", published, per_layer(flops) / 1e9, reason)
 
 
-def _prumerge_rows() -> list[PublishedRow]:
-    costs = ModelCosts.of(preset_config("llava-1.5-7b"))
-    rows = []
+def _prumerge_rows(costs: ModelCosts) -> Iterator[PublishedRow]:
     for kept, published in ((576, 9.3), (40, 0.91)):
 
         def prefill(text_tokens: int, kept: int = kept) -> float:
@@ -289,12 +248,10 @@ def _prumerge_rows() -> list[PublishedRow]:
         fitting = bisect_left(range(1000), published, key=prefill)
         reason = f"the paper's two figures fit no one prompt: this one takes about {fitting} text tokens"
         setting = f"{kept} visual, {_PROMPT} text tokens"
-        rows.append(PublishedRow("PruMerge", setting, "TFLOPs", published, prefill(_PROMPT), reason))
-    return rows
+        yield PublishedRow("PruMerge", setting, "TFLOPs", published, prefill(_PROMPT), reason)
 
 
-def _adallava_rows() -> list[PublishedRow]:
-    costs = ModelCosts.of(preset_config("llava-1.5-7b"))
+def _adallava_rows(costs: ModelCosts) -> Iterator[PublishedRow]:
     text = costs.config.text_config
 
     def prefill(latency: float, **asked: Any) -> Costs:
@@ -302,39 +259,26 @@ def _adallava_rows() -> list[PublishedRow]:
 
     taken = f"taken: {_PROMPT} text tokens (the MME prompts' own lengths are not stated)"
     limited = prefill(0.85, new_tokens=2)
-    rows = [
-        PublishedRow("AdaLLaVA", "L, latency 0.85, prefill", "TFLOPs", 7.2277, limited.prefill / 1e12, taken),
-        PublishedRow("AdaLLaVA", "L, latency 0.85, with the answer", "TFLOPs", 7.239, limited.total / 1e12, taken),
-    ]
-    weak = "the figure is a third party's and rounded; a cut of whole layers can only be {layers} of 32"
+    of_both = {"prefill": (7.2277, limited.prefill), "with the answer": (7.239, limited.total)}
+    for what, (published, ours) in of_both.items():
+        yield PublishedRow("AdaLLaVA", f"L, latency 0.85, {what}", "TFLOPs", published, ours / 1e12, taken)
     for latency, published in ((0.8, 78.0), (0.6, 57.0), (0.5, 51.0)):
         ran = sum(share > 0 for share in latency_plan(latency, text).heads)
         ours = 100 * prefill(latency).prefill / prefill(1.0).prefill
-        reason = weak.format(layers=ran) if abs(ours / published - 1) > TOLERANCE else f"{ran} of 32 layers"
-        rows.append(PublishedRow("AdaLLaVA", f"L, latency {latency}", "% of full", published, ours, reason))
-    return rows
+        reason = f"{ran} of 32 layers"
+        if abs(ours / published - 1) > TOLERANCE:
+            reason = f"the figure is a third party's and rounded; a cut of whole layers can only be {ran} of 32"
+        yield PublishedRow("AdaLLaVA", f"L, latency {latency}", "% of full", published, ours, reason)
 
 
-def _dyrate_rows() -> list[PublishedRow]:
-    costs = ModelCosts.of(preset_config("llava-1.5-7b"))
+def _dyrate_rows(costs: ModelCosts) -> Iterator[PublishedRow]:
     full = count_flops(costs, _PROMPT, "fastv", reducer="full").prefill
-    fastv = count_flops(costs, _PROMPT, "fastv", reducer={"name": "fastv", "layer": 3, "ratio": 0.5})
-    return [
-        PublishedRow(
-            "DyRate",
-            "FastV, K=3, R=50%, as quoted there",
-            "% of full",
-            57.90,
-            100 * fastv.prefill / full,
-            f"the figure is known to us from notes on the paper; taken: {_PROMPT} text tokens, FastV's convention",
-        ),
-        PublishedRow(
-            "DyRate",
-            "DyRate",
-            "% of full",
-            33.33,
-            None,
-            "each step's rate is a learned predictor's choice; neither the rates nor the lengths of the answers "
-            "behind the figure are known to us, and there is no public code",
-        ),
-    ]
+    fastv = count_flops(costs, _PROMPT, "fastv", reducer={"name": "fastv", "layer": 3, "ratio": 0.5}).prefill
+    known = f"the figure is known to us from notes on the paper; taken: {_PROMPT} text tokens, FastV's convention"
+    unknown = (
+        "each step's rate is a learned predictor's choice; neither the rates nor the lengths of the answers "
+        "behind the figure are known to us, and there is no public code"
+    )
+    quoted = "FastV, K=3, R=50%, as quoted there"
+    yield PublishedRow("DyRate", quoted, "% of full", 57.90, 100 * fastv / full, known)
+    yield PublishedRow("DyRate", "DyRate", "% of full", 33.33, None, unknown)

@@ -2,23 +2,28 @@
 
     hours = samples x FLOPs of a sample x overhead / (GPUs x peak x utilisation) / 3600
 
-Torch counts the FLOPs (`training_flops.py`), formulas the memory (`training_memory.py`). The overhead is what a
+Torch counts the FLOPs, formulas the memory (`training_memory.py`). The overhead is what a
 benchmark measured beyond the count. The utilisation is nobody's to count: it is an input, a range, and what published
 runs reached by this very formula stands beside it.
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
 from ..modeling.costs.presets import preset_config
+from ..modeling.costs.training_step import (
+    Step,
+    TrainingFlops,
+    longest_counts,
+    mean_training_flops,
+    plain_training_flops,
+)
 from ..modeling.families.llava import LLAVA
-from .training_flops import Step, Trained, TrainingFlops, longest_counts, mean_training_flops, plain_training_flops
-from .training_memory import Layout, Memory, training_memory
+from .training_memory import Layout, Weights, activations, kept_by_weights
 
 GIB = 2**30
 # Dense bfloat16 products of an A100 (NVIDIA's data sheet), in FLOPs a second.
@@ -74,35 +79,66 @@ class Run:
         return mean_training_flops(self.config, *asked, per=self.per, rows=self.micro_batch)
 
     @cached_property
-    def plain_flops(self) -> TrainingFlops:
-        """Of a sample in plain LLaVA with all visual tokens and the same parts trained, but for the controller."""
-        return plain_training_flops(self.config, [self.text_tokens], self.step)
+    def plain_flops(self) -> TrainingFlops | None:
+        """
+        Of a sample in plain LLaVA with all visual tokens and the same parts trained, but for the controller; `None` if
+        nothing is left that trains.
+        """
+        alone = set(self.step.parts) == {"controller"}
+        return None if alone else plain_training_flops(self.config, [self.text_tokens], self.step)
 
     @cached_property
-    def memory(self) -> Memory:
-        """On each GPU, at the longest batch: at the highest budget."""
+    def memory(self) -> dict[str, float]:
+        """Bytes on each GPU by what they are for, at the longest batch: at the highest budget."""
         patches = LLAVA.tokens_per_image(self.config)
         kept = max(keep for keep, _ in longest_counts(self.budget_range, patches))
-        stays = self.step.trained.controller and self.step.gates == "attention"
-        return training_memory(
+        stays = self.step.trains("controller") and self.step.gates == "attention"
+        saved = activations(
             self.config,
             self.step,
-            self.layout,
             rows=self.micro_batch,
             length=self.longest if stays else self.longest - (patches - kept),
             visual_tokens=kept,
-            quantize=self.quantize,
+            # DDP makes half precision of float32 weights step by step; DeepSpeed and FSDP2 run the model in it.
+            autocast=self.layout.strategy == "ddp",
         )
+        weights = Weights.of(self.config, self.step, self.quantize)
+        return kept_by_weights(weights, self.layout) | saved | {"reserve": self.layout.reserve}
 
-    @property
-    def trains_like_plain(self) -> bool:
-        """Whether plain LLaVA has something to train in this run."""
-        return self.step.trained != Trained(controller=True)
+    def largest_micro_batch(self, gpu_memory: float) -> int | None:
+        """The largest of 1, 2, 4 ... 32 rows that fits into `gpu_memory` bytes, or `None` if none does."""
+        needed = {rows: sum(replace(self, micro_batch=rows).memory.values()) for rows in (1, 2, 4, 8, 16, 32)}
+        return max((rows for rows, size in needed.items() if size <= gpu_memory), default=None)
+
+    def hours(self, peak: float, utilisation: float, overhead: float | None = None) -> dict[str, float | None]:
+        """
+        Hours of an epoch at a utilisation: counted, with the overhead that was measured, if any, and plain LLaVA's.
+
+        Args:
+            peak, utilisation: see [`hours`].
+            overhead: time beyond the count, 1 or more times.
+        """
+        # What cannot be is refused before anything is counted.
+        of_a_flop = hours(1.0, self.samples, self.layout.gpus, peak, utilisation)
+        ours = of_a_flop * self.flops.total
+        return {
+            "utilisation": utilisation,
+            "counted": ours,
+            "with_overhead": None if overhead is None else overhead * ours,
+            "plain": None if self.plain_flops is None else of_a_flop * self.plain_flops.total,
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything counted, as JSON can hold it: bytes, and FLOPs of a sample."""
+        flops, plain = self.flops, self.plain_flops
+        return {
+            "memory": self.memory | {"total": sum(self.memory.values())},
+            "flops_per_sample": {name: part.total for name, part in flops.parts.items()} | {"total": flops.total},
+            "plain_flops_per_sample": None if plain is None else plain.total,
+        }
 
 
-def hours(
-    flops_per_sample: float, samples: int, gpus: int, peak: float, utilisation: float, overhead: float = 1.0
-) -> float:
+def hours(flops_per_sample: float, samples: int, gpus: int, peak: float, utilisation: float) -> float:
     """
     Hours of an epoch.
 
@@ -111,7 +147,6 @@ def hours(
         samples, gpus: how many.
         peak: FLOPs a second of a GPU.
         utilisation: share of the peak that is reached, above 0 and at most 1.
-        overhead: time beyond the count, 1 or more times.
 
     Raises:
         ValueError: if the utilisation is not one, or the peak not above 0.
@@ -120,7 +155,7 @@ def hours(
         raise ValueError(f"`peak` is {peak}; allowed are FLOPs a second above 0.")
     if not 0 < utilisation <= 1:
         raise ValueError(f"`utilisation` is {utilisation}; allowed are shares above 0 and up to 1.")
-    return flops_per_sample * samples * overhead / (gpus * peak * utilisation) / 3600
+    return flops_per_sample * samples / (gpus * peak * utilisation) / 3600
 
 
 # ---------------------------------------------------------------- what was measured
@@ -179,51 +214,16 @@ class MeasuredStep:
             raise ValueError(f"`measured` is '{path}', which is no result of benchmarks/training.py.") from error
 
 
-@dataclass(frozen=True)
-class MeasuredChoice:
-    """
-    What the prefill benchmark measured of choosing tokens.
-
-    Attributes:
-        command: how it was made.
-        ratios: budget -> median time over stock parts that are told which tokens to take.
-    """
-
-    command: str
-    ratios: dict[float, float]
-
-    @classmethod
-    def of_file(cls, path: Path) -> "MeasuredChoice":
-        """Reads the result of `benchmarks/overhead.py`."""
-        result = json.loads(path.read_text(encoding="utf-8"))
-        return cls(result["command"], {row["budget"]: row["ratio"]["median"] for row in result["pruned_prefill"]})
-
-
 # ---------------------------------------------------------------- what was published
 
 
-@dataclass(frozen=True)
-class PublishedRun:
-    """
-    A run whose duration its authors state.
-
-    Attributes:
-        name, preset: the model.
-        hours: as stated, "around".
-        gpus, gpu: on what.
-        peak: FLOPs a second of one, by its data sheet.
-        samples: of the one epoch.
-        source: where it is stated.
-    """
+class PublishedRun(NamedTuple):
+    """A run over 665K samples on 8 A100s whose hours its authors state, "around"."""
 
     name: str
     preset: str
     hours: float
-    gpus: int
     gpu: str
-    peak: float
-    samples: int
-    source: str
 
     def utilisation(self, text_tokens: int) -> float:
         """
@@ -234,31 +234,15 @@ class PublishedRun:
         Args:
             text_tokens: of a sample, on average; the authors do not state it.
         """
-        step = Step(Trained.of(["projector", "decoder"]), checkpointing=True)
+        step = Step(["projector", "decoder"], checkpointing=True)
         parts = plain_training_flops(preset_config(self.preset), [text_tokens], step).parts
         executed = parts["vision"].forward + sum(part.total for name, part in parts.items() if name != "vision")
-        return executed * self.samples / (self.hours * 3600 * self.gpus * self.peak)
+        return hours(executed, PUBLISHED_SAMPLES, PUBLISHED_GPUS, A100_PEAK, 1.0) / self.hours
 
 
-_README = "github.com/haotian-liu/LLaVA, README.md, 'Visual Instruction Tuning'; scripts/v1_5/finetune.sh"
-PUBLISHED_RUNS: tuple[PublishedRun, ...] = (
-    PublishedRun("LLaVA-1.5-7B", "llava-1.5-7b", 10, 8, "A100 40 GB", A100_PEAK, 665_000, _README),
-    PublishedRun("LLaVA-1.5-13B", "llava-1.5-13b", 20, 8, "A100 80 GB", A100_PEAK, 665_000, _README),
+PUBLISHED_SAMPLES, PUBLISHED_GPUS = 665_000, 8
+PUBLISHED_SOURCE = "github.com/haotian-liu/LLaVA, README.md, 'Visual Instruction Tuning'; scripts/v1_5/finetune.sh"
+PUBLISHED_RUNS = (
+    PublishedRun("LLaVA-1.5-7B", "llava-1.5-7b", 10, "A100 40 GB"),
+    PublishedRun("LLaVA-1.5-13B", "llava-1.5-13b", 20, "A100 80 GB"),
 )
-
-
-def largest_micro_batch(run: Run, gpu_memory: float, choices: Sequence[int] = (1, 2, 4, 8, 16, 32)) -> int | None:
-    """The largest of some numbers of rows that fits into `gpu_memory` bytes, or `None` if none does."""
-    fitting = [rows for rows in choices if replace(run, micro_batch=rows).memory.total <= gpu_memory]
-    return max(fitting) if fitting else None
-
-
-def as_dict(run: Run) -> dict[str, Any]:
-    """Everything counted of a run, as JSON can hold it: bytes, and FLOPs of a sample."""
-    flops, memory = run.flops, run.memory
-    plain = run.plain_flops if run.trains_like_plain else None
-    return {
-        "memory": dict(memory.parts) | {"total": memory.total},
-        "flops_per_sample": {name: part.total for name, part in flops.parts.items()} | {"total": flops.total},
-        "plain_flops_per_sample": None if plain is None else plain.total,
-    }

@@ -7,23 +7,23 @@ one layer that runs again. What the CUDA context, the communication library and 
 is a reserve that the caller states.
 """
 
-import json
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedConfig
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
-from ..modeling.costs.counting import weightless_model
+from ..modeling.costs.counting import remembered
+from ..modeling.costs.training_step import Step, linear_maps, part_of
+from ..modeling.costs.weightless import weightless_model
 from ..modeling.families.llava import LLAVA
-from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
 from ..modeling.reducers.base import feature_layer_index
 from ..modeling.vision.budget_token import patch_width
-from .training_flops import Step, Trained, linear_maps, part_of
 
-STRATEGIES = ("ddp", "zero2", "zero3", "fsdp2")
+# Bytes of a trained and of a frozen weight; of a trained one's copy in half precision, its gradient, and AdamW's two
+# moments. DeepSpeed keeps the float32 weight with the moments.
+BYTES = {"ddp": (4, 2, 2, 4, 8), "zero2": (2, 2, 0, 2, 12), "zero3": (2, 2, 0, 2, 12), "fsdp2": (4, 2, 0, 4, 8)}
 # DeepSpeed's own defaults, in numbers: `reduce_bucket_size` and `stage3_max_live_parameters`.
 REDUCE_BUCKET, LIVE_PARAMETERS = 500_000_000, 1_000_000_000
 # A 4-bit number, and its share of what scales a block of 64: 8 bits, and 32 bits for 256 blocks (QLoRA, 2305.14314).
@@ -52,38 +52,37 @@ class Weights:
     head: int
 
     @classmethod
-    def of(cls, config: AdaVTPConfig, trained: Trained, quantize: bool = False) -> "Weights":
+    def of(cls, config: AdaVTPConfig, step: Step, quantize: bool = False) -> "Weights":
         """
         Counts them.
 
         Args:
             config: the model's.
-            trained: what trains.
+            step: says what trains.
             quantize: whether the linear maps of the decoder's layers are in four bits (NF4).
 
         Raises:
             ValueError: if the decoder's own weights are to train in four bits.
         """
-        if quantize and trained.decoder_weights:
+        if quantize and step.trains("decoder"):
             raise ValueError("`quantize` is True and the decoder's own weights train; four bits are for adapters.")
-        model, parts = _weightless(config.to_json_string()), Counter()
-        for name, parameter in model.named_parameters():
-            parts[part_of(name, config)] += parameter.numel()
-        layers = model.get_decoder().layers
-        maps = [(linear.in_features, linear.out_features) for linear in linear_maps(layers[0]).values()]
+        parts, num_layers, layer, maps, head = _parameters(config)
         # r (in + out) for every linear map of every layer.
-        adapters = len(layers) * (trained.lora_rank or 0) * sum(map(sum, maps))
-        train = sum(parts[name] for name in ("controller", "projector", "vision") if getattr(trained, name))
-        train += parts["decoder"] if trained.decoder_weights else adapters
-        quantized = len(layers) * sum(wide * out for wide, out in maps) if quantize else 0
-        frozen = parts.total() + adapters - train - quantized
-        layer = sum(parameter.numel() for parameter in layers[0].parameters())
-        return cls(train, frozen, quantized, layer, model.get_output_embeddings().weight.numel())
+        adapters = num_layers * (step.lora_rank or 0) * sum(map(sum, maps))
+        train = adapters + sum(number for part, number in parts.items() if step.trains(part))
+        quantized = num_layers * sum(wide * out for wide, out in maps) if quantize else 0
+        return cls(train, parts.total() + adapters - train - quantized, quantized, layer, head)
 
 
-@lru_cache(maxsize=16)
-def _weightless(config: str) -> AdaVTPForConditionalGeneration:
-    return weightless_model(AdaVTPConfig(**json.loads(config)))
+@remembered
+def _parameters(config: AdaVTPConfig) -> tuple[Counter[str], int, int, list[tuple[int, int]], int]:
+    """How many each part has; decoder layers, how many one has, and its linear maps' sizes; how many the head has."""
+    model, parts = weightless_model(config), Counter()
+    for name, parameter in model.named_parameters():
+        parts[part_of(name, config)] += parameter.numel()
+    layers, head = model.get_decoder().layers, model.get_output_embeddings()
+    maps = [(linear.in_features, linear.out_features) for linear in linear_maps(layers[0]).values()]
+    return parts, len(layers), sum(map(torch.numel, layers[0].parameters())), maps, head.weight.numel()
 
 
 @dataclass(frozen=True)
@@ -103,129 +102,54 @@ class Layout:
     reserve: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.strategy not in STRATEGIES:
-            raise ValueError(f"`strategy` is {self.strategy!r}; allowed: {', '.join(STRATEGIES)}.")
+        if self.strategy not in BYTES:
+            raise ValueError(f"`strategy` is {self.strategy!r}; allowed: {', '.join(BYTES)}.")
         if self.gpus < 1:
             raise ValueError(f"`gpus` is {self.gpus}; allowed are 1 or more.")
         if self.reserve < 0:
             raise ValueError(f"`reserve` is {self.reserve}; allowed are 0 or more bytes.")
 
-    @property
-    def autocast(self) -> bool:
-        """
-        Whether half precision is made of float32 weights step by step, as under DDP; DeepSpeed and FSDP2 run the
-        model in it.
-        """
-        return self.strategy == "ddp"
-
-
-@dataclass(frozen=True)
-class Memory:
-    """
-    Bytes on each GPU, at the worst moment of a step.
-
-    Attributes:
-        parts: by name, in the order of their making.
-    """
-
-    parts: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def total(self) -> float:
-        """All of it."""
-        return sum(self.parts.values())
-
-
-def training_memory(
-    config: AdaVTPConfig,
-    step: Step,
-    layout: Layout,
-    *,
-    rows: int,
-    length: int,
-    visual_tokens: int | None = None,
-    num_images: int | None = None,
-    quantize: bool = False,
-) -> Memory:
-    """
-    Bytes on each GPU for bfloat16 mixed precision with AdamW.
-
-    Args:
-        config: the model's.
-        step: how a training step is carried out.
-        layout: where what is kept.
-        rows: of a micro-batch.
-        length: columns of its longest row as the decoder gets it: text and those visual tokens that are kept.
-        visual_tokens: that the projector gets of each image; by default all.
-        num_images: of the micro-batch, one a row by default.
-        quantize: whether the frozen maps of the decoder are in four bits.
-
-    Raises:
-        ValueError: if four bits are to be spread by DeepSpeed ZeRO-3, or see [`Weights.of`].
-    """
-    weights = Weights.of(config, step.trained, quantize)
-    saved = activations(
-        config,
-        step,
-        rows=rows,
-        length=length,
-        visual_tokens=visual_tokens,
-        num_images=num_images,
-        autocast=layout.autocast,
-    )
-    return Memory(kept_by_weights(weights, layout) | saved | {"reserve": layout.reserve})
-
 
 def kept_by_weights(weights: Weights, layout: Layout) -> dict[str, float]:
     """
-    Weights, gradients, AdamW's two moments and what moves them, in bytes on each GPU.
+    Weights, gradients, AdamW's two moments and what moves them, in bytes on each GPU, for bfloat16 mixed precision.
 
-    With T trained and F frozen parameters on N GPUs:
+    ZeRO-2 spreads gradients and moments over the GPUs, ZeRO-3 and FSDP2 weights too; four-bit weights are whole on
+    every GPU.
 
-    - DDP: weights 4 T + 2 F and half-precision copies 2 T; gradients 4 T, and as much again in the buckets in which
-      they are averaged; moments 8 T.
-    - ZeRO-2: weights 2 (T + F); gradients 2 T / N; float32 weights and moments 12 T / N; two buckets of 5e8 numbers.
-    - ZeRO-3: the same with weights 2 (T + F) / N, and up to 1e9 parameters that are put together at a time.
-    - FSDP2: weights (4 T + 2 F) / N, gradients 4 T / N, moments 8 T / N; this layer, the next and the head put
-      together in half precision, and this layer's gradients.
-
-    Four-bit weights are whole on every GPU.
+    Raises:
+        ValueError: if four bits are to be spread by DeepSpeed ZeRO-3.
     """
-    trained, frozen, gpus = weights.trained, weights.frozen, layout.gpus
-    whole = NF4_BYTES * weights.quantized
-    bucket = 2 * min(REDUCE_BUCKET, trained)
+    strategy, gpus = layout.strategy, layout.gpus
+    if strategy == "zero3" and weights.quantized:
+        raise ValueError("`strategy` is 'zero3' and weights are in four bits, which it cannot spread; use 'ddp'.")
+    of_trained, of_frozen, of_copy, of_gradient, of_moments = BYTES[strategy]
+    share_of_weights = gpus if strategy in ("zero3", "fsdp2") else 1
+    share = 1 if strategy == "ddp" else gpus
+    whole = (of_trained * weights.trained + of_frozen * weights.frozen) / share_of_weights
+    copies = {"half-precision copies": float(of_copy * weights.trained)} if of_copy else {}
+    return {
+        "weights": whole + NF4_BYTES * weights.quantized,
+        **copies,
+        "gradients": of_gradient * weights.trained / share,
+        "optimizer": of_moments * weights.trained / share,
+        "communication": float(_communication(weights, layout)),
+    }
+
+
+def _communication(weights: Weights, layout: Layout) -> float:
+    """
+    DDP: buckets in which gradients are averaged. ZeRO: two buckets, and for ZeRO-3 the parameters that are put
+    together at a time. FSDP2: this layer, the next and the head in half precision, and this layer's gradients.
+    """
+    trained = weights.trained
     if layout.strategy == "ddp":
-        buckets = 4 * trained if gpus > 1 else 0
-        return {
-            "weights": 4 * trained + 2 * frozen + whole,
-            "half-precision copies": 2.0 * trained,
-            "gradients": 4.0 * trained,
-            "optimizer": 8.0 * trained,
-            "communication": float(buckets),
-        }
+        return 4 * trained if layout.gpus > 1 else 0
     if layout.strategy == "fsdp2":
         together = 0 if weights.quantized else 2 * (2 * weights.layer + weights.head)
-        return {
-            "weights": (4 * trained + 2 * frozen) / gpus + whole,
-            "gradients": 4 * trained / gpus,
-            "optimizer": 8 * trained / gpus,
-            "communication": float(together + min(2 * weights.layer, 2 * trained)),
-        }
-    if layout.strategy == "zero2":
-        return {
-            "weights": 2 * (trained + frozen) + whole,
-            "gradients": 2 * trained / gpus,
-            "optimizer": 12 * trained / gpus,
-            "communication": 2.0 * bucket,
-        }
-    if weights.quantized:
-        raise ValueError("`strategy` is 'zero3' and weights are in four bits, which it cannot spread; use 'ddp'.")
-    return {
-        "weights": 2 * (trained + frozen) / gpus,
-        "gradients": 2 * trained / gpus,
-        "optimizer": 12 * trained / gpus,
-        "communication": 2.0 * min(LIVE_PARAMETERS, trained + frozen) + 2.0 * bucket,
-    }
+        return together + min(2 * weights.layer, 2 * trained)
+    buckets = 4 * min(REDUCE_BUCKET, trained)
+    return buckets if layout.strategy == "zero2" else 2 * min(LIVE_PARAMETERS, trained + weights.frozen) + buckets
 
 
 # ---------------------------------------------------------------- activations
@@ -238,7 +162,6 @@ def activations(
     rows: int,
     length: int,
     visual_tokens: int | None = None,
-    num_images: int | None = None,
     padded: bool | None = None,
     autocast: bool = False,
     number: int = 2,
@@ -247,7 +170,10 @@ def activations(
     Bytes that are alive at the worst moment of the backward pass.
 
     Args:
-        rows, length, visual_tokens, num_images: see [`training_memory`].
+        config, step: the model's, and how a training step is carried out.
+        rows: of a micro-batch, with an image each.
+        length: columns of its longest row as the decoder gets it: text and those visual tokens that are kept.
+        visual_tokens: that the projector gets of each image; by default all.
         padded: whether rows are of different lengths; by default if there are several.
         autocast: whether float32 weights are cast for each product.
         number: bytes of a number, 2 or 4.
@@ -256,44 +182,45 @@ def activations(
         `"tower"`, `"controller"`, `"projector"`, `"decoder"`: what is saved; and `"logits or a layer"`: what comes on
         top at its beginning, or later while a checkpointed layer runs again, with the gradients inside its MLP.
     """
-    text, vision, trained, b = config.text_config, config.vision_config, step.trained, number
-    images, patches = rows if num_images is None else num_images, LLAVA.tokens_per_image(config)
+    text, vision, b = config.text_config, config.vision_config, number
+    patches = LLAVA.tokens_per_image(config)
     num_layers, depth = feature_layer_index(config), text.num_hidden_layers
     # Which tensors want a gradient. Checkpointing makes words and patches want one whatever trains, and the budget
     # token, which stands in one sequence with the patches, makes all of them.
     adaptive = "adaptive" in config.reducer.split(", ")
-    words = trained.decoder_weights or step.checkpointing
-    token = adaptive and images > 0 and (trained.controller or (config.question_aware and words))
+    words = step.trains("decoder") or step.checkpointing
+    token = adaptive and (step.trains("controller") or (config.question_aware and words))
     joins = token and config.budget_fusion == "encoder"
-    in_tower, gates = trained.vision or step.checkpointing or joins, trained.controller and adaptive
+    in_tower = step.trains("vision") or step.checkpointing or joins
+    gates = step.trains("controller") and adaptive
     in_attention = gates and step.gates == "attention"
-    in_projector = in_tower or trained.projector or (gates and not in_attention)
+    in_projector = in_tower or step.trains("projector") or (gates and not in_attention)
     sequence = patches + int(config.has_cls) + int(joins)
-    of_tower_layer = images * tower_layer_bytes(config, sequence, trained.vision, b) if in_tower else 0.0
+    of_tower_layer = rows * tower_layer_bytes(config, sequence, step.trains("vision"), b) if in_tower else 0.0
     masked = rows > 1 if padded is None else padded
-    of_layer = rows * decoder_layer_bytes(text, length, trained, b, autocast, masked)
+    of_layer = rows * decoder_layer_bytes(text, length, step, b, autocast, masked)
     tower, layers = num_layers * of_tower_layer, depth * of_layer
     again = 0.0
     if step.checkpointing:
         again = max(of_tower_layer, of_layer + 3 * rows * length * text.intermediate_size * b)
-        tower = num_layers * images * sequence * vision.hidden_size * b
+        tower = num_layers * rows * sequence * vision.hidden_size * b
         layers = depth * rows * length * text.hidden_size * b
     kept = patches if visual_tokens is None or in_attention else visual_tokens
-    projected = images * kept * b * (patch_width(config) * trained.projector + 2 * text.hidden_size)
+    projected = rows * kept * b * (patch_width(config) * step.trains("projector") + 2 * text.hidden_size)
     # Normed patches, what enters GELU and score, and the features behind the gates.
-    scored = 5 * images * patches * vision.hidden_size * b if gates else 0.0
+    scored = 5 * rows * patches * vision.hidden_size * b if gates else 0.0
     bias = rows * length * length * b * (3 + text.num_attention_heads) if in_attention else 0.0
     return {
         "tower": float(tower),
         "controller": float(scored + bias),
         "projector": float(projected) if in_projector else 0.0,
-        "decoder": float(layers + rows * last_norm_bytes(text, length, trained, b)),
+        "decoder": float(layers + rows * last_norm_bytes(text, length, step, b)),
         "logits or a layer": float(max(again, LOGIT_BYTES * rows * length * text.vocab_size)),
     }
 
 
 def decoder_layer_bytes(
-    text: PreTrainedConfig, n: int, trained: Trained, b: int, autocast: bool = False, masked: bool = False
+    text: PreTrainedConfig, n: int, step: Step, b: int, autocast: bool = False, masked: bool = False
 ) -> float:
     """
     What autograd saves of a Llama-shaped layer, for one row of n columns.
@@ -301,7 +228,7 @@ def decoder_layer_bytes(
     Args:
         text: configuration of the text model.
         n: columns.
-        trained: what trains.
+        step: says what trains.
         b: bytes of a number.
         autocast: whether every product casts what enters it anew.
         masked: whether rows are padded, which makes attention take a mask, and as many keys as queries.
@@ -309,24 +236,23 @@ def decoder_layer_bytes(
     width, heads, mlp = text.hidden_size, text.num_attention_heads, text.intermediate_size
     head_dim = getattr(text, "head_dim", None) or width // heads
     query, key = heads * head_dim, text.num_key_value_heads * head_dim
-    weights, adapters = trained.decoder_weights, trained.lora_rank is not None
     numbers = 2 * (4 * width + 4)  # of both norms: what enters, in float32, and the inverse of its size
-    if weights:
+    if step.trains("decoder"):
         numbers += 2 * width * (4 if autocast else b)  # of both norms: what their weights multiply
         numbers += (5 if autocast else 2) * width * b  # what enters queries, keys and values; gate and up
         numbers += mlp * b  # what enters down
     numbers += b * (2 * query + 2 * (query if masked else key)) + 4 * heads  # q, result; k, v; log-sums
     numbers += 3 * mlp * b  # gate, silu(gate), up
-    if adapters:
+    if step.lora_rank is not None:
         numbers += (5 * width + query + mlp) * (b + 1)  # what enters each adapter behind dropout of its own; its mask
-        numbers += 7 * trained.lora_rank * b  # between the halves of each adapter
+        numbers += 7 * step.lora_rank * b  # between the halves of each adapter
     return float(n * numbers + (b * n * n if masked else 0))
 
 
-def last_norm_bytes(text: PreTrainedConfig, n: int, trained: Trained, b: int) -> float:
+def last_norm_bytes(text: PreTrainedConfig, n: int, step: Step, b: int) -> float:
     """The norm before the head and what enters the head, for one row of n columns."""
     width = text.hidden_size
-    return float(n * (4 * width + 4 + (2 * b * width if trained.decoder_weights else 0)))
+    return float(n * (4 * width + 4 + (2 * b * width if step.trains("decoder") else 0)))
 
 
 def tower_layer_bytes(config: AdaVTPConfig, n: int, trains: bool, b: int) -> float:

@@ -2,30 +2,21 @@
 
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from ..modeling.costs.presets import preset_config
+from ..modeling.costs.training_step import Step, longest_counts
 from ..modeling.families.llava import LLAVA
-from .training_costs import (
-    A100_PEAK,
-    GIB,
-    PUBLISHED_RUNS,
-    MeasuredChoice,
-    MeasuredStep,
-    Run,
-    hours,
-    largest_micro_batch,
-)
-from .training_flops import Step, Trained, longest_counts
+from .training_costs import A100_PEAK, GIB, PUBLISHED_GPUS, PUBLISHED_RUNS, PUBLISHED_SOURCE, MeasuredStep, Run
 from .training_memory import LIVE_PARAMETERS, LOGIT_BYTES, NF4_BYTES, REDUCE_BUCKET, Layout, Weights, activations
 
-GPUS, SIZES, SAMPLES = 8, (80, 40), 665_000
+GPUS, SIZES = 8, (80, 40)
 MODELS = ("llava-1.5-7b", "llava-1.5-13b")
 BUDGETS = (0.2, 1.0)
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """A way to train, with its name."""
 
     name: str
@@ -47,7 +38,7 @@ SETTINGS = (
 def plan_page(
     command: str,
     measured: MeasuredStep | None,
-    choice: MeasuredChoice | None,
+    choice: dict[str, Any] | None,
     utilisations: list[float],
     text_tokens: int,
     longest: int,
@@ -58,17 +49,16 @@ def plan_page(
 
     Args:
         command: that makes it, as typed.
-        measured, choice: the results of the training and the prefill benchmark, or `None`.
+        measured, choice: the results of `benchmarks/training.py` and `benchmarks/overhead.py`, or `None`.
         utilisations: shares of the peak for which hours are given.
         text_tokens, longest: see [`Run`].
         reserve: GiB.
     """
     about = Run(
         preset_config(MODELS[0]),
-        Step(Trained.of(SETTINGS[0].parts), checkpointing=True),
+        Step(SETTINGS[0].parts, checkpointing=True),
         Layout("zero3", GPUS, reserve * GIB),
         BUDGETS,
-        samples=SAMPLES,
         text_tokens=text_tokens,
         longest=longest,
     )
@@ -120,7 +110,7 @@ def _runs(about: Run, model: str) -> Iterator[tuple[Setting, Run]]:
             replace(
                 about,
                 config=preset_config(model),
-                step=replace(about.step, trained=Trained.of(setting.parts, setting.lora)),
+                step=replace(about.step, parts=setting.parts, lora_rank=setting.lora),
                 layout=replace(about.layout, strategy=setting.strategy),
                 quantize=setting.quantize,
             ),
@@ -128,7 +118,7 @@ def _runs(about: Run, model: str) -> Iterator[tuple[Setting, Run]]:
 
 
 def _memory_formulas(about: Run) -> str:
-    weights = Weights.of(about.config, about.step.trained)
+    weights = Weights.of(about.config, about.step)
     t, f = weights.trained, weights.frozen
     sizes = activations(about.config, about.step, rows=1, length=about.longest)
     width, depth = about.config.text_config.hidden_size, about.config.text_config.num_hidden_layers
@@ -161,14 +151,11 @@ def _memory(about: Run) -> str:
     rows = []
     for model in MODELS:
         for setting, run in _runs(about, model):
-            one = run.memory
-            states = sum(one.parts[name] for name in ("weights", "gradients", "optimizer"))
-            states += one.parts.get("half-precision copies", 0.0)
-            row_bytes = sum(
-                one.parts[name] for name in ("tower", "controller", "projector", "decoder", "logits or a layer")
-            )
-            fits = [largest_micro_batch(run, size * GIB) for size in SIZES]
-            numbers = (states, one.parts["communication"], row_bytes, one.total)
+            names = ("weights", "half-precision copies", "gradients", "optimizer")
+            states = sum(run.memory.get(name, 0.0) for name in names)
+            total, moved = sum(run.memory.values()), run.memory["communication"]
+            fits = [run.largest_micro_batch(size * GIB) for size in SIZES]
+            numbers = (states, moved, total - states - moved - about.layout.reserve, total)
             cells = [f"{number / GIB:.1f}" for number in numbers]
             rows.append([f"{model}, {setting.name}", *cells, *("-" if fit is None else str(fit) for fit in fits)])
     head = ["GiB on each GPU", "states", "communication", "a row", "total with one row"]
@@ -199,25 +186,20 @@ them; the mean K is {mean:.1f} of {patches}. TFLOPs of a sample, {MODELS[0]} tra
 {_table(["part", "forward", "backward", "again", "total", "plain LLaVA"], rows)}
 
 Plain LLaVA is what transformers runs: all visual tokens, the whole tower. The count has been compared with torch's
-own over forward and backward (`tests/test_training_costs.py`)."""
+own over forward and backward (`tests/modeling/costs/test_training_costs.py`)."""
 
 
 def _time(about: Run, utilisations: list[float], measured: MeasuredStep | None) -> str:
-    overhead = 1.0 if measured is None else measured.overhead
-    rows, of_sample = [], {(MODELS[0], SETTINGS[0].parts, SETTINGS[0].lora): about}
+    overhead, rows = 1.0 if measured is None else measured.overhead, []
     for model in MODELS:
         for setting, run in _runs(about, model):
-            # How weights are kept changes no FLOPs.
-            same = (model, setting.parts, setting.lora)
-            counted = of_sample.setdefault(same, run)
-            ours = counted.flops.total
-            plain = counted.plain_flops.total if run.trains_like_plain else None
-            cells = [f"{ours / 1e12:.1f}", "-" if plain is None else f"{plain / 1e12:.1f}"]
-            cells.append("-" if plain is None else f"{plain / ours:.2f}")
+            ours, plain = run.flops.total, run.plain_flops
+            cells = [f"{ours / 1e12:.1f}"]
+            cells += ["-", "-"] if plain is None else [f"{plain.total / 1e12:.1f}", f"{plain.total / ours:.2f}"]
             for share in utilisations:
-                asked = (run.samples, GPUS, A100_PEAK, share)
-                alone = "-" if plain is None else f"{hours(plain, *asked):.1f}"
-                cells.append(f"{hours(ours, *asked, overhead):.1f} / {alone}")
+                hours = run.hours(A100_PEAK, share, overhead)
+                alone = "-" if plain is None else f"{hours['plain']:.1f}"
+                cells.append(f"{hours['with_overhead']:.1f} / {alone}")
             rows.append([f"{model}, {setting.name}", *cells])
     head = ["", "TFLOPs of a sample", "plain LLaVA", "ratio"]
     with_overhead = "" if measured is None else f", ours with the measured overhead of {overhead:.3f}"
@@ -232,19 +214,19 @@ def _time(about: Run, utilisations: list[float], measured: MeasuredStep | None) 
 def _published() -> str:
     lengths = (100, 200, 300)
     rows = [
-        [run.name, run.gpu, f"{run.gpus}", f"{run.hours:g}", *(f"{run.utilisation(n):.2f}" for n in lengths)]
+        [run.name, run.gpu, f"{PUBLISHED_GPUS}", f"{run.hours:g}", *(f"{run.utilisation(n):.2f}" for n in lengths)]
         for run in PUBLISHED_RUNS
     ]
     head = ["", "GPU", "GPUs", "hours, as stated"]
     return (
         "## A published anchor\n\nLLaVA-1.5's authors state how long visual instruction tuning took on their 665K "
-        f"samples ({PUBLISHED_RUNS[0].source}). By our count, recomputation included, that is a utilisation of\n\n"
+        f"samples ({PUBLISHED_SOURCE}). By our count, recomputation included, that is a utilisation of\n\n"
         + _table([*head, *(f"at {n} text tokens" for n in lengths)], rows)
         + "\n\nThey do not state the mean number of text tokens, hence three columns."
     )
 
 
-def _overheads(measured: MeasuredStep | None, choice: MeasuredChoice | None) -> str:
+def _overheads(measured: MeasuredStep | None, choice: dict[str, Any] | None) -> str:
     says = ["## What was measured"]
     if measured is None:
         says.append("Nothing yet of training: `python benchmarks/training.py --json FILE`, then `--measured FILE`.")
@@ -259,10 +241,10 @@ def _overheads(measured: MeasuredStep | None, choice: MeasuredChoice | None) -> 
             "--device cuda --dtype bfloat16 --checkpointing` the same command measures the large one."
         )
     if choice is not None:
-        ratios = ", ".join(f"{ratio:.3f} at budget {budget:g}" for budget, ratio in choice.ratios.items())
+        ratios = [f"{row['ratio']['median']:.3f} at budget {row['budget']:g}" for row in choice["pruned_prefill"]]
         says.append(
-            f"`{choice.command}`: the forward pass of a prompt, against stock parts that are told which tokens to "
-            f"take, so what choosing alone costs: {ratios} times as long."
+            f"`{choice['command']}`: the forward pass of a prompt, against stock parts that are told which tokens to "
+            f"take, so what choosing alone costs: {', '.join(ratios)} times as long."
         )
     return "\n\n".join(says)
 

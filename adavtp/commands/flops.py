@@ -15,14 +15,13 @@ if TYPE_CHECKING:
     from ..configuration.configuration_adavtp import AdaVTPConfig
     from ..modeling.costs.model_costs import Costs
 
+Preset = Annotated[str | None, typer.Option(help="A well-known shape, such as llava-1.5-7b or llava-1.5-13b.")]
+Checkpoint = Annotated[Path | None, typer.Option(help="Checkpoint folder in its place; only its config.json is read.")]
+
 
 def flops(
-    preset: Annotated[
-        str | None, typer.Option(help="A well-known shape, such as llava-1.5-7b or llava-1.5-13b.")
-    ] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Checkpoint folder in its place; only its config.json is read.")
-    ] = None,
+    preset: Preset = None,
+    checkpoint: Checkpoint = None,
     visual_tokens: Annotated[
         int | None, typer.Option(help="Patches of an image, a square. Default: the preset's own.")
     ] = None,

@@ -10,10 +10,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from .console import command_as_typed, console, refusals_shown
-from .flops import model_config
+from .flops import Checkpoint, Preset, model_config
 
 if TYPE_CHECKING:
-    from ..evaluation.training_costs import MeasuredChoice, MeasuredStep, Run
+    from ..evaluation.training_costs import MeasuredStep, Run
 
 ALL_BUT_VISION, LOSSES = ["controller", "projector", "decoder"], ["lm"]
 BUDGET_RANGE, UTILISATIONS = [0.2, 1.0], [0.25, 0.35, 0.45]
@@ -21,12 +21,8 @@ MEASURED = Path("benchmarks/results/training.json")
 
 
 def plan(
-    preset: Annotated[
-        str | None, typer.Option(help="A well-known shape, such as llava-1.5-7b or llava-1.5-13b.")
-    ] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Checkpoint folder in its place; only its config.json is read.")
-    ] = None,
+    preset: Preset = None,
+    checkpoint: Checkpoint = None,
     gpus: Annotated[int, typer.Option(help="Number of GPUs.", min=1)] = 8,
     gpu_memory: Annotated[float, typer.Option(help="Of one, in GiB.", min=1)] = 80,
     strategy: Annotated[str, typer.Option(help="ddp, zero2, zero3 or fsdp2.")] = "zero3",
@@ -69,27 +65,23 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Plan a training run: memory on each GPU by part, FLOPs of a sample, hours of an epoch, plain LLaVA beside it."""
-    from ..evaluation.training_costs import GIB, Run, as_dict, largest_micro_batch
-    from ..evaluation.training_flops import Step, Trained
+    from ..evaluation.training_costs import GIB, MeasuredStep, Run
     from ..evaluation.training_memory import Layout
+    from ..modeling.costs.training_step import Step
 
     with refusals_shown():
-        found = _measured(measured)
+        file = measured or (MEASURED if MEASURED.is_file() else None)
+        found = None if file is None else MeasuredStep.of_file(file)
         if document is not None:
             if preset is not None or checkpoint is not None:
                 raise ValueError("`--document` has its own models; leave `--preset` and `--checkpoint` out.")
-            from ..evaluation.training_plan_page import plan_page
-
-            asked = (utilisation, text_tokens, longest, reserve)
-            document.parent.mkdir(parents=True, exist_ok=True)
-            document.write_text(plan_page(command_as_typed(), found, _choice(measured), *asked), encoding="utf-8")
-            console.print(f"Page: {document}")
+            _write_page(document, found, measured or MEASURED, (utilisation, text_tokens, longest, reserve))
             return
         run = Run(
             config=model_config(preset, checkpoint, None),
-            step=Step(Trained.of(train_parts, lora), checkpointing, gates, tuple(loss)),
+            step=Step(train_parts, lora, checkpointing, gates, tuple(loss)),
             layout=Layout(strategy, gpus, reserve * GIB),
-            budget_range=_low_and_high(budget_range),
+            budget_range=tuple(budget_range),
             per=per,
             samples=samples,
             text_tokens=text_tokens,
@@ -97,78 +89,46 @@ def plan(
             quantize=quantize,
         )
         if micro_batch is None:
-            micro_batch = largest_micro_batch(run, gpu_memory * GIB) or 1
+            micro_batch = run.largest_micro_batch(gpu_memory * GIB) or 1
         run = replace(run, micro_batch=micro_batch)
-        rows = _hours(run, peak * 1e12, utilisation, found)
-        counted = as_dict(run)
-    if as_json:
         overhead = None if found is None else found.overhead
-        typer.echo(
-            json.dumps(counted | {"hours": rows, "micro_batch": micro_batch, "overhead": overhead, "gpus": gpus})
-        )
+        rows = [run.hours(peak * 1e12, share, overhead) for share in utilisation]
+        counted = run.as_dict()
+    if as_json:
+        others = {"hours": rows, "micro_batch": micro_batch, "overhead": overhead, "gpus": gpus}
+        typer.echo(json.dumps(counted | others))
         return
     console.print(_memory_table(run, gpu_memory * GIB))
     console.print(_flops_table(run))
     console.print(_hours_table(rows, run, peak, found))
 
 
-def _low_and_high(budgets: list[float]) -> tuple[float, float]:
-    if len(budgets) != 2:
-        raise ValueError(f"`budget_range` is {budgets}; two are allowed, the lowest and the highest budget.")
-    return budgets[0], budgets[1]
+def _write_page(document: Path, measured: "MeasuredStep | None", file: Path, asked: tuple) -> None:
+    """The page; what choosing tokens was measured to cost stands in a file beside the other's."""
+    from ..evaluation.training_plan_page import plan_page
 
-
-def _measured(path: Path | None) -> "MeasuredStep | None":
-    """The measured overhead: of the file that is named, or of the repository's, where the command runs in one."""
-    from ..evaluation.training_costs import MeasuredStep
-
-    if path is not None:
-        return MeasuredStep.of_file(path)
-    return MeasuredStep.of_file(MEASURED) if MEASURED.is_file() else None
-
-
-def _choice(path: Path | None) -> "MeasuredChoice | None":
-    """What choosing tokens was measured to cost, where its file lies beside the other."""
-    from ..evaluation.training_costs import MeasuredChoice
-
-    beside = (MEASURED if path is None else path).with_name("overhead.json")
-    return MeasuredChoice.of_file(beside) if beside.is_file() else None
-
-
-def _hours(
-    run: "Run", peak: float, shares: list[float], measured: "MeasuredStep | None"
-) -> list[dict[str, float | None]]:
-    """For each utilisation, hours of an epoch: by count, with the measured overhead, and of plain LLaVA."""
-    from ..evaluation.training_costs import hours
-
-    ours, plain = run.flops.total, run.plain_flops.total if run.trains_like_plain else None
-    asked = (run.samples, run.layout.gpus, peak)
-    return [
-        {
-            "utilisation": share,
-            "counted": hours(ours, *asked, share),
-            "with_overhead": None if measured is None else hours(ours, *asked, share, measured.overhead),
-            "plain": None if plain is None else hours(plain, *asked, share),
-        }
-        for share in shares
-    ]
+    beside = file.with_name("overhead.json")
+    choice = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else None
+    document.parent.mkdir(parents=True, exist_ok=True)
+    document.write_text(plan_page(command_as_typed(), measured, choice, *asked), encoding="utf-8")
+    console.print(f"Page: {document}")
 
 
 def _memory_table(run: "Run", gpu_memory: float) -> Table:
     from ..evaluation.training_costs import GIB
 
-    memory = run.memory
-    fits = "fits" if memory.total <= gpu_memory else "DOES NOT FIT"
+    total = sum(run.memory.values())
+    fits = "fits" if total <= gpu_memory else "DOES NOT FIT"
     table = Table(
         title=f"Memory on each of {run.layout.gpus} GPUs, {run.layout.strategy}, {run.micro_batch} sample(s) at once",
         caption=f"{fits} into {gpu_memory / GIB:g} GiB; at the longest samples, {run.longest} columns at full budget",
     )
     table.add_column("what")
     table.add_column("GiB", justify="right")
-    for name, size in memory.parts.items():
+    for name, size in run.memory.items():
         table.add_row(name, f"{size / GIB:.2f}")
     table.add_section()
-    table.add_row("total", f"{memory.total / GIB:.2f}")
+    table.add_row("total", f"{total / GIB:.2f}")
     return table
 
 
@@ -182,11 +142,10 @@ def _flops_table(run: "Run") -> Table:
         table.add_column(column, justify="left" if column == "part" else "right", no_wrap=True)
     flops = run.flops
     for name, part in flops.parts.items():
-        amounts = (part.forward, part.backward, part.recomputed, part.total)
-        table.add_row(name, *(f"{amount / 1e12:.3f}" for amount in amounts))
+        table.add_row(name, *(f"{amount / 1e12:.3f}" for amount in (*part, part.total)))
     table.add_section()
     table.add_row("total", "", "", "", f"{flops.total / 1e12:.3f}")
-    if run.trains_like_plain:
+    if run.plain_flops is not None:
         plain = run.plain_flops.total
         table.add_row("plain LLaVA", "", "", "", f"{plain / 1e12:.3f}")
         table.add_row("ratio", "", "", "", f"{plain / flops.total:.3f}")

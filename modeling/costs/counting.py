@@ -1,154 +1,127 @@
-"""Torch counts while the model's own code runs, with weights that take no memory and products that take no time.
+"""Torch counts, part by part, while the model's own code runs on a prompt or takes a training step.
 
-A weight is one number, read at every place of its shape. What a product with it would be is noise of the right shape,
-so that everything behind it (ranking, matching, merging, the loops around them) runs as it does in earnest and costs
-what it costs in earnest. Counted are matrix products, convolutions and attention, at two FLOPs for a multiplication
-with its addition; attention counts its whole square, masked or not.
+Counted are matrix products, convolutions and attention, at two FLOPs for a multiplication with its addition; attention
+counts its whole square, masked or not.
 """
 
-import copy
+import json
+import math
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from fractions import Fraction
+from functools import lru_cache, wraps
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ...configuration.configuration_adavtp import AdaVTPConfig
-from ..modeling_adavtp import AdaVTPForConditionalGeneration
-
-# Torch's own table has attention for GPUs only; the same count for what runs on a CPU.
-_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-CPU_FORMULAS: dict[Any, Callable[..., int]] = {
-    _CPU_ATTENTION: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value),
-    _CPU_ATTENTION_BACKWARD: lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(
-        grad, query, key, value
-    ),
-}
-_NOISE, _LARGE = 2**20, 2**18
+from ..vision.tower import _attention, tower_layers
+from .weightless import CPU_FORMULAS, ProductsAreNoise
 
 
-def counter() -> FlopCounterMode:
-    """Torch's counter, which also knows attention on a CPU."""
-    return FlopCounterMode(display=False, custom_mapping=CPU_FORMULAS)
-
-
-def weightless_model(config: AdaVTPConfig, **changes: Any) -> AdaVTPForConditionalGeneration:
+class FlopsByPart(TorchDispatchMode):
     """
-    A model whose weights take no memory, in evaluation mode.
+    Notes what torch's `FlopCounterMode` would count, by its formulas, for which part of a model: forward, on the way
+    back, and in layers that run again on it.
+
+    Autograd numbers its nodes in the order in which the forward pass makes them. So the modules of parts say which
+    numbers are theirs, and a product on the way back belongs to the part that has its node's number.
 
     Args:
-        config: the model's, which stays as it is.
-        changes: of its fields.
-    """
-    config = copy.deepcopy(config)
-    for name, value in changes.items():
-        setattr(config, name, value)
-    with torch.device("meta"):
-        model = AdaVTPForConditionalGeneration(config)
-    make_weightless(model)
-    # Words differ, so that a method which asks what each has to do with the images can tell one from another.
-    table = model.get_input_embeddings().weight
-    table.data = torch.arange(len(table), dtype=table.dtype)[:, None].expand(table.shape)
-    return model.eval()
+        parts: the modules of each part, none inside another's; what is outside of all is under `None`.
 
-
-def make_weightless(model: nn.Module) -> None:
-    """Gives a model on the meta device weights that take no memory."""
-    for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
-                if tensor is not None:
-                    value = torch.full((), tensor.is_floating_point(), dtype=tensor.dtype).expand(tensor.shape)
-                    held[name] = nn.Parameter(value) if isinstance(tensor, nn.Parameter) else value
-
-
-class ProductsAreNoise(TorchDispatchMode):
-    """
-    Does not carry out products, whose results are noise.
-
-    Args:
-        every: all of them, and what else works number by number on many, as where nothing asks for values; by default
-            only those with a weight of [`weightless_model`], and attention.
+    Attributes:
+        spent: FLOPs by part, by phase (`"forward"`, `"backward"`, `"recomputed"`), and by whether a product of
+            batches spent them.
     """
 
-    def __init__(self, every: bool = False) -> None:
+    def __init__(self, parts: Mapping[Hashable, list[nn.Module]]) -> None:
         super().__init__()
-        self.every, self.made = every, 0
-        self.noise = torch.randn(_NOISE, generator=torch.Generator().manual_seed(0))
+        self.formulas = FlopCounterMode(display=False, custom_mapping=CPU_FORMULAS).flop_registry
+        self.spent: Counter[tuple[Hashable, str, bool]] = Counter()
+        self.inside, self.hooks = [], []
+        # Numbers of autograd's nodes at which parts begin and end, and the part from there on.
+        self.numbers, self.parts = [0], [None]
+        for part, modules in parts.items():
+            for module in modules:
+                self.hooks.append(module.register_forward_pre_hook(lambda *_, part=part: self._enter(part)))
+                # A layer that runs again stops, by an exception, where nothing further is needed.
+                self.hooks.append(module.register_forward_hook(lambda *_: self._leave(), always_call=True))
+
+    def _enter(self, part: Hashable) -> None:
+        self.inside.append(part)
+        self._from_here(part)
+
+    def _leave(self) -> None:
+        # Of nothing, where another hook stopped the module before it began.
+        del self.inside[-1:]
+        self._from_here(None)
+
+    def _from_here(self, part: Hashable) -> None:
+        self.numbers.append(torch._C._autograd._get_sequence_nr())
+        self.parts.append(part)
+
+    def __exit__(self, *error: Any) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        super().__exit__(*error)
 
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        packet = operation.overloadpacket
-        is_product = packet in flop_registry or packet in CPU_FORMULAS
-        if not is_product and not (self.every and _is_large(operation, args)):
-            return operation(*args, **kwargs)
-        if is_product and not (self.every or packet in CPU_FORMULAS or any(map(_is_weight, args))):
-            return operation(*args, **kwargs)
-        shapes = operation(*tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), args), **kwargs)
-        return tree_map_only(torch.Tensor, self._result, shapes)
-
-    def _result(self, shape: torch.Tensor) -> torch.Tensor:
-        """Noise of a shape. Its rows overlap in memory, so that it takes none of its own."""
-        *outer, width = shape.shape
-        rows = torch.empty(outer, device="meta")
-        step = (_NOISE // 2 - width) // max(rows.numel(), 1)
-        # Two results in a row are not alike.
-        self.made = (self.made + 7919) % (_NOISE // 2)
-        strides = [step * stride for stride in rows.stride()]
-        return self.noise.to(shape.dtype).as_strided(shape.shape, [*strides, 1], self.made)
-
-
-def _is_large(operation: Any, args: tuple) -> bool:
-    """Whether an operation works number by number on many numbers, or would copy the gradient of a weight."""
-    tensors = [argument for argument in args if isinstance(argument, torch.Tensor)]
-    if operation._schema.is_mutable or not any(tensor.numel() > _LARGE for tensor in tensors):
-        return False
-    if not all(tensor.is_floating_point() for tensor in tensors):
-        return False
-    if operation is torch.ops.aten.clone.default:
-        node = torch._C._current_autograd_node()
-        return node is not None and "AccumulateGrad" in node.name()
-    return torch.Tag.pointwise in operation.tags
-
-
-def _is_weight(argument: Any) -> bool:
-    return isinstance(argument, torch.Tensor) and argument.numel() > 1 and not any(argument.stride())
+        result, formula = operation(*args, **kwargs), self.formulas.get(operation.overloadpacket)
+        spent = formula(*args, **kwargs, out_val=result) if formula else 0
+        if spent:
+            part, phase = self.inside[-1] if self.inside else None, "forward"
+            node = torch._C._current_autograd_node()
+            if node is not None:
+                phase = "recomputed" if self.inside else "backward"
+            if phase == "backward":
+                part = self.parts[bisect_right(self.numbers, node._sequence_nr()) - 1]
+            self.spent[part, phase, operation is torch.ops.aten.bmm.default] += spent
+        return result
 
 
 def flops_by_part(run: Callable[[], Any], parts: Mapping[Hashable, list[nn.Module]]) -> tuple[Any, Counter[Hashable]]:
-    """
-    Runs something and counts.
+    """What `run` returns without gradients, and the FLOPs of each part; see [`FlopsByPart`]."""
+    by_part: Counter[Hashable] = Counter()
+    # See `weightless_model`.
+    with torch.inference_mode(False), torch.no_grad(), ProductsAreNoise(), FlopsByPart(parts) as counted:
+        result = run()
+    for (part, _, _), flops in counted.spent.items():
+        by_part[part] += flops
+    return result, by_part
 
-    Args:
-        run: what runs, without gradients.
-        parts: the modules of each part, none inside another's.
 
-    Returns:
-        What `run` returns, and the FLOPs of each part; those outside of all parts are under `None`.
-    """
-    spent: Counter[Hashable] = Counter()
-    with torch.no_grad(), ProductsAreNoise(), counter() as flops:
-        begun = []
-        hooks = []
-        for part, modules in parts.items():
-            for module in modules:
-                hooks.append(module.register_forward_pre_hook(lambda *_: begun.append(flops.get_total_flops())))
-                hooks.append(
-                    module.register_forward_hook(
-                        lambda *_, part=part: spent.update({part: flops.get_total_flops() - begun.pop()})
-                    )
-                )
-        try:
-            result = run()
-        finally:
-            for hook in hooks:
-                hook.remove()
-        spent[None] = flops.get_total_flops() - spent.total()
-    return result, spent
+def halves_of_tower_layers(tower: PreTrainedModel) -> list[list[nn.Module]]:
+    """Of each layer attention and MLP: keys and values that a reducer asks a layer for are the reducer's."""
+    return [[_attention(layer), layer.mlp] for layer in tower_layers(tower)]
+
+
+def weights_on_parabola(place: int, points: Sequence[int]) -> list[Fraction]:
+    """What the values at some points weigh in the value at a place of the polynomial through them (Lagrange)."""
+    others = [[other for other in points if other != point] for point in points]
+    return [
+        math.prod((Fraction(place - other, point - other) for other in rest), start=Fraction(1))
+        for point, rest in zip(points, others, strict=True)
+    ]
+
+
+def remembered(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of a configuration and of what can be hashed, which works out once what it returns for the same."""
+
+    @lru_cache(maxsize=64)
+    def of_written(config_class: type[PreTrainedConfig], written: str, *arguments: Any) -> Any:
+        return function(config_class.from_dict(json.loads(written)), *arguments)
+
+    @wraps(function)
+    def of_config(config: PreTrainedConfig, *arguments: Any) -> Any:
+        # As it is now; it may be changed afterwards.
+        return of_written(type(config), config.to_json_string(use_diff=False), *arguments)
+
+    return of_config

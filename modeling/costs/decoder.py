@@ -74,13 +74,20 @@ class LayerCost:
         mlp: all else, for a column.
         kv_numbers: that its cache holds of a column.
         window: columns that it sees back, or `None` for all.
+        shared: for a column, if any share of the layer runs, what a paper counts of norms and additions.
     """
 
     projections: int
     pair: int
     mlp: int
-    kv_numbers: int
-    window: int | None
+    kv_numbers: int = 0
+    window: int | None = None
+    shared: int = 0
+
+    def prefill(self, n: int, keys: int, heads: float, mlp: float) -> float:
+        """Of n columns that attend to so many, if such shares of its attention and of its MLP run."""
+        shared = self.shared * n if heads or mlp else 0
+        return heads * (self.projections * n + self.pair * n * keys) + mlp * self.mlp * n + shared
 
 
 @dataclass(frozen=True)
@@ -124,15 +131,14 @@ class DecoderCost:
         """
         shares = self._shares(plan)
         return self.head + sum(
-            heads * (layer.projections * n + layer.pair * n * n) + mlp * layer.mlp * n
-            for layer, n, (heads, mlp) in zip(self.layers, columns, shares, strict=True)
+            layer.prefill(n, n, *of_layer) for layer, n, of_layer in zip(self.layers, columns, shares, strict=True)
         )
 
     def decode(self, columns: Sequence[int], plan: ExecutionPlan | None = None) -> DecodeCost:
         """The steps behind a prefill; see [`DecoderCost.prefill`]."""
         shares = self._shares(plan)
         pairs = list(zip(self.layers, shares, strict=True))
-        fixed = self.head + sum(heads * layer.projections + mlp * layer.mlp for layer, (heads, mlp) in pairs)
+        fixed = self.head + sum(layer.prefill(1, 0, *of_layer) for layer, of_layer in pairs)
         per_key = tuple(heads * layer.pair for layer, (heads, _) in pairs)
         return DecodeCost(fixed, per_key, tuple(columns), tuple(layer.window for layer in self.layers))
 

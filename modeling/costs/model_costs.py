@@ -9,21 +9,24 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from fractions import Fraction
-from functools import cached_property, lru_cache
+from functools import cached_property, partial
+from itertools import chain
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import Cache
 
 from ...configuration.configuration_adavtp import AdaVTPConfig, reducer_entries
 from ..budget.schedule import StackBudget
 from ..budget.selection import Selection
+from ..decoder.reducer import DecoderReducer
 from ..modeling_adavtp import ReducerSpec
 from ..reducers.aim import merged_count
 from ..reducers.base import REDUCERS, ScoringReducer
-from ..vision.tower import _attention, tower_layers
-from .counting import flops_by_part, weightless_model
+from .counting import flops_by_part, halves_of_tower_layers, remembered, weights_on_parabola
 from .decoder import DecodeCost, DecoderCost, ExecutionPlan
+from .weightless import noise_prompts, weightless_model
 
 # Nothing is chosen and everything is kept. At the full budget a reducer is not asked, and the one that stands for it
 # reads nothing, so that nothing is prepared for it either.
@@ -106,6 +109,22 @@ class VisualTokens:
     num_keep: tuple[int, ...]
     of_layers: tuple[int, ...]
 
+    @classmethod
+    def chosen(cls, selection: Selection | None, num_layers: int) -> "VisualTokens":
+        """Tokens never come back, so layer l saw those whose depth is more than l."""
+        if selection is None:
+            return cls((), (), (0,) * num_layers)
+        num_keep, sizes = tuple(selection.num_keep.tolist()), tuple(selection.sizes.tolist())
+        if selection.depth is None:
+            return cls(sizes, num_keep, (sum(num_keep),) * num_layers)
+        ends = torch.bincount(selection.depth.cpu().flatten(), minlength=num_layers + 1)
+        return cls(sizes, num_keep, tuple((ends.sum() - ends.cumsum(dim=0)[:num_layers]).tolist()))
+
+    @property
+    def mean(self) -> float:
+        """Of a unit, that a decoder layer sees: mean over layers and units; 0 without any."""
+        return sum(self.of_layers) / (len(self.of_layers) * len(self.sizes)) if self.sizes else 0.0
+
 
 class ModelCosts:
     """
@@ -121,10 +140,10 @@ class ModelCosts:
         self._stacks: dict[Any, _StackCosts] = {}
         self._prompts: dict[Any, Costs] = {}
 
-    @classmethod
-    def of(cls, config: AdaVTPConfig) -> "ModelCosts":
+    @staticmethod
+    def of(config: AdaVTPConfig) -> "ModelCosts":
         """Of a configuration as it is now; it may be changed afterwards."""
-        return _of_written(type(config), config.to_json_string(use_diff=False))
+        return _model_costs(config)
 
     @cached_property
     def decoder(self) -> DecoderCost:
@@ -176,29 +195,24 @@ class ModelCosts:
         *,
         token_budget: StackBudget | None = None,
         reducer: ReducerSpec | None = None,
-        new_tokens: int = 1,
-        dtype: torch.dtype | str | None = None,
     ) -> Costs:
         """
         The FLOPs of one prompt whose visual tokens have been chosen, also by a rule that only the image could answer.
 
         Args:
             selection: of the prompt's images, or `None` if it has none.
+            text_tokens: see [`ModelCosts.of_prompt`].
             token_budget, reducer: with which it was made.
-            others: see [`ModelCosts.of_prompt`].
 
         Raises:
             ValueError: see [`ModelCosts.of_prompt`].
         """
         stack, budget = self._stack(reducer, token_budget)
-        num_layers = self.config.text_config.num_hidden_layers
-        tokens = _chosen(selection, num_layers)
-        key = (stack, _written(budget), tokens, text_tokens, str(dtype))
+        tokens = VisualTokens.chosen(selection, self.config.text_config.num_hidden_layers)
+        key = (stack, _written(budget), tokens, text_tokens)
         if key not in self._prompts:
-            spent = stack.spent_on(tokens, budget, text_tokens)
-            self._prompts[key] = self._costs(text_tokens, tokens, spent, 1, dtype, None)
-        found = self._prompts[key]
-        return found if new_tokens == 1 else replace(found, new_tokens=new_tokens)
+            self._prompts[key] = self._costs(text_tokens, tokens, stack.spent_on(tokens, budget, text_tokens))
+        return self._prompts[key]
 
     def visual_tokens(
         self, reducer: ReducerSpec | None = None, token_budget: StackBudget | None = None, num_images: int = 1
@@ -243,9 +257,9 @@ class ModelCosts:
         text_tokens: int,
         tokens: VisualTokens,
         spent: Counter,
-        new_tokens: int,
-        dtype: torch.dtype | str | None,
-        plan: ExecutionPlan | None,
+        new_tokens: int = 1,
+        dtype: torch.dtype | str | None = None,
+        plan: ExecutionPlan | None = None,
     ) -> Costs:
         columns = self.columns(text_tokens, tokens)
         decode = self.decoder.decode(columns, plan)
@@ -256,34 +270,14 @@ class ModelCosts:
             prefill=self.decoder.prefill(columns, plan),
             decode_per_token=decode.steps(1),
             kv_bytes=float(self.decoder.kv_numbers(columns, plan) * self.bytes_per_number(dtype)),
-            mean_visual_tokens=mean_of_layers(tokens),
+            mean_visual_tokens=tokens.mean,
             new_tokens=new_tokens,
             layer_tokens=columns,
             decode=decode,
         )
 
 
-@lru_cache(maxsize=16)
-def _of_written(config_class: type[AdaVTPConfig], written: str) -> ModelCosts:
-    return ModelCosts(config_class.from_dict(json.loads(written)))
-
-
-def mean_of_layers(tokens: VisualTokens) -> float:
-    """Visual tokens of a unit that a decoder layer sees, mean over layers and units; 0 without any."""
-    return sum(tokens.of_layers) / (len(tokens.of_layers) * len(tokens.sizes)) if tokens.sizes else 0.0
-
-
-def _chosen(selection: Selection | None, num_layers: int) -> VisualTokens:
-    """Tokens never come back, so layer l saw those whose depth is more than l."""
-    if selection is None:
-        return VisualTokens((), (), (0,) * num_layers)
-    num_keep = tuple(selection.num_keep.tolist())
-    sizes = tuple(selection.sizes.tolist())
-    if selection.depth is None:
-        return VisualTokens(sizes, num_keep, (sum(num_keep),) * num_layers)
-    ends = torch.bincount(selection.depth.cpu().flatten(), minlength=num_layers + 1)
-    seen = ends.sum() - ends.cumsum(dim=0)[:num_layers]
-    return VisualTokens(sizes, num_keep, tuple(seen.tolist()))
+_model_costs = remembered(ModelCosts)
 
 
 class _Reached(Exception):  # noqa: N818
@@ -309,11 +303,9 @@ class _StackCosts:
         self.before = self.steps[: len(self.steps) - (self.decoder is not None)]
         self._runs: dict[Any, Counter] = {}
         self._plans: dict[Any, VisualTokens] = {}
-        self._kept: set[int] = set()
+        self._asked: dict[Any, set[int]] = {}
         if self.decoder is not None:
-            # Nothing that scores looks at what MLPs make of noise.
-            for layer in self.model.get_decoder().layers:
-                layer.mlp = torch.nn.Identity()
+            _leave_out_what_is_not_read(self.model.get_decoder().layers, self.decoder.reducer)
 
     def planned(self, token_budget: StackBudget | None, num_images: int) -> VisualTokens:
         """How many tokens go where, by the model's own rules."""
@@ -367,12 +359,19 @@ class _StackCosts:
             return self._run(token_budget, num_images, _TEXTS[0], 0)
         stop = self.decoder.reducer.cuts(len(tokens.of_layers))[-1]
         asked = (_written(token_budget), num_images)
-        counted = [text for budget, images, text, _ in self._runs if (budget, images) == asked]
-        if text_tokens in counted or len(counted) < len(_TEXTS) - 1:
-            return self._run(token_budget, num_images, text_tokens, stop)
-        runs = [self._run(token_budget, num_images, text, stop) for text in _TEXTS]
-        choosing = _on_parabola(text_tokens, [(text, run[None]) for text, run in zip(_TEXTS, runs, strict=True)])
-        return Counter({**runs[0], None: choosing})
+        return self._on_parabola(
+            asked, text_tokens, _TEXTS, lambda text: self._run(token_budget, num_images, text, stop)
+        )
+
+    def _on_parabola(self, asked: Any, place: int, places: Sequence[int], run: Callable[[int], Counter]) -> Counter:
+        """Run for the first places that are asked for; for all others what choosing costs lies on the parabola."""
+        counted = self._asked.setdefault(asked, set())
+        if place in counted or len(counted) < len(places) - 1:
+            counted.add(place)
+            return run(place)
+        runs = [run(number) for number in places]
+        weighted = zip(weights_on_parabola(place, places), runs, strict=True)
+        return Counter({**runs[0], None: float(sum(weight * run[None] for weight, run in weighted))})
 
     def spent_on(self, tokens: VisualTokens, token_budget: StackBudget | None, text_tokens: int) -> Counter:
         """The same where the numbers of tokens are given."""
@@ -395,37 +394,23 @@ class _StackCosts:
             return self._with_projected(self.spent(token_budget, num_images, text_tokens, tokens), tokens)
         whole: Counter = Counter()
         for size, keep in zip(tokens.sizes, tokens.num_keep, strict=True):
-            whole += self._of_kept(
-                size, keep, lambda budget: self._with_decoder(budget, names, tokens), text_tokens, tokens
-            )
+            whole += self._of_kept(size, keep, tokens, text_tokens)
         return self._with_projected(whole, tokens)
 
-    def _of_kept(
-        self,
-        size: int,
-        keep: int,
-        budget_of: Callable[[float | int], StackBudget],
-        text_tokens: int,
-        tokens: VisualTokens,
-    ) -> Counter:
+    def _of_kept(self, size: int, keep: int, tokens: VisualTokens, text_tokens: int) -> Counter:
         """A unit of which so many tokens stay: run for the first few numbers, others lie on the parabola."""
+        names = {step.name for step in self.before}
 
         def run(number: int) -> Counter:
             budget = 1.0 if number >= size else 0.0 if number == 1 else number
-            self._kept.add(number)
-            return self.spent(budget_of(budget), 1, text_tokens, tokens)
+            if self.decoder is not None and self.decoder.name not in names:
+                # Beside that of the reducer before the decoder, the mean that was left inside it.
+                budget = {**dict.fromkeys(names, budget), self.decoder.name: max(round(tokens.mean), 2)}
+            return self.spent(budget, 1, text_tokens, tokens)
 
-        if keep in self._kept or len(self._kept) < len(_TEXTS) or self.decoder is not None:
+        if self.decoder is not None:
             return run(keep)
-        points = [(number, run(number)) for number in (size // 4, size // 2, 3 * size // 4)]
-        return Counter({**points[0][1], None: _on_parabola(keep, [(number, spent[None]) for number, spent in points])})
-
-    def _with_decoder(self, budget: StackBudget, names: list[str], tokens: VisualTokens) -> StackBudget:
-        """A budget for the reducer before the decoder, with the mean that was left inside it."""
-        if self.decoder is None or self.decoder.name in names:
-            return budget
-        mean = round(mean_of_layers(tokens))
-        return {**dict.fromkeys(names, budget), self.decoder.name: max(mean, 2)}
+        return self._on_parabola(size, keep, (size // 4, size // 2, 3 * size // 4), run)
 
     def _with_projected(self, spent: Counter, tokens: VisualTokens) -> Counter:
         """The projector gets rows as long as the longest, unless tokens are chosen behind it."""
@@ -439,21 +424,17 @@ class _StackCosts:
         """The model on a prompt, up to the decoder layer before which the last choice is made."""
         key = (_written(token_budget), num_images, text_tokens, stop)
         if key not in self._runs:
-            inner, vision = self.model.model, self.config.vision_config
-            tower, layers = inner.vision_tower, self.model.get_decoder().layers
-            halves = [half for layer in tower_layers(tower) for half in (_attention(layer), layer.mlp)]
+            inner, layers = self.model.model, self.model.get_decoder().layers
             parts = {
-                "vision": [tower.embeddings, *halves],
+                "vision": [inner.vision_tower.embeddings, *chain(*halves_of_tower_layers(inner.vision_tower))],
                 "projector": [inner.multi_modal_projector],
                 "prefill": list(layers),
             }
-            size = self.model.family.tokens_per_image(self.config) + int(self.config.keep_cls)
-            ids = torch.tensor([[0] * num_images * size + [1 + word % 2 for word in range(text_tokens)]])
-            pixels = torch.zeros(num_images, vision.num_channels, vision.image_size, vision.image_size)
+            inputs = noise_prompts(self.config, [text_tokens], [num_images])
 
             def run() -> None:
                 with contextlib.suppress(_Reached):
-                    inner(ids, pixels, token_budget=token_budget)
+                    inner(**inputs, token_budget=token_budget)
 
             hook = layers[stop].register_forward_pre_hook(_stop)
             try:
@@ -480,12 +461,20 @@ def _written(token_budget: StackBudget | None) -> str:
     return repr(token_budget)
 
 
-def _on_parabola(place: int, points: Sequence[tuple[int, int]]) -> float:
-    """The value at a place of the parabola through three points, a whole number where it is that of a count."""
-    value = Fraction(0)
-    for x, y in points:
-        weight = Fraction(y)
-        for other, _ in points:
-            weight *= Fraction(place - other, x - other) if other != x else 1
-        value += weight
-    return float(value)
+def _leave_out_what_is_not_read(layers: nn.ModuleList, reducer: DecoderReducer) -> None:
+    """Leaves of decoder layers those before a cut, whose keys a reducer may read, without their MLPs."""
+    cuts = reducer.cuts(len(layers))
+    for number, layer in enumerate(layers):
+        if number + 1 in cuts:
+            # Nothing that scores looks at what MLPs make of noise.
+            layer.mlp = nn.Identity()
+        else:
+            layer.forward = partial(_pass_through, number)
+
+
+def _pass_through(number: int, hidden_states: torch.Tensor, past_key_values: Cache | None, **_: Any) -> torch.Tensor:
+    """In a decoder layer's place; its cache has as many columns, and nothing in them."""
+    if past_key_values is not None:
+        nothing = hidden_states.new_zeros(1, 1, hidden_states.shape[1], 1)
+        past_key_values.update(nothing, nothing, number)
+    return hidden_states

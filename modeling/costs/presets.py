@@ -51,21 +51,9 @@ def llama(
     )
 
 
-def _llava_7b() -> dict[str, Any]:
-    return {"vision_config": clip_large_336(), "text_config": llama(4096, 11008, 32, 32)}
-
-
-def _llava_13b() -> dict[str, Any]:
-    return {"vision_config": clip_large_336(), "text_config": llama(5120, 13824, 40, 40)}
-
-
-def _llava_llama_3_8b() -> dict[str, Any]:
-    text = llama(4096, 14336, 32, 32, num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192)
-    return {"vision_config": clip_large_336(), "text_config": text}
-
-
-def _llava_qwen2_7b() -> dict[str, Any]:
-    text = Qwen2Config(
+def qwen2_7b() -> PreTrainedConfig:
+    """Qwen2-7B."""
+    return Qwen2Config(
         hidden_size=3584,
         intermediate_size=18944,
         num_hidden_layers=28,
@@ -73,18 +61,15 @@ def _llava_qwen2_7b() -> dict[str, Any]:
         num_key_value_heads=4,
         vocab_size=152064,
     )
-    return {
-        "vision_config": siglip_so400m_384(),
-        "text_config": text,
-        "vision_feature_select_strategy": "full",
-    }
 
 
-PRESETS: dict[str, Callable[[], dict[str, Any]]] = {
-    "llava-1.5-7b": _llava_7b,
-    "llava-1.5-13b": _llava_13b,
-    "llava-llama-3-8b": _llava_llama_3_8b,
-    "llava-siglip-qwen2-7b": _llava_qwen2_7b,
+LLAMA_3 = {"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192}
+# Tower, text model, and what of the tower's features is used.
+PRESETS: dict[str, Callable[[], tuple[PreTrainedConfig, PreTrainedConfig, str]]] = {
+    "llava-1.5-7b": lambda: (clip_large_336(), llama(4096, 11008, 32, 32), "default"),
+    "llava-1.5-13b": lambda: (clip_large_336(), llama(5120, 13824, 40, 40), "default"),
+    "llava-llama-3-8b": lambda: (clip_large_336(), llama(4096, 14336, 32, 32, **LLAMA_3), "default"),
+    "llava-siglip-qwen2-7b": lambda: (siglip_so400m_384(), qwen2_7b(), "full"),
 }
 
 
@@ -102,8 +87,7 @@ def preset_config(name: str, visual_tokens: int | None = None) -> AdaVTPConfig:
     """
     if name not in PRESETS:
         raise ValueError(f"`preset` is {name!r}; allowed: {', '.join(PRESETS)}.")
-    fields = PRESETS[name]()
-    vision = fields["vision_config"]
+    vision, text, strategy = PRESETS[name]()
     if visual_tokens is not None and visual_tokens != (vision.image_size // vision.patch_size) ** 2:
         side = math.isqrt(max(visual_tokens, 0))
         if side < 1 or side * side != visual_tokens:
@@ -112,4 +96,10 @@ def preset_config(name: str, visual_tokens: int | None = None) -> AdaVTPConfig:
             )
         vision.image_size = side * vision.patch_size
     num_patches = (vision.image_size // vision.patch_size) ** 2
-    return AdaVTPConfig(**fields, image_seq_length=num_patches, dtype="float16")
+    return AdaVTPConfig(
+        vision_config=vision,
+        text_config=text,
+        vision_feature_select_strategy=strategy,
+        image_seq_length=num_patches,
+        dtype="float16",
+    )

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from adavtp.command_line import app
-from adavtp.evaluation.training_costs import A100_PEAK, PUBLISHED_RUNS, MeasuredStep, hours
+from adavtp.evaluation.training_costs import PUBLISHED_RUNS, MeasuredStep
 from adavtp.evaluation.training_plan_page import SETTINGS
 
 GIB = 2**30
@@ -140,12 +140,7 @@ def test_the_overhead_is_never_a_gain(tmp_path: Path) -> None:
 
 
 def test_published_runs_are_possible() -> None:
-    # What a share of the peak is, solved for the hours, are the stated ones.
-    for published in PUBLISHED_RUNS:
-        share = published.utilisation(200)
-        assert 0.1 < share < 0.6
-        per_sample = share * published.hours * 3600 * published.gpus * A100_PEAK / published.samples
-        assert hours(per_sample, published.samples, published.gpus, A100_PEAK, share) == pytest.approx(published.hours)
+    assert all(0.1 < published.utilisation(200) < 0.6 for published in PUBLISHED_RUNS)
 
 
 def test_the_page_says_its_command_and_gives_every_setting(tmp_path: Path) -> None:

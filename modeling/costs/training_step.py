@@ -1,76 +1,28 @@
 """A training step's FLOPs, forward and on the way back, counted by torch while a weightless model takes the step.
 
-Autograd numbers its nodes in the order in which the forward pass makes them. So each part's modules say which numbers
-are theirs, and a product on the way back belongs to the part that has its node's number. Layers of the decoder are
-alike, from the second on: two of them say what all cost.
+Layers of tower and decoder are alike, from the second on: two of them say what all cost.
 """
 
 import copy
-import math
-from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
-from ..configuration.configuration_adavtp import AdaVTPConfig
-from ..modeling.budget.schedule import StackBudget
-from ..modeling.costs.counting import ProductsAreNoise, counter, make_weightless, weightless_model
-from ..modeling.families.llava import LLAVA
-from ..modeling.reducers.base import feature_layer_index
-from ..modeling.vision.tower import _attention, tower_layers
+from ...configuration.configuration_adavtp import AdaVTPConfig
+from ..budget.schedule import StackBudget
+from ..families.llava import LLAVA
+from ..reducers.base import feature_layer_index
+from ..vision.tower import tower_layers
+from .counting import FlopsByPart, halves_of_tower_layers, remembered, weights_on_parabola
+from .weightless import ProductsAreNoise, make_weightless, noise_prompts, weightless_model
 
-PARTS = ("controller", "projector", "vision", "decoder")
+PARTS, LOSSES = ("controller", "projector", "vision", "decoder"), ("lm", "distillation", "relevance")
 # Scores again, and the gradients of weights, values, queries and keys: five products for attention's two.
 FUSED_ATTENTION = 2.5
-
-
-@dataclass(frozen=True)
-class Trained:
-    """
-    What trains.
-
-    Attributes:
-        controller, projector, vision, decoder: whether the part does; the controller with the budget token.
-        lora_rank: r of adapters on every linear map of the decoder's layers, which then train in the decoder's place;
-            `None` for none.
-    """
-
-    controller: bool = False
-    projector: bool = False
-    vision: bool = False
-    decoder: bool = False
-    lora_rank: int | None = None
-
-    @classmethod
-    def of(cls, train_parts: Sequence[str], lora_rank: int | None = None) -> "Trained":
-        """
-        Args:
-            train_parts: names as in `AdaVTPTrainingArguments`.
-            lora_rank: 1 or more, with `"decoder"` among the parts.
-
-        Raises:
-            ValueError: if a part is not known or none is named, or adapters are asked for and the decoder is frozen.
-        """
-        if set(train_parts) - set(PARTS) or not train_parts:
-            raise ValueError(f"`train_parts` is {list(train_parts)}; allowed are one or more of {list(PARTS)}.")
-        if lora_rank is not None and (lora_rank < 1 or "decoder" not in train_parts):
-            raise ValueError(
-                f"`lora_rank` is {lora_rank} and `train_parts` {list(train_parts)}; adapters have a rank of 1 or more "
-                "and train in the decoder's place, so name 'decoder' among the parts."
-            )
-        return cls(**dict.fromkeys(train_parts, True), lora_rank=lora_rank)
-
-    @property
-    def decoder_weights(self) -> bool:
-        """Whether the decoder's own weights train."""
-        return self.decoder and self.lora_rank is None
 
 
 @dataclass(frozen=True)
@@ -79,33 +31,45 @@ class Step:
     How a training step is carried out.
 
     Attributes:
-        trained: what trains.
+        parts: that train, names as in `AdaVTPTrainingArguments`; the controller with the budget token.
+        lora_rank: r of adapters on every linear map of the decoder's layers, which then train in the decoder's place;
+            `None` for none.
         checkpointing: whether layers keep only what enters them, and run again on the way back.
         gates: `"features"` or `"attention"`, see [`AdaVTPConfig`].
         losses: that are added up, see `AdaVTPTrainingArguments.loss_weights`.
         gates_fused: whether attention keeps no scores where gates are inside it, as on a GPU. On a CPU it does.
+
+    Raises:
+        ValueError: if a part or a loss is not known or none is named, or adapters are asked for and the decoder is
+            frozen.
     """
 
-    trained: Trained
+    parts: Sequence[str]
+    lora_rank: int | None = None
     checkpointing: bool = False
     gates: str = "features"
     losses: tuple[str, ...] = ("lm",)
     gates_fused: bool = True
 
     def __post_init__(self) -> None:
-        if set(self.losses) - {"lm", "distillation", "relevance"} or not self.losses:
-            raise ValueError(f"`losses` is {self.losses}; allowed are one or more of lm, distillation, relevance.")
+        if set(self.parts) - set(PARTS) or not self.parts:
+            raise ValueError(f"`train_parts` is {list(self.parts)}; allowed are one or more of {list(PARTS)}.")
+        if self.lora_rank is not None and (self.lora_rank < 1 or "decoder" not in self.parts):
+            raise ValueError(
+                f"`lora_rank` is {self.lora_rank} and `train_parts` {list(self.parts)}; adapters have a rank of 1 or "
+                "more and train in the decoder's place, so name 'decoder' among the parts."
+            )
+        if set(self.losses) - set(LOSSES) or not self.losses:
+            raise ValueError(f"`losses` is {self.losses}; allowed are one or more of {', '.join(LOSSES)}.")
+        object.__setattr__(self, "parts", tuple(self.parts))
+
+    def trains(self, part: str) -> bool:
+        """Whether a part's own weights train; with adapters the decoder's do not."""
+        return part in self.parts and not (part == "decoder" and self.lora_rank is not None)
 
 
-@dataclass(frozen=True)
-class PartFlops:
-    """
-    A part of the model in one step.
-
-    Attributes:
-        forward, backward: the pass and the way back.
-        recomputed: what checkpointed layers run again.
-    """
+class PartFlops(NamedTuple):
+    """What a part spends in the forward pass, on the way back, and where checkpointed layers run again."""
 
     forward: float = 0.0
     backward: float = 0.0
@@ -114,17 +78,12 @@ class PartFlops:
     @property
     def total(self) -> float:
         """All three."""
-        return self.forward + self.backward + self.recomputed
+        return sum(self)
 
-    def times(self, factor: float) -> "PartFlops":
-        """Each, times a number."""
-        return PartFlops(factor * self.forward, factor * self.backward, factor * self.recomputed)
 
-    def plus(self, other: "PartFlops") -> "PartFlops":
-        """Each, added up."""
-        return PartFlops(
-            self.forward + other.forward, self.backward + other.backward, self.recomputed + other.recomputed
-        )
+def weighted_sum(parts: Sequence[tuple[float, PartFlops]]) -> PartFlops:
+    """The sum over parts, each times its weight."""
+    return PartFlops(*(float(sum(weight * part[phase] for weight, part in parts)) for phase in range(3)))
 
 
 @dataclass(frozen=True)
@@ -147,11 +106,11 @@ class TrainingFlops:
     @classmethod
     def weighted(cls, steps: Sequence[tuple[float, "TrainingFlops"]]) -> "TrainingFlops":
         """The sum over steps, each times its weight."""
-        parts: dict[str, PartFlops] = {}
-        for weight, step in steps:
-            for name, part in step.parts.items():
-                parts[name] = parts.get(name, PartFlops()).plus(part.times(weight))
-        return cls(parts)
+        names = dict.fromkeys(name for _, step in steps for name in step.parts)
+        none = PartFlops()
+        return cls(
+            {name: weighted_sum([(weight, step.parts.get(name, none)) for weight, step in steps]) for name in names}
+        )
 
 
 # ---------------------------------------------------------------- what users call
@@ -181,30 +140,35 @@ def count_training_flops(
     # A floor on the entropy adds tokens to noise; how many it adds to an image, no count can say.
     changes = {"min_token_entropy": 0.0, "gradient_gates": step.gates, "image_token_id": 0, "trained_reducers": []}
     num_images = [1] * len(text_tokens) if num_images is None else num_images
-    inputs = _prompts(config, text_tokens, num_images)
-    model = weightless_model(config, **changes).train()
-    counted = _count(model, inputs | {"token_budget": token_budget}, step)
+    inputs = noise_prompts(config, text_tokens, num_images)
+    counted = _count(weightless_model(config, **changes).train(), inputs | {"token_budget": token_budget}, step)
     passes = {"distillation", "relevance"} & set(step.losses)
     if not passes or not sum(num_images):
         return counted
     # Each runs the model at full budget; the gradient of relevance comes back to the projected tokens.
-    whole = replace(step, trained=Trained(projector=True), checkpointing=False, losses=("lm",))
+    whole = Step(["projector"], gates=step.gates, gates_fused=step.gates_fused)
     once = _count(weightless_model(config, **changes), inputs | {"token_budget": 1.0}, whole).parts
     forward = len(passes) * sum(part.forward for part in once.values())
     back = once["decoder"].backward + once["head"].backward if "relevance" in passes else 0.0
     return TrainingFlops({**counted.parts, "full_budget": PartFlops(forward, back)})
 
 
-def plain_training_flops(
-    config: AdaVTPConfig, text_tokens: Sequence[int], step: Step, num_images: Sequence[int] | None = None
-) -> TrainingFlops:
+def plain_training_flops(config: AdaVTPConfig, text_tokens: Sequence[int], step: Step) -> TrainingFlops:
     """
-    The same step of plain LLaVA on all visual tokens: no controller, no budget, and the whole tower, whose layers
-    above the feature layer run for nothing.
+    The same step of plain LLaVA on all visual tokens, one image a prompt: no controller, no budget, and the whole
+    tower, whose layers above the feature layer run for nothing.
 
     Args:
-        config, text_tokens, step, num_images: see [`count_training_flops`].
+        config, text_tokens, step: see [`count_training_flops`].
     """
+    plain_step = replace(
+        step, parts=[part for part in step.parts if part != "controller"], gates="features", losses=("lm",)
+    )
+    return _plain_of_once(config, tuple(text_tokens), plain_step)
+
+
+@remembered
+def _plain_of_once(config: AdaVTPConfig, text_tokens: tuple[int, ...], step: Step) -> TrainingFlops:
     plain = LlavaConfig(
         vision_config=copy.deepcopy(config.vision_config),
         text_config=copy.deepcopy(config.text_config),
@@ -215,8 +179,7 @@ def plain_training_flops(
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(plain).train()
     make_weightless(model)
-    step = replace(step, trained=replace(step.trained, controller=False), losses=("lm",))
-    return _count(model, _prompts(config, text_tokens, num_images or [1] * len(text_tokens)), step)
+    return _count(model, noise_prompts(config, text_tokens, [1] * len(text_tokens)), step)
 
 
 def mean_training_flops(
@@ -247,22 +210,21 @@ def mean_training_flops(
     """
     if per not in ("batch", "sample"):
         raise ValueError(f"`per` is {per!r}; allowed are 'batch' and 'sample'.")
-    size, draws = LLAVA.tokens_per_image(config), 1 if per == "batch" else rows
-    counts = dict(longest_counts(budget_range, size, draws))
+    counts = dict(longest_counts(budget_range, LLAVA.tokens_per_image(config), 1 if per == "batch" else rows))
     low, high = min(counts), max(counts)
     places = sorted({low, (low + high) // 2, high})
-    weighted = []
-    for keep in places:
-        # Lagrange's: what the count of this budget adds to the mean of the parabola.
-        others = [other for other in places if other != keep]
-        weight = sum(
-            probability * math.prod((at - other) / (keep - other) for other in others)
-            for at, probability in counts.items()
-        )
-        # As a count, except where it would be a count of one, which only a fraction can ask for.
-        budget = 0.0 if keep == 1 else keep
-        weighted.append((weight, count_training_flops(config, [text_tokens], step, token_budget=budget)))
-    return TrainingFlops.weighted(weighted)
+    weights = [0.0] * len(places)
+    for keep, probability in counts.items():
+        for number, weight in enumerate(weights_on_parabola(keep, places)):
+            weights[number] += probability * float(weight)
+    counted = [_of_kept(config, text_tokens, step, keep) for keep in places]
+    return TrainingFlops.weighted(list(zip(weights, counted, strict=True)))
+
+
+@remembered
+def _of_kept(config: AdaVTPConfig, text_tokens: int, step: Step, keep: int) -> TrainingFlops:
+    # As a count, except where it would be a count of one, which only a fraction can ask for.
+    return count_training_flops(config, [text_tokens], step, token_budget=0.0 if keep == 1 else keep)
 
 
 def longest_counts(budget_range: tuple[float, float], num_patches: int, draws: int = 1) -> Iterator[tuple[int, float]]:
@@ -280,7 +242,7 @@ def longest_counts(budget_range: tuple[float, float], num_patches: int, draws: i
     Raises:
         ValueError: if the range is empty or leaves [0, 1].
     """
-    low, high = budget_range
+    low, high = budget_range if len(budget_range) == 2 else (1.0, 0.0)
     if not 0.0 <= low <= high <= 1.0:
         raise ValueError(f"`budget_range` is {budget_range!r}; allowed are two fractions 0 <= low <= high <= 1.")
     if low == high:
@@ -333,46 +295,22 @@ class Adapted(nn.Module):
         return self.linear(hidden_states) + self.adapter(hidden_states)
 
 
-def _prompts(config: AdaVTPConfig, text_tokens: Sequence[int], num_images: Sequence[int]) -> dict[str, Any]:
-    """Prompts of images and, behind them, words, filled up to the longest."""
-    vision, size = config.vision_config, LLAVA.tokens_per_image(config) + int(config.keep_cls)
-    rows = [[0] * size * images + [1] * text for images, text in zip(num_images, text_tokens, strict=True)]
-    longest, side = max(map(len, rows)), vision.image_size
-    inputs = {
-        "input_ids": torch.tensor([row + [1] * (longest - len(row)) for row in rows]),
-        "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
-        "use_cache": False,
-    }
-    images = {"pixel_values": torch.zeros(sum(num_images), vision.num_channels, side, side)}
-    return inputs | images if sum(num_images) else inputs
-
-
 def _let_train(model: PreTrainedModel, step: Step) -> None:
-    trained = step.trained
-    whole = {name: getattr(trained, name) for name in PARTS} | {"decoder": trained.decoder_weights}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(whole.get(part_of(name, model.config), False))
+        parameter.requires_grad_(step.trains(part_of(name, model.config)))
     if step.checkpointing:
         model.activation_checkpointing_enable()
-    if trained.decoder_weights:
+    if step.trains("decoder"):
         # No product makes the gradient of the table, which would be as large as it.
         embed = model.get_input_embeddings().requires_grad_(False)
         embed.register_forward_hook(lambda *called: called[-1].requires_grad_())
-    for layer in model.get_decoder().layers if trained.lora_rank else []:
+    for layer in model.get_decoder().layers if step.lora_rank else []:
         for name, linear in linear_maps(layer).items():
-            layer.set_submodule(name, Adapted(linear, trained.lora_rank))
+            layer.set_submodule(name, Adapted(linear, step.lora_rank))
 
 
-@dataclass(frozen=True)
-class Stretch:
-    """
-    Modules of a part, none inside another's, that stand for several like them.
-
-    Attributes:
-        part: as in [`TrainingFlops`].
-        modules: that run.
-        times: how many they stand for, themselves included.
-    """
+class Stretch(NamedTuple):
+    """Modules of a part, none inside another's, that stand for so many like them, themselves included."""
 
     part: str
     modules: list[nn.Module]
@@ -386,8 +324,7 @@ def _shortened(model: PreTrainedModel) -> list[Stretch]:
     """
     config, tower, decoder = model.config, model.model.vision_tower, model.get_decoder()
     reducers = [step.reducer for step in model.model.steps()] if isinstance(config, AdaVTPConfig) else []
-    # Keys and values that a reducer asks a layer for are the reducer's.
-    halves = [[_attention(layer), layer.mlp] for layer in tower_layers(tower)]
+    halves = halves_of_tower_layers(tower)
     stretches = [Stretch("vision", [tower.embeddings]), Stretch("decoder", [decoder.rotary_emb])]
     stretches += [Stretch("projector", [model.model.multi_modal_projector]), Stretch("head", [model.lm_head])]
     run, depth = feature_layer_index(config), len(decoder.layers)
@@ -408,92 +345,36 @@ def _shortened(model: PreTrainedModel) -> list[Stretch]:
 
 def _count(model: PreTrainedModel, inputs: Mapping[str, Any], step: Step) -> TrainingFlops:
     """One step of a weightless model, which is spent."""
-    stretches = _shortened(model)
+    stretches, scores = _shortened(model), []
     _let_train(model, step)
-    scores = []
     if set(step.losses) == {"relevance"}:
+        # It learns from the scores alone, and nothing behind them is on the way back.
         controller = model.model.controller
         scores_of = controller.scores
         controller.scores = lambda *asked, **named: scores.append(scores_of(*asked, **named)) or scores[-1]
-    watched = [stretch.modules for stretch in stretches]
+    watched = {number: stretch.modules for number, stretch in enumerate(stretches)}
     # Libraries for CPUs refuse noise whose rows overlap.
     plain = torch.backends.mkldnn.flags(enabled=False, allow_tf32=None)
-    with plain, ProductsAreNoise(every=True), counter() as flops, PartsOfAStep(flops, watched) as spent:
-        logits = model(**inputs).logits
+    with plain, ProductsAreNoise(every=True), FlopsByPart(watched) as counted:
+        logits = model(**inputs, use_cache=False).logits
         (learned,) = scores or [logits]
         if learned.requires_grad:
             learned.backward(torch.ones(()).expand(learned.shape))
-    counted = dict.fromkeys(("vision", "reducer", "projector", "decoder", "head"), PartFlops())
-    counted["reducer"] = spent.of(None, fused=False)
+    parts = {name: [] for name in ("vision", "reducer", "projector", "decoder", "head")}
+    parts["reducer"].append((1, _phases(counted, None)))
     for number, stretch in enumerate(stretches):
-        each = spent.of(number, stretch.part == "decoder" and step.gates_fused)
-        counted[stretch.part] = counted[stretch.part].plus(each.times(stretch.times))
-    return TrainingFlops(counted)
+        is_fused = stretch.part == "decoder" and step.gates_fused
+        parts[stretch.part].append((stretch.times, _phases(counted, number, is_fused)))
+    return TrainingFlops({name: weighted_sum(stretches) for name, stretches in parts.items()})
 
 
-class PartsOfAStep(TorchDispatchMode):
+def _phases(counted: FlopsByPart, part: int | None, is_fused: bool = False) -> PartFlops:
     """
-    Notes what is spent on which part, forward, on the way back and in layers that run again on it.
-
-    Args:
-        flops: torch's counter.
-        parts: the modules of each part, none inside another's; what is outside of all is under `None`.
+    What a part has spent. Products of batches in the decoder are attention that a CPU takes apart, with a gradient of
+    its bias; fused, it keeps no scores, as on a GPU.
     """
-
-    def __init__(self, flops: FlopCounterMode, parts: Sequence[list[nn.Module]]) -> None:
-        super().__init__()
-        self.flops, self.spent, self.inside, self.hooks = flops, Counter(), [], []
-        # Numbers of autograd's nodes at which parts begin and end, and the part from there on.
-        self.numbers, self.parts = [0], [None]
-        for part, modules in enumerate(parts):
-            for module in modules:
-                self.hooks.append(module.register_forward_pre_hook(lambda *_, part=part: self._enter(part)))
-                # A layer that runs again stops, by an exception, where nothing further is needed.
-                self.hooks.append(module.register_forward_hook(lambda *_: self._leave(), always_call=True))
-
-    def _enter(self, part: int) -> None:
-        self.inside.append(part)
-        self._from_here(part)
-
-    def _leave(self) -> None:
-        self.inside.pop()
-        self._from_here(None)
-
-    def _from_here(self, part: int | None) -> None:
-        self.numbers.append(torch._C._autograd._get_sequence_nr())
-        self.parts.append(part)
-
-    def __exit__(self, *error: Any) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        super().__exit__(*error)
-
-    def __torch_dispatch__(
-        self, operation: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        before = self.flops.get_total_flops()
-        result = operation(*args, **(kwargs or {}))
-        spent, node = self.flops.get_total_flops() - before, torch._C._current_autograd_node()
-        if spent:
-            part, phase = self.inside[-1] if self.inside else None, "forward"
-            if node is not None:
-                phase = "recomputed" if self.inside else "backward"
-            if phase == "backward":
-                part = self.parts[bisect_right(self.numbers, node._sequence_nr()) - 1]
-            self.spent[part, phase, operation is torch.ops.aten.bmm.default] += spent
-        return result
-
-    def of(self, part: int | None, fused: bool) -> PartFlops:
-        """
-        What a part has spent.
-
-        Args:
-            part: its place among the parts.
-            fused: whether products of batches are attention that a CPU takes apart, with a gradient of its bias, and
-                that keeps no scores on a GPU.
-        """
-        plain = [self.spent[part, phase, False] for phase in ("forward", "backward", "recomputed")]
-        attention = [self.spent[part, phase, True] for phase in ("forward", "backward", "recomputed")]
-        if fused and attention[1]:
-            attention[1] = FUSED_ATTENTION * attention[0]
-        return PartFlops(*(float(a + b) for a, b in zip(plain, attention, strict=True)))
+    phases = ("forward", "backward", "recomputed")
+    others, batches = ([counted.spent[part, phase, of_batches] for phase in phases] for of_batches in (False, True))
+    if is_fused and batches[1]:
+        batches[1] = FUSED_ATTENTION * batches[0]
+    return weighted_sum([(1, PartFlops(*others)), (1, PartFlops(*batches))])

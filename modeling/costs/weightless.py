@@ -1,0 +1,158 @@
+"""Models whose weights take no memory, and products that take no time, for counting.
+
+A weight is one number, read at every place of its shape. What a product with it would be is noise of the right shape,
+so that everything behind it (ranking, matching, merging, the loops around them) runs as it does in earnest and costs
+what it costs in earnest.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from ...configuration.configuration_adavtp import AdaVTPConfig
+from ..families.llava import LLAVA
+from ..modeling_adavtp import AdaVTPForConditionalGeneration
+
+# Torch's own table has attention for GPUs only; the same count for what runs on a CPU.
+_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+CPU_FORMULAS: dict[Any, Callable[..., int]] = {
+    _CPU_ATTENTION: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value),
+    _CPU_ATTENTION_BACKWARD: lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(
+        grad, query, key, value
+    ),
+}
+_NOISE, _LARGE = 2**20, 2**18
+
+
+# Of tensors made in inference mode operations come whole, and not as the products that they are made of.
+@torch.inference_mode(False)
+def weightless_model(config: AdaVTPConfig, **changes: Any) -> AdaVTPForConditionalGeneration:
+    """
+    A model whose weights take no memory, in evaluation mode.
+
+    Args:
+        config: the model's, which stays as it is.
+        changes: of its fields.
+    """
+    config = copy.deepcopy(config)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with torch.device("meta"):
+        model = AdaVTPForConditionalGeneration(config)
+    make_weightless(model)
+    # Words differ, so that a method which asks what each has to do with the images can tell one from another.
+    table = model.get_input_embeddings().weight
+    table.data = torch.arange(len(table), dtype=table.dtype)[:, None].expand(table.shape)
+    return model.eval()
+
+
+def make_weightless(model: nn.Module) -> None:
+    """Gives a model on the meta device weights that take no memory."""
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None:
+                    value = torch.full((), tensor.is_floating_point(), dtype=tensor.dtype).expand(tensor.shape)
+                    held[name] = nn.Parameter(value) if isinstance(tensor, nn.Parameter) else value
+
+
+class ProductsAreNoise(TorchDispatchMode):
+    """
+    Does not carry out products, whose results are noise.
+
+    Args:
+        every: all of them, and what else works number by number on many, as where nothing asks for values; by default
+            only those with a weight of [`weightless_model`], and attention.
+    """
+
+    def __init__(self, every: bool = False) -> None:
+        super().__init__()
+        self.every, self.made = every, 0
+        self.noise = torch.randn(_NOISE, generator=torch.Generator().manual_seed(0))
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        packet = operation.overloadpacket
+        is_product = packet in flop_registry or packet in CPU_FORMULAS
+        if not is_product and not (self.every and _is_large(operation, args)):
+            return operation(*args, **kwargs)
+        if is_product and not (self.every or packet in CPU_FORMULAS or any(map(_is_weight, args))):
+            return operation(*args, **kwargs)
+        leaves, structure = tree_flatten((args, kwargs))
+        shapes = _shapes_of_results(operation, structure, tuple(map(_without_values, leaves)))
+        return tree_map_only(torch.Tensor, self._result, shapes)
+
+    def _result(self, shape: torch.Tensor) -> torch.Tensor:
+        """Noise of a shape. Its rows overlap in memory, so that it takes none of its own."""
+        *outer, width = shape.shape
+        rows = torch.empty(outer, device="meta")
+        step = (_NOISE // 2 - width) // max(rows.numel(), 1)
+        # Two results in a row are not alike.
+        self.made = (self.made + 7919) % (_NOISE // 2)
+        strides = [step * stride for stride in rows.stride()]
+        return self.noise.to(shape.dtype).as_strided(shape.shape, [*strides, 1], self.made)
+
+
+class Shape(NamedTuple):
+    """What a result's shape depends on of a tensor."""
+
+    size: torch.Size
+    dtype: torch.dtype
+
+
+def _without_values(argument: Any) -> Any:
+    return Shape(argument.shape, argument.dtype) if isinstance(argument, torch.Tensor) else argument
+
+
+@lru_cache(maxsize=4096)
+def _shapes_of_results(operation: Any, structure: TreeSpec, arguments: tuple) -> Any:
+    """What an operation returns, on the meta device. Layers are alike, so it is asked for once."""
+    leaves = [
+        torch.empty(argument.size, dtype=argument.dtype, device="meta") if isinstance(argument, Shape) else argument
+        for argument in arguments
+    ]
+    args, kwargs = tree_unflatten(leaves, structure)
+    return operation(*args, **kwargs)
+
+
+def _is_large(operation: Any, args: tuple) -> bool:
+    """Whether an operation works number by number on many numbers, or would copy the gradient of a weight."""
+    tensors = [argument for argument in args if isinstance(argument, torch.Tensor)]
+    if operation._schema.is_mutable or not any(tensor.numel() > _LARGE for tensor in tensors):
+        return False
+    if not all(tensor.is_floating_point() for tensor in tensors):
+        return False
+    if operation is torch.ops.aten.clone.default:
+        node = torch._C._current_autograd_node()
+        return node is not None and "AccumulateGrad" in node.name()
+    return torch.Tag.pointwise in operation.tags
+
+
+def _is_weight(argument: Any) -> bool:
+    return isinstance(argument, torch.Tensor) and argument.numel() > 1 and not any(argument.stride())
+
+
+def noise_prompts(config: AdaVTPConfig, text_tokens: Sequence[int], num_images: Sequence[int]) -> dict[str, Any]:
+    """Prompts of images and, behind them, words, filled up to the longest; a placeholder's id is 0."""
+    vision, size = config.vision_config, LLAVA.tokens_per_image(config) + int(config.keep_cls)
+    rows = [
+        [0] * size * images + [1 + word % 2 for word in range(text)]
+        for images, text in zip(num_images, text_tokens, strict=True)
+    ]
+    longest, side = max(map(len, rows)), vision.image_size
+    inputs = {
+        "input_ids": torch.tensor([row + [1] * (longest - len(row)) for row in rows]),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
+    }
+    images = {"pixel_values": torch.zeros(sum(num_images), vision.num_channels, side, side)}
+    return inputs | images if sum(num_images) else inputs
