@@ -24,7 +24,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from ...modeling.processing_adavtp import AdaVTPProcessor
-from .llava_files import checkpoint_folder, open_tensors, weight_files
+from .llava_files import checkpoint_folder, tensors_of, weight_files
 from .llava_names import TOWER, Dropped, target_name
 from .llava_prompts import MISTRAL, VICUNA
 from .llava_source import OF_THE_FOLDER, LlavaSource, adavtp_config, fit_processor
@@ -183,12 +183,8 @@ def _generation(folder: Path, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _has_tower(files: Iterable[Path]) -> bool:
-    for path in files:
-        with open_tensors(path) as tensors:
-            targets = [target_name(name, "original") for name in tensors.names]
-        if any(isinstance(target, str) and target.startswith(TOWER) for target in targets):
-            return True
-    return False
+    names = [target_name(name, "original") for path in files for name in tensors_of(path)]
+    return any(isinstance(name, str) and name.startswith(TOWER) for name in names)
 
 
 def _read_tower(name: str, fields: dict[str, Any], weights: bool) -> _Tower:

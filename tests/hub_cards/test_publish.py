@@ -28,7 +28,7 @@ from load_without_package import answers
 from local_hub import READING_TOKEN, STRANGERS_TOKEN, LocalHub, local_hub
 from tiny_conversations import conversation_rows, digit_model, digit_processor
 from tiny_models import tiny_model
-from without_package import run_without_package, snippet_of
+from without_package import run_without_package_from_the_start, snippet_of
 
 EVALUATION = {
     "command": "adavtp evaluate tiny",
@@ -112,7 +112,7 @@ results["splits"] = {{name: list(split["question"]) for name, split in load_data
 results["message"] = data[0]["messages"]
 print(json.dumps(results))
 """
-        printed = run_without_package(code, elsewhere)
+        printed = run_without_package_from_the_start(code, elsewhere)
     return {"files": files, "printed": model.output, "data_printed": data.output, "folder": elsewhere} | json.loads(
         printed.splitlines()[-1]
     )
@@ -473,18 +473,17 @@ def test_a_model_with_adapters_is_to_be_merged_first(
     assert not hub.repositories
 
 
-def test_a_models_own_push_uploads_weights_and_code(hub: LocalHub, processor: AdaVTPProcessor, tmp_path: Path) -> None:
-    model = digit_model(processor)
-    model.push_to_hub("somebody/direct")
-    processor.push_to_hub("somebody/direct")
-    files = hub.files("somebody/direct")
-    assert {
-        "config.json",
-        "model.safetensors",
-        "adavtp_code/modeling_adavtp.py",
-        "processor_config.json",
-    } <= files.keys()
-    loaded = AdaVTPForConditionalGeneration.from_pretrained("somebody/direct", cache_dir=tmp_path / "cache")
+def test_what_model_and_processor_push_themselves_is_what_they_save(
+    hub: LocalHub, processor: AdaVTPProcessor, tmp_path: Path
+) -> None:
+    folder, model = tmp_path / "tiny", digit_model(processor)
+    for part in (model, processor):
+        part.save_pretrained(folder, push_to_hub=True, repo_id="somebody/direct")
+    saved = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert saved == hub.files("somebody/direct").keys()
+    assert {"adavtp_code/modeling_adavtp.py", "adavtp_code/processing_adavtp.py", "model.safetensors"} <= saved
+    model.push_to_hub("somebody/again")
+    loaded = AdaVTPForConditionalGeneration.from_pretrained("somebody/again", cache_dir=tmp_path / "cache")
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
 
 

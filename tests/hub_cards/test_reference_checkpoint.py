@@ -115,11 +115,11 @@ def test_a_fresh_measurement_agrees_with_the_evaluation_file(
         (row["reducer"], row["budget"]): row["accuracy"]
         for row in json.loads((FOLDER / "evaluation.json").read_text())["rows"]
     }
-    rows = load_digit_questions("test", 240)
+    rows = load_digit_questions("test", 96)
     inputs = processor.of_questions(list(rows["images"]), list(rows["question"]))
     for reducer, budget in (("adaptive", 1.0), ("adaptive", 0.4), ("random", 0.4)):
         ids = model.generate(**inputs, reducer=reducer, token_budget=budget, max_new_tokens=8)
         said = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         right = [text.strip() == answer for text, answer in zip(said, rows["answer"], strict=True)]
-        # The recorded share of all questions lies in a (wide) interval around the share of the first 240.
-        assert abs(sum(right) / len(right) - recorded[reducer, budget]) < 0.08
+        # The recorded share of all questions lies in a (wide) interval around the share of the first 96.
+        assert abs(sum(right) / len(right) - recorded[reducer, budget]) < 0.1

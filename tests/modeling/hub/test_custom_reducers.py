@@ -1,12 +1,11 @@
 """A reducer that a user writes goes where the model goes: through training, saving, and loading without its script."""
 
+import contextlib
 import importlib
 import json
-import os
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -34,9 +33,10 @@ from adavtp.modeling.reducers import custom
 from adavtp.modeling.reducers.base import REDUCERS
 from adavtp.tasks.digit_scenes import draw_scene
 from load_without_package import answers, loaded_elsewhere
-from repository import FIXTURES, ROOT
+from repository import ROOT
 from tiny_conversations import conversation_rows, digit_model, digit_processor
 from tiny_models import tiny_batch, tiny_model
+from without_package import run_elsewhere
 
 README = ROOT / "README.md"
 CUSTOM = "adavtp_code/reducers_custom.py"
@@ -79,25 +79,6 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
     for name in list(sys.modules):
         if name.partition(".")[0] in {name.partition(".")[0] for name in written}:
             del sys.modules[name]
-
-
-def _run(file: Path, *arguments: Any, cwd: Path) -> str:
-    """What a script prints in a process of its own."""
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "HF_MODULES_CACHE": str(cwd / "modules"),
-        "PYTHONPATH": os.pathsep.join([str(FIXTURES), os.environ.get("PYTHONPATH", "")]),
-    }
-    child = subprocess.run(
-        [sys.executable, file, *arguments],
-        cwd=cwd,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0, child.stderr[-3000:]
-    return child.stdout
 
 
 def _run_as_main(file: Path, *arguments: Any) -> None:
@@ -146,22 +127,22 @@ AFTER = """
 processor.save_pretrained("my-model")
 image.save("my-model/image.png")
 assert model.generate(image, "Which digit is red?", token_budget=0.4) == answer
-print("same answer")
 """
 
 
 @pytest.fixture(scope="module")
 def script_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the README's block leaves behind, run as a script of its own."""
-    cwd = tmp_path_factory.mktemp("script")
+    """What the README's block leaves behind, run as a script."""
+    cwd, before = tmp_path_factory.mktemp("script"), dict(REDUCERS)
     call = '\nmodel.set_reducer("outliers", temperature=0.5)\n'
     assert call in _readme_block()
     weights = '\ntorch.manual_seed(0)\ntorch.nn.init.normal_(model.model.reducers["outliers"].weight)\n'
     (cwd / "script.py").write_text(BEFORE + _readme_block().replace(call, call + weights) + AFTER)
-    printed = _run(cwd / "script.py", cwd=cwd).splitlines()
-    # DeepSpeed, where it is installed and finds no GPU, says so in brackets.
-    assert [line for line in printed if not line.startswith("[")] == ["the script runs", "same answer"]
+    with contextlib.chdir(cwd):
+        _run_as_main(cwd / "script.py")
     (cwd / "script.py").unlink()
+    REDUCERS.clear()
+    REDUCERS.update(before)
     return cwd / "my-model"
 
 
@@ -321,7 +302,7 @@ def test_a_class_of_the_same_name_gives_way_to_the_folder_s(mine_folder: Path) -
 def test_a_model_that_runs_its_folder_s_code_says_why_it_does_not_know_the_package_s_reducers(
     mine_folder: Path, tmp_path: Path
 ) -> None:
-    script = f"""
+    code = f"""
 from transformers import AutoModel
 model = AutoModel.from_pretrained({str(mine_folder)!r}, trust_remote_code=True)
 from adavtp import TokenReducer, register_reducer
@@ -331,8 +312,7 @@ try:
 except ValueError as error:
     print(error)
 """
-    (tmp_path / "script.py").write_text(script)
-    assert "import adavtp before the model is loaded" in _run(tmp_path / "script.py", cwd=tmp_path)
+    assert "import adavtp before the model is loaded" in run_elsewhere(code, tmp_path)
 
 
 def test_two_folders_that_bring_one_name_keep_each_its_own(tmp_path: Path, make: Callable[..., ModuleType]) -> None:

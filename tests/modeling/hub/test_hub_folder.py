@@ -144,22 +144,6 @@ def test_only_the_main_process_writes_code(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.py"))
 
 
-@pytest.mark.parametrize("part", ["model", "processor"])
-def test_an_upload_while_saving_has_the_code(
-    part: str, tmp_path: Path, processor: AdaVTPProcessor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from huggingface_hub import HfApi
-
-    uploaded = []
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **kwargs: type("Url", (), {"repo_id": repo_id})())
-    monkeypatch.setattr(HfApi, "create_commit", lambda self, operations, **kwargs: uploaded.extend(operations))
-    thing = processor if part == "processor" else tiny_model()
-    thing.save_pretrained(tmp_path / "tiny", push_to_hub=True, repo_id="someone/tiny")
-    saved = {path.relative_to(tmp_path / "tiny") for path in (tmp_path / "tiny").rglob("*") if path.is_file()}
-    assert {operation.path_in_repo for operation in uploaded} == {path.as_posix() for path in saved}
-    assert Path(CODE_FOLDER, "budget_token_budget.py") in saved
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Where the package is absent
 # ---------------------------------------------------------------------------------------------------------------------
