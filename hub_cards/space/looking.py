@@ -82,10 +82,13 @@ class Checkpoint:
         self.name = name
         self.model = AutoModel.from_pretrained(name, trust_remote_code=True, dtype=dtype).to(device).eval()
         self.processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
-        self.reducers = self._reducers()
-        # The first answer of a process takes longer than any other.
         size = self.model.config.vision_config.image_size
-        self.look(Image.new("RGB", (size, size)), "What is this?", FULL_BUDGET, NEVER_ASKED)
+        nothing = Image.new("RGB", (size, size)), "What is this?"
+        # The first answer of a process takes longer than any other.
+        whole = self.look(*nothing, FULL_BUDGET, NEVER_ASKED)
+        # Visual tokens of an image before reduction, N.
+        self.num_patches = round(whole.visual_tokens)
+        self.reducers = self._reducers(self._inputs(*nothing))
 
     @property
     def shown_name(self) -> str:
@@ -93,29 +96,25 @@ class Checkpoint:
         return Path(self.name).name if Path(self.name).is_dir() else self.name
 
     @property
-    def num_patches(self) -> int:
-        """Visual tokens of an image before reduction, N."""
-        return self.model.config.num_patches
-
-    @property
     def device(self) -> str:
         """What the times are of."""
         return torch.cuda.get_device_name() if self.model.device.type == "cuda" else "CPU"
 
-    def _reducers(self) -> dict[str, Any]:
+    def _inputs(self, image: Image.Image, question: str) -> Any:
+        return self.processor.of_questions(image, question).to(self.model.device, self.model.dtype)
+
+    @torch.no_grad()
+    def _reducers(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
         """How each reducer that can be chosen is called, and how it is asked for; the checkpoint's own is first."""
         config = self.model.config
         own = [_name_of(entry) for entry in config.reducers]
         others = [_name_of(entry) for entry in config.trained_reducers] + list(UNTRAINED_REDUCERS)
-        offered = {" + ".join(own): config.reducers}
-        return offered | {name: name for name in others if [name] != own and self._can_be_asked_for(name)}
-
-    def _can_be_asked_for(self, name: str) -> bool:
-        try:
-            self.model.model.steps(name)
-        except ValueError:
-            return False
-        return True
+        can_be_asked = [
+            name
+            for name in others
+            if [name] != own and not self.model.unreachable(**inputs, token_budget=FULL_BUDGET, reducer=name)
+        ]
+        return {" + ".join(own): config.reducers} | {name: name for name in can_be_asked}
 
     @torch.no_grad()
     def look(self, image: Image.Image, question: str, budget: float, reducer: Any) -> Look:
@@ -131,22 +130,22 @@ class Checkpoint:
         Raises:
             ValueError: if the image or the budget is not allowed, or the reducer cannot reach the budget.
         """
-        inputs = self.processor.of_questions(image, question).to(self.model.device, self.model.dtype)
+        inputs = self._inputs(image, question)
         outputs, seconds = self._timed(inputs, token_budget=budget, reducer=reducer)
         prompt_length = inputs["input_ids"].shape[1]
         new_ids = outputs.sequences[0, prompt_length:]
-        config = self.model.config
-        depth = layers_that_see(outputs["selection"], config.text_config.num_hidden_layers)[0].cpu()
+        text_config = self.model.config.text_config
+        depth = layers_that_see(outputs["selection"], text_config.num_hidden_layers)[0].cpu()
         # What no layer drops: text, and the CLS token where the checkpoint keeps it.
-        num_others = prompt_length - config.num_patches
-        columns = [num_others + int((depth > layer).sum()) for layer in range(config.text_config.num_hidden_layers)]
+        num_others = prompt_length - len(depth)
+        columns = [num_others + int((depth > layer).sum()) for layer in range(text_config.num_hidden_layers)]
         mean_columns = sum(columns) / len(columns)
         return Look(
             answer=self.processor.decode(new_ids, skip_special_tokens=True).strip(),
             picture=self._picture(inputs["pixel_values"][0], depth / len(columns)),
             visual_tokens=mean_columns - num_others,
             prompt_tokens=mean_columns,
-            prefill_flops=prefill_flops(config.text_config, columns),
+            prefill_flops=prefill_flops(text_config, columns),
             new_tokens=len(new_ids),
             milliseconds=1000 * statistics.median(seconds),
             num_timed=len(seconds),
