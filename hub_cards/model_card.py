@@ -14,8 +14,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
+from ..evaluation.settings import FULL
 from ..modeling.processing_adavtp import AdaVTPProcessor
-from .curve_picture import FULL
 from .licence import Origin
 from .training_record import DIGIT_SCENES, TrainingRecord, data_names, is_hub_id
 

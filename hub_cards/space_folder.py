@@ -9,7 +9,9 @@ import shutil
 from pathlib import Path
 
 from huggingface_hub import RepoCard
-from huggingface_hub.utils import validate_repo_id
+
+from .output_folder import require_output_folder
+from .publish import require_repository_id
 
 SPACE = Path(__file__).with_name("space")
 
@@ -36,8 +38,10 @@ def space_folder(output_dir: str | Path, repo_id: str, examples: str | Path | No
         ValueError: if `output_dir` holds something else, `repo_id` is none, or `examples` is not such a folder.
     """
     output_dir = Path(output_dir)
-    _check_output(output_dir)
-    _check_repo_id(repo_id)
+    require_output_folder(
+        output_dir, "a Space of this kind", lambda folder: all((folder / name).is_file() for name in _FILES)
+    )
+    require_repository_id(repo_id)
     names = [] if examples is None else _example_files(Path(examples))
     output_dir.mkdir(parents=True, exist_ok=True)
     for name in _FILES:
@@ -57,29 +61,6 @@ def _put_examples(folder: Path, examples: Path | None, names: list[str]) -> None
         folder.mkdir()
         for name in names:
             shutil.copyfile(examples / name, folder / name)
-
-
-def _check_output(output_dir: Path) -> None:
-    if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
-        return
-    if not all((output_dir / name).is_file() for name in _FILES):
-        raise ValueError(
-            f"`output_dir` is {str(output_dir)!r}, which holds something else; expected is a new or an empty folder, "
-            "or one with a Space of this kind, which is brought up to date."
-        )
-
-
-def _check_repo_id(repo_id: str) -> None:
-    try:
-        validate_repo_id(repo_id)
-        is_allowed = repo_id.count("/") == 1
-    except ValueError:
-        is_allowed = False
-    if not is_allowed:
-        raise ValueError(
-            f"`repo_id` is {repo_id!r}; a Space loads its checkpoint from the Hub, so expected is a repository's id, "
-            "'owner/name'."
-        )
 
 
 def _example_files(examples: Path) -> list[str]:

@@ -52,7 +52,7 @@ def publish(
     """
     from ..hub_cards.licence import origin_of
     from ..hub_cards.publish import require_licence, require_repository_id, upload
-    from ..hub_cards.published_folder import published_folder
+    from ..hub_cards.published_folder import files_by_kind, published_folder
     from ..hub_cards.training_record import TrainingRecord
 
     with refusals_said(), tempfile.TemporaryDirectory() as temporary:
@@ -60,15 +60,16 @@ def publish(
         record = TrainingRecord.found_in(checkpoint, recipe, log or None, evaluation or None)
         origin = origin_of(checkpoint, record, base_model, license)
         require_licence(origin, "--license")
-        made = published_folder(checkpoint, Path(temporary), repo_id, record, origin)
-        print_summary(repo_id, "model", private, made.files)
+        folder = Path(temporary)
+        stays_behind = published_folder(checkpoint, folder, repo_id, record, origin)
+        print_summary(repo_id, "model", private, files_by_kind(folder))
         console.print(f"licence {origin.license}, base model {origin.base_model or 'none'}", highlight=False)
         if not record.evaluations:
             console.print("The card will say 'Not measured': name an evaluation.json with --evaluation.", style="dim")
-        if made.stays_behind:
-            console.print(f"stays behind: {escape(', '.join(made.stays_behind))}", style="dim", highlight=False)
+        if stays_behind:
+            console.print(f"stays behind: {escape(', '.join(stays_behind))}", style="dim", highlight=False)
         if not dry_run:
-            _print_published(upload(made.path, repo_id, "Model, processor, code and card", private=private))
+            _print_published(upload(folder, repo_id, "Model, processor, code and card", private=private))
 
 
 def publish_data(

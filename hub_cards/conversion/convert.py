@@ -10,7 +10,6 @@ import json
 import re
 import resource
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -26,6 +25,7 @@ from ...configuration.configuration_adavtp import AdaVTPConfig
 from ...modeling.hub.loading import new_module_of
 from ...modeling.hub.saving import AUTO_MAP, without_auto_class
 from ...modeling.modeling_adavtp import AdaVTPForConditionalGeneration
+from ..output_folder import folder_beside, require_output_folder
 from .llava_files import checkpoint_folder, tensors_of
 from .llava_names import LANGUAGE, Dropped, Layout, target_name
 from .llava_original import ORIGINAL_MODEL_TYPES, read_original_checkpoint
@@ -134,16 +134,17 @@ def convert_checkpoint(
         OSError: if the source is not there, or one of its files is damaged.
     """
     output_dir, memory = Path(output_dir).absolute(), _begin_peak()
-    _check_output(output_dir)
+    require_output_folder(output_dir)
+    if output_dir.resolve() == Path.cwd():
+        # A folder that is renamed takes its place, and whoever stands in the old one sees nothing.
+        raise ValueError(f"`output_dir` is '{output_dir}', the current folder; allowed: another, new or empty.")
     llava = _read_source(checkpoint_folder(str(source), revision=revision), fields or {}, vision_tower)
     if chat_template is not None:
         llava.processor.chat_template, llava.template_note = chat_template, None
     model = _empty_model(llava)
     shards, dropped = _plan(llava, model)
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    # Beside it, so that the folder moves into place by renaming.
-    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as temporary:
-        folder = Path(temporary) / output_dir.name
+    with folder_beside(output_dir) as temporary:
+        folder = temporary / output_dir.name
         folder.mkdir()
         done = Conversion(
             source=_public_name(str(source)),
@@ -164,14 +165,6 @@ def convert_checkpoint(
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         folder.replace(output_dir)
     return done
-
-
-def _check_output(output_dir: Path) -> None:
-    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
-        raise ValueError(f"`output_dir` is '{output_dir}', which is not empty; allowed: a new or empty folder.")
-    if output_dir.resolve() == Path.cwd():
-        # A folder that is renamed takes its place, and whoever stands in the old one sees nothing.
-        raise ValueError(f"`output_dir` is '{output_dir}', the current folder; allowed: another, new or empty.")
 
 
 def _public_name(checkpoint: str) -> str:

@@ -612,7 +612,7 @@ def test_what_does_not_agree_is_refused_by_name_and_leaves_nothing(
 def test_a_folder_that_is_not_empty_stays_as_it_is(made: Callable[[str], Made], tmp_path: Path) -> None:
     source = made("llava-1.5-hf").source.path
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(ValueError, match="`output_dir`.*not empty"):
+    with pytest.raises(ValueError, match="`output_dir`.*holds something else"):
         convert_checkpoint(source, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     (tmp_path / "empty").mkdir()
@@ -683,7 +683,7 @@ def test_the_command_says_what_it_did(made: Callable[[str], Made], tmp_path: Pat
         assert words in said.output
     config = json.loads((out / "config.json").read_text())
     assert (config["reducers"], config["token_budget"]) == ([{"name": "fastv", "layer": 1}], 0.5)
-    for wrong, message in ((["--set", "budget"], "NAME=VALUE"), ([], "not empty")):
+    for wrong, message in ((["--set", "budget"], "NAME=VALUE"), ([], "holds something")):
         refused = CliRunner().invoke(app, ["convert", str(source.path), str(out), *wrong], env={"COLUMNS": "160"})
         assert refused.exit_code == 2 and message in refused.output
 
