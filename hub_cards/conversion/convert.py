@@ -29,9 +29,8 @@ from ..output_folder import folder_beside, require_output_folder
 from .llava_files import checkpoint_folder, tensors_of
 from .llava_names import LANGUAGE, Dropped, Layout, target_name
 from .llava_original import ORIGINAL_MODEL_TYPES, read_original_checkpoint
-from .llava_source import LlavaSource
+from .llava_source import LlavaSource, read_json, read_transformers_checkpoint
 from .llava_tokens import new_rows
-from .llava_transformers import read_transformers_checkpoint
 
 RECORD = "conversion.json"
 EMBEDDINGS, HEAD = f"{LANGUAGE}embed_tokens.weight", "lm_head.weight"
@@ -176,7 +175,7 @@ def _read_source(folder: Path, fields: dict[str, Any], vision_tower: str | None)
     file = folder / "config.json"
     if not file.is_file():
         raise OSError(f"There is no config.json in {str(folder)!r}; a checkpoint needs one beside its weights.")
-    said = json.loads(file.read_text(encoding="utf-8"))
+    said = read_json(file)
     kind = said.get("model_type")
     if kind in ORIGINAL_MODEL_TYPES and ("mm_vision_tower" in said or kind != "llava"):
         return read_original_checkpoint(folder, fields, vision_tower)

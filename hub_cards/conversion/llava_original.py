@@ -5,7 +5,6 @@ its weights are in the folder only where it was trained, the tokenizer knows no 
 code. What is missing is taken from the tower's own folder and from what that code does.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +26,16 @@ from ...modeling.processing_adavtp import AdaVTPProcessor
 from .llava_files import checkpoint_folder, tensors_of, weight_files
 from .llava_names import TOWER, Dropped, target_name
 from .llava_prompts import MISTRAL, VICUNA
-from .llava_source import OF_THE_FOLDER, LlavaSource, adavtp_config, fit_processor
+from .llava_source import (
+    OF_THE_FOLDER,
+    TILES_LEFT_OUT,
+    LlavaSource,
+    adavtp_config,
+    fit_processor,
+    one_tile,
+    read_json,
+)
 from .llava_tokens import IMAGE_TOKEN, add_image_and_pad_tokens, rows_for
-from .llava_transformers import one_tile
 
 _TEXT_CONFIGS = {"llava": LlamaConfig, "llava_llama": LlamaConfig, "llava_mistral": MistralConfig}
 ORIGINAL_MODEL_TYPES = tuple(_TEXT_CONFIGS)
@@ -48,6 +54,7 @@ _OF_TRAINING = (
     *("unfreeze_mm_vision_tower", "use_mm_proj"),
 )
 _OF_ROTATION = ("rope_scaling", "rope_theta")
+_GENERATION_FIELDS = set(vars(GenerationConfig()))
 
 
 @dataclass
@@ -73,7 +80,7 @@ def read_original_checkpoint(
             configuration do not agree.
         OSError: if weights, tokenizer or tower are missing.
     """
-    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    fields = read_json(folder / "config.json")
     _check_fields(fields)
     files = weight_files(folder)
     has_tower = _has_tower(files)
@@ -150,7 +157,7 @@ def _text_config(fields: dict[str, Any]) -> tuple[PreTrainedConfig, list[Dropped
             dropped.append(Dropped(name, "says how it was trained"))
         elif name in _OF_TILES:
             dropped.append(Dropped(name, "tiles are not used"))
-        elif name in _generation_fields():
+        elif name in _GENERATION_FIELDS:
             dropped.append(Dropped(name, "moved to generation_config.json"))
         elif not value:
             dropped.append(Dropped(name, "not in use"))
@@ -170,16 +177,11 @@ def _without_dtype(config: PreTrainedConfig) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if name not in ("dtype", "torch_dtype")}
 
 
-def _generation_fields() -> set[str]:
-    return set(vars(GenerationConfig()))
-
-
 def _generation(folder: Path, fields: dict[str, Any]) -> dict[str, Any]:
     """What the configuration says of generation, older checkpoints' way, and over it generation_config.json."""
-    file = folder / "generation_config.json"
-    said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    old = {name: value for name, value in fields.items() if name in _generation_fields()}
-    return {name: value for name, value in old.items() if name not in OF_THE_FOLDER} | said
+    names = _GENERATION_FIELDS - set(OF_THE_FOLDER)
+    old = {name: value for name, value in fields.items() if name in names}
+    return old | read_json(folder / "generation_config.json")
 
 
 def _has_tower(files: Iterable[Path]) -> bool:
@@ -189,7 +191,7 @@ def _has_tower(files: Iterable[Path]) -> bool:
 
 def _read_tower(name: str, fields: dict[str, Any], weights: bool) -> _Tower:
     folder = checkpoint_folder(name, weights=weights)
-    said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    said = read_json(folder / "config.json")
     if said.get("model_type") not in ("clip", "clip_vision_model"):
         raise ValueError(
             f"The vision tower {name!r} is of `model_type` {said.get('model_type')!r}; supported: 'clip' and "
@@ -205,11 +207,10 @@ def _read_tower(name: str, fields: dict[str, Any], weights: bool) -> _Tower:
 
 
 def _read_tokenizer(folder: Path, text_config: PreTrainedConfig) -> PreTrainedTokenizerBase:
-    file, options = folder / "tokenizer_config.json", {}
+    options = {}
     if not (folder / "tokenizer.json").is_file():
-        said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         # What LLaVA's code takes it for; transformers 5 adds nothing unless it is told.
-        options["add_bos_token"] = said.get("add_bos_token", True)
+        options["add_bos_token"] = read_json(folder / "tokenizer_config.json").get("add_bos_token", True)
     try:
         return AutoTokenizer.from_pretrained(folder, config=text_config, **options)
     except (ImportError, ValueError) as error:
@@ -226,12 +227,10 @@ def _image_processor(fields: dict[str, Any], tower: _Tower) -> tuple[Any, list[s
         return tower.image_processor, []
     if ratio == "pad":
         padded = {name: value for name, value in said.items() if not name.endswith(("processor_type", "class"))}
-        return LlavaImageProcessorPil(**(padded | {"do_pad": True})), [
-            "Images are padded to a square, as in the source."
-        ]
+        note = "Images are padded to a square, as in the source."
+        return LlavaImageProcessorPil(**(padded | {"do_pad": True})), [note]
     if str(ratio).startswith("anyres"):
-        note = "LLaVA-NeXT's tiles are left out: the model sees the whole image in one square."
-        return one_tile(said, tower.config.image_size), [note]
+        return one_tile(said, tower.config.image_size), [TILES_LEFT_OUT]
     raise ValueError(
         f"`image_aspect_ratio` is {ratio!r} in the source's configuration; supported: 'square', 'pad' and 'anyres'."
     )
