@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
 from ..evaluation.settings import FULL
+from ..modeling.families.llava import LLAVA
 from ..modeling.processing_adavtp import AdaVTPProcessor
 from .licence import Origin
 from .training_record import DIGIT_SCENES, TrainingRecord, data_names, is_hub_id
@@ -55,6 +56,7 @@ def model_card(folder: str | Path, name: str, record: TrainingRecord, origin: Or
         template_path=str(TEMPLATE),
         name=name,
         config=config,
+        num_visual_tokens=LLAVA.tokens_per_image(config),
         num_parameters=f"{num_parameters:,}",
         dtype=dtype,
         question="What colour is the largest digit?" if digit_scenes else "What is in the picture?",
