@@ -74,7 +74,7 @@ def logits_of(model: Any, inputs: dict[str, torch.Tensor], **kwargs: Any) -> tor
 FOLDERS: dict[str, Callable[[Path], Folder]] = {
     "llava-1.5-hf": transformers_folder,
     "llava-1.5-hf, one file": lambda path: transformers_folder(path, num_files=1, dtype=torch.float16),
-    "llava-1.5-hf, names in memory": lambda path: transformers_folder(path, rename=str, dtype=torch.bfloat16),
+    "llava-1.5-hf, names in memory": lambda path: transformers_folder(path, names={"": ""}, dtype=torch.bfloat16),
     "llava of today": written_folder,
     "llava-v1.6-mistral-hf": lambda path: next_folder(path, "mistral"),
     "llava-v1.5": original_folder,
