@@ -1,5 +1,6 @@
 """A LLaVA checkpoint becomes an AdaVTP folder: nothing is lost, nothing changes at full budget, memory stays small."""
 
+import contextlib
 import copy
 import json
 import shutil
@@ -338,9 +339,9 @@ def test_a_file_of_the_source_is_a_file_of_the_target_and_the_index_knows_all(
 
 
 def test_one_file_stays_one_file(made: Callable[[str], Made]) -> None:
-    it = made("llava-1.5-hf, one file")
-    assert [path.name for path in it.path.glob("*.safetensors*")] == ["model.safetensors"]
-    with safe_open(it.path / "model.safetensors", framework="pt") as file:
+    path = made("llava-1.5-hf, one file").path
+    assert [file.name for file in path.glob("*.safetensors*")] == ["model.safetensors"]
+    with safe_open(path / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
 
 
@@ -455,8 +456,7 @@ def test_an_original_checkpoint_sees_pictures_as_llavas_code_shows_them(ratio: s
     assert torch.equal(shown, expected)
 
 
-@pytest.mark.parametrize("adds_bos", [True, None])
-def test_a_tokenizer_model_of_sentencepiece_is_read(adds_bos: bool | None, tmp_path: Path) -> None:
+def test_a_tokenizer_model_of_sentencepiece_is_read(tmp_path: Path) -> None:
     sentencepiece = pytest.importorskip("sentencepiece")
     pytest.importorskip("google.protobuf")
     source = original_folder(tmp_path / "source", vocab_size=320)
@@ -472,10 +472,7 @@ def test_a_tokenizer_model_of_sentencepiece_is_read(adds_bos: bool | None, tmp_p
     )
     (source.path / "tokenizer.vocab").unlink()
     (source.path / "tokenizer_config.json").write_text(
-        json.dumps(
-            {"tokenizer_class": "LlamaTokenizer", "legacy": False, "pad_token": "<unk>"}
-            | ({} if adds_bos is None else {"add_bos_token": adds_bos})
-        )
+        '{"tokenizer_class": "LlamaTokenizer", "legacy": false, "pad_token": "<unk>"}'
     )
     convert_checkpoint(source.path, tmp_path / "out")
     processor = AdaVTPProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
@@ -609,23 +606,21 @@ def test_what_does_not_agree_is_refused_by_name_and_leaves_nothing(
     assert not (tmp_path / "target").exists() or not list((tmp_path / "target").iterdir())
 
 
-def test_a_folder_that_is_not_empty_stays_as_it_is(made: Callable[[str], Made], tmp_path: Path) -> None:
+def test_neither_a_folder_that_is_not_empty_nor_the_current_one_is_replaced(
+    made: Callable[[str], Made], tmp_path: Path
+) -> None:
     source = made("llava-1.5-hf").source.path
-    (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(ValueError, match="`output_dir`.*holds something else"):
-        convert_checkpoint(source, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     (tmp_path / "empty").mkdir()
+    with (
+        contextlib.chdir(tmp_path / "empty"),
+        pytest.raises(ValueError, match="current folder; allowed: another"),
+    ):
+        convert_checkpoint(source, ".")
     convert_checkpoint(source, tmp_path / "empty")
     assert (tmp_path / "empty" / "config.json").exists()
-
-
-def test_the_current_folder_is_not_replaced(
-    made: Callable[[str], Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="the current folder; allowed: another, new or empty"):
-        convert_checkpoint(made("llava-1.5-hf").source.path, ".")
+    with pytest.raises(ValueError, match="`output_dir`.*holds something else"):
+        convert_checkpoint(source, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
 def test_an_interrupted_conversion_leaves_nothing(made: Callable[[str], Made], tmp_path: Path) -> None:
@@ -639,18 +634,19 @@ def test_an_interrupted_conversion_leaves_nothing(made: Callable[[str], Made], t
 
 
 @pytest.mark.parametrize(
-    "fields", [{"hidden_size": 1}, {"vision_feature_layer": -1}, {"model_type": "llava"}], ids=str
+    ("arguments", "message"),
+    [
+        ({"fields": {"hidden_size": 1}}, "`fields` has 'hidden_size'.*budget_attention"),
+        ({"fields": {"vision_feature_layer": -1, "model_type": "llava"}}, "has 'model_type', 'vision_feature_layer'"),
+        ({"vision_tower": "x"}, "`vision_tower` is 'x'"),
+    ],
+    ids=str,
 )
-def test_only_adavtps_own_fields_can_be_given(
-    fields: dict[str, Any], made: Callable[[str], Made], tmp_path: Path
+def test_what_the_source_says_itself_cannot_be_given(
+    arguments: dict[str, Any], message: str, made: Callable[[str], Made], tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=f"`fields` has '{next(iter(fields))}'.*budget_attention"):
-        convert_checkpoint(made("llava-1.5-hf").source.path, tmp_path / "out", fields=fields)
-
-
-def test_a_tower_for_a_source_that_has_one_is_refused(made: Callable[[str], Made], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="`vision_tower` is 'x'"):
-        convert_checkpoint(made("llava-1.5-hf").source.path, tmp_path / "out", vision_tower="x")
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(made("llava-1.5-hf").source.path, tmp_path / "out", **arguments)
 
 
 def test_another_folder_for_the_tower_may_be_named(made: Callable[[str], Made], tmp_path: Path) -> None:
