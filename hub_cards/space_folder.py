@@ -67,20 +67,16 @@ def _example_files(examples: Path) -> list[str]:
     """The names of the files that make up the examples."""
     try:
         pairs = json.loads((examples / _QUESTIONS).read_text(encoding="utf-8"))
-        images = [_file_name(image, question) for image, question in pairs]
+        for image, question in pairs:
+            if not isinstance(image, str) or not isinstance(question, str) or Path(image).name != image:
+                raise ValueError(
+                    f"{[image, question]!r} is not the name of a file in the folder itself and a question"
+                )
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"`examples` is {str(examples)!r}; expected is a folder with a {_QUESTIONS} of pairs such as "
             f'["scene.png", "Which digit is red?"]: {error}'
         ) from error
-    if missing := [image for image in images if not (examples / image).is_file()]:
+    if missing := [image for image, _ in pairs if not (examples / image).is_file()]:
         raise ValueError(f"`examples` is {str(examples)!r}, in which {missing[0]!r} of {_QUESTIONS} is missing.")
-    return [_QUESTIONS, *dict.fromkeys(images)]
-
-
-def _file_name(image: str, question: str) -> str:
-    if not isinstance(image, str) or not isinstance(question, str):
-        raise TypeError(f"{[image, question]!r} is no pair of texts")
-    if Path(image).name != image:
-        raise ValueError(f"{image!r} is not the name of a file in the folder itself")
-    return image
+    return [_QUESTIONS, *dict.fromkeys(image for image, _ in pairs)]

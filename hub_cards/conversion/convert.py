@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -39,16 +39,8 @@ _SHOWN = 5
 Progress = Callable[[list["Shard"]], Iterable["Shard"]]
 
 
-@dataclass
-class Shard:
-    """
-    A weight file of the target.
-
-    Attributes:
-        path: the source's file that it is made from.
-        layout: of the names in it.
-        names: name in the source -> name in the target.
-    """
+class Shard(NamedTuple):
+    """A weight file of the source with the layout of its names, and what each is called in the target."""
 
     path: Path
     layout: Layout
@@ -62,15 +54,10 @@ class Conversion:
 
     Attributes:
         source: repository id, or the folder's name.
-        layout: `"transformers"`, `"llava_next"` or `"original"`.
         vision_tower: what `mm_vision_tower` named or was given in its place, of an original checkpoint.
         seed: of the new modules' values, and of the rows of tokens that were added.
-        dtype: of the target.
-        files: weight files that were written.
-        tensors: how many were taken from the source.
-        converted: how many of them changed their dtype.
-        bytes: of all weights.
-        largest_file: bytes of the largest file.
+        tensors, converted: how many were taken from the source, and how many of them changed their dtype.
+        bytes, largest_file: of all weights and of the largest file.
         new_parameters: of the new modules, by module.
         new_rows: rows that the embeddings, and the head, have more than the source's.
         dropped_tensors, dropped_fields: what has no place in the target, with reasons.
@@ -364,5 +351,4 @@ def _resident_size(field: str) -> int:
     if status.is_file():
         return 1024 * int(re.search(rf"^{field}:\s+(\d+) kB$", status.read_text(), re.MULTILINE)[1])
     # Systems without it tell only the largest.
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return largest if sys.platform == "darwin" else 1024 * largest
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -5,10 +5,8 @@ its weights are in the folder only where it was trained, the tokenizer knows no 
 code. What is missing is taken from the tower's own folder and from what that code does.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import (
     AutoTokenizer,
@@ -24,7 +22,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from ...modeling.processing_adavtp import AdaVTPProcessor
 from .llava_files import checkpoint_folder, tensors_of, weight_files
-from .llava_names import TOWER, Dropped, target_name
+from .llava_names import TOWER, Dropped, Layout, target_name
 from .llava_prompts import MISTRAL, VICUNA
 from .llava_source import (
     OF_THE_FOLDER,
@@ -54,11 +52,10 @@ _OF_TRAINING = (
     *("unfreeze_mm_vision_tower", "use_mm_proj"),
 )
 _OF_ROTATION = ("rope_scaling", "rope_theta")
-_GENERATION_FIELDS = set(vars(GenerationConfig()))
+_GENERATION_FIELDS = set(vars(GenerationConfig())) - set(OF_THE_FOLDER)
 
 
-@dataclass
-class _Tower:
+class _Tower(NamedTuple):
     folder: Path
     config: CLIPVisionConfig
     image_processor: CLIPImageProcessorPil
@@ -82,8 +79,9 @@ def read_original_checkpoint(
     """
     fields = read_json(folder / "config.json")
     _check_fields(fields)
-    files = weight_files(folder)
-    has_tower = _has_tower(files)
+    files: list[tuple[Path, Layout]] = [(path, "original") for path in weight_files(folder)]
+    names = [target_name(name, layout) for path, layout in files for name in tensors_of(path)]
+    has_tower = any(isinstance(name, str) and name.startswith(TOWER) for name in names)
     tower = _read_tower(vision_tower or fields["mm_vision_tower"], fields, weights=not has_tower)
     text_config, dropped = _text_config(fields)
     tokenizer = _read_tokenizer(folder, text_config)
@@ -106,20 +104,21 @@ def read_original_checkpoint(
         },
         adavtp_fields,
     )
-    is_mistral = fields["model_type"] == "llava_mistral"
     image_processor, of_images = _image_processor(fields, tower)
-    processor = AdaVTPProcessor(image_processor, tokenizer, chat_template=MISTRAL if is_mistral else VICUNA)
+    form, template = ("Mistral's", MISTRAL) if fields["model_type"] == "llava_mistral" else ("Vicuna's", VICUNA)
+    processor = AdaVTPProcessor(image_processor, tokenizer, chat_template=template)
     fit_processor(processor, config)
-    form = "Mistral's" if is_mistral else "Vicuna's"
     notes = [f"Tokens {' and '.join(added)} were added."] if added else []
     return LlavaSource(
         layout="original",
         config=config,
         processor=processor,
-        files=[(path, "original") for path in files]
-        + [(path, "clip") for path in ([] if has_tower else weight_files(tower.folder))],
+        files=files + [(path, "clip") for path in ([] if has_tower else weight_files(tower.folder))],
         vocab_size=vocab_size,
-        generation=_generation(folder, fields) | {"pad_token_id": tokenizer.pad_token_id},
+        # Older checkpoints say it in their configuration.
+        generation={name: fields[name] for name in fields.keys() & _GENERATION_FIELDS}
+        | read_json(folder / "generation_config.json")
+        | {"pad_token_id": tokenizer.pad_token_id},
         vision_tower=vision_tower or fields["mm_vision_tower"],
         dropped=dropped,
         template_note=f"The source has no chat template; {form} was written, as LLaVA's code asks such a model.",
@@ -175,18 +174,6 @@ def _text_config(fields: dict[str, Any]) -> tuple[PreTrainedConfig, list[Dropped
 def _without_dtype(config: PreTrainedConfig) -> dict[str, Any]:
     # The tower's may differ from the checkpoint's, to which its weights are converted.
     return {name: value for name, value in config.to_dict().items() if name not in ("dtype", "torch_dtype")}
-
-
-def _generation(folder: Path, fields: dict[str, Any]) -> dict[str, Any]:
-    """What the configuration says of generation, older checkpoints' way, and over it generation_config.json."""
-    names = _GENERATION_FIELDS - set(OF_THE_FOLDER)
-    old = {name: value for name, value in fields.items() if name in names}
-    return old | read_json(folder / "generation_config.json")
-
-
-def _has_tower(files: Iterable[Path]) -> bool:
-    names = [target_name(name, "original") for path in files for name in tensors_of(path)]
-    return any(isinstance(name, str) and name.startswith(TOWER) for name in names)
 
 
 def _read_tower(name: str, fields: dict[str, Any], weights: bool) -> _Tower:

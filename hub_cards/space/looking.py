@@ -183,30 +183,17 @@ def _now(device: torch.device) -> float:
 
 
 def layers_that_see(selection: Any, num_layers: int) -> torch.Tensor:
-    """
-    In how many decoder layers each patch is seen.
-
-    Args:
-        selection: what `generate` hands back.
-        num_layers: of the decoder.
-
-    Returns:
-        `[num_images, num_patches]` int64: 0 or `num_layers`, unless a reducer acts inside the decoder.
-    """
+    """`[num_images, num_patches]` int64: how many decoder layers see each patch of what `generate` hands back."""
     return selection.keep.long() * num_layers if selection.depth is None else selection.depth
 
 
 def prefill_flops(text_config: PreTrainedConfig, columns: Sequence[int]) -> int:
     """
-    What the language model computes on a prompt, 1 multiply-add counted as 2 FLOPs.
+    What a language model of the Llama, Mistral, Qwen2 or Qwen3 kind computes on a prompt, 1 multiply-add as 2 FLOPs.
 
-    A layer with n columns: queries and outputs 4 n D Q, keys and values 4 n D P, attention 4 n n Q, and three matrices
-    of the gated MLP 6 n D M. D, Q, P and M are the widths of the model, of all queries, of all keys and of the MLP.
-    Behind the layers stands the head on one column, 2 D V for V words.
-
-    Args:
-        text_config: the language model's, of the Llama, Mistral, Qwen2 or Qwen3 kind.
-        columns: of each layer, text and visual tokens.
+    A layer with n columns, text and visual tokens: queries and outputs 4 n D Q, keys and values 4 n D P, attention
+    4 n n Q, and three matrices of the gated MLP 6 n D M. D, Q, P and M are the widths of the model, of all queries, of
+    all keys and of the MLP. Behind the layers stands the head on one column, 2 D V for V words.
     """
     width = text_config.hidden_size
     head_dim = getattr(text_config, "head_dim", None) or width // text_config.num_attention_heads
