@@ -79,9 +79,8 @@ def model_card(folder: str | Path, name: str, record: TrainingRecord, origin: Or
 
 def curve_names(record: TrainingRecord) -> list[str]:
     """Names of the pictures that a card shows, one for each evaluation file."""
-    if len(record.evaluations) == 1:
-        return ["budget_curve.png"]
-    return [f"budget_curve_{number:02}.png" for number in range(1, len(record.evaluations) + 1)]
+    numbers = range(1, len(record.evaluations) + 1)
+    return ["budget_curve.png"] if len(numbers) == 1 else [f"budget_curve_{number:02}.png" for number in numbers]
 
 
 def _size_of(folder: Path) -> tuple[int, str]:
@@ -117,8 +116,7 @@ def _metadata(name: str, record: TrainingRecord, origin: Origin, tags: list[str]
 
 
 def _hub_result(result: dict[str, Any], row: dict[str, Any]) -> EvalResult:
-    dataset = _dataset_name(result)
-    metric = result.get("metric", "accuracy")
+    dataset, metric = _dataset_name(result), result.get("metric", "accuracy")
     return EvalResult(
         task_type="image-text-to-text",
         dataset_type=dataset.replace(" ", "-"),

@@ -79,15 +79,12 @@ def upload(
 
     Args:
         folder: with what is published, and nothing else.
-        repo_id: `user/name`.
-        message: of the commit.
-        repo_type: `"model"` or `"dataset"`.
         private: whether a new repository is private; `None` leaves it to the user's or the organisation's own
             setting. A repository that exists keeps what it is.
         replaced: patterns of the names that publications have: such files in the repository that are not in the
             folder are removed.
         token: by default the one that was logged in with.
-        revision: branch; by default `main`.
+        repo_id, message, repo_type, revision: see [`HfApi.upload_folder`].
 
     Raises:
         ValueError: if `repo_id` is not one, or the card's metadata are not as the Hub wants them.

@@ -55,14 +55,14 @@ def publish(
     from ..hub_cards.published_folder import files_by_kind, published_folder
     from ..hub_cards.training_record import TrainingRecord
 
-    with refusals_said(), tempfile.TemporaryDirectory() as temporary:
+    with _refusals_said(), tempfile.TemporaryDirectory() as temporary:
         require_repository_id(repo_id)
         record = TrainingRecord.found_in(checkpoint, recipe, log or None, evaluation or None)
         origin = origin_of(checkpoint, record, base_model, license)
         require_licence(origin, "--license")
         folder = Path(temporary)
         stays_behind = published_folder(checkpoint, folder, repo_id, record, origin)
-        print_summary(repo_id, "model", private, files_by_kind(folder))
+        _print_summary(repo_id, "model", private, files_by_kind(folder))
         console.print(f"licence {origin.license}, base model {origin.base_model or 'none'}", highlight=False)
         if not record.evaluations:
             console.print("The card will say 'Not measured': name an evaluation.json with --evaluation.", style="dim")
@@ -92,7 +92,7 @@ def publish_data(
     from ..hub_cards.publish import require_repository_id, upload
     from ..tasks.digit_scenes import load_digit_questions
 
-    with refusals_said(), tempfile.TemporaryDirectory() as temporary:
+    with _refusals_said(), tempfile.TemporaryDirectory() as temporary:
         require_repository_id(repo_id)
         disable_progress_bars()
         sizes = {"train": train, "validation": validation, "test": test}
@@ -100,7 +100,7 @@ def publish_data(
             splits = {split: load_digit_questions(split, size, seed) for split, size in sizes.items()}
         folder = dataset_folder(splits, Path(temporary), repo_id, command_as_typed())
         files = {"card": [folder / "README.md"], "data": sorted((folder / "data").iterdir())}
-        print_summary(repo_id, "dataset", private, files)
+        _print_summary(repo_id, "dataset", private, files)
         console.print(", ".join(f"{split}: {size} questions" for split, size in sizes.items()), highlight=False)
         if not dry_run:
             _print_published(
@@ -111,7 +111,7 @@ def publish_data(
 
 
 @contextmanager
-def refusals_said() -> Iterator[None]:
+def _refusals_said() -> Iterator[None]:
     """A value that is refused ends the command with code 2, what the Hub refuses with code 1; both with the reason."""
     from ..hub_cards.publish import HubRefused
 
@@ -123,7 +123,7 @@ def refusals_said() -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-def print_summary(repo_id: str, repo_type: str, private: bool, files: Mapping[str, Sequence[Path]]) -> None:
+def _print_summary(repo_id: str, repo_type: str, private: bool, files: Mapping[str, Sequence[Path]]) -> None:
     """What will go: kinds of files with their names, number and size."""
     visibility = "private" if private else "public"
     table = Table(title=f"{repo_id}: {visibility} {repo_type} repository", title_justify="left")

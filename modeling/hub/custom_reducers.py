@@ -82,13 +82,10 @@ def save_custom_reducers(classes: dict[str, type[TokenReducer]], folder: Path) -
 
 def custom_reducers_source(classes: dict[str, type[TokenReducer]]) -> str:
     """
-    The file that brings reducers which do not come with AdaVTP.
+    The file that brings reducers which do not come with AdaVTP, for a flat folder with this package's modules.
 
     Args:
         classes: by the names that they are registered under.
-
-    Returns:
-        Python code for a flat folder with this package's modules.
 
     Raises:
         ValueError: if the code of a class cannot stand in a file.
@@ -223,11 +220,11 @@ def _former_file(flat: str) -> ModuleType:
 
     def find(name: str) -> Any:
         modules = [vars(importlib.import_module(module)) for module in _modules().values()]
-        homes = [module for module in modules if getattr(module.get(name), "__module__", None) == module["__name__"]]
-        for module in [*homes, *modules]:
-            if name in module:
-                return module[name]
-        raise AttributeError(f"{flat}.py had {name!r}, which no file has any more.")
+        found = [module for module in modules if name in module]
+        if not found:
+            raise AttributeError(f"{flat}.py had {name!r}, which no file has any more.")
+        at_home = [it for it in found if getattr(it[name], "__module__", None) == it["__name__"]]
+        return (at_home or found)[0][name]
 
     former = ModuleType(f"{_FLAT}.{flat}")
     former.__getattr__ = find

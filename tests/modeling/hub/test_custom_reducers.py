@@ -239,25 +239,6 @@ def test_a_trusted_folder_brings_its_reducer_to_the_package(auto_class: Any, min
     assert _selected(model) == _selected(tiny_model(reducer="mine"))
 
 
-def test_a_reducer_may_say_what_its_configuration_is(tmp_path: Path, make: Callable[..., ModuleType]) -> None:
-    make(
-        mine="""
-    from adavtp import AdaVTPConfig, ScoringReducer, register_reducer
-
-    @register_reducer("mine")
-    class Mine(ScoringReducer):
-        def __init__(self, config: AdaVTPConfig) -> None:
-            super().__init__(config)
-
-        def scores(self, features):
-            return features.patches[..., 0]
-    """
-    )
-    tiny_model(reducer="mine").save_pretrained(tmp_path / "model")
-    del REDUCERS["mine"]
-    assert _loads(tmp_path / "model").config.reducer == "mine"
-
-
 @pytest.mark.parametrize("trust", [False, None])
 def test_a_folder_that_is_not_trusted_runs_no_code_and_says_what_to_do(trust: bool | None, mine_folder: Path) -> None:
     with (mine_folder / CUSTOM).open("a") as file:
@@ -361,16 +342,11 @@ def test_a_class_made_on_the_spot_saves_the_class_it_is_made_from(
     assert _selected(_loads(tmp_path / "model")) == _selected(model)
 
 
-def test_without_a_reducer_of_the_user_the_file_is_the_package_s(tmp_path: Path) -> None:
-    tiny_model(reducer="random").save_pretrained(tmp_path)
-    assert (tmp_path / CUSTOM).read_text() == Path(custom.__file__).read_text()
-
-
-def test_a_model_that_has_left_its_reducer_leaves_its_code(mine_folder: Path, tmp_path: Path) -> None:
+def test_without_a_reducer_of_the_user_the_file_is_the_package_s(mine_folder: Path, tmp_path: Path) -> None:
     model = _loads(mine_folder)
     model.set_reducer("grid")
     model.save_pretrained(tmp_path / "again")
-    assert "Mine" not in (tmp_path / "again" / CUSTOM).read_text()
+    assert (tmp_path / "again" / CUSTOM).read_text() == Path(custom.__file__).read_text()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -473,12 +449,13 @@ SOURCES = {
     },
     "a class of a published method": {
         "mine": """
-            from adavtp import register_reducer
+            from adavtp import AdaVTPConfig, register_reducer
             from adavtp.modeling.reducers.divprune import DivPruneReducer
 
             @register_reducer("mine")
             class Mine(DivPruneReducer):
-                pass
+                def __init__(self, config: AdaVTPConfig) -> None:
+                    super().__init__(config)
         """
     },
 }
