@@ -17,6 +17,7 @@ import symtable
 import sys
 import types
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -136,7 +137,7 @@ class FlatSource:
             self._take(module, name)
             self._define(bound, name, module, self.definitions[name].place + 0.5).text = f"{bound} = {name}"
         elif not statements:
-            raise ValueError(f"no statement in {module.__name__!r} that can be found defines {name!r}")
+            raise ValueError(f"no statement in {module.__name__!r} that can be found defines {name!r}, or imports it")
         else:
             self._take_statements(module, name, statements, value)
 
@@ -144,7 +145,9 @@ class FlatSource:
         """Takes what defines `name`, and first of all writes down that it does: what it uses may lead back to it."""
         last = statements[-1]
         definition = self._define(name, name, module, last.place)
-        if _is_script(module) and not _is_repeatable(last.node, value):
+        # A script's values are taken as they are, without running what else the script does.
+        is_made_of_code = isinstance(last.node, ast.Assign) and isinstance(value, _MADE_OF_CODE)
+        if _is_script(module) and not isinstance(last.node, _DEFINITIONS) and not is_made_of_code:
             definition.text = _text_of_value(name, value, last.file)
             return
         if _is_script(module) or isinstance(last.node, _DEFINITIONS):
@@ -180,8 +183,8 @@ class FlatSource:
                     imported = alias.name if alias.asname or bound == name else name
                     renamed = f" as {bound}" if alias.asname or bound != name else ""
                     self._import(bound, f"import {imported}{renamed}")
-            elif alias.name == "*" or (alias.asname or alias.name) == name:
-                self._take_from(module, _target(node, module), name if alias.name == "*" else alias.name, bound)
+            elif (alias.asname or alias.name) == name:
+                self._take_from(module, _target(node, module), alias.name, bound)
 
     def _take_from(self, module: types.ModuleType, target: str, name: str, bound: str) -> None:
         """Makes what `from target import name` means in `module` available as `bound`."""
@@ -255,11 +258,7 @@ class FlatSource:
     def _binders(self, module: types.ModuleType, name: str, value: Any = None) -> list[Statement]:
         """Top-level statements that give `name` its meaning, the one that counts last."""
         self._module(module.__name__)
-        found = [
-            statement
-            for statement in self._statements[module.__name__]
-            if name in _bound_names(statement.node) or _imports_by_star(statement.node, name, module)
-        ]
+        found = [each for each in self._statements[module.__name__] if name in _bound_names(each.node)]
         # Of a class that two cells of a notebook define, the cell that this one comes from.
         files = _code_files(value)
         return sorted(found, key=lambda statement: statement.file in files)
@@ -316,13 +315,6 @@ def _is_main_block(node: ast.stmt) -> bool:
     return isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)
 
 
-def _imports_by_star(node: ast.stmt, name: str, module: types.ModuleType) -> bool:
-    if not isinstance(node, ast.ImportFrom) or node.names[0].name != "*":
-        return False
-    imported = importlib.import_module(_target(node, module))
-    return name in getattr(imported, "__all__", [key for key in vars(imported) if not key.startswith("_")])
-
-
 def _target(node: ast.ImportFrom, module: types.ModuleType) -> str:
     """The full name of the module that a `from` imports from."""
     if not node.level:
@@ -330,28 +322,13 @@ def _target(node: ast.ImportFrom, module: types.ModuleType) -> str:
     return importlib.util.resolve_name("." * node.level + (node.module or ""), module.__package__)
 
 
-def _is_repeatable(node: ast.stmt, value: Any) -> bool:
-    """Whether a statement of a script may be taken as it stands, without running what else the script does."""
-    if isinstance(node, _DEFINITIONS):
-        return True
-    if isinstance(node, ast.Try | ast.If):
-        # What is imported only where it is installed, and what stands for it elsewhere.
-        inner = [part for part in ast.walk(node) if isinstance(part, ast.stmt) and part is not node]
-        has_imports = any(isinstance(part, _IMPORTS) for part in inner)
-        has_others = any(not isinstance(part, (*_IMPORTS, ast.Assign, ast.Pass)) for part in inner)
-        return has_imports and not has_others and not _is_main_block(node)
-    return isinstance(node, ast.Assign) and isinstance(value, _MADE_OF_CODE)
-
-
 def _text_of_value(name: str, value: Any, file: str) -> str:
-    """A plain value of a script as it is now: what it was made from may be gone, or be a whole run."""
+    """A plain value as code: what it was made from may be gone, or be a whole run."""
     if type(value) is float and not math.isfinite(value):
         return f"{name} = float({str(value)!r})"
-    try:
+    with suppress(ValueError, SyntaxError):
         if ast.literal_eval(repr(value)) == value:
             return f"{name} = {value!r}"
-    except (ValueError, SyntaxError):
-        pass
     raise ValueError(f"it uses {name!r}, which is a {type(value).__name__} that {file} makes when it runs")
 
 

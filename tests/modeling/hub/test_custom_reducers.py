@@ -406,7 +406,7 @@ SOURCES = {
     },
     "modules of the same project": {
         "mine": """
-            from adavtp import *
+            from adavtp import register_reducer
             from helpers_of_mine import Scorer, direction as axis
             import project_of_mine.layers
 
