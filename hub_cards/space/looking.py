@@ -43,17 +43,9 @@ def checkpoint_name() -> str:
 @dataclass(frozen=True)
 class Look:
     """
-    One answer.
-
-    Attributes:
-        answer: what the model says.
-        picture: the image as the model was shown it, what it did not see darkened.
-        visual_tokens: that a decoder layer saw in prefill, mean over layers.
-        prompt_tokens: in the decoder, text and visual tokens together, mean over layers.
-        prefill_flops: of the language model on the prompt; see [`prefill_flops`].
-        new_tokens: generated, the end-of-text token counted.
-        milliseconds: from pixels and token ids to the whole answer, vision tower and reducer included; median.
-        num_timed: of so many readings.
+    One answer. Tokens are those that a decoder layer sees in prefill, mean over layers; `picture` is the image as the
+    model was shown it, what it did not see darkened; `prefill_flops` are the language model's on the prompt. The time
+    goes from pixels and token ids to the whole answer, vision tower and reducer included: the median of `num_timed`.
     """
 
     answer: str
@@ -67,15 +59,7 @@ class Look:
 
 
 class Checkpoint:
-    """
-    A model and its processor, on the GPU in bfloat16 where there is one, else on the CPU in float32.
-
-    Args:
-        name: folder or Hub repository. Its code is run.
-
-    Raises:
-        OSError: if there is no such checkpoint.
-    """
+    """A model, whose code is run, and its processor: on the GPU in bfloat16 where there is one, else on the CPU."""
 
     def __init__(self, name: str) -> None:
         device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
@@ -119,13 +103,7 @@ class Checkpoint:
     @torch.no_grad()
     def look(self, image: Image.Image, question: str, budget: float, reducer: Any) -> Look:
         """
-        Answers a question.
-
-        Args:
-            image: of any size.
-            question: about it.
-            budget: fraction of visual tokens that are kept, in [0, 1].
-            reducer: what chooses them, as `generate` takes it.
+        Answers a question, with a fraction of the visual tokens kept by a reducer, as `generate` takes it.
 
         Raises:
             ValueError: if the image or the budget is not allowed, or the reducer cannot reach the budget.
@@ -205,15 +183,10 @@ def prefill_flops(text_config: PreTrainedConfig, columns: Sequence[int]) -> int:
 
 def draw_kept_patches(pixels: torch.Tensor, shares: torch.Tensor, patch_size: int) -> Image.Image:
     """
-    The image with its dropped patches dark.
+    The image `[3, height, width]` with its dropped patches dark, every pixel a square, at least `PICTURE_SIZE` high.
 
-    Args:
-        pixels: `[3, height, width]` in [0, 1]; a margin that patches do not fill, which no model sees, is cut off.
-        shares: `[rows, columns]` in [0, 1], of each patch the share of decoder layers that see it.
-        patch_size: side of a patch in pixels.
-
-    Returns:
-        RGB image, every pixel a square of equal size, together at least `PICTURE_SIZE` high.
+    `shares` `[rows, columns]` says of each patch which share of decoder layers sees it. A margin that patches do not
+    fill, which no model sees, is cut off.
     """
     brightness = enlarged(DROPPED_BRIGHTNESS + (1 - DROPPED_BRIGHTNESS) * shares, patch_size)
     height, width = brightness.shape
