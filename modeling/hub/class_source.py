@@ -116,7 +116,8 @@ class FlatSource:
         try:
             modules = list(TopologicalSorter(self._imported_by).static_order())
         except CycleError as error:
-            raise ValueError(f"it uses modules that import each other: {', '.join(error.args[1])}") from error
+            names = ", ".join(error.args[1])
+            raise ValueError(f"What reducers use stands in modules that import each other: {names}.") from error
         ordered = sorted(self.definitions.values(), key=lambda one: (modules.index(one.module), one.place))
         # One statement may define several names.
         return "\n\n\n".join(["\n".join(lines), *dict.fromkeys(definition.text for definition in ordered)])

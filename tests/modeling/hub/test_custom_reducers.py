@@ -606,6 +606,14 @@ def test_a_published_reducer_s_name_is_not_taken_over(make: Callable[..., Module
         custom_reducers_source({"random": module.RandomReducer})
 
 
+def test_modules_that_import_each_other_are_an_error_that_names_them(make: Callable[..., ModuleType]) -> None:
+    imports = "    SIZE = 2\n    from theirs import scaled\n\n    @reg"
+    mine = MINE.replace("[..., 0]", "[..., 0] * scaled()").replace("    @reg", imports)
+    module = make(mine=mine, theirs="from mine import SIZE\n\ndef scaled():\n    return SIZE\n")
+    with pytest.raises(ValueError, match="import each other: .*theirs"):
+        custom_reducers_source({"mine": module.Mine})
+
+
 def test_one_name_with_two_meanings_is_an_error_that_names_it(make: Callable[..., ModuleType]) -> None:
     scores = "\n\n    def scale(): return {0}\n"
     first = make(mine=MINE.replace("[..., 0]", "[..., 0] * scale()") + scores.format(1))
