@@ -437,13 +437,16 @@ def head_of(readme: Path) -> dict[str, Any]:
     return yaml.safe_load(readme.read_text(encoding="utf-8").split("---")[1])
 
 
-def test_the_folder_is_a_space_for_the_checkpoint(tmp_path: Path) -> None:
-    folder = space_folder(tmp_path / "space", "someone/my-llava")
+def test_the_command_writes_a_space_for_the_checkpoint_and_says_how_it_is_uploaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "space"
+    done = CliRunner().invoke(app, ["space", "someone/my-llava", "--export", str(folder)])
+    assert done.exit_code == 0, done.output
+    assert "--repo-type space" in " ".join(done.output.split())
     head = head_of(folder / "README.md")
-    assert head["sdk"] == "gradio"
+    assert (head["sdk"], head["models"], head["license"]) == ("gradio", ["someone/my-llava"], "apache-2.0")
     assert (folder / head["app_file"]).is_file()
-    assert head["models"] == ["someone/my-llava"]
-    assert head["license"] == "apache-2.0"
     # The Hub refuses more.
     assert len(head["short_description"]) <= 60
     for image, question in json.loads((folder / "examples" / "questions.json").read_text()):
@@ -453,6 +456,20 @@ def test_the_folder_is_a_space_for_the_checkpoint(tmp_path: Path) -> None:
         path.relative_to(SPACE) for path in SPACE.rglob("*") if path.is_file() and "__pycache__" not in path.parts
     }
     assert {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()} == shipped
+    looking = module_of(folder)
+    monkeypatch.delenv("ADAVTP_CHECKPOINT", raising=False)
+    assert looking.checkpoint_name() == "someone/my-llava"
+    monkeypatch.setenv("ADAVTP_CHECKPOINT", "someone/another")
+    assert looking.checkpoint_name() == "someone/another"
+
+
+def test_a_space_needs_a_repository(tmp_path: Path) -> None:
+    for repo_id in ("my-llava", "hub_cards/adavtp digits", "/home/someone/model", ""):
+        with pytest.raises(ValueError, match="'owner/name'"):
+            space_folder(tmp_path / "space", repo_id)
+    for here in ([], [str(CHECKPOINT)]):
+        assert CliRunner().invoke(app, ["space", *here, "--export", str(tmp_path / "space")]).exit_code == 2
+    assert not (tmp_path / "space").exists()
 
 
 @NEEDS_GRADIO
@@ -475,15 +492,6 @@ def test_the_space_needs_what_it_says_and_nothing_of_this_package() -> None:
     assert all(requirement.specifier.contains(version(requirement.name)) for requirement in required)
 
 
-def test_the_page_loads_the_checkpoint_that_its_card_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = space_folder(tmp_path / "space", "someone/my-llava")
-    looking = module_of(folder)
-    monkeypatch.delenv("ADAVTP_CHECKPOINT", raising=False)
-    assert looking.checkpoint_name() == "someone/my-llava"
-    monkeypatch.setenv("ADAVTP_CHECKPOINT", "someone/another")
-    assert looking.checkpoint_name() == "someone/another"
-
-
 def test_a_space_is_brought_up_to_date_and_nothing_else_is_touched(tmp_path: Path) -> None:
     folder = space_folder(tmp_path / "space", "someone/first")
     space_folder(folder, "someone/second", examples=None)
@@ -495,13 +503,6 @@ def test_a_space_is_brought_up_to_date_and_nothing_else_is_touched(tmp_path: Pat
     with pytest.raises(ValueError, match="holds something else"):
         space_folder(other, "someone/first")
     assert (other / "README.md").read_text() == "mine"
-
-
-@pytest.mark.parametrize("repo_id", ["my-llava", "hub_cards/adavtp digits", "/home/someone/model", ""])
-def test_a_space_needs_a_repository(tmp_path: Path, repo_id: str) -> None:
-    with pytest.raises(ValueError, match="'owner/name'"):
-        space_folder(tmp_path / "space", repo_id)
-    assert not (tmp_path / "space").exists()
 
 
 def test_examples_of_ones_own_go_along(tmp_path: Path) -> None:
@@ -541,16 +542,6 @@ def test_an_example_that_the_page_could_not_show_is_refused(tmp_path: Path, pair
     with pytest.raises(ValueError, match="`examples` is "):
         space_folder(tmp_path / "space", "someone/my-llava", examples=mine)
     assert not (tmp_path / "space").exists()
-
-
-def test_the_command_writes_the_folder_and_says_how_it_is_uploaded(tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, ["space", "someone/my-llava", "--export", str(tmp_path / "space")])
-    assert done.exit_code == 0, done.output
-    assert head_of(tmp_path / "space" / "README.md")["models"] == ["someone/my-llava"]
-    assert "--repo-type space" in " ".join(done.output.split())
-    for here in ([], [str(CHECKPOINT)]):
-        assert CliRunner().invoke(app, ["space", *here, "--export", str(tmp_path / "another")]).exit_code == 2
-    assert not (tmp_path / "another").exists()
 
 
 def test_without_gradio_the_command_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
