@@ -30,9 +30,6 @@ def dataset_folder(splits: Mapping[str, "Dataset"], folder: Path, name: str, com
         folder: to fill; it exists.
         name: repository id that the card's snippet loads.
         command: that made the data, as the card says it.
-
-    Returns:
-        `folder`.
     """
     (folder / "data").mkdir()
     for split, data in splits.items():

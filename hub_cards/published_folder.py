@@ -64,9 +64,7 @@ def published_folder(
     Args:
         checkpoint: folder of the checkpoint, which is only read.
         folder: to fill; it exists.
-        name: what the card's snippet loads: a repository id or a folder.
-        record: of the training.
-        origin: base model and licence.
+        name, record, origin: what the card says; see [`model_card`].
         place: puts a file (first argument, an absolute path) in its place (second); a link by default, since weights
             are large.
 

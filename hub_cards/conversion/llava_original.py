@@ -65,10 +65,9 @@ def read_original_checkpoint(
     folder: Path, adavtp_fields: dict[str, Any], vision_tower: str | None = None
 ) -> LlavaSource:
     """
-    Reads a folder of LLaVA's own code.
+    Reads a folder of LLaVA's own code: configuration, tokenizer and weights.
 
     Args:
-        folder: configuration, tokenizer and weights.
         adavtp_fields: fields of [`AdaVTPConfig`] that LLaVA's does not have.
         vision_tower: folder or repository of the CLIP tower; by default what `mm_vision_tower` names.
 

@@ -61,10 +61,9 @@ class LlavaSource:
 
 def read_transformers_checkpoint(folder: Path, adavtp_fields: dict[str, Any]) -> LlavaSource:
     """
-    Reads a folder whose `model_type` is `"llava"` or `"llava_next"`.
+    Reads a folder whose `model_type` is `"llava"` or `"llava_next"`: configuration, processor and weights.
 
     Args:
-        folder: configuration, processor and weights.
         adavtp_fields: fields of [`AdaVTPConfig`] that LLaVA's does not have.
 
     Raises:
@@ -160,11 +159,8 @@ def fit_processor(processor: AdaVTPProcessor, config: AdaVTPConfig) -> None:
 
 def one_tile(fields: dict[str, Any], image_size: int) -> CLIPImageProcessorPil:
     """
-    The image processor whose image is LLaVA-NeXT's first: the whole picture, squeezed into a square.
-
-    Args:
-        fields: of LLaVA-NeXT's image processor, or of the CLIP tower's.
-        image_size: pixels a side.
+    The image processor whose image, of so many pixels a side, is LLaVA-NeXT's first: the whole picture, squeezed into
+    a square. `fields` are those of LLaVA-NeXT's image processor, or of the CLIP tower's.
     """
     kept = ("resample", "rescale_factor", "image_mean", "image_std", "do_rescale", "do_normalize", "do_convert_rgb")
     return CLIPImageProcessorPil(

@@ -116,12 +116,11 @@ def load_custom_reducers(
     source: str | PathLike[str] | None, names: list[str], trust_remote_code: bool | None = None, **kwargs: Any
 ) -> None:
     """
-    Registers the reducers that a folder brings, if it is trusted and there are some.
+    Registers the reducers that a folder, or a repository on the Hub, brings, if it is trusted and there are some.
 
     A class of the same qualified name that is registered already is replaced, as when a notebook's cell runs again.
 
     Args:
-        source: a folder, or a repository on the Hub.
         names: reducers that the checkpoint uses.
         trust_remote_code: whether the folder's code may run.
         kwargs: those of `from_pretrained`.
@@ -191,10 +190,7 @@ def _brought_by(source: str | PathLike[str], hub_kwargs: dict[str, Any]) -> dict
 
 
 def _module_of(file: Path) -> ModuleType:
-    """
-    The file as a module among those of this package, so that its classes are subclasses of these base classes,
-    whichever copy of them stands in its own folder.
-    """
+    """The file as a module of this package, so that its classes are subclasses of the base classes here."""
     content = file.read_bytes()
     beside = sys.modules[_modules()[CUSTOM]]
     if Path(beside.__file__).read_bytes() == content:
