@@ -18,8 +18,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from graphlib import CycleError, TopologicalSorter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,12 +54,16 @@ class Statement:
 
 @dataclass
 class Definition:
-    """A piece of the flat file: the name that it gives a meaning to, its module, its place there, and the code."""
+    """
+    A piece of the flat file: `"module.name"` that it comes from, where it stood, and the code; names that have to be
+    there when it runs (`early`), and when what it defines is called (`late`).
+    """
 
-    name: str
-    module: str
-    place: float
+    origin: str
+    place: tuple[int, float]
     text: str = ""
+    early: set[str] = field(default_factory=set)
+    late: set[str] = field(default_factory=set)
 
 
 class FlatSource:
@@ -77,7 +80,6 @@ class FlatSource:
         self.imports: dict[str, set[str]] = {}
         self.definitions: dict[str, Definition] = {}
         self._statements: dict[str, list[Statement]] = {}
-        self._imported_by: dict[str, list[str]] = {}
 
     def take_class(self, cls: type) -> str:
         """
@@ -105,28 +107,33 @@ class FlatSource:
         self._import(name, f"from .{module} import {name}")
 
     def text(self) -> str:
-        """
-        The imports and the definitions, those of a module behind those of modules that it imports.
-
-        Raises:
-            ValueError: if modules import each other.
-        """
+        """The imports and the definitions; each stands behind what it needs to run."""
         lines = {line for of_name in self.imports.values() for line in of_name}
         lines = sorted(lines, key=lambda line: ("__future__" not in line, line.startswith("from ."), line))
-        try:
-            modules = list(TopologicalSorter(self._imported_by).static_order())
-        except CycleError as error:
-            names = ", ".join(error.args[1])
-            raise ValueError(f"What reducers use stands in modules that import each other: {names}.") from error
-        ordered = sorted(self.definitions.values(), key=lambda one: (modules.index(one.module), one.place))
         # One statement may define several names.
-        return "\n\n\n".join(["\n".join(lines), *dict.fromkeys(definition.text for definition in ordered)])
+        return "\n\n\n".join(["\n".join(lines), *dict.fromkeys(self._ordered())])
+
+    def _ordered(self) -> list[str]:
+        ordered, begun = [], set()
+
+        def add(name: str, is_called: bool) -> None:
+            if name in begun or name not in self.definitions:  # Anything else is an import or built in.
+                return
+            begun.add(name)
+            definition = self.definitions[name]
+            # What runs now may call what it names, and that needs what it uses itself.
+            for used in sorted(definition.early | (definition.late if is_called else set())):
+                add(used, is_called=True)
+            ordered.append(definition.text)
+
+        for name in sorted(self.definitions, key=lambda name: self.definitions[name].place):
+            add(name, is_called=False)
+        return ordered
 
     def _take(self, module: types.ModuleType, name: str, bound: str | None = None, of: Any = None) -> None:
         """Takes what `name` means in `module`, under the name `bound`; `of` is its value, where that has changed."""
         bound, value = bound or name, vars(module).get(name) if of is None else of
-        known = self.definitions.get(bound)
-        if known is not None and (known.name, known.module) == (name, module.__name__):
+        if bound in self.definitions and self.definitions[bound].origin == f"{module.__name__}.{name}":
             return
         if isinstance(value, types.ModuleType) and self._home(value.__name__) != "library":
             raise ValueError(f"it uses the module {name!r} itself; import what it needs of it by name")
@@ -136,7 +143,8 @@ class FlatSource:
                 self._take_import(module, statement.node, name, bound)
         elif bound != name:
             self._take(module, name)
-            self._define(bound, name, module, self.definitions[name].place + 0.5).text = f"{bound} = {name}"
+            alias = self._define(bound, name, module, math.inf)
+            alias.text, alias.early = f"{bound} = {name}", {name}
         elif not statements:
             raise ValueError(f"no statement in {module.__name__!r} that can be found defines {name!r}, or imports it")
         else:
@@ -157,16 +165,18 @@ class FlatSource:
         definition.text, introduced = self._rewritten(module, source)
         if any(_has_future_annotations(statement.text) for statement in statements):
             self._import("annotations", "from __future__ import annotations")
-        for used in sorted(_names(definition.text)[0] - introduced - {name}):
+        definition.early, definition.late, _ = _names(definition.text)
+        for used in sorted((definition.early | definition.late) - introduced - {name}):
             if used in vars(module) and not (used.startswith("__") and used.endswith("__")):
                 self._take(module, used)
 
     def _define(self, bound: str, name: str, module: types.ModuleType, place: float) -> Definition:
         other = self.definitions.get(bound)
         if bound in self.imports or other is not None:
-            there = f"{other.module}.{other.name}" if other is not None else "; ".join(sorted(self.imports[bound]))
+            there = other.origin if other is not None else "; ".join(sorted(self.imports[bound]))
             raise ValueError(f"{bound!r} means both {module.__name__}.{name} and {there}; rename one of them")
-        self.definitions[bound] = Definition(name, module.__name__, place)
+        of_module = list(self._statements).index(module.__name__)
+        self.definitions[bound] = Definition(f"{module.__name__}.{name}", (of_module, place))
         return self.definitions[bound]
 
     def _import(self, bound: str, line: str) -> None:
@@ -191,7 +201,6 @@ class FlatSource:
         """Makes what `from target import name` means in `module` available as `bound`."""
         home = self._home(target)
         if home == "own":
-            self._imported_by[module.__name__].append(target)
             self._take(self._module(target), name, bound)
             return
         if home == "package":
@@ -209,7 +218,7 @@ class FlatSource:
 
     def _rewritten(self, module: types.ModuleType, source: str) -> tuple[str, set[str]]:
         """Code with `name` in place of `module.name` of modules that do not travel, and the names it brings in."""
-        inner, introduced = _names(source)[1], set()
+        (_, _, inner), introduced = _names(source), set()
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, _IMPORTS):
                 targets = [_target(node, module)] if isinstance(node, ast.ImportFrom) else [x.name for x in node.names]
@@ -253,7 +262,7 @@ class FlatSource:
         """A module of the user's, whose statements are known from then on."""
         module = importlib.import_module(name)
         if name not in self._statements:
-            self._statements[name], self._imported_by[name] = list(_statements(module)), []
+            self._statements[name] = list(_statements(module))
         return module
 
     def _binders(self, module: types.ModuleType, name: str, value: Any = None) -> list[Statement]:
@@ -333,23 +342,23 @@ def _text_of_value(name: str, value: Any, file: str) -> str:
     raise ValueError(f"it uses {name!r}, which is a {type(value).__name__} that {file} makes when it runs")
 
 
-def _names(source: str) -> tuple[set[str], set[str]]:
-    """The global names that code uses, and the names of its functions' own."""
-    used, inner = set(), set()
+def _names(source: str) -> tuple[set[str], set[str], set[str]]:
+    """Of code: global names that it needs to run, those that its functions need, and its functions' own."""
+    early, late, inner = set(), set(), set()
 
     def look(table: symtable.SymbolTable, in_function: bool) -> None:
         in_function = in_function or table.get_type() == "function"
         for symbol in table.get_symbols():
             is_module = table.get_type() == "module"
             if (is_module and symbol.is_referenced()) or (not is_module and symbol.is_global()):
-                used.add(symbol.get_name())
+                (late if in_function else early).add(symbol.get_name())
             elif in_function and symbol.is_local():
                 inner.add(symbol.get_name())
         for child in table.get_children():
             look(child, in_function)
 
     look(symtable.symtable(source, "<source>", "exec"), False)
-    return used, inner
+    return early, late - early, inner
 
 
 def _has_future_annotations(text: str) -> bool:

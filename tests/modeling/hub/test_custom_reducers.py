@@ -447,6 +447,26 @@ SOURCES = {
                 return 7
         """,
     },
+    "modules that import each other": {
+        "mine": """
+            from adavtp import ScoringReducer, register_reducer
+
+            SIGN = -1.0
+
+            from theirs import signed as turned
+
+            @register_reducer("mine")
+            class Mine(ScoringReducer):
+                def scores(self, features):
+                    return turned(features.patches[..., 0])
+        """,
+        "theirs": """
+            from mine import SIGN
+
+            def signed(x, sign=SIGN):
+                return sign * x
+        """,
+    },
     "a class of a published method": {
         "mine": """
             from adavtp import AdaVTPConfig, register_reducer
@@ -531,14 +551,16 @@ for cell in cells:
 
 
 def test_classes_of_a_notebook_s_cells_go_along_in_their_last_form(tmp_path: Path) -> None:
-    old, last = (
-        textwrap.dedent(MINE).replace("features.patches[..., 0]", call) for call in ("old()", "helper(features)")
-    )
+    mine = textwrap.dedent(MINE).replace("(ScoringReducer)", "(Base)")
+    old, last = (mine.replace("features.patches[..., 0]", call) for call in ("old()", "self.helped(features)"))
+    base = "class Base(ScoringReducer):\n    def helped(self, features):\n        return {}"
     cells = [
         "import torch\nfrom adavtp import ScoringReducer, register_reducer",
+        base.format("old()"),
         last,
         old,
         "def helper(features):\n    return torch.relu(features.patches[..., 0])",
+        base.format("helper(features)"),
         last,
         f"from tiny_models import tiny_model\ntiny_model(reducer='mine').save_pretrained({str(tmp_path / 'model')!r})",
     ]
@@ -546,7 +568,8 @@ def test_classes_of_a_notebook_s_cells_go_along_in_their_last_form(tmp_path: Pat
     (tmp_path / "notebook.py").write_text(NOTEBOOK)
     _run_as_main(tmp_path / "notebook.py", tmp_path / "cells.json")
     text = (tmp_path / "model" / CUSTOM).read_text()
-    assert text.count("class Mine") == 1 and "return helper(features)\n" in text and "def helper" in text
+    assert text.count("class Mine") == text.count("class Base") == 1 and "old()" not in text
+    assert "return helper(features)\n" in text and "def helper" in text
     assert _loads(tmp_path / "model").config.reducer == "mine"
 
 
@@ -604,14 +627,6 @@ def test_a_published_reducer_s_name_is_not_taken_over(make: Callable[..., Module
     module = make(mine=MINE.replace('"mine"', '"random"').replace("class Mine", "class RandomReducer"))
     with pytest.raises(ValueError, match="AdaVTP has a reducer of that class name"):
         custom_reducers_source({"random": module.RandomReducer})
-
-
-def test_modules_that_import_each_other_are_an_error_that_names_them(make: Callable[..., ModuleType]) -> None:
-    imports = "    SIZE = 2\n    from theirs import scaled\n\n    @reg"
-    mine = MINE.replace("[..., 0]", "[..., 0] * scaled()").replace("    @reg", imports)
-    module = make(mine=mine, theirs="from mine import SIZE\n\ndef scaled():\n    return SIZE\n")
-    with pytest.raises(ValueError, match="import each other: .*theirs"):
-        custom_reducers_source({"mine": module.Mine})
 
 
 def test_one_name_with_two_meanings_is_an_error_that_names_it(make: Callable[..., ModuleType]) -> None:
