@@ -155,8 +155,7 @@ class FlatSource:
         last = statements[-1]
         definition = self._define(name, name, module, last.place)
         # A script's values are taken as they are, without running what else the script does.
-        is_made_of_code = isinstance(last.node, ast.Assign) and isinstance(value, _MADE_OF_CODE)
-        if _is_script(module) and not isinstance(last.node, _DEFINITIONS) and not is_made_of_code:
+        if _is_script(module) and not _is_repeatable(last.node, value):
             definition.text = _text_of_value(name, value, last.file)
             return
         if _is_script(module) or isinstance(last.node, _DEFINITIONS):
@@ -295,6 +294,10 @@ def _statements(module: types.ModuleType) -> Iterator[Statement]:
         except SyntaxError:
             continue
         for node in nodes:
+            if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
+                imported = importlib.import_module(_target(node, module))
+                names = getattr(imported, "__all__", [name for name in vars(imported) if not name.startswith("_")])
+                node.names = [ast.alias(name, None) for name in names]
             if _is_script(module) or not _is_main_block(node):
                 yield Statement(node, text, key, place)
             place += 1
@@ -330,6 +333,16 @@ def _target(node: ast.ImportFrom, module: types.ModuleType) -> str:
     if not node.level:
         return node.module
     return importlib.util.resolve_name("." * node.level + (node.module or ""), module.__package__)
+
+
+def _is_repeatable(node: ast.stmt, value: Any) -> bool:
+    """Whether a statement of a script may be taken as it stands."""
+    if isinstance(node, ast.Try | ast.If):
+        # What is imported only where it is installed, and what stands for it elsewhere.
+        inner = [part for part in ast.walk(node) if isinstance(part, ast.stmt) and part is not node]
+        has_others = any(not isinstance(part, (*_IMPORTS, ast.Assign, ast.Pass)) for part in inner)
+        return any(isinstance(part, _IMPORTS) for part in inner) and not has_others and not _is_main_block(node)
+    return isinstance(node, _DEFINITIONS) or (isinstance(node, ast.Assign) and isinstance(value, _MADE_OF_CODE))
 
 
 def _text_of_value(name: str, value: Any, file: str) -> str:

@@ -406,7 +406,7 @@ SOURCES = {
     },
     "modules of the same project": {
         "mine": """
-            from adavtp import register_reducer
+            from adavtp import *
             from helpers_of_mine import Scorer, direction as axis
             import project_of_mine.layers
 
@@ -513,6 +513,10 @@ SHARE = float(sys.argv[1])
 FLOOR = -float("inf")
 NAMES = {name.upper() for name in ("a", "b")}
 half = lambda x: x / 2
+try:
+    from nothing_of_that_name import sharpness
+except ImportError:
+    sharpness = half
 for STEP in range(4):
     LONG.append(STEP) if STEP == 9 else None
 
@@ -520,7 +524,7 @@ for STEP in range(4):
 class Mine(ScoringReducer):
     def scores(self, features):
         assert FLOOR < 0 and NAMES == {"A", "B"} and LONG == [1, 2, 3] and STEP == 3
-        return half(features.patches[..., 0]) * SHARE
+        return sharpness(features.patches[..., 0]) * SHARE
 
 if __name__ == "__main__":
     tiny_model(reducer="mine").save_pretrained(sys.argv[2])
@@ -532,6 +536,7 @@ def test_values_of_a_script_go_along_as_they_are_when_it_saves(tmp_path: Path) -
     _run_as_main(tmp_path / "script.py", "-0.25", tmp_path / "model")
     text = (tmp_path / "model" / CUSTOM).read_text()
     assert "SHARE = -0.25\n" in text and "LONG = [1, 2, 3]\n" in text and "sys" not in text
+    assert "    from nothing_of_that_name import sharpness\n" in text
     model = _loads(tmp_path / "model")
     assert _selected(model) != _selected(tiny_model(reducer="grid"))
     model.save_pretrained(tmp_path / "again")
@@ -601,7 +606,7 @@ ERRORS = {
 @pytest.mark.parametrize(("line", "scores", "message"), ERRORS.values(), ids=ERRORS)
 def test_what_cannot_go_along_is_an_error_that_names_it(line: str, scores: str, message: str, tmp_path: Path) -> None:
     script = SCRIPT.replace("SHARE = float(sys.argv[1])", line)
-    (tmp_path / "script.py").write_text(script.replace("half(features.patches[..., 0]) * SHARE", scores))
+    (tmp_path / "script.py").write_text(script.replace("sharpness(features.patches[..., 0]) * SHARE", scores))
     with pytest.raises(ValueError, match=rf"Reducer 'mine' \(Mine\).*{message}.*a module file of its own"):
         _run_as_main(tmp_path / "script.py", "1.0", tmp_path / "model")
     # A long training is not lost for it.
