@@ -194,40 +194,46 @@ class FlatSource:
                     renamed = f" as {bound}" if alias.asname or bound != name else ""
                     self._import(bound, f"import {imported}{renamed}")
             elif (alias.asname or alias.name) == name:
-                self._take_from(module, _target(node, module), alias.name, bound)
+                self._take_from(_target(node, module), alias.name, bound)
 
-    def _take_from(self, module: types.ModuleType, target: str, name: str, bound: str) -> None:
-        """Makes what `from target import name` means in `module` available as `bound`."""
-        home = self._home(target)
-        if home == "own":
+    def _take_from(self, target: str, name: str, bound: str) -> None:
+        """Makes what `from target import name` means available as `bound`."""
+        if self._home(target) == "own":
             self._take(self._module(target), name, bound)
-            return
-        if home == "package":
-            target = f".{self._sibling(target, name)}"
-        self._import(bound, f"from {target} import {name}" + (f" as {bound}" if bound != name else ""))
+        else:
+            self._import(bound, self._import_line(target, name, bound))
 
-    def _sibling(self, target: str, name: str) -> str:
-        """The file beside which `from target import name` of the package means."""
-        holder = importlib.import_module(target)
-        module = getattr(getattr(holder, name), "__module__", None) or holder.__name__
-        file = self.siblings.get(module if self.is_package(module) else holder.__name__)
-        if file is None:
-            raise ValueError(f"it uses {target}.{name}, which is not among the files that travel with a checkpoint")
-        return file
+    def _import_line(self, target: str, name: str, bound: str) -> str:
+        """How the file imports what `from target import name` means, of a library or of the package."""
+        if self._home(target) == "package":
+            holder = importlib.import_module(target)
+            module = getattr(getattr(holder, name), "__module__", None) or holder.__name__
+            file = self.siblings.get(module if self.is_package(module) else holder.__name__)
+            if file is None:
+                raise ValueError(
+                    f"it uses {target}.{name}, which is not among the files that travel with a checkpoint"
+                )
+            target = f".{file}"
+        return f"from {target} import {name}" + (f" as {bound}" if bound != name else "")
 
     def _rewritten(self, module: types.ModuleType, source: str) -> tuple[str, set[str]]:
-        """Code with `name` in place of `module.name` of modules that do not travel, and the names it brings in."""
-        (_, _, inner), introduced = _names(source), set()
-        for node in ast.walk(ast.parse(source)):
+        """Code without mention of modules that do not travel as such, and the names that it uses in their place."""
+        (_, _, inner), introduced, before = _names(source), set(), source
+        for node in ast.walk(ast.parse(before)):
             if isinstance(node, _IMPORTS):
                 targets = [_target(node, module)] if isinstance(node, ast.ImportFrom) else [x.name for x in node.names]
-                if any(self._home(target) != "library" for target in targets):
+                homes = {self._home(target) for target in targets}
+                if "own" in homes or (isinstance(node, ast.Import) and "package" in homes):
                     raise ValueError(f"it has `{ast.unparse(node)}` inside; import by name at the top of the file")
+                if "package" in homes:
+                    lines = [self._import_line(targets[0], x.name, x.asname or x.name) for x in node.names]
+                    new = f"\n{' ' * node.col_offset}".join(lines)
+                    source = source.replace(ast.get_source_segment(before, node), new)
             if isinstance(node, ast.Attribute) and (target := self._module_of_attribute(module, node)):
                 name, value = node.attr, getattr(target, node.attr)
                 if name in inner or vars(module).get(name, value) is not value:
                     raise ValueError(f"it has a name {name!r} of its own beside {ast.unparse(node)}; rename it")
-                self._take_from(module, target.__name__, name, name)
+                self._take_from(target.__name__, name, name)
                 introduced.add(name)
                 source = re.sub(rf"(?<![\w.]){re.escape(ast.unparse(node))}\b", name, source)
         return source, introduced
