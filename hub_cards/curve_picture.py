@@ -6,8 +6,6 @@ from typing import Any
 
 from PIL import Image
 
-from ..evaluation.settings import FULL as FULL
-
 NUM_COLOURS_IN_FILE = 64
 
 

@@ -30,30 +30,16 @@ def dataset_folder(splits: Mapping[str, "Dataset"], folder: Path, name: str, com
         folder: to fill; it exists.
         name: repository id that the card's snippet loads.
         command: that made the data, as the card says it.
-
-    Returns:
-        `folder`.
     """
     (folder / "data").mkdir()
     for split, data in splits.items():
         data.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
-    dataset_card(splits, folder, name, command).save(folder / "README.md")
-    return folder
-
-
-def dataset_card(splits: Mapping[str, "Dataset"], folder: Path, name: str, command: str) -> DatasetCard:
-    """
-    Writes the card of parquet files in `folder`; see [`dataset_folder`] for the arguments.
-
-    Returns:
-        The card, with the metadata by which `load_dataset` finds splits and features without reading the data.
-    """
     some = next(iter(splits.values()))
     kinds = {split: Counter(data["kind"]) for split, data in splits.items()}
     examples = {
         row["kind"]: row for row in reversed(some.select_columns(["kind", "question", "answer"]).to_list()[:60])
     }
-    return DatasetCard.from_template(
+    card = DatasetCard.from_template(
         _metadata(splits, folder, name),
         template_path=str(TEMPLATE),
         name=name,
@@ -63,9 +49,12 @@ def dataset_card(splits: Mapping[str, "Dataset"], folder: Path, name: str, comma
         side=some[0]["images"][0].width,
         example_split=list(splits)[-1],
     )
+    card.save(folder / "README.md")
+    return folder
 
 
 def _metadata(splits: Mapping[str, "Dataset"], folder: Path, name: str) -> DatasetCardData:
+    """By which `load_dataset` finds splits and features without reading the data."""
     files = {split: next(folder.glob(f"data/{split}-*.parquet")) for split in splits}
     features = next(iter(splits.values())).features
     sizes = {split: data.data.nbytes for split, data in splits.items()}

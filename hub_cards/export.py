@@ -2,13 +2,13 @@
 
 import json
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
 from ..modeling.processing_adavtp import AdaVTPProcessor
 from .licence import origin_of
+from .output_folder import folder_beside, require_output_folder
 from .published_folder import CARRIED, FORMER, KINDS, add_card, files_by_kind
 from .training_record import TrainingRecord, is_hub_id
 
@@ -48,15 +48,12 @@ def export_checkpoint(
         OSError: if there is no checkpoint, or a file does not exist.
     """
     checkpoint, output_dir = str(checkpoint), Path(output_dir)
-    _check_output(output_dir)
+    require_output_folder(output_dir, "an AdaVTP checkpoint", _is_checkpoint)
     record = TrainingRecord.found_in(checkpoint, recipe, training_logs, evaluations)
     origin = origin_of(checkpoint, record, base_model or (checkpoint if is_hub_id(checkpoint) else None), license)
     model = AdaVTPForConditionalGeneration.from_pretrained(checkpoint, trust_remote_code=True)
     processor = AdaVTPProcessor.from_pretrained(checkpoint, trust_remote_code=True)
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    # Beside it, so that the files move into place by renaming.
-    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as temporary:
-        folder = Path(temporary)
+    with folder_beside(output_dir) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         found = files_by_kind(Path(checkpoint))
@@ -67,15 +64,9 @@ def export_checkpoint(
     return output_dir
 
 
-def _check_output(output_dir: Path) -> None:
-    if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
-        return
-    config = output_dir / "config.json"
-    if not config.is_file() or json.loads(config.read_text(encoding="utf-8")).get("model_type") != "adavtp":
-        raise ValueError(
-            f"`output_dir` is {str(output_dir)!r}, which holds something else; expected is a new or an empty folder, "
-            "or one with an AdaVTP checkpoint, which is replaced."
-        )
+def _is_checkpoint(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") == "adavtp"
 
 
 def _move_into(folder: Path, output_dir: Path) -> None:

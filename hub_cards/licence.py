@@ -30,12 +30,8 @@ OF_DIGIT_SCENES = "apache-2.0"
 @dataclass(frozen=True)
 class Origin:
     """
-    What a model was made from.
-
-    Attributes:
-        base_model: id on the Hub of the model that training, or conversion, began with; `None` for a model from
-            nothing, or from a folder that says nothing of its own origin.
-        license: id of a licence in the Hub's spelling, such as `"llama2"`; `None` where it is not known.
+    The model on the Hub that training, or conversion, began with, and a licence in the Hub's spelling, such as
+    `"llama2"`. `None` for a model from nothing, or where it is not known.
     """
 
     base_model: str | None

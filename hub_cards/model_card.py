@@ -5,17 +5,15 @@ that a card cannot promise what was not measured.
 """
 
 import json
-from collections import Counter
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from safetensors import safe_open
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, get_local_safetensors_metadata
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
+from ..evaluation.settings import FULL
+from ..modeling.families.llava import LLAVA
 from ..modeling.processing_adavtp import AdaVTPProcessor
-from .curve_picture import FULL
 from .licence import Origin
 from .training_record import DIGIT_SCENES, TrainingRecord, data_names, is_hub_id
 
@@ -43,20 +41,23 @@ def model_card(folder: str | Path, name: str, record: TrainingRecord, origin: Or
 
     Raises:
         ValueError: if a file of the record is not JSON or YAML, or lacks a field; the message names the file.
-        OSError: if the folder has no configuration, weights or processor.
+        OSError: if the folder has no configuration or processor.
     """
     folder = Path(folder)
     config = AdaVTPConfig.from_pretrained(folder)
     tokenizer = AdaVTPProcessor.from_pretrained(folder).tokenizer
-    num_parameters, dtype = _size_of(folder)
+    # From the headers of the weight files: the number of parameters of each data type.
+    numbers = get_local_safetensors_metadata(folder).parameter_count
+    dtype = max(numbers, key=numbers.get)
     digit_scenes = record.is_digit_scenes and origin.base_model is None
     return ModelCard.from_template(
         _metadata(name, record, origin, ["digit-scenes"] * digit_scenes),
         template_path=str(TEMPLATE),
         name=name,
         config=config,
-        num_parameters=f"{num_parameters:,}",
-        dtype=dtype,
+        num_visual_tokens=LLAVA.tokens_per_image(config),
+        num_parameters=f"{sum(numbers.values()):,}",
+        dtype=_DTYPES.get(dtype, dtype),
         question="What colour is the largest digit?" if digit_scenes else "What is in the picture?",
         example_budget=_example_budget(record.results),
         default_budget=_in_words(_default_budget(folder, config)),
@@ -65,7 +66,6 @@ def model_card(folder: str | Path, name: str, record: TrainingRecord, origin: Or
             for result, curve in zip(record.results, curve_names(record), strict=True)
         ],
         stages=_shown_stages(record),
-        data_sets=record.hub_data_sets,
         recipe_file=None if record.recipe is None else record.recipe.name,
         origin=origin,
         digit_scenes=digit_scenes,
@@ -77,23 +77,8 @@ def model_card(folder: str | Path, name: str, record: TrainingRecord, origin: Or
 
 def curve_names(record: TrainingRecord) -> list[str]:
     """Names of the pictures that a card shows, one for each evaluation file."""
-    if len(record.evaluations) == 1:
-        return ["budget_curve.png"]
-    return [f"budget_curve_{number:02}.png" for number in range(1, len(record.evaluations) + 1)]
-
-
-def _size_of(folder: Path) -> tuple[int, str]:
-    """Number of parameters, and the data type of most of them, from the headers of the weight files."""
-    numbers: Counter[str] = Counter()
-    for path in folder.glob("model*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (the file is no dictionary)
-                weight = file.get_slice(key)
-                numbers[weight.get_dtype()] += prod(weight.get_shape())
-    if not numbers:
-        raise OSError(f"{folder} has no weights in safetensors form (model*.safetensors).")
-    ((most, _),) = numbers.most_common(1)
-    return numbers.total(), _DTYPES.get(most, most)
+    numbers = range(1, len(record.evaluations) + 1)
+    return ["budget_curve.png"] if len(numbers) == 1 else [f"budget_curve_{number:02}.png" for number in numbers]
 
 
 def _metadata(name: str, record: TrainingRecord, origin: Origin, tags: list[str]) -> ModelCardData:
@@ -115,8 +100,7 @@ def _metadata(name: str, record: TrainingRecord, origin: Origin, tags: list[str]
 
 
 def _hub_result(result: dict[str, Any], row: dict[str, Any]) -> EvalResult:
-    dataset = _dataset_name(result)
-    metric = result.get("metric", "accuracy")
+    dataset, metric = _dataset_name(result), result.get("metric", "accuracy")
     return EvalResult(
         task_type="image-text-to-text",
         dataset_type=dataset.replace(" ", "-"),

@@ -8,12 +8,13 @@ stays. What the Hub refuses comes back as a sentence that says what to do.
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import NamedTuple
 
 from huggingface_hub import CommitInfo, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from .licence import Origin
 from .published_folder import FORMER, KINDS
@@ -28,14 +29,8 @@ class HubRefused(RuntimeError):
     """The Hub, or the way to it, did not let something through. The message says what to do."""
 
 
-@dataclass(frozen=True)
-class Publication:
-    """
-    Attributes:
-        url: of the repository.
-        commit: the last one, which has everything.
-        private: whether the repository is.
-    """
+class Publication(NamedTuple):
+    """The repository's address, its last commit, which has everything, and whether it is private."""
 
     url: str
     commit: CommitInfo
@@ -45,11 +40,15 @@ class Publication:
 def require_repository_id(repo_id: str) -> None:
     """
     Raises:
-        ValueError: if `repo_id` is not `user/name`. Without the user nobody else could load what the card says.
+        ValueError: if `repo_id` is not `owner/name`. Without the owner nobody else could load what the card says.
     """
-    user, slash, name = repo_id.partition("/")
-    if not (user and slash and name) or "/" in name:
-        raise ValueError(f"`repo_id` is {repo_id!r}; expected is user/name, or organisation/name.")
+    try:
+        validate_repo_id(repo_id)
+        is_allowed = repo_id.count("/") == 1
+    except HFValidationError:
+        is_allowed = False
+    if not is_allowed:
+        raise ValueError(f"`repo_id` is {repo_id!r}; expected is a repository's id on the Hub, 'owner/name'.")
 
 
 def require_licence(origin: Origin, how: str) -> None:
@@ -80,15 +79,12 @@ def upload(
 
     Args:
         folder: with what is published, and nothing else.
-        repo_id: `user/name`.
-        message: of the commit.
-        repo_type: `"model"` or `"dataset"`.
         private: whether a new repository is private; `None` leaves it to the user's or the organisation's own
             setting. A repository that exists keeps what it is.
         replaced: patterns of the names that publications have: such files in the repository that are not in the
             folder are removed.
         token: by default the one that was logged in with.
-        revision: branch; by default `main`.
+        repo_id, message, repo_type, revision: see [`HfApi.upload_folder`].
 
     Raises:
         ValueError: if `repo_id` is not one, or the card's metadata are not as the Hub wants them.
@@ -99,7 +95,7 @@ def upload(
     if token is None and get_token() is None:
         raise HubRefused("There is no token of the Hub: log in with `hf auth login`, or set HF_TOKEN.")
     api = HfApi(token=token, library_name="adavtp")
-    with refusals_in_words(repo_id, api.endpoint):
+    with _refusals_in_words(repo_id, api.endpoint):
         url = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
         is_private = bool(api.repo_info(repo_id, repo_type=repo_type).private)
         if private and not is_private:
@@ -137,12 +133,10 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 @contextmanager
-def refusals_in_words(repo_id: str, endpoint: str) -> Iterator[None]:
+def _refusals_in_words(repo_id: str, endpoint: str) -> Iterator[None]:
     """Says errors of the Hub, and of the way to it, as sentences."""
     try:
         yield
-    except HFValidationError as error:
-        raise ValueError(f"`repo_id` is {repo_id!r}: {error}") from error
     except HubRefused:
         raise
     except (HTTPError, ConnectionError) as error:

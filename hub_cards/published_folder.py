@@ -9,7 +9,6 @@ make their folders here.
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..modeling.hub.saving import CODE_FOLDER
@@ -43,25 +42,6 @@ NEEDED = ("weights", "configuration", "processor", "code")
 INDEX = "model.safetensors.index.json"
 
 
-@dataclass(frozen=True)
-class PublishedFolder:
-    """
-    Attributes:
-        path: the folder.
-        origin: base model and licence that its card names.
-        stays_behind: names in the checkpoint's folder that are not published.
-    """
-
-    path: Path
-    origin: Origin
-    stays_behind: list[str]
-
-    @property
-    def files(self) -> dict[str, list[Path]]:
-        """Kind -> files, as in `KINDS`."""
-        return files_by_kind(self.path)
-
-
 def files_by_kind(folder: Path) -> dict[str, list[Path]]:
     """The publishable files of a folder, kind by kind; a kind may have none."""
     return {
@@ -77,18 +57,19 @@ def published_folder(
     record: TrainingRecord,
     origin: Origin,
     place: Callable[[Path, Path], object] = os.symlink,
-) -> PublishedFolder:
+) -> list[str]:
     """
     Puts a saved checkpoint's files into a folder as they are published, with a card of its own.
 
     Args:
         checkpoint: folder of the checkpoint, which is only read.
         folder: to fill; it exists.
-        name: what the card's snippet loads: a repository id or a folder.
-        record: of the training.
-        origin: base model and licence.
+        name, record, origin: what the card says; see [`model_card`].
         place: puts a file (first argument, an absolute path) in its place (second); a link by default, since weights
             are large.
+
+    Returns:
+        Names in the checkpoint's folder that are not published.
 
     Raises:
         ValueError: if the checkpoint is not whole, or is not of AdaVTP in safetensors form with its own code.
@@ -107,9 +88,7 @@ def published_folder(
             path.write_text(led_directly(text), encoding="utf-8")
     add_card(folder, name, record, origin)
     known = {path.relative_to(checkpoint).parts[0] for paths in files.values() for path in paths}
-    return PublishedFolder(
-        folder, origin, sorted(path.name for path in checkpoint.iterdir() if path.name not in known)
-    )
+    return sorted(path.name for path in checkpoint.iterdir() if path.name not in known)
 
 
 def add_card(folder: Path, name: str, record: TrainingRecord, origin: Origin) -> None:

@@ -9,7 +9,9 @@ import shutil
 from pathlib import Path
 
 from huggingface_hub import RepoCard
-from huggingface_hub.utils import validate_repo_id
+
+from .output_folder import require_output_folder
+from .publish import require_repository_id
 
 SPACE = Path(__file__).with_name("space")
 
@@ -36,8 +38,10 @@ def space_folder(output_dir: str | Path, repo_id: str, examples: str | Path | No
         ValueError: if `output_dir` holds something else, `repo_id` is none, or `examples` is not such a folder.
     """
     output_dir = Path(output_dir)
-    _check_output(output_dir)
-    _check_repo_id(repo_id)
+    require_output_folder(
+        output_dir, "a Space of this kind", lambda folder: all((folder / name).is_file() for name in _FILES)
+    )
+    require_repository_id(repo_id)
     names = [] if examples is None else _example_files(Path(examples))
     output_dir.mkdir(parents=True, exist_ok=True)
     for name in _FILES:
@@ -59,47 +63,20 @@ def _put_examples(folder: Path, examples: Path | None, names: list[str]) -> None
             shutil.copyfile(examples / name, folder / name)
 
 
-def _check_output(output_dir: Path) -> None:
-    if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
-        return
-    if not all((output_dir / name).is_file() for name in _FILES):
-        raise ValueError(
-            f"`output_dir` is {str(output_dir)!r}, which holds something else; expected is a new or an empty folder, "
-            "or one with a Space of this kind, which is brought up to date."
-        )
-
-
-def _check_repo_id(repo_id: str) -> None:
-    try:
-        validate_repo_id(repo_id)
-        is_allowed = repo_id.count("/") == 1
-    except ValueError:
-        is_allowed = False
-    if not is_allowed:
-        raise ValueError(
-            f"`repo_id` is {repo_id!r}; a Space loads its checkpoint from the Hub, so expected is a repository's id, "
-            "'owner/name'."
-        )
-
-
 def _example_files(examples: Path) -> list[str]:
     """The names of the files that make up the examples."""
     try:
         pairs = json.loads((examples / _QUESTIONS).read_text(encoding="utf-8"))
-        images = [_file_name(image, question) for image, question in pairs]
+        for image, question in pairs:
+            if not isinstance(image, str) or not isinstance(question, str) or Path(image).name != image:
+                raise ValueError(
+                    f"{[image, question]!r} is not the name of a file in the folder itself and a question"
+                )
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"`examples` is {str(examples)!r}; expected is a folder with a {_QUESTIONS} of pairs such as "
             f'["scene.png", "Which digit is red?"]: {error}'
         ) from error
-    if missing := [image for image in images if not (examples / image).is_file()]:
+    if missing := [image for image, _ in pairs if not (examples / image).is_file()]:
         raise ValueError(f"`examples` is {str(examples)!r}, in which {missing[0]!r} of {_QUESTIONS} is missing.")
-    return [_QUESTIONS, *dict.fromkeys(images)]
-
-
-def _file_name(image: str, question: str) -> str:
-    if not isinstance(image, str) or not isinstance(question, str):
-        raise TypeError(f"{[image, question]!r} is no pair of texts")
-    if Path(image).name != image:
-        raise ValueError(f"{image!r} is not the name of a file in the folder itself")
-    return image
+    return [_QUESTIONS, *dict.fromkeys(image for image, _ in pairs)]

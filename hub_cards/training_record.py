@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -108,7 +108,7 @@ class TrainingRecord:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """Content of the recipe; empty without one."""
-        return {} if self.recipe is None else _read_recipe(self.recipe)
+        return {} if self.recipe is None else read_record(self.recipe, ("model", "stages"), "YAML")
 
     @property
     def stages(self) -> list[dict[str, Any]]:
@@ -176,17 +176,18 @@ def _data_paths(stage: dict[str, Any]) -> list[str]:
     return [str(source["path"]) for source in sources if source.get("path") is not None]
 
 
-def read_record(path: str | Path, fields: Sequence[str]) -> dict[str, Any]:
+def read_record(path: str | Path, fields: Sequence[str], form: Literal["JSON", "YAML"] = "JSON") -> dict[str, Any]:
     """
-    Reads a JSON object.
+    Reads an object.
 
     Raises:
-        ValueError: if the file is not a JSON object or lacks one of `fields`; the message names file and field.
+        ValueError: if the file is not of that form, is no object or lacks one of `fields`; the message names both.
     """
+    read = json.loads if form == "JSON" else yaml.safe_load
     try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        record = read(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is not {form}: {error}") from error
     _check_fields(record, fields, str(path))
     return record
 
@@ -196,12 +197,3 @@ def _check_fields(record: Any, fields: Sequence[str], where: str) -> None:
         raise ValueError(f"{where} is a {type(record).__name__}; expected is an object with {', '.join(fields)}.")
     if missing := [field for field in fields if field not in record]:
         raise ValueError(f"{where} has no {', '.join(map(repr, missing))}; expected are {', '.join(fields)}.")
-
-
-def _read_recipe(path: Path) -> dict[str, Any]:
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    _check_fields(settings, ("model", "stages"), str(path))
-    return settings

@@ -48,7 +48,7 @@ def publish(
     evaluations where the folder has them or they are named. Optimizer states and other pickles stay behind.
     """
     from ..hub_cards.licence import origin_of
-    from ..hub_cards.published_folder import published_folder
+    from ..hub_cards.published_folder import files_by_kind, published_folder
     from ..hub_cards.training_record import TrainingRecord
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -56,15 +56,16 @@ def publish(
         record = TrainingRecord.found_in(checkpoint, recipe, log or None, evaluation or None)
         origin = origin_of(checkpoint, record, base_model, license)
         require_licence(origin, "--license")
-        made = published_folder(checkpoint, Path(temporary), repo_id, record, origin)
-        print_summary(repo_id, "model", private, made.files)
+        folder = Path(temporary)
+        stays_behind = published_folder(checkpoint, folder, repo_id, record, origin)
+        _print_summary(repo_id, "model", private, files_by_kind(folder))
         console.print(f"licence {origin.license}, base model {origin.base_model or 'none'}", highlight=False)
         if not record.evaluations:
             console.print("The card will say 'Not measured': name an evaluation.json with --evaluation.", style="dim")
-        if made.stays_behind:
-            console.print(f"stays behind: {escape(', '.join(made.stays_behind))}", style="dim", highlight=False)
+        if stays_behind:
+            console.print(f"stays behind: {escape(', '.join(stays_behind))}", style="dim", highlight=False)
         if not dry_run:
-            _print_published(upload(made.path, repo_id, "Model, processor, code and card", private=private))
+            _print_published(upload(folder, repo_id, "Model, processor, code and card", private=private))
 
 
 def publish_data(
@@ -94,7 +95,7 @@ def publish_data(
             splits = {split: load_digit_questions(split, size, seed) for split, size in sizes.items()}
         folder = dataset_folder(splits, Path(temporary), repo_id, command_as_typed())
         files = {"card": [folder / "README.md"], "data": sorted((folder / "data").iterdir())}
-        print_summary(repo_id, "dataset", private, files)
+        _print_summary(repo_id, "dataset", private, files)
         console.print(", ".join(f"{split}: {size} questions" for split, size in sizes.items()), highlight=False)
         if not dry_run:
             _print_published(
@@ -104,7 +105,7 @@ def publish_data(
             )
 
 
-def print_summary(repo_id: str, repo_type: str, private: bool, files: Mapping[str, Sequence[Path]]) -> None:
+def _print_summary(repo_id: str, repo_type: str, private: bool, files: Mapping[str, Sequence[Path]]) -> None:
     """What will go: kinds of files with their names, number and size."""
     visibility = "private" if private else "public"
     table = Table(title=f"{repo_id}: {visibility} {repo_type} repository", title_justify="left")

@@ -42,22 +42,23 @@ def space(
         return
     if examples is not None:
         raise typer.BadParameter("`--examples` goes with `--export`; the page that runs here has digit scenes.")
-    _require_gradio()
+    if importlib.util.find_spec("gradio") is None:
+        console.print(
+            "The page needs Gradio, which is not installed: [bold]pip install 'gradio>=6.31,<7'[/bold], or this "
+            "package with its extra \\[space]."
+        )
+        raise typer.Exit(2)
     checkpoint = checkpoint or str(reference_checkpoint())
-    _require_free(port)
+    if port is not None:
+        _require_free(port)
     try:
-        run_space(checkpoint, port, share)
+        _serve(checkpoint, port, share)
     except OSError as error:
         raise typer.BadParameter(f"`checkpoint` is {checkpoint!r}, which could not be loaded: {error}") from error
 
 
-def run_space(checkpoint: str, port: int | None = None, share: bool = False) -> None:
-    """
-    Serves the page until it is interrupted. Nothing is sent anywhere, unless `share` asks for it.
-
-    Raises:
-        OSError: if there is no such checkpoint, or the port is taken.
-    """
+def _serve(checkpoint: str, port: int | None, share: bool) -> None:
+    """Until it is interrupted. Nothing is sent anywhere, unless `share` asks for it."""
     from ..hub_cards.space_folder import SPACE
 
     os.environ["ADAVTP_CHECKPOINT"] = str(Path(checkpoint).resolve()) if Path(checkpoint).exists() else checkpoint
@@ -71,16 +72,14 @@ def run_space(checkpoint: str, port: int | None = None, share: bool = False) -> 
     runpy.run_path(str(SPACE / "app.py"), run_name="__main__")
 
 
-def _require_free(port: int | None) -> None:
+def _require_free(port: int) -> None:
     """Before the checkpoint is loaded, which can take minutes."""
-    if port is None:
-        return
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            raise ValueError(f"`port` is {port}, which cannot be used: {error.strerror}. Name another.") from error
+            raise typer.BadParameter(f"`port` is {port}, which cannot be used: {error.strerror}.") from error
 
 
 def _export(folder: Path, checkpoint: str | None, examples: Path | None) -> None:
@@ -98,12 +97,3 @@ def _export(folder: Path, checkpoint: str | None, examples: Path | None) -> None
     console.print(
         f"{folder}: upload it with `hf upload OWNER/SPACE {folder} --repo-type space`", highlight=False, soft_wrap=True
     )
-
-
-def _require_gradio() -> None:
-    if importlib.util.find_spec("gradio") is None:
-        console.print(
-            "The page needs Gradio, which is not installed: [bold]pip install 'gradio>=6.31,<7'[/bold], or this "
-            "package with its extra \\[space]."
-        )
-        raise typer.Exit(2)

@@ -10,12 +10,12 @@ import json
 import re
 import resource
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -25,12 +25,12 @@ from ...configuration.configuration_adavtp import AdaVTPConfig
 from ...modeling.hub.loading import new_module_of
 from ...modeling.hub.saving import AUTO_MAP, without_auto_class
 from ...modeling.modeling_adavtp import AdaVTPForConditionalGeneration
-from .llava_files import OpenTensors, checkpoint_folder, open_tensors
+from ..output_folder import folder_beside, require_output_folder
+from .llava_files import checkpoint_folder, tensors_of
 from .llava_names import LANGUAGE, Dropped, Layout, target_name
 from .llava_original import ORIGINAL_MODEL_TYPES, read_original_checkpoint
-from .llava_source import LlavaSource
+from .llava_source import LlavaSource, read_json, read_transformers_checkpoint
 from .llava_tokens import new_rows
-from .llava_transformers import read_transformers_checkpoint
 
 RECORD = "conversion.json"
 EMBEDDINGS, HEAD = f"{LANGUAGE}embed_tokens.weight", "lm_head.weight"
@@ -39,16 +39,8 @@ _SHOWN = 5
 Progress = Callable[[list["Shard"]], Iterable["Shard"]]
 
 
-@dataclass
-class Shard:
-    """
-    A weight file of the target.
-
-    Attributes:
-        path: the source's file that it is made from.
-        layout: of the names in it.
-        names: name in the source -> name in the target.
-    """
+class Shard(NamedTuple):
+    """A weight file of the source with the layout of its names, and what each is called in the target."""
 
     path: Path
     layout: Layout
@@ -62,15 +54,10 @@ class Conversion:
 
     Attributes:
         source: repository id, or the folder's name.
-        layout: `"transformers"`, `"llava_next"` or `"original"`.
         vision_tower: what `mm_vision_tower` named or was given in its place, of an original checkpoint.
         seed: of the new modules' values, and of the rows of tokens that were added.
-        dtype: of the target.
-        files: weight files that were written.
-        tensors: how many were taken from the source.
-        converted: how many of them changed their dtype.
-        bytes: of all weights.
-        largest_file: bytes of the largest file.
+        tensors, converted: how many were taken from the source, and how many of them changed their dtype.
+        bytes, largest_file: of all weights and of the largest file.
         new_parameters: of the new modules, by module.
         new_rows: rows that the embeddings, and the head, have more than the source's.
         dropped_tensors, dropped_fields: what has no place in the target, with reasons.
@@ -133,16 +120,17 @@ def convert_checkpoint(
         OSError: if the source is not there, or one of its files is damaged.
     """
     output_dir, memory = Path(output_dir).absolute(), _begin_peak()
-    _check_output(output_dir)
+    require_output_folder(output_dir)
+    if output_dir.resolve() == Path.cwd():
+        # A folder that is renamed takes its place, and whoever stands in the old one sees nothing.
+        raise ValueError(f"`output_dir` is '{output_dir}', the current folder; allowed: another, new or empty.")
     llava = _read_source(checkpoint_folder(str(source), revision=revision), fields or {}, vision_tower)
     if chat_template is not None:
         llava.processor.chat_template, llava.template_note = chat_template, None
     model = _empty_model(llava)
     shards, dropped = _plan(llava, model)
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    # Beside it, so that the folder moves into place by renaming.
-    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as temporary:
-        folder = Path(temporary) / output_dir.name
+    with folder_beside(output_dir) as temporary:
+        folder = temporary / output_dir.name
         folder.mkdir()
         done = Conversion(
             source=_public_name(str(source)),
@@ -158,17 +146,11 @@ def convert_checkpoint(
             peak_memory=_resident_size("VmHWM") - memory,
         )
         _write_the_rest(folder, llava, model)
-        (folder / RECORD).write_text(json.dumps(_record(done), indent=1) + "\n", encoding="utf-8")
+        # What the folder says of its making is the same on every machine.
+        record = {name: value for name, value in asdict(done).items() if name != "peak_memory"}
+        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         folder.replace(output_dir)
     return done
-
-
-def _check_output(output_dir: Path) -> None:
-    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
-        raise ValueError(f"`output_dir` is '{output_dir}', which is not empty; allowed: a new or empty folder.")
-    if output_dir.resolve() == Path.cwd():
-        # A folder that is renamed takes its place, and whoever stands in the old one sees nothing.
-        raise ValueError(f"`output_dir` is '{output_dir}', the current folder; allowed: another, new or empty.")
 
 
 def _public_name(checkpoint: str) -> str:
@@ -180,7 +162,7 @@ def _read_source(folder: Path, fields: dict[str, Any], vision_tower: str | None)
     file = folder / "config.json"
     if not file.is_file():
         raise OSError(f"There is no config.json in {str(folder)!r}; a checkpoint needs one beside its weights.")
-    said = json.loads(file.read_text(encoding="utf-8"))
+    said = read_json(file)
     kind = said.get("model_type")
     if kind in ORIGINAL_MODEL_TYPES and ("mm_vision_tower" in said or kind != "llava"):
         return read_original_checkpoint(folder, fields, vision_tower)
@@ -195,28 +177,21 @@ def _read_source(folder: Path, fields: dict[str, Any], vision_tower: str | None)
     return read_transformers_checkpoint(folder, fields)
 
 
-def _empty_model(llava: LlavaSource) -> AdaVTPForConditionalGeneration:
-    """The target without values, in the target's dtype."""
-    config = llava.config
-    if config.dtype is None:
-        config.dtype = _embeddings(llava).dtype
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(config.dtype)
-    try:
-        with torch.device("meta"):
-            return AdaVTPForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(before)
-
-
 def _embeddings(llava: LlavaSource) -> torch.Tensor:
     """The source's input embeddings, `[vocab_size, hidden_size]`."""
     for path, layout in llava.files:
-        with open_tensors(path) as tensors:
-            for name in tensors.names:
-                if target_name(name, layout) == EMBEDDINGS:
-                    return tensors.tensor(name).clone()
+        for name, tensor in tensors_of(path).items():
+            if target_name(name, layout) == EMBEDDINGS:
+                return tensor
     raise ValueError(f"The source has no tensor for `{EMBEDDINGS}`; a LLaVA checkpoint has its input embeddings.")
+
+
+def _empty_model(llava: LlavaSource) -> AdaVTPForConditionalGeneration:
+    """The target without values, in the target's dtype."""
+    if llava.config.dtype is None:
+        llava.config.dtype = _embeddings(llava).dtype
+    with torch.device("meta"):
+        return AdaVTPForConditionalGeneration._from_config(llava.config)
 
 
 def _plan(llava: LlavaSource, model: AdaVTPForConditionalGeneration) -> tuple[list[Shard], list[Dropped]]:
@@ -227,25 +202,35 @@ def _plan(llava: LlavaSource, model: AdaVTPForConditionalGeneration) -> tuple[li
         ValueError: if one has no place, another shape than its place, or a place that is taken; or if a place stays
             empty that is not a new module's.
     """
-    places = {name: tensor.shape for name, tensor in model.state_dict().items()}
     tied = model.all_tied_weights_keys
+    expected = {
+        name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if new_module_of(name) is None
+    }
+    of_words = {name: (llava.vocab_size, *expected[name][1:]) for name in (EMBEDDINGS, HEAD)}
     shards, dropped, filled = [], [], {}
     for path, layout in llava.files:
-        shard = Shard(path, layout, {})
-        with open_tensors(path) as tensors:
-            for name in sorted(tensors.names):
-                target = target_name(name, layout)
-                if isinstance(target, str) and target in tied:
-                    target = _dropped_as_tied(tensors, name, llava)
-                if isinstance(target, Dropped):
-                    dropped.append(target)
-                    continue
-                _check_place(name, target, path, tensors.shape(name), places, filled, llava)
-                filled[target], shard.names[name] = name, target
-        if shard.names:
-            shards.append(shard)
-    empty = [name for name in places if name not in filled and name not in tied and new_module_of(name) is None]
-    if empty:
+        names = {}
+        for name, tensor in sorted(tensors_of(path).items()):
+            target = target_name(name, layout)
+            if isinstance(target, str) and target in tied:
+                target = _dropped_as_tied(name, tensor, llava)
+            if isinstance(target, Dropped):
+                dropped.append(target)
+                continue
+            where = f"{path.name!r} of the source has the tensor `{name}`"
+            if target not in expected:
+                raise ValueError(f"{where}, for which a LLaVA of its configuration has no place.")
+            if target in filled:
+                raise ValueError(
+                    f"{where}, and `{filled[target]}` is the same tensor of the model; expected is one of them."
+                )
+            shape = of_words.get(target, expected[target])
+            if tensor.shape != shape:
+                raise ValueError(f"{where} of shape {tuple(tensor.shape)}; its configuration asks for {shape}.")
+            filled[target], names[name] = name, target
+        if names:
+            shards.append(Shard(path, layout, names))
+    if empty := [name for name in expected if name not in filled and name not in tied]:
         raise ValueError(
             f"The source lacks {len(empty)} tensor(s) that every LLaVA checkpoint has, in AdaVTP's names "
             f"{', '.join(empty[:_SHOWN])}; get the complete checkpoint."
@@ -253,29 +238,8 @@ def _plan(llava: LlavaSource, model: AdaVTPForConditionalGeneration) -> tuple[li
     return shards, dropped
 
 
-def _check_place(
-    name: str,
-    target: str,
-    path: Path,
-    shape: Sequence[int],
-    places: dict[str, torch.Size],
-    filled: dict[str, str],
-    llava: LlavaSource,
-) -> None:
-    where = f"{path.name!r} of the source has the tensor `{name}`"
-    if target not in places or new_module_of(target) is not None:
-        raise ValueError(f"{where}, for which a LLaVA of its configuration has no place.")
-    if target in filled:
-        raise ValueError(f"{where}, and `{filled[target]}` is the same tensor of the model; expected is one of them.")
-    expected = tuple(places[target])
-    if target in (EMBEDDINGS, HEAD):
-        expected = (llava.vocab_size, *expected[1:])
-    if tuple(shape) != expected:
-        raise ValueError(f"{where} of shape {tuple(shape)}; its configuration asks for {expected}.")
-
-
-def _dropped_as_tied(tensors: OpenTensors, name: str, llava: LlavaSource) -> Dropped:
-    if not torch.equal(tensors.tensor(name), _embeddings(llava)):
+def _dropped_as_tied(name: str, tensor: torch.Tensor, llava: LlavaSource) -> Dropped:
+    if not torch.equal(tensor, _embeddings(llava)):
         raise ValueError(
             f"`tie_word_embeddings` is True in the source's configuration, and its `{name}` differs from its input "
             "embeddings; expected is the same tensor, or the field False."
@@ -292,33 +256,38 @@ def _write_weights(
     progress: Progress,
 ) -> dict[str, Any]:
     """Writes the weight files and their index; returns the figures of [`Conversion`]."""
-    new, place, sizes, counted = _new_tensors(model, seed), {}, {}, {"tensors": 0, "converted": 0}
-    rows, more = _rows_to_add(llava, seed), {}
+    new, rows = _new_tensors(model, seed), _rows_to_add(llava, seed)
+    place, sizes, converted = {}, {}, 0
     for number, shard in enumerate(progress(shards), start=1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        source = tensors_of(shard.path)
+        tensors = {target: source[name] for name, target in shard.names.items()}
+        if shard.layout == "clip":
+            converted += sum(tensor.dtype != llava.config.dtype for tensor in tensors.values())
+            tensors = {target: tensor.to(llava.config.dtype) for target, tensor in tensors.items()}
+        for target in rows.keys() & tensors.keys():
+            tensors[target] = torch.cat([tensors[target], rows[target].to(tensors[target].dtype)])
         if number == len(shards):
-            more = new
-        with open_tensors(shard.path) as source:
-            tensors = {target: source.tensor(name_there) for name_there, target in shard.names.items()}
-            counted["tensors"] += len(tensors)
-            if shard.layout == "clip":
-                counted["converted"] += sum(tensor.dtype != llava.config.dtype for tensor in tensors.values())
-                tensors = {target: tensor.to(llava.config.dtype) for target, tensor in tensors.items()}
-            for target in rows.keys() & tensors.keys():
-                tensors[target] = torch.cat([tensors[target], rows[target].to(tensors[target].dtype)])
-            tensors = {target: tensor.contiguous() for target, tensor in (tensors | more).items()}
-            save_file(tensors, folder / name, metadata={"format": "pt"})
-            place |= dict.fromkeys(tensors, name)
-            sizes[name] = sum(tensor.nbytes for tensor in tensors.values())
-            del tensors
+            tensors |= new
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        tensors = {target: tensor.contiguous() for target, tensor in tensors.items()}
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        place |= dict.fromkeys(tensors, name)
+        sizes[name] = sum(tensor.nbytes for tensor in tensors.values())
+        # A file is given back before the next is opened.
+        del source, tensors
     total = sum(sizes.values())
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(place.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return counted | {
+    new_parameters = Counter()
+    for name, tensor in new.items():
+        new_parameters[str(new_module_of(name))] += tensor.numel()
+    return {
+        "tensors": sum(len(shard.names) for shard in shards),
+        "converted": converted,
         "bytes": total,
         "largest_file": max(sizes.values()),
-        "new_parameters": _counted_by_module(new),
+        "new_parameters": dict(new_parameters),
         "new_rows": llava.config.text_config.vocab_size - llava.vocab_size,
     }
 
@@ -352,14 +321,6 @@ def _rows_to_add(llava: LlavaSource, seed: int) -> dict[str, torch.Tensor]:
     return {name: new_rows(embeddings, num_new, generator) for name in (EMBEDDINGS, HEAD)}
 
 
-def _counted_by_module(new: dict[str, torch.Tensor]) -> dict[str, int]:
-    counted: dict[str, int] = {}
-    for name, tensor in new.items():
-        module = str(new_module_of(name))
-        counted[module] = counted.get(module, 0) + tensor.numel()
-    return counted
-
-
 def _write_the_rest(folder: Path, llava: LlavaSource, model: AdaVTPForConditionalGeneration) -> None:
     """Configuration, generation's defaults, code and processor."""
     config: AdaVTPConfig = model.config
@@ -376,11 +337,6 @@ def _write_the_rest(folder: Path, llava: LlavaSource, model: AdaVTPForConditiona
     llava.processor.save_pretrained(folder)
 
 
-def _record(done: Conversion) -> dict[str, Any]:
-    """What the folder says of its making: the same on every machine."""
-    return {name: value for name, value in asdict(done).items() if name != "peak_memory"}
-
-
 def _begin_peak() -> int:
     """Begins to watch the process's resident size; returns what it is, in bytes."""
     # Where this is not allowed, the largest size since the process began will count.
@@ -395,5 +351,4 @@ def _resident_size(field: str) -> int:
     if status.is_file():
         return 1024 * int(re.search(rf"^{field}:\s+(\d+) kB$", status.read_text(), re.MULTILINE)[1])
     # Systems without it tell only the largest.
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return largest if sys.platform == "darwin" else 1024 * largest
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,16 +1,12 @@
-"""The files of a published checkpoint: where they are, and its weights a tensor at a time.
+"""The files of a published checkpoint: where they are, and their tensors.
 
 A checkpoint is a local folder or a repository on the Hub. Its weights lie in one file or in several with an index
-beside them, as safetensors or as pickles. Both are mapped into memory and not read into it, so that a tensor costs
-nothing before somebody asks for it, and a file no more than the tensors that are held.
+beside them, as safetensors or as pickles.
 """
 
 import json
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,7 +18,8 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from ..publish import HTTPError
 
@@ -36,26 +33,10 @@ _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "chat_templates
 _SHOWN = 5
 
 
-@dataclass
-class OpenTensors:
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
     """
-    An open weight file.
-
-    Attributes:
-        names: of its tensors.
-        shape: the shape of a tensor by name, which is not read.
-        tensor: a tensor by name, on the CPU.
-    """
-
-    names: list[str]
-    shape: Callable[[str], Sequence[int]]
-    tensor: Callable[[str], torch.Tensor]
-
-
-@contextmanager
-def open_tensors(path: Path) -> Iterator[OpenTensors]:
-    """
-    Opens a weight file, mapped into memory.
+    The tensors of a weight file by name. They are mapped into memory and not read into it: one costs nothing before
+    it is computed with, and all of them no more than the file.
 
     Args:
         path: a safetensors file, or a pickle that `torch.save` wrote, of which only tensors are read.
@@ -65,12 +46,9 @@ def open_tensors(path: Path) -> Iterator[OpenTensors]:
     """
     if path.suffix == ".safetensors":
         try:
-            file = safe_open(path, framework="pt", device="cpu")
+            return load_file(path)
         except SafetensorError as error:
             raise OSError(f"{str(path)!r} is not a whole safetensors file ({error}); download it again.") from error
-        with file:
-            yield OpenTensors(list(file.keys()), lambda name: file.get_slice(name).get_shape(), file.get_tensor)
-        return
     try:
         # Pickles from before torch 1.6 are no zip files, and can only be read whole.
         tensors = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
@@ -78,18 +56,15 @@ def open_tensors(path: Path) -> Iterator[OpenTensors]:
         raise OSError(f"{str(path)!r} cannot be read as a pickle of tensors: {error}") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise OSError(f"{str(path)!r} holds a {type(tensors).__name__}; expected are tensors by name.")
-    yield OpenTensors(list(tensors), lambda name: tensors[name].shape, tensors.__getitem__)
+    return tensors
 
 
 def weight_files(folder: Path) -> list[Path]:
     """
     The weight files of a folder, in the order of their names.
 
-    Args:
-        folder: with `model.safetensors` or `pytorch_model.bin`, or the shards that an index of that name lists.
-
     Raises:
-        OSError: if there are none, or a file or a tensor that the index lists is missing.
+        OSError: if there are none, or a file or a tensor that an index lists is missing.
     """
     for single, index in _LAYOUTS:
         if (folder / index).is_file():
@@ -108,9 +83,7 @@ def _indexed_files(index: Path) -> list[Path]:
     if absent := [path.name for path in files if not path.is_file()]:
         raise OSError(f"{str(index)!r} lists files that are not beside it: {', '.join(absent[:_SHOWN])}.")
     for path in files:
-        with open_tensors(path) as tensors:
-            lost = sorted({name for name, file in place.items() if file == path.name} - set(tensors.names))
-        if lost:
+        if lost := sorted({name for name, file in place.items() if file == path.name} - tensors_of(path).keys()):
             raise OSError(f"{str(path)!r} lacks tensors that the index says it has: {', '.join(lost[:_SHOWN])}.")
     return files
 

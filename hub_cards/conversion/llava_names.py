@@ -52,13 +52,7 @@ _REASONS: tuple[tuple[str, tuple[Layout, ...], str], ...] = (
 
 @dataclass(frozen=True)
 class Dropped:
-    """
-    A tensor or a field of the source that the target has no use for.
-
-    Attributes:
-        name: in the source.
-        reason: in a few words.
-    """
+    """A tensor or a field of the source that the target has no use for, and why, in a few words."""
 
     name: str
     reason: str
@@ -66,14 +60,12 @@ class Dropped:
 
 def target_name(name: str, layout: Layout) -> str | Dropped:
     """
-    What a tensor of a source is called in an AdaVTP model.
+    What a tensor of a source is called in an AdaVTP model, or why it is dropped. The name is the target's only if the
+    source is what it says it is.
 
     Args:
         name: in the source.
         layout: `"transformers"` (LLaVA), `"llava_next"`, `"original"` (LLaVA's own repository) or `"clip"`.
-
-    Returns:
-        The name, which is the target's only if the source is what it says it is; or why it is dropped.
     """
     for pattern, layouts, reason in _REASONS:
         if layout in layouts and re.search(pattern, name):

@@ -5,11 +5,8 @@ its weights are in the folder only where it was trained, the tokenizer knows no 
 code. What is missing is taken from the tower's own folder and from what that code does.
 """
 
-import json
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import (
     AutoTokenizer,
@@ -24,12 +21,19 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from ...modeling.processing_adavtp import AdaVTPProcessor
-from .llava_files import checkpoint_folder, open_tensors, weight_files
-from .llava_names import TOWER, Dropped, target_name
+from .llava_files import checkpoint_folder, tensors_of, weight_files
+from .llava_names import TOWER, Dropped, Layout, target_name
 from .llava_prompts import MISTRAL, VICUNA
-from .llava_source import OF_THE_FOLDER, LlavaSource, adavtp_config, fit_processor
+from .llava_source import (
+    OF_THE_FOLDER,
+    TILES_LEFT_OUT,
+    LlavaSource,
+    adavtp_config,
+    fit_processor,
+    one_tile,
+    read_json,
+)
 from .llava_tokens import IMAGE_TOKEN, add_image_and_pad_tokens, rows_for
-from .llava_transformers import one_tile
 
 _TEXT_CONFIGS = {"llava": LlamaConfig, "llava_llama": LlamaConfig, "llava_mistral": MistralConfig}
 ORIGINAL_MODEL_TYPES = tuple(_TEXT_CONFIGS)
@@ -48,10 +52,10 @@ _OF_TRAINING = (
     *("unfreeze_mm_vision_tower", "use_mm_proj"),
 )
 _OF_ROTATION = ("rope_scaling", "rope_theta")
+_GENERATION_FIELDS = set(vars(GenerationConfig())) - set(OF_THE_FOLDER)
 
 
-@dataclass
-class _Tower:
+class _Tower(NamedTuple):
     folder: Path
     config: CLIPVisionConfig
     image_processor: CLIPImageProcessorPil
@@ -61,10 +65,9 @@ def read_original_checkpoint(
     folder: Path, adavtp_fields: dict[str, Any], vision_tower: str | None = None
 ) -> LlavaSource:
     """
-    Reads a folder of LLaVA's own code.
+    Reads a folder of LLaVA's own code: configuration, tokenizer and weights.
 
     Args:
-        folder: configuration, tokenizer and weights.
         adavtp_fields: fields of [`AdaVTPConfig`] that LLaVA's does not have.
         vision_tower: folder or repository of the CLIP tower; by default what `mm_vision_tower` names.
 
@@ -73,10 +76,11 @@ def read_original_checkpoint(
             configuration do not agree.
         OSError: if weights, tokenizer or tower are missing.
     """
-    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    fields = read_json(folder / "config.json")
     _check_fields(fields)
-    files = weight_files(folder)
-    has_tower = _has_tower(files)
+    files: list[tuple[Path, Layout]] = [(path, "original") for path in weight_files(folder)]
+    names = [target_name(name, layout) for path, layout in files for name in tensors_of(path)]
+    has_tower = any(isinstance(name, str) and name.startswith(TOWER) for name in names)
     tower = _read_tower(vision_tower or fields["mm_vision_tower"], fields, weights=not has_tower)
     text_config, dropped = _text_config(fields)
     tokenizer = _read_tokenizer(folder, text_config)
@@ -99,20 +103,21 @@ def read_original_checkpoint(
         },
         adavtp_fields,
     )
-    is_mistral = fields["model_type"] == "llava_mistral"
     image_processor, of_images = _image_processor(fields, tower)
-    processor = AdaVTPProcessor(image_processor, tokenizer, chat_template=MISTRAL if is_mistral else VICUNA)
+    form, template = ("Mistral's", MISTRAL) if fields["model_type"] == "llava_mistral" else ("Vicuna's", VICUNA)
+    processor = AdaVTPProcessor(image_processor, tokenizer, chat_template=template)
     fit_processor(processor, config)
-    form = "Mistral's" if is_mistral else "Vicuna's"
     notes = [f"Tokens {' and '.join(added)} were added."] if added else []
     return LlavaSource(
         layout="original",
         config=config,
         processor=processor,
-        files=[(path, "original") for path in files]
-        + [(path, "clip") for path in ([] if has_tower else weight_files(tower.folder))],
+        files=files + [(path, "clip") for path in ([] if has_tower else weight_files(tower.folder))],
         vocab_size=vocab_size,
-        generation=_generation(folder, fields) | {"pad_token_id": tokenizer.pad_token_id},
+        # Older checkpoints say it in their configuration.
+        generation={name: fields[name] for name in fields.keys() & _GENERATION_FIELDS}
+        | read_json(folder / "generation_config.json")
+        | {"pad_token_id": tokenizer.pad_token_id},
         vision_tower=vision_tower or fields["mm_vision_tower"],
         dropped=dropped,
         template_note=f"The source has no chat template; {form} was written, as LLaVA's code asks such a model.",
@@ -150,7 +155,7 @@ def _text_config(fields: dict[str, Any]) -> tuple[PreTrainedConfig, list[Dropped
             dropped.append(Dropped(name, "says how it was trained"))
         elif name in _OF_TILES:
             dropped.append(Dropped(name, "tiles are not used"))
-        elif name in _generation_fields():
+        elif name in _GENERATION_FIELDS:
             dropped.append(Dropped(name, "moved to generation_config.json"))
         elif not value:
             dropped.append(Dropped(name, "not in use"))
@@ -170,30 +175,9 @@ def _without_dtype(config: PreTrainedConfig) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if name not in ("dtype", "torch_dtype")}
 
 
-def _generation_fields() -> set[str]:
-    return set(vars(GenerationConfig()))
-
-
-def _generation(folder: Path, fields: dict[str, Any]) -> dict[str, Any]:
-    """What the configuration says of generation, older checkpoints' way, and over it generation_config.json."""
-    file = folder / "generation_config.json"
-    said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    old = {name: value for name, value in fields.items() if name in _generation_fields()}
-    return {name: value for name, value in old.items() if name not in OF_THE_FOLDER} | said
-
-
-def _has_tower(files: Iterable[Path]) -> bool:
-    for path in files:
-        with open_tensors(path) as tensors:
-            targets = [target_name(name, "original") for name in tensors.names]
-        if any(isinstance(target, str) and target.startswith(TOWER) for target in targets):
-            return True
-    return False
-
-
 def _read_tower(name: str, fields: dict[str, Any], weights: bool) -> _Tower:
     folder = checkpoint_folder(name, weights=weights)
-    said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    said = read_json(folder / "config.json")
     if said.get("model_type") not in ("clip", "clip_vision_model"):
         raise ValueError(
             f"The vision tower {name!r} is of `model_type` {said.get('model_type')!r}; supported: 'clip' and "
@@ -209,11 +193,10 @@ def _read_tower(name: str, fields: dict[str, Any], weights: bool) -> _Tower:
 
 
 def _read_tokenizer(folder: Path, text_config: PreTrainedConfig) -> PreTrainedTokenizerBase:
-    file, options = folder / "tokenizer_config.json", {}
+    options = {}
     if not (folder / "tokenizer.json").is_file():
-        said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         # What LLaVA's code takes it for; transformers 5 adds nothing unless it is told.
-        options["add_bos_token"] = said.get("add_bos_token", True)
+        options["add_bos_token"] = read_json(folder / "tokenizer_config.json").get("add_bos_token", True)
     try:
         return AutoTokenizer.from_pretrained(folder, config=text_config, **options)
     except (ImportError, ValueError) as error:
@@ -230,12 +213,10 @@ def _image_processor(fields: dict[str, Any], tower: _Tower) -> tuple[Any, list[s
         return tower.image_processor, []
     if ratio == "pad":
         padded = {name: value for name, value in said.items() if not name.endswith(("processor_type", "class"))}
-        return LlavaImageProcessorPil(**(padded | {"do_pad": True})), [
-            "Images are padded to a square, as in the source."
-        ]
+        note = "Images are padded to a square, as in the source."
+        return LlavaImageProcessorPil(**(padded | {"do_pad": True})), [note]
     if str(ratio).startswith("anyres"):
-        note = "LLaVA-NeXT's tiles are left out: the model sees the whole image in one square."
-        return one_tile(said, tower.config.image_size), [note]
+        return one_tile(said, tower.config.image_size), [TILES_LEFT_OUT]
     raise ValueError(
         f"`image_aspect_ratio` is {ratio!r} in the source's configuration; supported: 'square', 'pad' and 'anyres'."
     )

@@ -1,21 +1,32 @@
 """What a LLaVA checkpoint says about itself, put in AdaVTP's terms.
 
 However a checkpoint was published, what conversion needs of it is the same: AdaVTP's configuration and processor, the
-weight files and which layout names their tensors, and a list of what has no place in the target.
+weight files and which layout names their tensors, and a list of what has no place in the target. Here that is read
+from folders that transformers wrote, such as llava-hf/llava-1.5-7b-hf.
+
+LLaVA's configuration is AdaVTP's already. LLaVA-NeXT has the same weights but for a vector between rows of tiles; it
+shows the model the whole image first, squeezed into a square, and then tiles of it. Shown the first alone, it is a
+LLaVA, and that is what becomes of it: its image processor makes exactly that first image.
 """
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import LlavaConfig
+from transformers import AutoProcessor, LlavaConfig
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ...modeling.processing_adavtp import AdaVTPProcessor
+from .llava_files import weight_files
 from .llava_names import Dropped, Layout
 
 # Fields that say how a folder was written, which the target's folder says for itself.
 OF_THE_FOLDER = ("_name_or_path", "architectures", "auto_map", "model_type", "transformers_version")
+TILES_LEFT_OUT = "LLaVA-NeXT's tiles are left out: the model sees the whole image in one square."
+_TOWERS = ("clip_vision_model", "siglip_vision_model")
+_OF_TILES = ("image_grid_pinpoints", "use_image_newline_parameter")
 
 
 @dataclass
@@ -48,16 +59,67 @@ class LlavaSource:
     notes: list[str] = field(default_factory=list)
 
 
+def read_transformers_checkpoint(folder: Path, adavtp_fields: dict[str, Any]) -> LlavaSource:
+    """
+    Reads a folder whose `model_type` is `"llava"` or `"llava_next"`: configuration, processor and weights.
+
+    Args:
+        adavtp_fields: fields of [`AdaVTPConfig`] that LLaVA's does not have.
+
+    Raises:
+        ValueError: if a field has a value that AdaVTP cannot represent, or configuration and processor do not agree.
+        OSError: if weights or processor are missing.
+    """
+    fields = read_json(folder / "config.json")
+    layout: Layout = "llava_next" if fields["model_type"] == "llava_next" else "transformers"
+    if fields.get("quantization_config"):
+        raise ValueError(
+            f"`quantization_config` is {fields['quantization_config']!r}; convert the checkpoint that this one "
+            "was quantized from."
+        )
+    tower = fields.get("vision_config", {}).get("model_type", _TOWERS[0])
+    if tower not in _TOWERS:
+        raise ValueError(
+            f"`vision_config.model_type` is {tower!r}; its tensors' names are not known here but for "
+            f"{' and '.join(map(repr, _TOWERS))}. Load the source with AdaVTPForConditionalGeneration.from_pretrained "
+            "and save it."
+        )
+    of_tiles = [name for name in _OF_TILES if layout == "llava_next" and name in fields]
+    kept = {name: value for name, value in fields.items() if name not in of_tiles}
+    config = adavtp_config(kept, adavtp_fields)
+    there = AutoProcessor.from_pretrained(folder)
+    image_processor = there.image_processor
+    if layout == "llava_next":
+        image_processor = one_tile(image_processor.to_dict(), config.vision_config.image_size)
+    processor = AdaVTPProcessor(
+        image_processor, there.tokenizer, chat_template=there.chat_template, image_token=there.image_token
+    )
+    fit_processor(processor, config)
+    no_template = "The source has no chat template; give one to ask plain questions."
+    return LlavaSource(
+        layout=layout,
+        config=config,
+        processor=processor,
+        files=[(path, layout) for path in weight_files(folder)],
+        vocab_size=config.text_config.vocab_size,
+        generation=read_json(folder / "generation_config.json"),
+        dropped=[Dropped(name, "tiles are not used") for name in of_tiles],
+        template_note=no_template if processor.chat_template is None else None,
+        notes=[TILES_LEFT_OUT] if layout == "llava_next" else [],
+    )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A file's fields; none where there is no file."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
 def adavtp_config(fields: dict[str, Any], adavtp_fields: dict[str, Any]) -> AdaVTPConfig:
     """
     A LLaVA configuration with AdaVTP's fields.
 
-    Args:
-        fields: of a LLaVA configuration.
-        adavtp_fields: fields of [`AdaVTPConfig`] that LLaVA's does not have.
-
     Raises:
-        ValueError: if a field is none of AdaVTP's own, or a value is not allowed.
+        ValueError: if one of `adavtp_fields` is none of AdaVTP's own, or a value is not allowed.
     """
     own = (set(AdaVTPConfig().to_dict()) | {"reducer"}) - set(LlavaConfig().to_dict()) - set(OF_THE_FOLDER)
     if unknown := sorted(set(adavtp_fields) - own):
@@ -81,8 +143,10 @@ def fit_processor(processor: AdaVTPProcessor, config: AdaVTPConfig) -> None:
             f"`image_token_index` is {config.image_token_id} in the configuration, and the tokenizer writes "
             f"{processor.image_token!r} as {processor.image_token_id}; expected is the same id."
         )
-    size = config.vision_config.image_size
-    sides = _sides(processor.image_processor)
+    size, said = config.vision_config.image_size, processor.image_processor.to_dict()
+    shown = said["crop_size" if said.get("do_center_crop") else "size"]
+    edge = shown.get("shortest_edge")
+    sides = shown.get("height", edge), shown.get("width", edge)
     if sides != (size, size):
         raise ValueError(
             f"The image processor makes images of {sides} pixels, and `vision_config.image_size` is {size}; expected "
@@ -91,8 +155,15 @@ def fit_processor(processor: AdaVTPProcessor, config: AdaVTPConfig) -> None:
     processor.count_placeholders_as(config)
 
 
-def _sides(image_processor: Any) -> tuple[int | None, int | None]:
-    fields = image_processor.to_dict()
-    size = fields["crop_size" if fields.get("do_center_crop") else "size"]
-    edge = size.get("shortest_edge")
-    return size.get("height", edge), size.get("width", edge)
+def one_tile(fields: dict[str, Any], image_size: int) -> CLIPImageProcessorPil:
+    """
+    The image processor whose image, of so many pixels a side, is LLaVA-NeXT's first: the whole picture, squeezed into
+    a square. `fields` are those of LLaVA-NeXT's image processor, or of the CLIP tower's.
+    """
+    kept = ("resample", "rescale_factor", "image_mean", "image_std", "do_rescale", "do_normalize", "do_convert_rgb")
+    return CLIPImageProcessorPil(
+        **{name: fields[name] for name in kept if name in fields},
+        do_resize=True,
+        do_center_crop=False,
+        size={"height": image_size, "width": image_size},
+    )

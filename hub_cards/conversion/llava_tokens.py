@@ -17,13 +17,8 @@ _ROWS_AT_ONCE = 4096
 
 def add_image_and_pad_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """
-    Gives a tokenizer `<image>`, and `<pad>` for padding, as the published llava-hf checkpoints have them.
-
-    Args:
-        tokenizer: changed in place.
-
-    Returns:
-        The tokens that were not there before.
+    Gives a tokenizer `<image>`, and `<pad>` for padding, as the published llava-hf checkpoints have them. Returns the
+    tokens that were not there before.
     """
     known = set(tokenizer.get_vocab())
     tokenizer.add_tokens(AddedToken(IMAGE_TOKEN, special=True, normalized=False), special_tokens=True)

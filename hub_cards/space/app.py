@@ -176,12 +176,8 @@ def answered(
     full: tuple[str, Look] | None,
 ) -> tuple[Any, ...]:
     """
-    What the page shows: message, answer, picture, cost; and the look at full budget, kept for the next time.
-
-    Args:
-        checkpoint: that answers.
-        image, question, budget, reducer: what the page says.
-        full: the image and question that were asked last, and the look at them at full budget.
+    What the page shows: message, answer, picture, cost; and `full`, kept for the next time: the image and question
+    that were asked last, and the look at them at full budget.
     """
     # The browser sends 0 and 1 as whole numbers, which `generate` takes for counts.
     budget = round(float(budget), 2)

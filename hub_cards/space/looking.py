@@ -43,17 +43,9 @@ def checkpoint_name() -> str:
 @dataclass(frozen=True)
 class Look:
     """
-    One answer.
-
-    Attributes:
-        answer: what the model says.
-        picture: the image as the model was shown it, what it did not see darkened.
-        visual_tokens: that a decoder layer saw in prefill, mean over layers.
-        prompt_tokens: in the decoder, text and visual tokens together, mean over layers.
-        prefill_flops: of the language model on the prompt; see [`prefill_flops`].
-        new_tokens: generated, the end-of-text token counted.
-        milliseconds: from pixels and token ids to the whole answer, vision tower and reducer included; median.
-        num_timed: of so many readings.
+    One answer. Tokens are those that a decoder layer sees in prefill, mean over layers; `picture` is the image as the
+    model was shown it, what it did not see darkened; `prefill_flops` are the language model's on the prompt. The time
+    goes from pixels and token ids to the whole answer, vision tower and reducer included: the median of `num_timed`.
     """
 
     answer: str
@@ -67,25 +59,20 @@ class Look:
 
 
 class Checkpoint:
-    """
-    A model and its processor, on the GPU in bfloat16 where there is one, else on the CPU in float32.
-
-    Args:
-        name: folder or Hub repository. Its code is run.
-
-    Raises:
-        OSError: if there is no such checkpoint.
-    """
+    """A model, whose code is run, and its processor: on the GPU in bfloat16 where there is one, else on the CPU."""
 
     def __init__(self, name: str) -> None:
         device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
         self.name = name
         self.model = AutoModel.from_pretrained(name, trust_remote_code=True, dtype=dtype).to(device).eval()
         self.processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
-        self.reducers = self._reducers()
-        # The first answer of a process takes longer than any other.
         size = self.model.config.vision_config.image_size
-        self.look(Image.new("RGB", (size, size)), "What is this?", FULL_BUDGET, NEVER_ASKED)
+        nothing = Image.new("RGB", (size, size)), "What is this?"
+        # The first answer of a process takes longer than any other.
+        whole = self.look(*nothing, FULL_BUDGET, NEVER_ASKED)
+        # Visual tokens of an image before reduction, N.
+        self.num_patches = round(whole.visual_tokens)
+        self.reducers = self._reducers(self._inputs(*nothing))
 
     @property
     def shown_name(self) -> str:
@@ -93,60 +80,50 @@ class Checkpoint:
         return Path(self.name).name if Path(self.name).is_dir() else self.name
 
     @property
-    def num_patches(self) -> int:
-        """Visual tokens of an image before reduction, N."""
-        return self.model.config.num_patches
-
-    @property
     def device(self) -> str:
         """What the times are of."""
         return torch.cuda.get_device_name() if self.model.device.type == "cuda" else "CPU"
 
-    def _reducers(self) -> dict[str, Any]:
+    def _inputs(self, image: Image.Image, question: str) -> Any:
+        return self.processor.of_questions(image, question).to(self.model.device, self.model.dtype)
+
+    @torch.no_grad()
+    def _reducers(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
         """How each reducer that can be chosen is called, and how it is asked for; the checkpoint's own is first."""
         config = self.model.config
         own = [_name_of(entry) for entry in config.reducers]
         others = [_name_of(entry) for entry in config.trained_reducers] + list(UNTRAINED_REDUCERS)
-        offered = {" + ".join(own): config.reducers}
-        return offered | {name: name for name in others if [name] != own and self._can_be_asked_for(name)}
-
-    def _can_be_asked_for(self, name: str) -> bool:
-        try:
-            self.model.model.steps(name)
-        except ValueError:
-            return False
-        return True
+        can_be_asked = [
+            name
+            for name in others
+            if [name] != own and not self.model.unreachable(**inputs, token_budget=FULL_BUDGET, reducer=name)
+        ]
+        return {" + ".join(own): config.reducers} | {name: name for name in can_be_asked}
 
     @torch.no_grad()
     def look(self, image: Image.Image, question: str, budget: float, reducer: Any) -> Look:
         """
-        Answers a question.
-
-        Args:
-            image: of any size.
-            question: about it.
-            budget: fraction of visual tokens that are kept, in [0, 1].
-            reducer: what chooses them, as `generate` takes it.
+        Answers a question, with a fraction of the visual tokens kept by a reducer, as `generate` takes it.
 
         Raises:
             ValueError: if the image or the budget is not allowed, or the reducer cannot reach the budget.
         """
-        inputs = self.processor.of_questions(image, question).to(self.model.device, self.model.dtype)
+        inputs = self._inputs(image, question)
         outputs, seconds = self._timed(inputs, token_budget=budget, reducer=reducer)
         prompt_length = inputs["input_ids"].shape[1]
         new_ids = outputs.sequences[0, prompt_length:]
-        config = self.model.config
-        depth = layers_that_see(outputs["selection"], config.text_config.num_hidden_layers)[0].cpu()
+        text_config = self.model.config.text_config
+        depth = layers_that_see(outputs["selection"], text_config.num_hidden_layers)[0].cpu()
         # What no layer drops: text, and the CLS token where the checkpoint keeps it.
-        num_others = prompt_length - config.num_patches
-        columns = [num_others + int((depth > layer).sum()) for layer in range(config.text_config.num_hidden_layers)]
+        num_others = prompt_length - len(depth)
+        columns = [num_others + int((depth > layer).sum()) for layer in range(text_config.num_hidden_layers)]
         mean_columns = sum(columns) / len(columns)
         return Look(
             answer=self.processor.decode(new_ids, skip_special_tokens=True).strip(),
             picture=self._picture(inputs["pixel_values"][0], depth / len(columns)),
             visual_tokens=mean_columns - num_others,
             prompt_tokens=mean_columns,
-            prefill_flops=prefill_flops(config.text_config, columns),
+            prefill_flops=prefill_flops(text_config, columns),
             new_tokens=len(new_ids),
             milliseconds=1000 * statistics.median(seconds),
             num_timed=len(seconds),
@@ -184,30 +161,17 @@ def _now(device: torch.device) -> float:
 
 
 def layers_that_see(selection: Any, num_layers: int) -> torch.Tensor:
-    """
-    In how many decoder layers each patch is seen.
-
-    Args:
-        selection: what `generate` hands back.
-        num_layers: of the decoder.
-
-    Returns:
-        `[num_images, num_patches]` int64: 0 or `num_layers`, unless a reducer acts inside the decoder.
-    """
+    """`[num_images, num_patches]` int64: how many decoder layers see each patch of what `generate` hands back."""
     return selection.keep.long() * num_layers if selection.depth is None else selection.depth
 
 
 def prefill_flops(text_config: PreTrainedConfig, columns: Sequence[int]) -> int:
     """
-    What the language model computes on a prompt, 1 multiply-add counted as 2 FLOPs.
+    What a language model of the Llama, Mistral, Qwen2 or Qwen3 kind computes on a prompt, 1 multiply-add as 2 FLOPs.
 
-    A layer with n columns: queries and outputs 4 n D Q, keys and values 4 n D P, attention 4 n n Q, and three matrices
-    of the gated MLP 6 n D M. D, Q, P and M are the widths of the model, of all queries, of all keys and of the MLP.
-    Behind the layers stands the head on one column, 2 D V for V words.
-
-    Args:
-        text_config: the language model's, of the Llama, Mistral, Qwen2 or Qwen3 kind.
-        columns: of each layer, text and visual tokens.
+    A layer with n columns, text and visual tokens: queries and outputs 4 n D Q, keys and values 4 n D P, attention
+    4 n n Q, and three matrices of the gated MLP 6 n D M. D, Q, P and M are the widths of the model, of all queries, of
+    all keys and of the MLP. Behind the layers stands the head on one column, 2 D V for V words.
     """
     width = text_config.hidden_size
     head_dim = getattr(text_config, "head_dim", None) or width // text_config.num_attention_heads
@@ -219,15 +183,10 @@ def prefill_flops(text_config: PreTrainedConfig, columns: Sequence[int]) -> int:
 
 def draw_kept_patches(pixels: torch.Tensor, shares: torch.Tensor, patch_size: int) -> Image.Image:
     """
-    The image with its dropped patches dark.
+    The image `[3, height, width]` with its dropped patches dark, every pixel a square, at least `PICTURE_SIZE` high.
 
-    Args:
-        pixels: `[3, height, width]` in [0, 1]; a margin that patches do not fill, which no model sees, is cut off.
-        shares: `[rows, columns]` in [0, 1], of each patch the share of decoder layers that see it.
-        patch_size: side of a patch in pixels.
-
-    Returns:
-        RGB image, every pixel a square of equal size, together at least `PICTURE_SIZE` high.
+    `shares` `[rows, columns]` says of each patch which share of decoder layers sees it. A margin that patches do not
+    fill, which no model sees, is cut off.
     """
     brightness = enlarged(DROPPED_BRIGHTNESS + (1 - DROPPED_BRIGHTNESS) * shares, patch_size)
     height, width = brightness.shape

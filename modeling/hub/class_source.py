@@ -17,29 +17,31 @@ import symtable
 import sys
 import types
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-_PLAIN = (type(None), type(...), bool, int, complex, str, bytes)
 # What an assignment in a script may make anew wherever it runs.
 _MADE_OF_CODE = (
     *(type, types.FunctionType, types.BuiltinFunctionType, types.GenericAlias, types.UnionType, TypeVar),
     *(re.Pattern, logging.Logger, torch.dtype),
 )
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+_IMPORTS = (ast.Import, ast.ImportFrom)
 _NOTEBOOK_CELL = re.compile(r"<ipython-input|<python-input|ipykernel")
 
 
 @dataclass
 class Statement:
-    """A top-level statement: its node, the text that it stands in, and that text's file or cell."""
+    """A top-level statement: its node, the text that it stands in, that text's file or cell, and its place there."""
 
     node: ast.stmt
     text: str
     file: str
+    place: int
 
     @property
     def source(self) -> str:
@@ -53,19 +55,13 @@ class Statement:
 @dataclass
 class Definition:
     """
-    A piece of the flat file.
-
-    Attributes:
-        origin: where it comes from, `"module.name"`.
-        text: the code.
-        place: what it is sorted by: where it stood.
-        early: names that have to be there when it runs.
-        late: names that have to be there when what it defines is called.
+    A piece of the flat file: `"module.name"` that it comes from, where it stood, and the code; names that have to be
+    there when it runs (`early`), and when what it defines is called (`late`).
     """
 
     origin: str
-    text: str
-    place: tuple[int, int]
+    place: tuple[int, float]
+    text: str = ""
     early: set[str] = field(default_factory=set)
     late: set[str] = field(default_factory=set)
 
@@ -112,151 +108,138 @@ class FlatSource:
 
     def text(self) -> str:
         """The imports and the definitions; each stands behind what it needs to run."""
-        blocks = ["\n".join(_import_lines({line for of_name in self.imports.values() for line in of_name}))]
-        behind = "\n\n"
+        lines = {line for of_name in self.imports.values() for line in of_name}
+        lines = sorted(lines, key=lambda line: ("__future__" not in line, line.startswith("from ."), line))
         # One statement may define several names.
-        for definition in {definition.text: definition for definition in self._ordered()}.values():
-            is_block = isinstance(ast.parse(definition.text).body[0], _DEFINITIONS)
-            before = "\n\n\n" if is_block or behind == "\n\n\n" else behind
-            blocks += [before, definition.text]
-            behind = "\n\n\n" if is_block else "\n"
-        return "".join(blocks).strip("\n")
+        return "\n\n\n".join(["\n".join(lines), *dict.fromkeys(self._ordered())])
 
-    def _ordered(self) -> list[Definition]:
-        ordered: list[Definition] = []
-        begun: set[int] = set()
+    def _ordered(self) -> list[str]:
+        ordered, begun = [], set()
 
-        def add(definition: Definition, is_called: bool) -> None:
-            if id(definition) in begun:
+        def add(name: str, is_called: bool) -> None:
+            if name in begun or name not in self.definitions:  # Anything else is an import or built in.
                 return
-            begun.add(id(definition))
+            begun.add(name)
+            definition = self.definitions[name]
             # What runs now may call what it names, and that needs what it uses itself.
-            for name in sorted(definition.early | (definition.late if is_called else set())):
-                if name in self.definitions:  # Anything else is an import or built in.
-                    add(self.definitions[name], is_called=True)
-            ordered.append(definition)
+            for used in sorted(definition.early | (definition.late if is_called else set())):
+                add(used, is_called=True)
+            ordered.append(definition.text)
 
-        for definition in sorted(self.definitions.values(), key=lambda definition: definition.place):
-            add(definition, is_called=False)
+        for name in sorted(self.definitions, key=lambda name: self.definitions[name].place):
+            add(name, is_called=False)
         return ordered
 
     def _take(self, module: types.ModuleType, name: str, bound: str | None = None, of: Any = None) -> None:
         """Takes what `name` means in `module`, under the name `bound`; `of` is its value, where that has changed."""
-        bound, origin = bound or name, f"{module.__name__}.{name}"
-        if bound in self.definitions and self.definitions[bound].origin == origin:
+        bound, value = bound or name, vars(module).get(name) if of is None else of
+        if bound in self.definitions and self.definitions[bound].origin == f"{module.__name__}.{name}":
             return
-        value = vars(module).get(name) if of is None else of
-        statements = self._binders(module, name, value)
         if isinstance(value, types.ModuleType) and self._home(value.__name__) != "library":
             raise ValueError(f"it uses the module {name!r} itself; import what it needs of it by name")
-        if statements and isinstance(statements[-1].node, ast.Import | ast.ImportFrom):
+        statements = self._binders(module, name, value)
+        if statements and isinstance(statements[-1].node, _IMPORTS):
             for statement in statements:
                 self._take_import(module, statement.node, name, bound)
-            return
-        if bound != name:
+        elif bound != name:
             self._take(module, name)
-            place = self.definitions[name].place if name in self.definitions else (0, 0)
-            self._define(bound, Definition(origin, f"{bound} = {name}", (place[0], place[1] + 1), {name}))
-            return
-        if not _is_script(module):
-            statements = [statement for statement in statements if not _is_main_block(statement.node)]
-        if not statements:
-            raise ValueError(f"no statement in {module.__name__!r} that can be found defines {name!r}")
-        last = statements[-1]
-        if _is_script(module) and not _is_repeatable(last.node, value):
-            self._define(name, Definition(origin, _text_of_value(name, value, last), self._place(module, last)))
-        elif isinstance(last.node, _DEFINITIONS) or _is_script(module):
-            self._take_statements(module, name, [last])
+            alias = self._define(bound, name, module, math.inf)
+            alias.text, alias.early = f"{bound} = {name}", {name}
+        elif not statements:
+            raise ValueError(f"no statement in {module.__name__!r} that can be found defines {name!r}, or imports it")
         else:
-            self._take_statements(module, name, statements)
+            self._take_statements(module, name, statements, value)
 
-    def _take_statements(self, module: types.ModuleType, name: str, statements: list[Statement]) -> None:
+    def _take_statements(self, module: types.ModuleType, name: str, statements: list[Statement], value: Any) -> None:
         """Takes what defines `name`, and first of all writes down that it does: what it uses may lead back to it."""
-        place, text = self._place(module, statements[-1]), "\n".join(statement.source for statement in statements)
-        definition = self._define(name, Definition(f"{module.__name__}.{name}", "", place))
-        definition.text, introduced = self._rewritten(module, text)
-        definition.early, definition.late, _ = _names(definition.text)
+        last = statements[-1]
+        definition = self._define(name, name, module, last.place)
+        # A script's values are taken as they are, without running what else the script does.
+        if _is_script(module) and not _is_repeatable(last.node, value):
+            definition.text = _text_of_value(name, value, last.file)
+            return
+        if _is_script(module) or isinstance(last.node, _DEFINITIONS):
+            statements = [last]
+        source = "\n".join(statement.source for statement in statements)
+        definition.text, introduced = self._rewritten(module, source)
         if any(_has_future_annotations(statement.text) for statement in statements):
             self._import("annotations", "from __future__ import annotations")
+        definition.early, definition.late, _ = _names(definition.text)
         for used in sorted((definition.early | definition.late) - introduced - {name}):
             if used in vars(module) and not (used.startswith("__") and used.endswith("__")):
                 self._take(module, used)
 
-    def _place(self, module: types.ModuleType, statement: Statement) -> tuple[int, int]:
-        return list(self._statements).index(module.__name__), self._statements[module.__name__].index(statement)
-
-    def _define(self, name: str, definition: Definition) -> Definition:
-        other = self.definitions.get(name)
-        if name in self.imports or (other is not None and other.origin != definition.origin):
-            place = other.origin if other is not None else "; ".join(sorted(self.imports[name]))
-            raise ValueError(f"{name!r} means both {definition.origin} and {place}; rename one of them")
-        self.definitions[name] = definition
-        return definition
+    def _define(self, bound: str, name: str, module: types.ModuleType, place: float) -> Definition:
+        other = self.definitions.get(bound)
+        if bound in self.imports or other is not None:
+            there = other.origin if other is not None else "; ".join(sorted(self.imports[bound]))
+            raise ValueError(f"{bound!r} means both {module.__name__}.{name} and {there}; rename one of them")
+        of_module = list(self._statements).index(module.__name__)
+        self.definitions[bound] = Definition(f"{module.__name__}.{name}", (of_module, place))
+        return self.definitions[bound]
 
     def _import(self, bound: str, line: str) -> None:
-        lines = self.imports.setdefault(bound, set())
-        if bound in self.definitions or (lines and line not in lines and not _is_plain_import(line, *lines)):
+        lines = self.imports.setdefault(bound, set()) | {line}
+        # `import a.b` and `import a.c` add to each other.
+        are_plain = all(each.startswith("import ") and " as " not in each for each in lines)
+        if bound in self.definitions or (len(lines) > 1 and not are_plain):
             raise ValueError(f"{bound!r} has two meanings, one of them `{line}`; rename one of them")
-        lines.add(line)
+        self.imports[bound] = lines
 
     def _take_import(self, module: types.ModuleType, node: ast.Import | ast.ImportFrom, name: str, bound: str) -> None:
         for alias in node.names:
             if isinstance(node, ast.Import):
                 if (alias.asname or alias.name.partition(".")[0]) == name:
-                    if bound != name and alias.asname is None:
-                        self._import(bound, f"import {name} as {bound}")
-                    else:
-                        self._import(bound, f"import {alias.name}{f' as {bound}' if alias.asname else ''}")
-            elif alias.name == "*" or (alias.asname or alias.name) == name:
-                self._take_from(_target(node, module), name if alias.name == "*" else alias.name, bound)
+                    imported = alias.name if alias.asname or bound == name else name
+                    renamed = f" as {bound}" if alias.asname or bound != name else ""
+                    self._import(bound, f"import {imported}{renamed}")
+            elif (alias.asname or alias.name) == name:
+                self._take_from(_target(node, module), alias.name, bound)
 
     def _take_from(self, target: str, name: str, bound: str) -> None:
         """Makes what `from target import name` means available as `bound`."""
-        home = self._home(target)
-        if home == "library":
-            self._import(bound, f"from {target} import {name}" + (f" as {bound}" if bound != name else ""))
-        elif home == "own":
-            self._take(importlib.import_module(target), name, bound)
+        if self._home(target) == "own":
+            self._take(self._module(target), name, bound)
         else:
-            self._import(bound, self._sibling_line(target, name, bound))
+            self._import(bound, self._import_line(target, name, bound))
 
-    def _sibling_line(self, target: str, name: str, bound: str) -> str:
-        """How the file imports from the package what `from target import name` means."""
-        holder = importlib.import_module(target)
-        module = getattr(getattr(holder, name), "__module__", None) or holder.__name__
-        file = self.siblings.get(module if self.is_package(module) else holder.__name__)
-        if file is None:
-            raise ValueError(f"it uses {target}.{name}, which is not among the files that travel with a checkpoint")
-        return f"from .{file} import {name}" + (f" as {bound}" if bound != name else "")
+    def _import_line(self, target: str, name: str, bound: str) -> str:
+        """How the file imports what `from target import name` means, of a library or of the package."""
+        if self._home(target) == "package":
+            holder = importlib.import_module(target)
+            module = getattr(getattr(holder, name), "__module__", None) or holder.__name__
+            file = self.siblings.get(module if self.is_package(module) else holder.__name__)
+            if file is None:
+                raise ValueError(
+                    f"it uses {target}.{name}, which is not among the files that travel with a checkpoint"
+                )
+            target = f".{file}"
+        return f"from {target} import {name}" + (f" as {bound}" if bound != name else "")
 
     def _rewritten(self, module: types.ModuleType, source: str) -> tuple[str, set[str]]:
-        """A statement with what it says of modules that do not travel rewritten, and the names that this brings in."""
-        tree, edits, introduced = ast.parse(source), [], set()
-        inner = _names(source)[2]
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import) and any(self._home(alias.name) != "library" for alias in node.names):
-                raise ValueError(f"it has `{ast.unparse(node)}` inside; import by name instead")
-            if isinstance(node, ast.ImportFrom) and (home := self._home(_target(node, module))) != "library":
-                if home == "own":
-                    raise ValueError(f"it has `{ast.unparse(node)}` inside; import at the top of the file instead")
-                lines = [
-                    self._sibling_line(_target(node, module), alias.name, alias.asname or alias.name)
-                    for alias in node.names
-                ]
-                edits.append((node, f"\n{' ' * node.col_offset}".join(lines)))
-            if isinstance(node, ast.Attribute) and (found := self._attribute_of_module(module, node)):
-                target, name = found
-                if name in inner or vars(module).get(name, getattr(target, name)) is not getattr(target, name):
+        """Code without mention of modules that do not travel as such, and the names that it uses in their place."""
+        (_, _, inner), introduced, before = _names(source), set(), source
+        for node in ast.walk(ast.parse(before)):
+            if isinstance(node, _IMPORTS):
+                targets = [_target(node, module)] if isinstance(node, ast.ImportFrom) else [x.name for x in node.names]
+                homes = {self._home(target) for target in targets}
+                if "own" in homes or (isinstance(node, ast.Import) and "package" in homes):
+                    raise ValueError(f"it has `{ast.unparse(node)}` inside; import by name at the top of the file")
+                if "package" in homes:
+                    lines = [self._import_line(targets[0], x.name, x.asname or x.name) for x in node.names]
+                    new = f"\n{' ' * node.col_offset}".join(lines)
+                    source = source.replace(ast.get_source_segment(before, node), new)
+            if isinstance(node, ast.Attribute) and (target := self._module_of_attribute(module, node)):
+                name, value = node.attr, getattr(target, node.attr)
+                if name in inner or vars(module).get(name, value) is not value:
                     raise ValueError(f"it has a name {name!r} of its own beside {ast.unparse(node)}; rename it")
                 self._take_from(target.__name__, name, name)
                 introduced.add(name)
-                edits.append((node, name))
-        return _edited(source, edits), introduced
+                source = re.sub(rf"(?<![\w.]){re.escape(ast.unparse(node))}\b", name, source)
+        return source, introduced
 
-    def _attribute_of_module(
-        self, module: types.ModuleType, node: ast.Attribute
-    ) -> tuple[types.ModuleType, str] | None:
-        """The module and the name that `module.name` means, where the module does not travel as one."""
+    def _module_of_attribute(self, module: types.ModuleType, node: ast.Attribute) -> types.ModuleType | None:
+        """The module that stands before the dot, where it does not travel as one, and a name of it behind."""
         names, base = [], node.value
         while isinstance(base, ast.Attribute):
             names.append(base.attr)
@@ -266,36 +249,34 @@ class FlatSource:
             value = getattr(value, name, None) if isinstance(value, types.ModuleType) else None
         if not isinstance(value, types.ModuleType) or self._home(value.__name__) == "library":
             return None
-        is_module = isinstance(getattr(value, node.attr, None), types.ModuleType)
-        return None if is_module else (value, node.attr)
+        return None if isinstance(getattr(value, node.attr, None), types.ModuleType) else value
 
     def _home(self, name: str) -> str:
         """Whether a module is part of the `"package"`, of a `"library"`, or the user's `"own"`."""
         if self.is_package(name):
             return "package"
         top = name.partition(".")[0]
-        if top in sys.stdlib_module_names:
+        if top in sys.stdlib_module_names or top not in sys.modules:
             return "library"
-        spec = None if top == "__main__" else getattr(sys.modules.get(top), "__spec__", None)
+        spec = None if top == "__main__" else getattr(sys.modules[top], "__spec__", None)
         folders = [spec.origin or "", *(spec.submodule_search_locations or [])] if spec else []
-        if top in sys.modules and not any(
-            {"site-packages", "dist-packages"} & set(Path(folder).parts) for folder in folders
-        ):
-            return "own"
-        return "library"
+        installed = {"site-packages", "dist-packages"}
+        return "library" if any(installed & set(Path(folder).parts) for folder in folders) else "own"
+
+    def _module(self, name: str) -> types.ModuleType:
+        """A module of the user's, whose statements are known from then on."""
+        module = importlib.import_module(name)
+        if name not in self._statements:
+            self._statements[name] = list(_statements(module))
+        return module
 
     def _binders(self, module: types.ModuleType, name: str, value: Any = None) -> list[Statement]:
         """Top-level statements that give `name` its meaning, the one that counts last."""
-        if module.__name__ not in self._statements:
-            self._statements[module.__name__] = list(_statements(module))
-        found = [
-            statement
-            for statement in self._statements[module.__name__]
-            if name in _bound_names(statement.node) or _imports_by_star(statement.node, name, module)
-        ]
+        self._module(module.__name__)
+        found = [each for each in self._statements[module.__name__] if name in _bound_names(each.node)]
         # Of a class that two cells of a notebook define, the cell that this one comes from.
-        here = [statement for statement in found if statement.file in _code_files(value)]
-        return [statement for statement in found if statement not in here] + here
+        files = _code_files(value)
+        return sorted(found, key=lambda statement: statement.file in files)
 
 
 def _is_script(module: types.ModuleType) -> bool:
@@ -311,12 +292,21 @@ def _statements(module: types.ModuleType) -> Iterator[Statement]:
         own = [value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__]
         cells = {cell for value in own for cell in _code_files(value)}
         files = [key for key in list(linecache.cache) if key in cells or _NOTEBOOK_CELL.search(key)]
+    place = 0
     for key in files:
         text = "".join(linecache.getlines(key, vars(module)))
         try:
-            yield from (Statement(node, text, key) for node in ast.parse(text).body)
+            nodes = ast.parse(text).body
         except SyntaxError:
             continue
+        for node in nodes:
+            if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
+                imported = importlib.import_module(_target(node, module))
+                names = getattr(imported, "__all__", [name for name in vars(imported) if not name.startswith("_")])
+                node.names = [ast.alias(name, None) for name in names]
+            if _is_script(module) or not _is_main_block(node):
+                yield Statement(node, text, key, place)
+            place += 1
 
 
 def _code_files(value: Any) -> set[str]:
@@ -330,7 +320,7 @@ def _bound_names(node: ast.AST) -> set[str]:
     """Names that a statement gives a meaning in the scope that it stands in."""
     if isinstance(node, _DEFINITIONS):
         return {node.name}
-    if isinstance(node, ast.Import | ast.ImportFrom):
+    if isinstance(node, _IMPORTS):
         return {alias.asname or alias.name.partition(".")[0] for alias in node.names}
     if isinstance(node, ast.Name):
         return {node.id} if isinstance(node.ctx, ast.Store) else set()
@@ -344,13 +334,6 @@ def _is_main_block(node: ast.stmt) -> bool:
     return isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)
 
 
-def _imports_by_star(node: ast.stmt, name: str, module: types.ModuleType) -> bool:
-    if not isinstance(node, ast.ImportFrom) or node.names[0].name != "*":
-        return False
-    imported = importlib.import_module(_target(node, module))
-    return name in getattr(imported, "__all__", [key for key in vars(imported) if not key.startswith("_")])
-
-
 def _target(node: ast.ImportFrom, module: types.ModuleType) -> str:
     """The full name of the module that a `from` imports from."""
     if not node.level:
@@ -359,55 +342,27 @@ def _target(node: ast.ImportFrom, module: types.ModuleType) -> str:
 
 
 def _is_repeatable(node: ast.stmt, value: Any) -> bool:
-    """Whether a statement of a script may be taken as it stands, without running what else the script does."""
-    if isinstance(node, _DEFINITIONS):
-        return True
+    """Whether a statement of a script may be taken as it stands."""
     if isinstance(node, ast.Try | ast.If):
         # What is imported only where it is installed, and what stands for it elsewhere.
         inner = [part for part in ast.walk(node) if isinstance(part, ast.stmt) and part is not node]
-        allowed = (ast.Import, ast.ImportFrom, ast.Assign, ast.Pass)
-        imports = any(isinstance(part, ast.Import | ast.ImportFrom) for part in inner)
-        return imports and not _is_main_block(node) and all(isinstance(part, allowed) for part in inner)
-    return isinstance(node, ast.Assign) and isinstance(value, _MADE_OF_CODE)
+        has_others = any(not isinstance(part, (*_IMPORTS, ast.Assign, ast.Pass)) for part in inner)
+        return any(isinstance(part, _IMPORTS) for part in inner) and not has_others and not _is_main_block(node)
+    return isinstance(node, _DEFINITIONS) or (isinstance(node, ast.Assign) and isinstance(value, _MADE_OF_CODE))
 
 
-def _literal(value: Any) -> str:
-    """A plain value as code. Raises `ValueError` for any other."""
-    if isinstance(value, float) and type(value) is float:
-        return repr(value) if math.isfinite(value) else f"float({str(value)!r})"
-    if type(value) in _PLAIN:
-        return "..." if value is ... else repr(value)
-    if type(value) is dict:
-        return "{" + ", ".join(f"{_literal(key)}: {_literal(item)}" for key, item in value.items()) + "}"
-    if type(value) is tuple:
-        return "(" + "".join(f"{_literal(item)}, " for item in value).strip() + ")"
-    if type(value) is list:
-        return "[" + ", ".join(map(_literal, value)) + "]"
-    if type(value) in (set, frozenset):
-        # Sorted, because the order of strings in a set differs from process to process.
-        return f"{type(value).__name__}([{', '.join(sorted(map(_literal, value)))}])"
-    raise ValueError(f"a {type(value).__name__} is no plain value")
-
-
-def _text_of_value(name: str, value: Any, statement: Statement) -> str:
-    """A value of a script as it is now: what it was made from may be gone, or be a whole run."""
-    try:
-        text = f"{name} = {_literal(value)}"
-    except ValueError:
-        raise ValueError(
-            f"it uses {name!r}, which is a {type(value).__name__} that {statement.file} makes when it runs"
-        ) from None
-    node = statement.node
-    if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
-        return text
-    try:
-        return statement.source if _literal(ast.literal_eval(node.value)) == _literal(value) else text
-    except ValueError:
-        return text
+def _text_of_value(name: str, value: Any, file: str) -> str:
+    """A plain value as code: what it was made from may be gone, or be a whole run."""
+    if type(value) is float and not math.isfinite(value):
+        return f"{name} = float({str(value)!r})"
+    with suppress(ValueError, SyntaxError):
+        if ast.literal_eval(repr(value)) == value:
+            return f"{name} = {value!r}"
+    raise ValueError(f"it uses {name!r}, which is a {type(value).__name__} that {file} makes when it runs")
 
 
 def _names(source: str) -> tuple[set[str], set[str], set[str]]:
-    """Of a statement: global names that it needs to run, those that its functions need, and its functions' own."""
+    """Of code: global names that it needs to run, those that its functions need, and its functions' own."""
     early, late, inner = set(), set(), set()
 
     def look(table: symtable.SymbolTable, in_function: bool) -> None:
@@ -425,31 +380,5 @@ def _names(source: str) -> tuple[set[str], set[str], set[str]]:
     return early, late - early, inner
 
 
-def _edited(source: str, edits: list[tuple[ast.expr | ast.stmt, str]]) -> str:
-    """Source with the text of some nodes replaced. Columns of nodes count bytes."""
-    lines = [line.encode() for line in source.splitlines()]
-    for node, text in sorted(edits, key=lambda edit: (edit[0].lineno, edit[0].col_offset), reverse=True):
-        first, last = node.lineno - 1, node.end_lineno - 1
-        lines[first : last + 1] = [
-            lines[first][: node.col_offset] + text.encode() + lines[last][node.end_col_offset :]
-        ]
-    return "\n".join(line.decode() for line in lines)
-
-
 def _has_future_annotations(text: str) -> bool:
     return any(isinstance(node, ast.ImportFrom) and node.module == "__future__" for node in ast.parse(text).body)
-
-
-def _import_lines(lines: set[str]) -> list[str]:
-    """Imports as a file begins with: libraries, then siblings, one line for each module."""
-    merged: dict[str, list[str]] = {}
-    for line in sorted(lines):
-        module, _, name = line.partition(" import ")
-        merged.setdefault(module, []).append(name)
-    lines = [f"{module} import {', '.join(names)}" if names[0] else module for module, names in merged.items()]
-    return sorted(lines, key=lambda line: ("__future__" not in line, line.startswith("from ."), line))
-
-
-def _is_plain_import(*lines: str) -> bool:
-    """Whether all lines are `import a.b` of one package, which add to each other."""
-    return all(line.startswith("import ") and " as " not in line for line in lines)

@@ -82,13 +82,10 @@ def save_custom_reducers(classes: dict[str, type[TokenReducer]], folder: Path) -
 
 def custom_reducers_source(classes: dict[str, type[TokenReducer]]) -> str:
     """
-    The file that brings reducers which do not come with AdaVTP.
+    The file that brings reducers which do not come with AdaVTP, for a flat folder with this package's modules.
 
     Args:
         classes: by the names that they are registered under.
-
-    Returns:
-        Python code for a flat folder with this package's modules.
 
     Raises:
         ValueError: if the code of a class cannot stand in a file.
@@ -119,12 +116,11 @@ def load_custom_reducers(
     source: str | PathLike[str] | None, names: list[str], trust_remote_code: bool | None = None, **kwargs: Any
 ) -> None:
     """
-    Registers the reducers that a folder brings, if it is trusted and there are some.
+    Registers the reducers that a folder, or a repository on the Hub, brings, if it is trusted and there are some.
 
     A class of the same qualified name that is registered already is replaced, as when a notebook's cell runs again.
 
     Args:
-        source: a folder, or a repository on the Hub.
         names: reducers that the checkpoint uses.
         trust_remote_code: whether the folder's code may run.
         kwargs: those of `from_pretrained`.
@@ -194,10 +190,7 @@ def _brought_by(source: str | PathLike[str], hub_kwargs: dict[str, Any]) -> dict
 
 
 def _module_of(file: Path) -> ModuleType:
-    """
-    The file as a module among those of this package, so that its classes are subclasses of these base classes,
-    whichever copy of them stands in its own folder.
-    """
+    """The file as a module of this package, so that its classes are subclasses of the base classes here."""
     content = file.read_bytes()
     beside = sys.modules[_modules()[CUSTOM]]
     if Path(beside.__file__).read_bytes() == content:
@@ -223,11 +216,11 @@ def _former_file(flat: str) -> ModuleType:
 
     def find(name: str) -> Any:
         modules = [vars(importlib.import_module(module)) for module in _modules().values()]
-        homes = [module for module in modules if getattr(module.get(name), "__module__", None) == module["__name__"]]
-        for module in [*homes, *modules]:
-            if name in module:
-                return module[name]
-        raise AttributeError(f"{flat}.py had {name!r}, which no file has any more.")
+        found = [module for module in modules if name in module]
+        if not found:
+            raise AttributeError(f"{flat}.py had {name!r}, which no file has any more.")
+        at_home = [it for it in found if getattr(it[name], "__module__", None) == it["__name__"]]
+        return (at_home or found)[0][name]
 
     former = ModuleType(f"{_FLAT}.{flat}")
     former.__getattr__ = find

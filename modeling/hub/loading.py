@@ -80,14 +80,8 @@ class CompleteLoadingMixin:
 
 def new_module_of(name: str) -> str | None:
     """
-    Which new module, beyond LLaVA's, a parameter belongs to.
-
-    Args:
-        name: a parameter's name in an AdaVTP model, with or without a head.
-
-    Returns:
-        `TRAINED_TOGETHER` for budget token and controller, `"reducers.<name>"`, or `None` for a parameter
-        that LLaVA has.
+    Which new module, beyond LLaVA's, a parameter belongs to by its name, with or without a head: `TRAINED_TOGETHER`
+    for budget token and controller, `"reducers.<name>"`, or `None` for a parameter that LLaVA has.
     """
     parts = name.removeprefix("model.").split(".")
     if parts[0] in ("budget_token", "controller"):
@@ -160,21 +154,14 @@ def _damaged_file(source: str | PathLike[str] | None, subfolder: str) -> str | N
     if source is None or not Path(source).is_dir():
         return None
     for path in sorted(Path(source, subfolder).glob("*.safetensors")):
-        expected, size = _safetensors_size(path), path.stat().st_size
-        if expected is None:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header_size = int.from_bytes(file.read(8), "little")
+            header = file.read(min(header_size, size))
+        try:
+            ends = [entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"]
+        except (ValueError, AttributeError, KeyError, TypeError):
             return f"{str(path)!r} has {size} bytes and no readable safetensors header; copy or download it again."
-        if size != expected:
+        if size != (expected := 8 + header_size + max(ends, default=0)):
             return f"{str(path)!r} has {size} bytes, expected {expected}; it was cut off, copy or download it again."
     return None
-
-
-def _safetensors_size(path: Path) -> int | None:
-    """The size in bytes that a file's header promises; `None` if the header itself is not whole."""
-    with path.open("rb") as file:
-        header_size = int.from_bytes(file.read(8), "little")
-        header = file.read(min(header_size, path.stat().st_size))
-    try:
-        tensors = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
-        return 8 + header_size + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-    except (ValueError, AttributeError, KeyError, TypeError):
-        return None

@@ -47,12 +47,7 @@ def code_paths(entry: Path) -> dict[str, Path]:
 
 
 def code_files(entry: Path) -> dict[str, str]:
-    """
-    The code of `code_paths` as it stands in a saved folder.
-
-    Returns:
-        File name -> content, with every relative import rewritten to `from .module import ...`.
-    """
+    """The code of `code_paths` by file name, as it stands in a saved folder: relative imports name flat modules."""
 
     def flat(path: Path) -> str:
         return _RELATIVE_IMPORT.sub(

@@ -90,7 +90,7 @@ def test_results_come_back_from_the_cards_file_through_the_hubs_own_reader(check
     ]
 
 
-def test_a_model_has_one_entry_with_one_result_for_each_data_set(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_card_has_one_result_and_one_picture_for_each_data_set(checkpoint: Path, tmp_path: Path) -> None:
     data = _metadata(checkpoint, _record(tmp_path, None, _evaluation(), _evaluation("org/pope")), tmp_path)
     (entry,) = data["model-index"]
     assert [(result["dataset"]["type"], len(result["metrics"])) for result in entry["results"]] == [
@@ -99,6 +99,8 @@ def test_a_model_has_one_entry_with_one_result_for_each_data_set(checkpoint: Pat
     ]
     # What the Hub's library reads, it writes again as it was.
     assert ModelCardData(**data).to_dict()["model-index"] == data["model-index"]
+    card = (tmp_path / "card.md").read_text()
+    assert "](budget_curve_01.png)" in card and "](budget_curve_02.png)" in card
 
 
 def test_the_trade_off_is_worked_out_from_the_rows(checkpoint: Path, tmp_path: Path) -> None:
@@ -120,12 +122,6 @@ def test_paths_of_somebodys_machine_are_not_on_the_card(checkpoint: Path, tmp_pa
 # ---------------------------------------------------------------------------------------------------------------------
 # The picture
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_the_card_shows_a_picture_for_each_evaluation(checkpoint: Path, tmp_path: Path) -> None:
-    record = _record(tmp_path, None, _evaluation(), _evaluation("org/pope"))
-    card = str(model_card(checkpoint, "a/b", record, Origin(None, None)))
-    assert "](budget_curve_01.png)" in card and "](budget_curve_02.png)" in card
 
 
 def test_the_same_evaluation_gives_the_same_small_picture(tmp_path: Path) -> None:
@@ -206,19 +202,16 @@ def test_a_folder_that_training_began_with_says_its_base_and_licence(tmp_path: P
     assert origin_of(run, record) == Origin(LLAVA, "llama2")
 
 
-def test_what_a_finished_stage_began_with_is_known_without_the_recipe(tmp_path: Path) -> None:
-    (tmp_path / "finished.json").write_text(json.dumps({"steps": 3, "model": {"checkpoint": LLAVA}}))
-    assert origin_of(tmp_path, TrainingRecord.found_in(tmp_path)) == Origin(LLAVA, "llama2")
-
-
-def test_a_converted_checkpoint_and_what_is_trained_from_it_say_what_was_converted(tmp_path: Path) -> None:
-    converted, run = tmp_path / "converted", tmp_path / "run"
-    converted.mkdir()
-    run.mkdir()
-    (converted / "conversion.json").write_text(json.dumps({"source": LLAVA}))
-    (run / "finished.json").write_text(json.dumps({"steps": 3, "model": {"checkpoint": str(converted)}}))
-    for folder in (converted, run):
-        assert origin_of(folder, TrainingRecord.found_in(folder)) == Origin(LLAVA, "llama2")
+def test_what_was_trained_or_converted_says_what_it_began_with(tmp_path: Path) -> None:
+    contents = {
+        "converted": ("conversion.json", {"source": LLAVA}),
+        "stage": ("finished.json", {"steps": 3, "model": {"checkpoint": LLAVA}}),
+        "run": ("finished.json", {"steps": 3, "model": {"checkpoint": str(tmp_path / "converted")}}),
+    }
+    for name, (file, content) in contents.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text(json.dumps(content))
+        assert origin_of(tmp_path / name, TrainingRecord.found_in(tmp_path / name)) == Origin(LLAVA, "llama2")
 
 
 def test_folders_that_name_each_other_do_not_hang_the_search(tmp_path: Path) -> None:

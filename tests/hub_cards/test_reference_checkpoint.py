@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoProcessor
 from adavtp import AdaVTPForConditionalGeneration, AdaVTPProcessor
 from adavtp.commands.console import reference_checkpoint
 from adavtp.hub_cards.licence import Origin
-from adavtp.hub_cards.published_folder import published_folder
+from adavtp.hub_cards.published_folder import files_by_kind, published_folder
 from adavtp.hub_cards.reference_code import LEADING_FILE, write_reference_code
 from adavtp.hub_cards.training_record import TrainingRecord
 from adavtp.modeling.hub.saving import AUTO_MAP, CODE_FOLDER
@@ -85,10 +85,10 @@ print(output.shape[0], kept.shape[0], type(model).__module__)
 
 def test_the_folder_is_published_with_its_code_and_without_the_file_that_leads_to_it(tmp_path: Path) -> None:
     write_reference_code()
-    made = published_folder(FOLDER, tmp_path, "somebody/digits", TrainingRecord(), Origin(None, "apache-2.0"))
+    stays_behind = published_folder(FOLDER, tmp_path, "somebody/digits", TrainingRecord(), Origin(None, "apache-2.0"))
     fields = [json.loads((tmp_path / name).read_text()) for name in ("config.json", "processor_config.json")]
     assert fields[0]["auto_map"] | fields[1]["auto_map"] == AUTO_MAP
-    assert LEADING_FILE not in {path.stem for path in made.files["code"]} and made.stays_behind == []
+    assert LEADING_FILE not in {path.stem for path in files_by_kind(tmp_path)["code"]} and stays_behind == []
 
 
 def test_the_card_shows_the_accuracies_of_the_evaluation_file() -> None:
@@ -115,11 +115,11 @@ def test_a_fresh_measurement_agrees_with_the_evaluation_file(
         (row["reducer"], row["budget"]): row["accuracy"]
         for row in json.loads((FOLDER / "evaluation.json").read_text())["rows"]
     }
-    rows = load_digit_questions("test", 240)
+    rows = load_digit_questions("test", 96)
     inputs = processor.of_questions(list(rows["images"]), list(rows["question"]))
     for reducer, budget in (("adaptive", 1.0), ("adaptive", 0.4), ("random", 0.4)):
         ids = model.generate(**inputs, reducer=reducer, token_budget=budget, max_new_tokens=8)
         said = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         right = [text.strip() == answer for text, answer in zip(said, rows["answer"], strict=True)]
-        # The recorded share of all questions lies in a (wide) interval around the share of the first 240.
-        assert abs(sum(right) / len(right) - recorded[reducer, budget]) < 0.08
+        # The recorded share of all questions lies in a (wide) interval around the share of the first 96.
+        assert abs(sum(right) / len(right) - recorded[reducer, budget]) < 0.1

@@ -56,19 +56,10 @@ PATIENCE = 20_000
 
 
 @dataclass
-class Served:
-    """The running page, and the socket that every connection to elsewhere would have to go through."""
-
-    address: str
-    proxy: socket.socket
-
-
-@dataclass
 class Visit:
     """A browser's page, and what it asked the network for and complained about."""
 
     page: Any
-    address: str
     requests: list[str] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
 
@@ -92,6 +83,10 @@ class Visit:
         self.page.mouse.move(x[1], middle, steps=5)
         self.page.mouse.up()
         return self.budget()
+
+    def choose(self, reducer: str) -> None:
+        self.page.locator("#reducer input").click()
+        self.page.get_by_role("option", name=reducer).click()
 
     def budget(self) -> float:
         return float(self.page.input_value("#budget input[type=number]"))
@@ -125,8 +120,8 @@ class Visit:
 
 
 @pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
-    """`adavtp space` in a process of its own, where the way to anywhere but this machine is a socket of ours."""
+def served() -> Iterator[str]:
+    """The address of `adavtp space` in a process of its own; the way to any other machine is a socket of ours."""
     for module in ("gradio", "playwright"):
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"the page is tested with {module}, which is not installed")
@@ -145,10 +140,14 @@ def served() -> Iterator[Served]:
         try:
             address = f"http://127.0.0.1:{port}/"
             _wait_for(address, process)
-            yield Served(address, proxy)
+            yield address
         finally:
             process.terminate()
             process.wait(timeout=20)
+        # Whoever leaves this machine knocks here.
+        proxy.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            proxy.accept()
 
 
 def _wait_for(address: str, process: subprocess.Popen) -> None:
@@ -166,7 +165,7 @@ def _wait_for(address: str, process: subprocess.Popen) -> None:
 
 
 @pytest.fixture(scope="module")
-def browser(served: Served) -> Iterator[Any]:
+def browser(served: str) -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -176,18 +175,22 @@ def browser(served: Served) -> Iterator[Any]:
 
 
 @pytest.fixture
-def visit(browser: Any, served: Served) -> Iterator[Visit]:
-    """The page as a visitor first meets it. Whatever is done there, the browser has nothing to complain about."""
+def visit(browser: Any, served: str) -> Iterator[Visit]:
+    """
+    The page as a visitor first meets it. Whatever is done there, the browser has nothing to complain about, and asks
+    nothing of any other machine.
+    """
     context = browser.new_context(viewport={"width": 1100, "height": 900})
-    visit = Visit(context.new_page(), served.address)
+    visit = Visit(context.new_page())
     visit.page.on("request", lambda request: visit.requests.append(request.url))
     visit.page.on("console", lambda said: visit.complaints.append(said.text) if said.type == "error" else None)
     visit.page.on("pageerror", lambda error: visit.complaints.append(str(error)))
-    visit.page.goto(served.address)
+    visit.page.goto(served)
     visit.page.wait_for_selector("#budget", timeout=PATIENCE)
     yield visit
     context.close()
     assert visit.complaints == []
+    assert visit.requests and all(url.startswith((served, "data:", "blob:")) for url in visit.requests)
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +217,16 @@ def test_moving_the_slider_changes_answer_picture_and_cost(visit: Visit, referen
     inputs = processor.of_questions(image, QUESTION)
     visit.upload(SCENE)
     visit.ask(QUESTION)
-    visit.wait_for_cost_of(tokens_of(visit.budget()))
+    visit.wait_for_cost_of(57)
+    length = inputs["input_ids"].shape[1]
+    cost = visit.cost()
+    assert cost["Visual tokens"] == ["57", "144", "40%"]
+    assert cost["Prompt, tokens"] == [str(length - 87), str(length), f"{100 * (length - 87) / length:.0f}%"]
+    here, full = (torch_flops(model.config.text_config, columns) for columns in (length - 87, length))
+    assert cost["Prefill, FLOPs"][2] == f"{100 * here / full:.0f}%"
+    assert cost["Prefill, FLOPs"][0] == f"{here / 1e6:.3g} M"
+    assert all(float(milliseconds) > 0 for milliseconds in cost["Time, ms"][:2])
+    assert "At full budget the answer is: 1" in visit.page.inner_text("#cost")
 
     shown = []
     for where in (1.0, 0.3, 0.0):
@@ -237,23 +249,9 @@ def test_moving_the_slider_changes_answer_picture_and_cost(visit: Visit, referen
     assert len({picture for _, picture in shown}) == 3
 
 
-def test_cost_stands_beside_that_of_the_full_budget(visit: Visit, reference: tuple[Any, Any]) -> None:
-    model, processor = reference
-    visit.upload(SCENE)
-    visit.ask(QUESTION)
-    visit.wait_for_cost_of(57)
-    length = processor.of_questions(Image.open(SCENE), QUESTION)["input_ids"].shape[1]
-    cost = visit.cost()
-    assert cost["Visual tokens"] == ["57", "144", "40%"]
-    assert cost["Prompt, tokens"] == [str(length - 87), str(length), f"{100 * (length - 87) / length:.0f}%"]
-    here, full = (torch_flops(model.config.text_config, columns) for columns in (length - 87, length))
-    assert cost["Prefill, FLOPs"][2] == f"{100 * here / full:.0f}%"
-    assert cost["Prefill, FLOPs"][0] == f"{here / 1e6:.3g} M"
-    assert all(float(milliseconds) > 0 for milliseconds in cost["Time, ms"][:2])
-    assert "At full budget the answer is: 1" in visit.page.inner_text("#cost")
-
-
-def test_what_is_missing_or_out_of_reach_is_said_in_a_sentence(visit: Visit) -> None:
+def test_another_reducer_keeps_other_patches_and_what_cannot_be_answered_is_said_in_a_sentence(
+    visit: Visit, reference: tuple[Any, Any]
+) -> None:
     visit.page.get_by_role("button", name="Ask").click()
     assert visit.sentence() == "There is no image yet. Upload one first."
     visit.upload(SCENE)
@@ -262,23 +260,8 @@ def test_what_is_missing_or_out_of_reach_is_said_in_a_sentence(visit: Visit) -> 
     visit.ask(QUESTION)
     visit.wait_for_cost_of(57)
     assert visit.page.inner_text("#message").strip() == ""
-    # Of four layers the first sees everything, so that a twentieth cannot be had.
-    visit.page.locator("#reducer input").click()
-    visit.page.get_by_role("option", name="fastv").click()
-    visit.drag_to(0.05)
-    visit.page.get_by_text("'fastv' cannot go below").wait_for(timeout=PATIENCE)
-    assert visit.page.locator("#cost table").count() == 0
-    assert visit.page.locator("#picture img").count() == 0
-
-
-def test_another_reducer_keeps_other_patches(visit: Visit, reference: tuple[Any, Any]) -> None:
-    model, processor = reference
-    visit.upload(SCENE)
-    visit.ask(QUESTION)
-    visit.wait_for_cost_of(57)
     before = visit.picture()
-    visit.page.locator("#reducer input").click()
-    visit.page.get_by_role("option", name="grid").click()
+    visit.choose("grid")
     visit.page.wait_for_function(
         "(src) => ![null, src].includes(document.querySelector('#picture img')?.src ?? null)",
         arg=visit.page.get_attribute("#picture img", "src"),
@@ -286,10 +269,17 @@ def test_another_reducer_keeps_other_patches(visit: Visit, reference: tuple[Any,
     )
     after = visit.picture()
     assert after != before
+    model, processor = reference
     inputs = processor.of_questions(Image.open(SCENE), QUESTION)
     keep = model.select_tokens(**inputs, token_budget=0.4, reducer="grid").keep[0]
     pixels = np.asarray(Image.open(BytesIO(after)), dtype=np.float64)
     np.testing.assert_allclose(pixels[2::5, 2::5], picture_of(keep), atol=1.0)
+    # Of four layers the first sees everything, so that a twentieth cannot be had.
+    visit.choose("fastv")
+    visit.drag_to(0.05)
+    visit.page.get_by_text("'fastv' cannot go below").wait_for(timeout=PATIENCE)
+    assert visit.page.locator("#cost table").count() == 0
+    assert visit.page.locator("#picture img").count() == 0
 
 
 def test_the_keyboard_will_do(visit: Visit) -> None:
@@ -338,8 +328,8 @@ def test_requests_do_not_pile_up(visit: Visit) -> None:
     assert sum("queue/join" in url for url in visit.requests) - before == 2
 
 
-def test_what_the_slider_says_is_floor_of_budget_times_tokens(visit: Visit, served: Served) -> None:
-    config = visit.page.request.get(f"{served.address}config").json()
+def test_what_the_slider_says_is_floor_of_budget_times_tokens(visit: Visit, served: str) -> None:
+    config = visit.page.request.get(f"{served}config").json()
     (script,) = [event["js"] for event in config["dependencies"] if "visual tokens" in (event["js"] or "")]
     # Of 100 tokens, 0.29 are 29, where a product of floats says 28.
     for num_patches in (NUM_PATCHES, 100, 576):
@@ -358,18 +348,6 @@ def test_on_a_phone_nothing_hangs_over_the_edge(visit: Visit) -> None:
     wide = "(e) => [...e.querySelectorAll('table, img, input, textarea, button')].map(e => e.getBoundingClientRect())"
     boxes = visit.page.locator("body").evaluate(wide)
     assert all(box["x"] >= 0 and box["x"] + box["width"] <= 360 for box in boxes if box["width"])
-
-
-def test_nothing_is_asked_of_any_other_machine(visit: Visit, served: Served) -> None:
-    visit.upload(SCENE)
-    visit.ask(QUESTION)
-    visit.wait_for_cost_of(57)
-    assert visit.requests
-    assert all(url.startswith((served.address, "data:", "blob:")) for url in visit.requests)
-    # Since the page was started: whoever leaves this machine knocks here.
-    served.proxy.setblocking(False)
-    with pytest.raises(BlockingIOError):
-        served.proxy.accept()
 
 
 # -- what it counts and draws -----------------------------------------------------------------------------------------
@@ -459,13 +437,16 @@ def head_of(readme: Path) -> dict[str, Any]:
     return yaml.safe_load(readme.read_text(encoding="utf-8").split("---")[1])
 
 
-def test_the_folder_is_a_space_for_the_checkpoint(tmp_path: Path) -> None:
-    folder = space_folder(tmp_path / "space", "someone/my-llava")
+def test_the_command_writes_a_space_for_the_checkpoint_and_says_how_it_is_uploaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "space"
+    done = CliRunner().invoke(app, ["space", "someone/my-llava", "--export", str(folder)])
+    assert done.exit_code == 0, done.output
+    assert "--repo-type space" in " ".join(done.output.split())
     head = head_of(folder / "README.md")
-    assert head["sdk"] == "gradio"
+    assert (head["sdk"], head["models"], head["license"]) == ("gradio", ["someone/my-llava"], "apache-2.0")
     assert (folder / head["app_file"]).is_file()
-    assert head["models"] == ["someone/my-llava"]
-    assert head["license"] == "apache-2.0"
     # The Hub refuses more.
     assert len(head["short_description"]) <= 60
     for image, question in json.loads((folder / "examples" / "questions.json").read_text()):
@@ -475,6 +456,20 @@ def test_the_folder_is_a_space_for_the_checkpoint(tmp_path: Path) -> None:
         path.relative_to(SPACE) for path in SPACE.rglob("*") if path.is_file() and "__pycache__" not in path.parts
     }
     assert {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()} == shipped
+    looking = module_of(folder)
+    monkeypatch.delenv("ADAVTP_CHECKPOINT", raising=False)
+    assert looking.checkpoint_name() == "someone/my-llava"
+    monkeypatch.setenv("ADAVTP_CHECKPOINT", "someone/another")
+    assert looking.checkpoint_name() == "someone/another"
+
+
+def test_a_space_needs_a_repository(tmp_path: Path) -> None:
+    for repo_id in ("my-llava", "hub_cards/adavtp digits", "/home/someone/model", ""):
+        with pytest.raises(ValueError, match="'owner/name'"):
+            space_folder(tmp_path / "space", repo_id)
+    for here in ([], [str(CHECKPOINT)]):
+        assert CliRunner().invoke(app, ["space", *here, "--export", str(tmp_path / "space")]).exit_code == 2
+    assert not (tmp_path / "space").exists()
 
 
 @NEEDS_GRADIO
@@ -497,15 +492,6 @@ def test_the_space_needs_what_it_says_and_nothing_of_this_package() -> None:
     assert all(requirement.specifier.contains(version(requirement.name)) for requirement in required)
 
 
-def test_the_page_loads_the_checkpoint_that_its_card_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = space_folder(tmp_path / "space", "someone/my-llava")
-    looking = module_of(folder)
-    monkeypatch.delenv("ADAVTP_CHECKPOINT", raising=False)
-    assert looking.checkpoint_name() == "someone/my-llava"
-    monkeypatch.setenv("ADAVTP_CHECKPOINT", "someone/another")
-    assert looking.checkpoint_name() == "someone/another"
-
-
 def test_a_space_is_brought_up_to_date_and_nothing_else_is_touched(tmp_path: Path) -> None:
     folder = space_folder(tmp_path / "space", "someone/first")
     space_folder(folder, "someone/second", examples=None)
@@ -517,13 +503,6 @@ def test_a_space_is_brought_up_to_date_and_nothing_else_is_touched(tmp_path: Pat
     with pytest.raises(ValueError, match="holds something else"):
         space_folder(other, "someone/first")
     assert (other / "README.md").read_text() == "mine"
-
-
-@pytest.mark.parametrize("repo_id", ["my-llava", "hub_cards/adavtp digits", "/home/someone/model", ""])
-def test_a_space_needs_a_repository(tmp_path: Path, repo_id: str) -> None:
-    with pytest.raises(ValueError, match="'owner/name'"):
-        space_folder(tmp_path / "space", repo_id)
-    assert not (tmp_path / "space").exists()
 
 
 def test_examples_of_ones_own_go_along(tmp_path: Path) -> None:
@@ -563,16 +542,6 @@ def test_an_example_that_the_page_could_not_show_is_refused(tmp_path: Path, pair
     with pytest.raises(ValueError, match="`examples` is "):
         space_folder(tmp_path / "space", "someone/my-llava", examples=mine)
     assert not (tmp_path / "space").exists()
-
-
-def test_the_command_writes_the_folder_and_says_how_it_is_uploaded(tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, ["space", "someone/my-llava", "--export", str(tmp_path / "space")])
-    assert done.exit_code == 0, done.output
-    assert head_of(tmp_path / "space" / "README.md")["models"] == ["someone/my-llava"]
-    assert "--repo-type space" in " ".join(done.output.split())
-    for here in ([], [str(CHECKPOINT)]):
-        assert CliRunner().invoke(app, ["space", *here, "--export", str(tmp_path / "another")]).exit_code == 2
-    assert not (tmp_path / "another").exists()
 
 
 def test_without_gradio_the_command_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

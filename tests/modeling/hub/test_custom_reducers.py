@@ -1,12 +1,11 @@
 """A reducer that a user writes goes where the model goes: through training, saving, and loading without its script."""
 
+import contextlib
 import importlib
 import json
-import os
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -34,9 +33,10 @@ from adavtp.modeling.reducers import custom
 from adavtp.modeling.reducers.base import REDUCERS
 from adavtp.tasks.digit_scenes import draw_scene
 from load_without_package import answers, loaded_elsewhere
-from repository import FIXTURES, ROOT
+from repository import ROOT
 from tiny_conversations import conversation_rows, digit_model, digit_processor
 from tiny_models import tiny_batch, tiny_model
+from without_package import run_elsewhere
 
 README = ROOT / "README.md"
 CUSTOM = "adavtp_code/reducers_custom.py"
@@ -79,25 +79,6 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
     for name in list(sys.modules):
         if name.partition(".")[0] in {name.partition(".")[0] for name in written}:
             del sys.modules[name]
-
-
-def _run(file: Path, *arguments: Any, cwd: Path) -> str:
-    """What a script prints in a process of its own."""
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "HF_MODULES_CACHE": str(cwd / "modules"),
-        "PYTHONPATH": os.pathsep.join([str(FIXTURES), os.environ.get("PYTHONPATH", "")]),
-    }
-    child = subprocess.run(
-        [sys.executable, file, *arguments],
-        cwd=cwd,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0, child.stderr[-3000:]
-    return child.stdout
 
 
 def _run_as_main(file: Path, *arguments: Any) -> None:
@@ -146,22 +127,22 @@ AFTER = """
 processor.save_pretrained("my-model")
 image.save("my-model/image.png")
 assert model.generate(image, "Which digit is red?", token_budget=0.4) == answer
-print("same answer")
 """
 
 
 @pytest.fixture(scope="module")
 def script_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the README's block leaves behind, run as a script of its own."""
-    cwd = tmp_path_factory.mktemp("script")
+    """What the README's block leaves behind, run as a script."""
+    cwd, before = tmp_path_factory.mktemp("script"), dict(REDUCERS)
     call = '\nmodel.set_reducer("outliers", temperature=0.5)\n'
     assert call in _readme_block()
     weights = '\ntorch.manual_seed(0)\ntorch.nn.init.normal_(model.model.reducers["outliers"].weight)\n'
     (cwd / "script.py").write_text(BEFORE + _readme_block().replace(call, call + weights) + AFTER)
-    printed = _run(cwd / "script.py", cwd=cwd).splitlines()
-    # DeepSpeed, where it is installed and finds no GPU, says so in brackets.
-    assert [line for line in printed if not line.startswith("[")] == ["the script runs", "same answer"]
+    with contextlib.chdir(cwd):
+        _run_as_main(cwd / "script.py")
     (cwd / "script.py").unlink()
+    REDUCERS.clear()
+    REDUCERS.update(before)
     return cwd / "my-model"
 
 
@@ -182,7 +163,7 @@ def test_the_readme_s_reducer_has_under_20_lines() -> None:
 def test_the_readme_s_reducer_leaves_its_script_in_a_file_of_its_own(script_folder: Path) -> None:
     text = (script_folder / CUSTOM).read_text()
     assert "class OutlierReducer(TokenReducer):" in text
-    assert "from .reducers_base import TokenReducer, register_reducer" in text
+    assert "from .reducers_base import TokenReducer\nfrom .reducers_base import register_reducer\n" in text
     assert "digit_model" not in text and "print" not in text
 
 
@@ -258,25 +239,6 @@ def test_a_trusted_folder_brings_its_reducer_to_the_package(auto_class: Any, min
     assert _selected(model) == _selected(tiny_model(reducer="mine"))
 
 
-def test_a_reducer_may_say_what_its_configuration_is(tmp_path: Path, make: Callable[..., ModuleType]) -> None:
-    make(
-        mine="""
-    from adavtp import AdaVTPConfig, ScoringReducer, register_reducer
-
-    @register_reducer("mine")
-    class Mine(ScoringReducer):
-        def __init__(self, config: AdaVTPConfig) -> None:
-            super().__init__(config)
-
-        def scores(self, features):
-            return features.patches[..., 0]
-    """
-    )
-    tiny_model(reducer="mine").save_pretrained(tmp_path / "model")
-    del REDUCERS["mine"]
-    assert _loads(tmp_path / "model").config.reducer == "mine"
-
-
 @pytest.mark.parametrize("trust", [False, None])
 def test_a_folder_that_is_not_trusted_runs_no_code_and_says_what_to_do(trust: bool | None, mine_folder: Path) -> None:
     with (mine_folder / CUSTOM).open("a") as file:
@@ -321,7 +283,7 @@ def test_a_class_of_the_same_name_gives_way_to_the_folder_s(mine_folder: Path) -
 def test_a_model_that_runs_its_folder_s_code_says_why_it_does_not_know_the_package_s_reducers(
     mine_folder: Path, tmp_path: Path
 ) -> None:
-    script = f"""
+    code = f"""
 from transformers import AutoModel
 model = AutoModel.from_pretrained({str(mine_folder)!r}, trust_remote_code=True)
 from adavtp import TokenReducer, register_reducer
@@ -331,8 +293,7 @@ try:
 except ValueError as error:
     print(error)
 """
-    (tmp_path / "script.py").write_text(script)
-    assert "import adavtp before the model is loaded" in _run(tmp_path / "script.py", cwd=tmp_path)
+    assert "import adavtp before the model is loaded" in run_elsewhere(code, tmp_path)
 
 
 def test_two_folders_that_bring_one_name_keep_each_its_own(tmp_path: Path, make: Callable[..., ModuleType]) -> None:
@@ -381,16 +342,11 @@ def test_a_class_made_on_the_spot_saves_the_class_it_is_made_from(
     assert _selected(_loads(tmp_path / "model")) == _selected(model)
 
 
-def test_without_a_reducer_of_the_user_the_file_is_the_package_s(tmp_path: Path) -> None:
-    tiny_model(reducer="random").save_pretrained(tmp_path)
-    assert (tmp_path / CUSTOM).read_text() == Path(custom.__file__).read_text()
-
-
-def test_a_model_that_has_left_its_reducer_leaves_its_code(mine_folder: Path, tmp_path: Path) -> None:
+def test_without_a_reducer_of_the_user_the_file_is_the_package_s(mine_folder: Path, tmp_path: Path) -> None:
     model = _loads(mine_folder)
     model.set_reducer("grid")
     model.save_pretrained(tmp_path / "again")
-    assert "Mine" not in (tmp_path / "again" / CUSTOM).read_text()
+    assert (tmp_path / "again" / CUSTOM).read_text() == Path(custom.__file__).read_text()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -492,14 +448,35 @@ SOURCES = {
                 return 7
         """,
     },
+    "modules that import each other": {
+        "mine": """
+            from adavtp import ScoringReducer, register_reducer
+
+            SIGN = -1.0
+
+            from theirs import signed as turned
+
+            @register_reducer("mine")
+            class Mine(ScoringReducer):
+                def scores(self, features):
+                    return turned(features.patches[..., 0])
+        """,
+        "theirs": """
+            from mine import SIGN
+
+            def signed(x, sign=SIGN):
+                return sign * x
+        """,
+    },
     "a class of a published method": {
         "mine": """
-            from adavtp import register_reducer
+            from adavtp import AdaVTPConfig, register_reducer
             from adavtp.modeling.reducers.divprune import DivPruneReducer
 
             @register_reducer("mine")
             class Mine(DivPruneReducer):
-                pass
+                def __init__(self, config: AdaVTPConfig) -> None:
+                    super().__init__(config)
         """
     },
 }
@@ -532,11 +509,15 @@ from adavtp import ScoringReducer, register_reducer
 from tiny_models import tiny_model
 
 LONG = [1, 2,
-        3]  # as it is written
+        3]
 SHARE = float(sys.argv[1])
 FLOOR = -float("inf")
 NAMES = {name.upper() for name in ("a", "b")}
 half = lambda x: x / 2
+try:
+    from nothing_of_that_name import sharpness
+except ImportError:
+    sharpness = half
 for STEP in range(4):
     LONG.append(STEP) if STEP == 9 else None
 
@@ -544,7 +525,7 @@ for STEP in range(4):
 class Mine(ScoringReducer):
     def scores(self, features):
         assert FLOOR < 0 and NAMES == {"A", "B"} and LONG == [1, 2, 3] and STEP == 3
-        return half(features.patches[..., 0]) * SHARE
+        return sharpness(features.patches[..., 0]) * SHARE
 
 if __name__ == "__main__":
     tiny_model(reducer="mine").save_pretrained(sys.argv[2])
@@ -555,7 +536,8 @@ def test_values_of_a_script_go_along_as_they_are_when_it_saves(tmp_path: Path) -
     (tmp_path / "script.py").write_text(SCRIPT)
     _run_as_main(tmp_path / "script.py", "-0.25", tmp_path / "model")
     text = (tmp_path / "model" / CUSTOM).read_text()
-    assert "SHARE = -0.25\n" in text and "LONG = [1, 2,\n        3]\n" in text and "sys" not in text
+    assert "SHARE = -0.25\n" in text and "LONG = [1, 2, 3]\n" in text and "sys" not in text
+    assert "    from nothing_of_that_name import sharpness\n" in text
     model = _loads(tmp_path / "model")
     assert _selected(model) != _selected(tiny_model(reducer="grid"))
     model.save_pretrained(tmp_path / "again")
@@ -575,14 +557,16 @@ for cell in cells:
 
 
 def test_classes_of_a_notebook_s_cells_go_along_in_their_last_form(tmp_path: Path) -> None:
-    old, last = (
-        textwrap.dedent(MINE).replace("features.patches[..., 0]", call) for call in ("old()", "helper(features)")
-    )
+    mine = textwrap.dedent(MINE).replace("(ScoringReducer)", "(Base)")
+    old, last = (mine.replace("features.patches[..., 0]", call) for call in ("old()", "self.helped(features)"))
+    base = "class Base(ScoringReducer):\n    def helped(self, features):\n        return {}"
     cells = [
         "import torch\nfrom adavtp import ScoringReducer, register_reducer",
+        base.format("old()"),
         last,
         old,
         "def helper(features):\n    return torch.relu(features.patches[..., 0])",
+        base.format("helper(features)"),
         last,
         f"from tiny_models import tiny_model\ntiny_model(reducer='mine').save_pretrained({str(tmp_path / 'model')!r})",
     ]
@@ -590,7 +574,8 @@ def test_classes_of_a_notebook_s_cells_go_along_in_their_last_form(tmp_path: Pat
     (tmp_path / "notebook.py").write_text(NOTEBOOK)
     _run_as_main(tmp_path / "notebook.py", tmp_path / "cells.json")
     text = (tmp_path / "model" / CUSTOM).read_text()
-    assert text.count("class Mine") == 1 and "return helper(features)\n" in text and "def helper" in text
+    assert text.count("class Mine") == text.count("class Base") == 1 and "old()" not in text
+    assert "return helper(features)\n" in text and "def helper" in text
     assert _loads(tmp_path / "model").config.reducer == "mine"
 
 
@@ -622,7 +607,7 @@ ERRORS = {
 @pytest.mark.parametrize(("line", "scores", "message"), ERRORS.values(), ids=ERRORS)
 def test_what_cannot_go_along_is_an_error_that_names_it(line: str, scores: str, message: str, tmp_path: Path) -> None:
     script = SCRIPT.replace("SHARE = float(sys.argv[1])", line)
-    (tmp_path / "script.py").write_text(script.replace("half(features.patches[..., 0]) * SHARE", scores))
+    (tmp_path / "script.py").write_text(script.replace("sharpness(features.patches[..., 0]) * SHARE", scores))
     with pytest.raises(ValueError, match=rf"Reducer 'mine' \(Mine\).*{message}.*a module file of its own"):
         _run_as_main(tmp_path / "script.py", "1.0", tmp_path / "model")
     # A long training is not lost for it.
