@@ -3,7 +3,13 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
 
 from .configuration.configuration_adavtp import AdaVTPConfig
 from .modeling.budget.selection import Selection
@@ -18,6 +24,7 @@ from .modeling.vision.features import VisionFeatures
 AutoConfig.register("adavtp", AdaVTPConfig, exist_ok=True)
 AutoModel.register(AdaVTPConfig, AdaVTPForConditionalGeneration, exist_ok=True)
 AutoModelForImageTextToText.register(AdaVTPConfig, AdaVTPForConditionalGeneration, exist_ok=True)
+AutoModelForMultimodalLM.register(AdaVTPConfig, AdaVTPForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(AdaVTPConfig, AdaVTPProcessor, exist_ok=True)
 
 if TYPE_CHECKING:

@@ -54,6 +54,14 @@ def reducer_entries(reducers: Any) -> list[str | dict[str, Any]]:
     ]
 
 
+def chosen_entries(reducers: Any) -> list[str | dict[str, Any]]:
+    """What is to reduce, see [`reducer_entries`]; there is always something."""
+    entries = reducer_entries(reducers)
+    if not entries:
+        raise ValueError("`reducer` is an empty list; name a reducer, and for all tokens say token_budget=1.0.")
+    return entries
+
+
 @_with_value_errors
 @strict
 class AdaVTPConfig(LlavaConfig):
@@ -153,10 +161,10 @@ class AdaVTPConfig(LlavaConfig):
         reducer = kwargs.pop("reducer", None)
         super().__post_init__(**kwargs)
         if reducer is not None:
-            if self.reducers not in (None, reducer_entries(reducer)):
+            if self.reducers not in (None, chosen_entries(reducer)):
                 raise ValueError(f"`reducer` is {reducer!r} and `reducers` is {self.reducers!r}; give one of them.")
-            self.reducers = reducer_entries(reducer)
-        self.reducers = reducer_entries(["adaptive"] if self.reducers is None else self.reducers)
+            self.reducers = chosen_entries(reducer)
+        self.reducers = chosen_entries(["adaptive"] if self.reducers is None else self.reducers)
         self.trained_reducers = reducer_entries(self.trained_reducers or [])
         if not 0.0 <= self.min_token_entropy <= 1.0:
             raise ValueError(f"`min_token_entropy` is {self.min_token_entropy}; allowed are 0 to 1.")
@@ -198,7 +206,7 @@ class AdaVTPConfig(LlavaConfig):
 
     @reducer.setter
     def reducer(self, reducer: str | dict[str, Any] | list[Any]) -> None:
-        self.reducers = reducer_entries(reducer)
+        self.reducers = chosen_entries(reducer)
 
     @property
     def has_cls(self) -> bool:

@@ -117,6 +117,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
     """Teaches `generate` to prune the prompt, and to be called with an image and a question."""
 
     _processor: ProcessorMixin | None = None
+    trusts_remote_code = False
 
     @property
     def processor(self) -> ProcessorMixin:
@@ -134,7 +135,9 @@ class AdaVTPGenerationMixin(GenerationMixin):
                 )
             from .processing_adavtp import AdaVTPProcessor
 
-            self._processor = AdaVTPProcessor.from_pretrained(self.name_or_path, trust_remote_code=True)
+            self._processor = AdaVTPProcessor.from_pretrained(
+                self.name_or_path, trust_remote_code=self.trusts_remote_code
+            )
         return self._processor
 
     @processor.setter
@@ -195,7 +198,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
                 "`return_dict_in_generate` is True, but `generate(image, prompt)` returns text; for scores and caches "
                 "pass `**model.processor(images=..., text=...)`."
             )
-        model_inputs = self.processor.of_questions(inputs, prompt).to(self.device)
+        model_inputs = self.processor.of_questions(inputs, prompt).to(self._input_device)
         generated = super().generate(None, generation_config, *args, **model_inputs, **kwargs)
         answers = self.processor.batch_decode(
             generated[:, model_inputs["input_ids"].shape[1] :], skip_special_tokens=True
@@ -203,6 +206,15 @@ class AdaVTPGenerationMixin(GenerationMixin):
         answers = [answer.strip() for answer in answers]
         is_single = isinstance(prompt, str) and not isinstance(inputs, list | tuple) and len(answers) == 1
         return answers[0] if is_single else answers
+
+    @property
+    def _input_device(self) -> torch.device | int | str:
+        """Where inputs go: to the weights, or where these are offloaded, to where they are when they are used."""
+        if self.device.type != "meta":
+            return self.device
+        hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
+        devices = (getattr(hook, "execution_device", None) for hook in hooks)
+        return next((device for device in devices if device is not None), "cpu")
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, *args: Any, **kwargs: Any
@@ -281,7 +293,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
                 token_budget = processors(new.input_ids, self._one_budget(token_budget), state)
                 schedule = self.model.resolve_budget(token_budget, reducer, len(input_ids))
             # The mask form is for training; in a cache its hidden columns would cost what they cost unpruned.
-            prepared = self.model.prepare_inputs(prompt, pixel_values.to(self.device), schedule, "gather")
+            prepared = self.model.prepare_inputs(prompt, pixel_values, schedule, "gather")
         pruned = self.model.pruned_prompt(new, prepared, input_ids.shape[1])
         return model_kwargs, PrunedCache(pruned, policy=prepared.policy)
 

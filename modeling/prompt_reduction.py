@@ -154,7 +154,7 @@ class PromptReductionMixin:
     def features_of_images(self, pixel_values: torch.Tensor, schedule: BudgetSchedule) -> list[torch.Tensor]:
         """What the decoder gets of each image, asked nothing: a list of `[K, text_hidden_size]`."""
         size = self.family.tokens_per_image(self.config) + int(self.config.keep_cls)
-        placeholders = torch.ones(len(pixel_values), size, dtype=torch.bool, device=self.language_model.device)
+        placeholders = torch.ones(len(pixel_values), size, dtype=torch.bool, device=pixel_values.device)
         units = self.family.units(self.config, placeholders, len(pixel_values))
         tokens = self.visual.encode_and_reduce(pixel_values, units, schedule)
         features, stays = self.visual.embeddings(tokens, units, in_place=False)

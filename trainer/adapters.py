@@ -166,11 +166,11 @@ def quantization(quantize: str, compute_dtype: torch.dtype = torch.bfloat16) -> 
         raise ValueError(f"`quantize` is {quantize!r}; allowed are {', '.join(map(repr, QUANTIZATIONS))} and None.")
     from transformers import BitsAndBytesConfig
 
-    parts = ("vision_tower", "multi_modal_projector", "budget_token", "controller", "reducers")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantize,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
-        llm_int8_skip_modules=["lm_head", *(f"model.{part}" for part in parts)],
+        # `from_pretrained` adds what LLaVA does not have.
+        llm_int8_skip_modules=["lm_head", "model.vision_tower", "model.multi_modal_projector"],
     )

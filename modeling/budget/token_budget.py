@@ -50,7 +50,7 @@ def budget_values(token_budget: TokenBudget, batch_size: int) -> torch.Tensor:
     if isinstance(token_budget, torch.Tensor):
         values = token_budget.detach().cpu()
     else:
-        is_list = isinstance(token_budget, Sequence) and not isinstance(token_budget, str)
+        is_list = isinstance(token_budget, Sequence) and not isinstance(token_budget, str | bytes | bytearray)
         if is_list and len({type(value) for value in token_budget}) > 1:
             raise ValueError(f"`token_budget` is {token_budget!r}; its values must be all floats or all ints.")
         first = next(iter(token_budget), None) if is_list else token_budget
@@ -59,7 +59,12 @@ def budget_values(token_budget: TokenBudget, batch_size: int) -> torch.Tensor:
                 f"`token_budget` is {token_budget!r}; allowed are a float in [0, 1], an int >= 2, or a list, tuple or "
                 "tensor of these with one value per sample."
             )
-        values = torch.tensor(token_budget, dtype=torch.float64 if isinstance(first, float) else torch.int64)
+        try:
+            values = torch.tensor(token_budget, dtype=torch.float64 if isinstance(first, float) else torch.int64)
+        except (OverflowError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"`token_budget` is {token_budget!r}; a number of tokens has to fit into 64 bits."
+            ) from error
     if values.dtype == torch.bool or values.is_complex():
         raise ValueError(f"`token_budget` is a tensor of {values.dtype}; floats in [0, 1] or ints >= 2 are allowed.")
     if values.dim() == 0:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from ...configuration.configuration_adavtp import AdaVTPConfig, reducer_entries
+from ...configuration.configuration_adavtp import AdaVTPConfig, chosen_entries
 from ..budget.schedule import StackBudget
 from ..budget.selection import Selection
 from ..decoder.reducer import DecoderReducer
@@ -244,7 +244,7 @@ class ModelCosts:
     ) -> tuple["_StackCosts", StackBudget | None]:
         if reducer == FULL:
             reducer, token_budget = NEVER_ASKED, 1.0
-        entries = self.config.reducers if reducer is None else reducer_entries(reducer)
+        entries = self.config.reducers if reducer is None else chosen_entries(reducer)
         names = [entry if isinstance(entry, str) else entry.get("name") for entry in entries]
         # A class may be registered anew under its name, as in a notebook.
         key = (json.dumps(entries, default=repr, sort_keys=True), *(REDUCERS.get(name) for name in names))

@@ -7,6 +7,7 @@ or the wrong one, and the model would answer nonsense, so here it is an error.
 
 import json
 from collections.abc import Iterable
+from copy import copy
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +17,7 @@ from transformers.utils import find_adapter_config_file
 
 READABLE_MODEL_TYPES = ("adavtp", "llava")
 TRAINED_TOGETHER = "budget_token and controller"
+NEW_MODULES = ("budget_token", "controller", "reducers")
 
 _SHOWN = 5
 
@@ -55,6 +57,8 @@ class CompleteLoadingMixin:
         if not isinstance(config, PreTrainedConfig):
             _check_configuration(cls.config_class, config or pretrained_model_name_or_path, kwargs)
         kwargs.setdefault("use_safetensors", True)
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = _sparing_new_modules(kwargs["quantization_config"])
         try:
             # Left to transformers, weights of another shape are an error that does not say which they are.
             model, info = super().from_pretrained(
@@ -75,7 +79,23 @@ class CompleteLoadingMixin:
         parameters = {name for name, _ in model.named_parameters()}
         _check_nothing_is_lost(set(info["missing_keys"]), parameters, pretrained_model_name_or_path)
         _check_nothing_is_left(info["unexpected_keys"], pretrained_model_name_or_path)
+        # Whoever may run the folder's code now may run its processor's when that is first needed.
+        model.trusts_remote_code = bool(kwargs.get("trust_remote_code"))
         return (model, info) if output_loading_info else model
+
+
+def _sparing_new_modules(quantization_config: Any) -> Any:
+    """
+    A copy that leaves the parts that LLaVA does not have as they are, beside those that it names or, where it names
+    none, the head that transformers spares: they are small, are read outside their own forward, and decide.
+    """
+    quantization_config = copy(quantization_config)
+    for field in ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules"):
+        if hasattr(quantization_config, field):
+            named = getattr(quantization_config, field)
+            spared = ["lm_head"] if named is None else list(named)
+            setattr(quantization_config, field, [*spared, *NEW_MODULES, *(f"model.{name}" for name in NEW_MODULES)])
+    return quantization_config
 
 
 def new_module_of(name: str) -> str | None:

@@ -20,6 +20,7 @@ AUTO_MAP = {
     "AutoConfig": f"{CODE_FOLDER}/configuration_adavtp.AdaVTPConfig",
     "AutoModel": f"{CODE_FOLDER}/modeling_adavtp.AdaVTPForConditionalGeneration",
     "AutoModelForImageTextToText": f"{CODE_FOLDER}/modeling_adavtp.AdaVTPForConditionalGeneration",
+    "AutoModelForMultimodalLM": f"{CODE_FOLDER}/modeling_adavtp.AdaVTPForConditionalGeneration",
     "AutoProcessor": f"{CODE_FOLDER}/processing_adavtp.AdaVTPProcessor",
 }
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...configuration.configuration_adavtp import AdaVTPConfig, reducer_entries
+from ...configuration.configuration_adavtp import AdaVTPConfig, chosen_entries
 from .base import REDUCERS, STAGES, TokenReducer, build_reducer
 
 ReducerSpec = str | dict[str, Any] | list[str | dict[str, Any]]
@@ -84,7 +84,7 @@ class ReducerBank:
             ValueError: if a name or a parameter is not known, the order is not that of the stages, or a reducer has
                 weights that the model does not have or that were made for other parameters.
         """
-        entries = self.config.reducers if reducer is None else reducer_entries(reducer)
+        entries = self.config.reducers if reducer is None else chosen_entries(reducer)
         return stack_steps({name: self._looked_up(name, given) for name, given in map(named, entries)})
 
     def set_reducer(self, reducer: ReducerSpec, **parameters: Any) -> None:
@@ -105,7 +105,7 @@ class ReducerBank:
             raise ValueError(
                 f"Parameters {sorted(parameters)} were given with `reducer` {reducer!r}, which is no name."
             )
-        entries = reducer_entries({"name": reducer, **parameters} if parameters else reducer)
+        entries = chosen_entries({"name": reducer, **parameters} if parameters else reducer)
         self.config.reducers = [entry_of(name, module) for name, module in self.add(entries).items()]
 
     def add(self, entries: list[str | dict[str, Any]]) -> dict[str, TokenReducer]:

@@ -14,7 +14,7 @@ from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..reducers.base import feature_layer_index, feature_layers
 from .budget_token import BudgetToken
 from .features import VisionFeatures
-from .tower import TowerAttention, attention_half, mlp_half, takes_mask, tower_layers
+from .tower import TowerAttention, attention_half, input_device, mlp_half, takes_mask, tower_layers
 
 
 class TowerPass:
@@ -52,8 +52,7 @@ class TowerPass:
         The input of the first layer, `[num_images, num_before + num_patches + num_after, hidden_size]`. For images of
         any size the tower's positions are interpolated.
         """
-        weight = next(self.tower.parameters())
-        pixel_values = pixel_values.to(weight.device, weight.dtype)
+        pixel_values = pixel_values.to(input_device(self.tower, pixel_values), self.tower.dtype)
         # DINOv2 always interpolates and has no such argument.
         interpolates = of_any_size and self.config.vision_config.model_type != "dinov2"
         hidden_states = self.tower.embeddings(
@@ -66,7 +65,7 @@ class TowerPass:
         if self.budget_token.position_embedding is not None:
             position = self.budget_token.position_embedding(torch.tensor(0, device=hidden_states.device))
         else:
-            position = _last_patch_position(self.tower)
+            position = _last_patch_position(self.tower, hidden_states.device)
         token = (self.token + position).to(hidden_states.dtype)[:, None]
         parts = [token, hidden_states] if self.budget_is_first else [hidden_states, token]
         return torch.cat(parts, dim=1)
@@ -196,14 +195,14 @@ def start_pass(
     return TowerPass(tower, config, budget_token, in_tower), token
 
 
-def _last_patch_position(tower: PreTrainedModel) -> torch.Tensor:
+def _last_patch_position(tower: PreTrainedModel, device: torch.device) -> torch.Tensor:
     """Position vector of the tower's last patch, `[hidden_size]`."""
     embeddings = tower.embeddings
     if not hasattr(embeddings, "position_embedding"):
         return embeddings.position_embeddings[0, -1]
     table = embeddings.position_embedding
     # Called and not read: where parameters are sharded, a module's are whole only while it runs.
-    return table(torch.tensor(table.num_embeddings - 1, device=tower.device))
+    return table(torch.tensor(table.num_embeddings - 1, device=device))
 
 
 def _require_mask(tower: PreTrainedModel) -> None:

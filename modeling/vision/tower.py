@@ -18,6 +18,11 @@ def tower_layers(tower: PreTrainedModel) -> nn.ModuleList:
     return tower.encoder.layers if hasattr(tower.encoder, "layers") else tower.encoder.layer
 
 
+def input_device(tower: PreTrainedModel, pixel_values: torch.Tensor) -> torch.device:
+    """Where the tower's inputs go. Offloaded weights are nowhere until they run, and take their inputs along then."""
+    return pixel_values.device if tower.device.type == "meta" else tower.device
+
+
 def takes_mask(layer: nn.Module) -> bool:
     """Whether a layer's attention can be masked. DINOv2's cannot in the older of the supported transformers."""
     return "attention_mask" in inspect.signature(layer.forward).parameters

@@ -18,6 +18,7 @@ from .budget_token import BudgetToken
 from .encode import encode_image
 from .features import VisionFeatures
 from .reduction import reduce_in_tower, reduce_tokens
+from .tower import input_device
 
 
 @dataclass
@@ -169,6 +170,8 @@ class VisualModel:
         """The tower's tokens, reduced on the way if the first step acts there."""
         steps, first = schedule.steps, schedule.steps[0].reducer
         fraction, meets_budget = self._budget_fraction(schedule, units)
+        if fraction is not None:
+            fraction = fraction.to(input_device(self.tower, pixel_values))
         attention_layers = sorted(
             {layer for step in steps if "attention" in step.reducer.needs for layer in step.reducer.attention_layers}
         )
@@ -212,7 +215,7 @@ class VisualModel:
             left = left if count is None else count
         patches_see_budget = self.config.budget_fusion == "encoder" and self.config.budget_attention == "mutual"
         keeps_everything = not self.training and bool((left == units.sizes).all())
-        fraction = (left.double() / units.sizes).float().to(self.tower.device)
+        fraction = (left.double() / units.sizes).float()
         return fraction, patches_see_budget or not keeps_everything
 
     def _projected(self, features: VisionFeatures, with_tower_patches: bool) -> VisionFeatures:

@@ -244,6 +244,7 @@ REFUSED = {
     "two inside the tower": (["tome", "downsample"], 0.5, ["one of stage 'encoder'"]),
     "aim and another": (["aim", "fastv"], 0.5, ["aim (vision), aim (decoder), fastv (decoder)"]),
     "twice": (["random", {"name": "random", "seed": 1}], 0.5, ["`reducers`", "once"]),
+    "nothing": ([], 0.5, ["`reducer` is an empty list", "token_budget=1.0"]),
     "no reducer": (7, 0.5, ["`reducers` is 7"]),
     "unknown reducer": (["tome", "clairvoyant"], 0.5, ["'clairvoyant'", "fastv"]),
     "unknown parameter": ([{"name": "fastv", "depth": 2}], 0.5, ["'fastv'", "depth", "layer"]),

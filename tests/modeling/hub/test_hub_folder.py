@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from adavtp import AdaVTPConfig, AdaVTPForConditionalGeneration, AdaVTPModel, AdaVTPProcessor
-from adavtp.modeling.hub.saving import CODE_FOLDER, flat_name
+from adavtp.modeling.hub.saving import AUTO_MAP, CODE_FOLDER, flat_name
 from adavtp.tasks.digit_scenes import draw_scene
 from adavtp.tasks.digit_scenes.processor import build_digit_processor
 from load_without_package import answers, loaded_elsewhere
@@ -97,7 +97,7 @@ def test_a_folder_opens_on_weights_configuration_processor_and_one_folder_of_cod
 
 def test_the_configuration_names_a_class_in_the_folder_for_every_auto_class(folder: Path) -> None:
     auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
-    assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor"}
+    assert set(auto_map) == set(AUTO_MAP)
     for reference in auto_map.values():
         module, name = reference.split(".")
         assert module.startswith(f"{CODE_FOLDER}/")

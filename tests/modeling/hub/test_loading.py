@@ -1,0 +1,101 @@
+"""Loading in the ways that people load any model: quantised, offloaded, by any Auto class, with code or without."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload
+from PIL import Image
+from transformers import AutoModelForMultimodalLM, BitsAndBytesConfig, LlavaForConditionalGeneration
+
+from adavtp import AdaVTPForConditionalGeneration
+from adavtp.tasks.digit_scenes.processor import build_digit_processor
+from tiny_models import tiny_batch, tiny_model, tiny_text_config, tiny_vision_config
+
+Model = AdaVTPForConditionalGeneration
+QUESTION = "how many digits are there ?"
+
+
+def wide_model() -> Model:
+    """A model whose layers fill a block of four-bit weights."""
+    vision, text = tiny_vision_config(), tiny_text_config(hidden_size=64, intermediate_size=128, head_dim=16)
+    vision.hidden_size, vision.intermediate_size = 64, 128
+    return tiny_model(vision_config=vision, text_config=text)
+
+
+def answers(model: Any, batch: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
+    return model.generate(**batch, do_sample=False, min_new_tokens=3, max_new_tokens=3, **options)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_decides_is_not_quantised(bits: int, tmp_path: Path) -> None:
+    wide_model().save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    model = Model.from_pretrained(tmp_path, quantization_config=config)
+    batch = tiny_batch(model.config)
+    stock = LlavaForConditionalGeneration.from_pretrained(tmp_path, quantization_config=config)
+    assert torch.equal(answers(model, batch, token_budget=1.0), answers(stock, batch))
+    assert answers(model, batch, token_budget=0.4).shape[1] == batch["input_ids"].shape[1] + 3
+    quantised = {name.split(".")[1] for name, module in model.named_modules() if "bit" in type(module).__name__}
+    assert "language_model" in quantised and not quantised & {"budget_token", "controller", "reducers"}
+    assert config.llm_int8_skip_modules is None, "the caller's configuration was written to"
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.4])
+@pytest.mark.parametrize("way", ["to the CPU", "to disk", "the tower on disk"])
+def test_weights_may_be_offloaded(way: str, budget: float, tmp_path: Path) -> None:
+    model = tiny_model()
+    batch = tiny_batch(model.config)
+    expected = answers(model, batch, token_budget=budget)
+    if way == "to the CPU":
+        cpu_offload(model, execution_device="cpu")
+    elif way == "to disk":
+        disk_offload(model, tmp_path / "offloaded", execution_device="cpu")
+    else:
+        model.save_pretrained(tmp_path / "saved")
+        places = {f"model.{name}": "cpu" for name, _ in model.model.named_children()} | {"lm_head": "cpu"}
+        model = Model.from_pretrained(
+            tmp_path / "saved",
+            device_map=places | {"model.vision_tower": "disk"},
+            offload_folder=tmp_path / "offloaded",
+        )
+    assert torch.equal(answers(model, batch, token_budget=budget), expected)
+
+
+def test_the_class_of_any_to_any_pipelines_is_one_of_the_model_s(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    assert type(AutoModelForMultimodalLM.from_pretrained(tmp_path)) is Model
+
+
+@pytest.fixture
+def armed(tmp_path: Path) -> Path:
+    """A folder whose tokenizer is code, which leaves a file behind when it runs."""
+    processor = build_digit_processor(image_size=32, patch_size=8)
+    tiny_model(image_token_index=processor.image_token_id).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "armed.py").write_text(
+        f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n"
+        "from transformers import PreTrainedTokenizerFast\nclass Armed(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    file = tmp_path / "tokenizer_config.json"
+    fields = json.loads(file.read_text()) | {
+        "tokenizer_class": "Armed",
+        "auto_map": {"AutoTokenizer": [None, "armed.Armed"]},
+    }
+    file.write_text(json.dumps(fields))
+    return tmp_path
+
+
+@pytest.mark.parametrize("consent", [None, False, True])
+def test_code_of_a_processor_runs_only_with_the_consent_that_the_model_was_loaded_with(
+    consent: bool | None, armed: Path
+) -> None:
+    model = Model.from_pretrained(armed, trust_remote_code=consent)
+    if consent:
+        assert isinstance(model.generate(Image.new("RGB", (32, 32)), QUESTION, max_new_tokens=2), str)
+    else:
+        with pytest.raises(ValueError, match="trust_remote_code=True"):
+            model.generate(Image.new("RGB", (32, 32)), QUESTION, max_new_tokens=2)
+    assert (armed / "ran").exists() == bool(consent)
