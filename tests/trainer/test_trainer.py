@@ -4,10 +4,11 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import EarlyStoppingCallback, EvalPrediction
+from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainingArguments
 
 from adavtp import (
     AdaVTPForConditionalGeneration,
@@ -363,6 +364,31 @@ def test_metrics_get_logits_and_labels_that_line_up(tmp_path: Path) -> None:
         assert metrics[f"eval_recomputed{name}"] == pytest.approx(metrics[f"eval_loss{name}"], abs=1e-5)
     # A metric that is no number has no mean, and is kept for every budget.
     assert metrics["eval_right_class_b0.3"] == "no number" and "eval_right_class" not in metrics
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.3])
+def test_transformers_own_trainer_trains_predicts_and_measures_in_the_mask_form(tmp_path: Path, budget: float) -> None:
+    ours = tiny_trainer(tmp_path, conversation_rows(4))
+    ours.model.config.update({"selection_output": "mask", "token_budget": budget})
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=1,
+        per_device_eval_batch_size=2,
+        label_smoothing_factor=0.1,
+        remove_unused_columns=False,
+    )
+    collator = BudgetCollator(digit_processor())
+    trainer = Trainer(
+        ours.model,
+        arguments,
+        train_dataset=conversation_rows(4),
+        data_collator=lambda rows: collator(rows) | {"token_budget": None},
+        compute_metrics=loss_per_row,
+    )
+    trainer.train()
+    prediction = trainer.predict(conversation_rows(4))
+    assert prediction.predictions.shape[:2] == prediction.label_ids.shape
+    assert np.isfinite(prediction.metrics["test_recomputed"])
 
 
 @pytest.mark.parametrize("metric", ["eval_loss", "eval_loss_b0.2"])

@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from ...modeling.processing_adavtp import readable_images
 
@@ -21,7 +21,7 @@ def decoded_image(image: Any) -> Image.Image:
         OSError, ValueError: if it is missing or broken; the message says how.
     """
     opened = image if isinstance(image, Image.Image) else _opened(_content(image))
-    return readable_images([_upright(opened)])[0]
+    return readable_images([opened])[0]
 
 
 def _content(image: Any) -> bytes:
@@ -39,20 +39,13 @@ def _content(image: Any) -> bytes:
     return content
 
 
-# Pillow's decoders and its reader of EXIF raise what they like for a broken file: OSError, SyntaxError, struct.error.
+# Pillow's decoders raise what they like for a broken file: OSError, SyntaxError, struct.error.
 def _opened(content: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(content))
         image.load()
         return image
     except UnidentifiedImageError as error:
-        raise ValueError(f"no image format that Pillow knows begins with {content[:16]!r}") from error
+        raise ValueError("it is of no image format that Pillow knows") from error
     except Exception as error:
         raise ValueError(f"cannot be decoded: {error}") from error
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception as error:
-        raise ValueError(f"its EXIF data cannot be read: {error}") from error
