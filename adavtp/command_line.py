@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .commands.ask import ask
-from .commands.console import Command, console
+from .commands.console import Command, console, trusts_remote_code
 from .commands.convert import convert
 from .commands.evaluate import evaluate
 from .commands.experiment import experiment
@@ -31,7 +31,7 @@ for command in (*LOOKING, plan, train, convert, merge, publish, publish_data, sp
     app.command(cls=Command)(command)
 
 
-@app.command()
+@app.command(cls=Command)
 def export(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder, such as a recipe's last stage.")],
     output: Annotated[Path, typer.Argument(help="Folder to write.")],
@@ -45,7 +45,9 @@ def export(
     """Write a folder for the Hub: weights, code, processor, and a card with the measured numbers."""
     from .hub_cards.export import export_checkpoint
 
-    folder = export_checkpoint(checkpoint, output, name, recipe, log, evaluation, base_model, license)
+    folder = export_checkpoint(
+        checkpoint, output, name, recipe, log, evaluation, base_model, license, trusts_remote_code()
+    )
     size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
     console.print(f"{folder}: {len(list(folder.iterdir()))} files, {size:.1f} MB")
 

@@ -22,6 +22,7 @@ def export_checkpoint(
     evaluations: Sequence[str | Path] | None = None,
     base_model: str | None = None,
     license: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """
     Writes a folder that loads anywhere with `AutoModel.from_pretrained(folder, trust_remote_code=True)`.
@@ -30,7 +31,7 @@ def export_checkpoint(
     everything could be written.
 
     Args:
-        checkpoint: folder or Hub repository with model and processor. The code of reducers that it brings is run.
+        checkpoint: folder or Hub repository with model and processor.
         output_dir: where to write: a new or empty folder, or one with an earlier export.
         name: what the card's snippet loads, such as the repository id; by default the name of `output_dir`.
         recipe: YAML file of the run; becomes `recipe.yaml`.
@@ -39,6 +40,7 @@ def export_checkpoint(
             [`TrainingRecord`] for what is in them. Of these three, what is not given is taken from the checkpoint's
             folder where it is there.
         base_model, license: what the card says, where [`origin_of`] could not tell.
+        trust_remote_code: whether code that the checkpoint brings may run, such as reducers of its own.
 
     Returns:
         `output_dir`.
@@ -51,8 +53,8 @@ def export_checkpoint(
     require_output_folder(output_dir, "an AdaVTP checkpoint", _is_checkpoint)
     record = TrainingRecord.found_in(checkpoint, recipe, training_logs, evaluations)
     origin = origin_of(checkpoint, record, base_model or (checkpoint if is_hub_id(checkpoint) else None), license)
-    model = AdaVTPForConditionalGeneration.from_pretrained(checkpoint, trust_remote_code=True)
-    processor = AdaVTPProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+    model = AdaVTPForConditionalGeneration.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    processor = AdaVTPProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     with folder_beside(output_dir) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)

@@ -71,14 +71,17 @@ def _correct_card(path: Path, base: str | None) -> None:
     card.save(path)
 
 
-def load_adapter(adapter: str | Path, base: str | None = None, **kwargs: Any) -> "PeftModel":
+def load_adapter(
+    adapter: str | Path, base: str | None = None, trust_remote_code: bool = False, **kwargs: Any
+) -> "PeftModel":
     """
     A base checkpoint with its adapter, as it was trained: with the reducer of then and everything else.
 
     Args:
         adapter: folder that [`AdaVTPTrainer`] wrote for a model with adapters, or one that PEFT wrote.
         base: folder or Hub repository of the checkpoint; by default what the adapter says, see [`base_of`].
-        kwargs: of `from_pretrained` for the base. Its code is run where it brings reducers.
+        trust_remote_code: whether code that adapter and base bring may run, such as reducers of their own.
+        kwargs: of `from_pretrained` for the base.
 
     Raises:
         ValueError: if there is no adapter in the folder, it does not fit the base, or neither has some weights.
@@ -93,13 +96,13 @@ def load_adapter(adapter: str | Path, base: str | None = None, **kwargs: Any) ->
         if any((adapter / file).is_file() for file in CUSTOM_FILES):
             entries = [*config.reducers, *config.trained_reducers]
             names = [entry if isinstance(entry, str) else entry["name"] for entry in entries]
-            load_custom_reducers(str(adapter), [name for name in names if name != "adaptive"], trust_remote_code=True)
+            load_custom_reducers(str(adapter), [name for name in names if name != "adaptive"], trust_remote_code)
         kwargs |= {"config": config}
     try:
         if "config" in kwargs:
             _require_same_sizes(kwargs["config"], AdaVTPConfig.from_pretrained(base), adapter, base)
         model, info = AdaVTPForConditionalGeneration.from_pretrained(
-            base, trust_remote_code=True, output_loading_info=True, **kwargs
+            base, trust_remote_code=trust_remote_code, output_loading_info=True, **kwargs
         )
     except OSError as error:
         raise OSError(
@@ -174,7 +177,9 @@ def _require_fit(model: "PeftModel", adapter: Path, base: str, missing_in_base: 
         )
 
 
-def merge_adapter(adapter: str | Path, output_dir: str | Path, base: str | None = None) -> Path:
+def merge_adapter(
+    adapter: str | Path, output_dir: str | Path, base: str | None = None, trust_remote_code: bool = False
+) -> Path:
     """
     Writes the ordinary checkpoint that a base and its adapter are together: W + (alpha / r) B A.
 
@@ -183,7 +188,7 @@ def merge_adapter(adapter: str | Path, output_dir: str | Path, base: str | None 
     none.
 
     Args:
-        adapter, base: see [`load_adapter`].
+        adapter, base, trust_remote_code: see [`load_adapter`].
         output_dir: a folder that is new or empty. Nothing is in it unless everything could be written.
 
     Returns:
@@ -198,10 +203,11 @@ def merge_adapter(adapter: str | Path, output_dir: str | Path, base: str | None 
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ValueError(f"`output_dir` is {str(output_dir)!r}, which has something in it; name a new folder.")
     base = base_of(adapter) if base is None else base
-    adapted = load_adapter(adapter, base)
+    adapted = load_adapter(adapter, base, trust_remote_code)
     merged = adapted.merge_and_unload(safe_merge=True)
     has_processor = (adapter / "processor_config.json").is_file()
-    processor = AdaVTPProcessor.from_pretrained(str(adapter) if has_processor else base, trust_remote_code=True)
+    source = str(adapter) if has_processor else base
+    processor = AdaVTPProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     # Beside it, so that it moves into place by renaming.
     with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as temporary:

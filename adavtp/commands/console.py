@@ -4,6 +4,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,10 +15,19 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 from typer.core import TyperCommand
+from yaml import YAMLError
 
 from ..hub_cards.publish import HubRefused
 
 console = Console()
+
+TRUST, DEBUG = "--trust-remote-code", "--debug"
+# Of every command.
+FLAGS = {
+    TRUST: "run the code that a checkpoint brings, such as reducers of its own.",
+    DEBUG: "show the traceback of an error.",
+}
+_TRUSTS: ContextVar[bool] = ContextVar(TRUST, default=False)
 
 _CHECKPOINT = "Checkpoint folder or Hub repository. Default: the digit-scenes reference."
 CheckpointArgument = Annotated[str | None, typer.Argument(help=_CHECKPOINT)]
@@ -42,19 +52,29 @@ ReducersOption = Annotated[
 
 class Command(TyperCommand):
     """
-    A command whose options take several values after one name, `--budgets 0.2 0.4`, and that answers what is refused
-    with the reason.
+    A command whose options take several values after one name, `--budgets 0.2 0.4`; that answers a mistake with one
+    sentence; and that runs a checkpoint's own code only when it is told to.
     """
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings | {"epilog": " ".join(map(": ".join, FLAGS.items()))})
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
         """See [`TyperCommand`]."""
+        for name in FLAGS:
+            ctx.meta[name] = name in args
+        args = [argument for argument in args if argument not in FLAGS]
         several = {name for option in self.params if getattr(option, "multiple", False) for name in option.opts}
         return super().parse_args(ctx, repeated_options(args, several))
 
     def invoke(self, ctx: typer.Context) -> Any:
         """See [`TyperCommand`]."""
-        with refusals_shown():
-            return super().invoke(ctx)
+        consent = _TRUSTS.set(ctx.meta[TRUST])
+        try:
+            with mistakes_shown(ctx.meta[DEBUG]):
+                return super().invoke(ctx)
+        finally:
+            _TRUSTS.reset(consent)
 
 
 def repeated_options(arguments: list[str], several: set[str]) -> list[str]:
@@ -76,14 +96,32 @@ def repeated_options(arguments: list[str], several: set[str]) -> list[str]:
     return written
 
 
+def trusts_remote_code() -> bool:
+    """Whether the running command may run the code that a checkpoint brings."""
+    return _TRUSTS.get()
+
+
 @contextmanager
-def refusals_shown() -> Iterator[None]:
-    """A value that is refused ends the command with code 2, what the Hub refuses with code 1; both with the reason."""
+def mistakes_shown(with_traceback: bool = False) -> Iterator[None]:
+    """
+    A user's mistake is a sentence and exit code 2; what the Hub refuses, a sentence and code 1. An error that is
+    neither is our fault, code 1, and says so.
+    """
     try:
         yield
-    except (ValueError, HubRefused) as error:
-        console.print(f"[red]{escape(str(error))}[/red]")
-        raise typer.Exit(1 if isinstance(error, HubRefused) else 2) from error
+    except Exception as error:
+        # What typer raises to end a command says how.
+        if with_traceback or isinstance(error, typer.Abort) or hasattr(error, "exit_code"):
+            raise
+        is_mistake = isinstance(error, (ValueError, OSError, ImportError, YAMLError))
+        if is_mistake or isinstance(error, HubRefused):
+            console.print(f"[red]{escape(str(error))}[/red]")
+        else:
+            console.print(
+                f"[red]{type(error).__name__}: {escape(str(error))}[/red]\nThis is a fault of AdaVTP and not yours. "
+                "Please report it, with what the same command prints with --debug."
+            )
+        raise typer.Exit(2 if is_mistake and not isinstance(error, HubRefused) else 1) from error
 
 
 def reference_checkpoint() -> Path:
@@ -112,8 +150,9 @@ def load_checkpoint(checkpoint: str | None) -> tuple:
             "and its base."
         )
     try:
-        model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True).eval()
-        model.processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+        trusts = trusts_remote_code()
+        model = AutoModel.from_pretrained(checkpoint, trust_remote_code=trusts).eval()
+        model.processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=trusts)
     except OSError as error:
         raise typer.BadParameter(f"`checkpoint` is {checkpoint!r}, which could not be loaded: {error}") from error
     return model, model.processor

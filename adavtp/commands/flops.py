@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..evaluation.settings import FULL, budget_of_text, exact_budget, reducer_of_text
-from .console import console, refusals_shown
+from .console import console
 
 if TYPE_CHECKING:
     from ..configuration.configuration_adavtp import AdaVTPConfig
@@ -47,30 +47,29 @@ def flops(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Count FLOPs of vision tower, reducer, projector, prefill and decode, without allocating weights."""
-    with refusals_shown():
-        if published:
-            _print_published(as_json)
-            return
-        from ..evaluation.flops_conventions import count_flops, latency_plan
-        from ..modeling.costs.model_costs import ModelCosts
-        from ..modeling.families.llava import LLAVA
+    if published:
+        _print_published(as_json)
+        return
+    from ..evaluation.flops_conventions import count_flops, latency_plan
+    from ..modeling.costs.model_costs import ModelCosts
+    from ..modeling.families.llava import LLAVA
 
-        config = model_config(preset, checkpoint, visual_tokens)
-        num_patches = LLAVA.tokens_per_image(config)
-        token_budget = None if budget is None else exact_budget(budget_of_text(budget), num_patches)
-        asked = None if reducer is None else reducer if reducer == FULL else reducer_of_text(reducer)
-        plan = None if latency is None else latency_plan(latency, config.text_config, latency_unit)
-        counted = count_flops(
-            ModelCosts.of(config),
-            text_tokens,
-            convention,
-            token_budget=token_budget,
-            reducer=asked,
-            num_images=images,
-            new_tokens=new_tokens,
-            dtype=dtype,
-            plan=plan,
-        )
+    config = model_config(preset, checkpoint, visual_tokens)
+    num_patches = LLAVA.tokens_per_image(config)
+    token_budget = None if budget is None else exact_budget(budget_of_text(budget), num_patches)
+    asked = None if reducer is None else reducer if reducer == FULL else reducer_of_text(reducer)
+    plan = None if latency is None else latency_plan(latency, config.text_config, latency_unit)
+    counted = count_flops(
+        ModelCosts.of(config),
+        text_tokens,
+        convention,
+        token_budget=token_budget,
+        reducer=asked,
+        num_images=images,
+        new_tokens=new_tokens,
+        dtype=dtype,
+        plan=plan,
+    )
     settings = {
         "model": preset or str(checkpoint),
         "reducer_name": reducer or config.reducer,

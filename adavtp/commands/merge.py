@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .console import console
+from .console import console, trusts_remote_code
 
 
 def merge(
@@ -29,10 +29,7 @@ def merge(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     base = base_of(adapter) if base is None else base
-    try:
-        with console.status(f"Merging {adapter} into {base} ..."):
-            folder = merge_adapter(adapter, output, base)
-    except OSError as error:
-        raise typer.BadParameter(str(error)) from error
+    with console.status(f"Merging {adapter} into {base} ..."):
+        folder = merge_adapter(adapter, output, base, trusts_remote_code())
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e6
     console.print(f"{folder}: {base} with {adapter}, {size:.1f} MB of weights")

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .console import command_as_typed, console, refusals_shown
+from .console import command_as_typed, console
 from .flops import Checkpoint, Preset, model_config
 
 if TYPE_CHECKING:
@@ -69,31 +69,30 @@ def plan(
     from ..evaluation.training_memory import Layout
     from ..modeling.costs.training_step import Step
 
-    with refusals_shown():
-        file = measured or (MEASURED if MEASURED.is_file() else None)
-        found = None if file is None else MeasuredStep.of_file(file)
-        if document is not None:
-            if preset is not None or checkpoint is not None:
-                raise ValueError("`--document` has its own models; leave `--preset` and `--checkpoint` out.")
-            _write_page(document, found, measured or MEASURED, (utilisation, text_tokens, longest, reserve))
-            return
-        run = Run(
-            config=model_config(preset, checkpoint, None),
-            step=Step(train_parts, lora, checkpointing, gates, tuple(loss)),
-            layout=Layout(strategy, gpus, reserve * GIB),
-            budget_range=tuple(budget_range),
-            per=per,
-            samples=samples,
-            text_tokens=text_tokens,
-            longest=longest,
-            quantize=quantize,
-        )
-        if micro_batch is None:
-            micro_batch = run.largest_micro_batch(gpu_memory * GIB) or 1
-        run = replace(run, micro_batch=micro_batch)
-        overhead = None if found is None else found.overhead
-        rows = [run.hours(peak * 1e12, share, overhead) for share in utilisation]
-        counted = run.as_dict()
+    file = measured or (MEASURED if MEASURED.is_file() else None)
+    found = None if file is None else MeasuredStep.of_file(file)
+    if document is not None:
+        if preset is not None or checkpoint is not None:
+            raise ValueError("`--document` has its own models; leave `--preset` and `--checkpoint` out.")
+        _write_page(document, found, measured or MEASURED, (utilisation, text_tokens, longest, reserve))
+        return
+    run = Run(
+        config=model_config(preset, checkpoint, None),
+        step=Step(train_parts, lora, checkpointing, gates, tuple(loss)),
+        layout=Layout(strategy, gpus, reserve * GIB),
+        budget_range=tuple(budget_range),
+        per=per,
+        samples=samples,
+        text_tokens=text_tokens,
+        longest=longest,
+        quantize=quantize,
+    )
+    if micro_batch is None:
+        micro_batch = run.largest_micro_batch(gpu_memory * GIB) or 1
+    run = replace(run, micro_batch=micro_batch)
+    overhead = None if found is None else found.overhead
+    rows = [run.hours(peak * 1e12, share, overhead) for share in utilisation]
+    counted = run.as_dict()
     if as_json:
         others = {"hours": rows, "micro_batch": micro_batch, "overhead": overhead, "gpus": gpus}
         typer.echo(json.dumps(counted | others))

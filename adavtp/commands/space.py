@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from .console import CheckpointArgument, console, reference_checkpoint
+from .console import CheckpointArgument, console, reference_checkpoint, trusts_remote_code
 
 
 def space(
@@ -48,6 +48,11 @@ def space(
             "package with its extra \\[space]."
         )
         raise typer.Exit(2)
+    if checkpoint is not None and not trusts_remote_code():
+        raise typer.BadParameter(
+            f"`checkpoint` is {checkpoint!r}; the page loads it as the Hub does, with the code that it brings. Add "
+            "--trust-remote-code if you trust it."
+        )
     checkpoint = checkpoint or str(reference_checkpoint())
     if port is not None:
         _require_free(port)
