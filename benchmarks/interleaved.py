@@ -1,5 +1,6 @@
 """Timing that survives a noisy machine: callables take turns, and what is compared ran side by side."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -49,8 +50,9 @@ def interleaved_medians(
     device: torch.device | str = "cpu",
 ) -> dict[str, Spread]:
     """
-    Times callables in rounds: each round calls every one of them once, starting with another one each time, so that a
-    machine that slows down slows all of them down.
+    Times callables in rounds: each round calls every one of them once, in an order that is shuffled anew, so that a
+    machine that slows down slows all of them down, and that none always follows the same other one, whose memory it
+    would get.
 
     Args:
         callables: name -> what is timed.
@@ -72,10 +74,9 @@ def interleaved_medians(
     if clock not in CLOCKS or (on_gpu and clock != "wall"):
         raise ValueError(f"`clock` is {clock!r}; allowed are {', '.join(CLOCKS)}, and on a GPU only 'wall'.")
     wait = torch.cuda.synchronize if on_gpu else lambda: None
-    names, seconds = list(callables), {name: [] for name in callables}
+    names, seconds, order = list(callables), {name: [] for name in callables}, random.Random(0)
     for number in range(warm_up + repeats):
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
+        for name in order.sample(names, len(names)):
             wait()
             start = CLOCKS[clock]()
             callables[name]()

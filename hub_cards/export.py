@@ -1,6 +1,5 @@
 """From a training run's checkpoint to a folder for the Hub: weights, code, processor, card and what the card cites."""
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
 from ..modeling.processing_adavtp import AdaVTPProcessor
 from .licence import origin_of
 from .output_folder import folder_beside, require_output_folder
-from .published_folder import CARRIED, FORMER, KINDS, add_card, files_by_kind
+from .published_folder import CARRIED, FORMER, KINDS, add_card, files_by_kind, model_type_in
 from .training_record import TrainingRecord, is_hub_id
 
 
@@ -68,7 +67,7 @@ def export_checkpoint(
 
 def _is_checkpoint(folder: Path) -> bool:
     config = folder / "config.json"
-    return config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") == "adavtp"
+    return config.is_file() and model_type_in(config) == "adavtp"
 
 
 def _move_into(folder: Path, output_dir: Path) -> None:

@@ -5,7 +5,6 @@ same commit, so that nobody loads last month's shard beside this month's index; 
 stays. What the Hub refuses comes back as a sentence that says what to do.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -17,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from .licence import Origin
-from .published_folder import FORMER, KINDS
+from .published_folder import FORMER, KINDS, model_type_in
 
 # A licence may have been put into the repository by hand, and is never taken away.
 MODEL_FILES = (*FORMER, *(pattern for kind, patterns in KINDS.items() if kind != "licence" for pattern in patterns))
@@ -121,8 +120,7 @@ def upload(
 
 def _require_adavtp(api: HfApi, repo_id: str, revision: str | None) -> None:
     """That what is replaced is an earlier publication, and not another model under a name that was mistyped."""
-    config = Path(api.hf_hub_download(repo_id, "config.json", revision=revision))
-    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    kind = model_type_in(Path(api.hf_hub_download(repo_id, "config.json", revision=revision)))
     if kind != "adavtp":
         raise HubRefused(f"{repo_id} has a {kind!r} model, which would be replaced; choose another name.")
 

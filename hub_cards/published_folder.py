@@ -99,6 +99,19 @@ def add_card(folder: Path, name: str, record: TrainingRecord, origin: Origin) ->
     model_card(folder, name, record, origin).save(folder / "README.md")
 
 
+def model_type_in(config: Path) -> str | None:
+    """
+    What a config.json says the model is.
+
+    Raises:
+        ValueError: if it is no JSON object.
+    """
+    fields = json.loads(config.read_text(encoding="utf-8"))
+    if not isinstance(fields, dict):
+        raise ValueError(f"{str(config)!r} holds a {type(fields).__name__}; expected is a JSON object.")
+    return fields.get("model_type")
+
+
 def _require_whole(checkpoint: Path, files: dict[str, list[Path]]) -> None:
     """That the folder has what a model needs to be loaded anywhere."""
     if not checkpoint.is_dir():
@@ -107,7 +120,7 @@ def _require_whole(checkpoint: Path, files: dict[str, list[Path]]) -> None:
     if (checkpoint / "adapter_config.json").is_file():
         raise ValueError(f"{named} an adapter; `adavtp merge` makes a whole checkpoint of it, which can be published.")
     config = checkpoint / "config.json"
-    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.is_file() else None
+    kind = model_type_in(config) if config.is_file() else None
     if kind != "adavtp":
         found = f"a {kind!r} model" if kind else "no config.json"
         advice = "; `adavtp convert` makes a checkpoint of it" if kind == "llava" else ""

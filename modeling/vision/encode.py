@@ -44,6 +44,8 @@ class TowerPass:
         self.budget_is_first = token is not None and config.budget_token_place == "first"
         self.num_before = int(config.has_cls) + int(self.budget_is_first)
         self.num_after = int(token is not None and not self.budget_is_first)
+        # The mask of every layer that has as many tokens.
+        self._hiding: dict[int, torch.Tensor] = {}
         if token is not None and config.budget_attention == "read_only":
             _require_mask(tower)
 
@@ -116,11 +118,13 @@ class TowerPass:
         if self.token is None or self.config.budget_attention == "mutual":
             return bias
         num_tokens = hidden_states.shape[1]
-        index = 0 if self.budget_is_first else num_tokens - 1
-        mask = hidden_states.new_zeros(num_tokens, num_tokens)
-        mask[:, index] = torch.finfo(mask.dtype).min
-        mask[index, index] = 0.0
-        return mask[None, None] if bias is None else bias + mask
+        if num_tokens not in self._hiding:
+            index = 0 if self.budget_is_first else num_tokens - 1
+            mask = hidden_states.new_zeros(1, 1, num_tokens, num_tokens)
+            mask[..., index] = torch.finfo(mask.dtype).min
+            mask[..., index, index] = 0.0
+            self._hiding[num_tokens] = mask
+        return self._hiding[num_tokens] if bias is None else bias + self._hiding[num_tokens]
 
 
 def encode_image(

@@ -68,9 +68,12 @@ def test_decoding(tmp_path: Path) -> None:
 def test_callables_take_turns() -> None:
     calls = []
     names = ["a", "b", "c"]
-    spreads = interleaved.interleaved_medians({name: lambda name=name: calls.append(name) for name in names}, 2)
-    assert "".join(calls) == "abcbcacab"
-    assert [len(spread.repeats) for spread in spreads.values()] == [2, 2, 2]
+    spreads = interleaved.interleaved_medians({name: lambda name=name: calls.append(name) for name in names}, 5)
+    rounds = {tuple(calls[start : start + 3]) for start in range(0, 18, 3)}
+    assert {tuple(sorted(order)) for order in rounds} == {("a", "b", "c")}
+    # In every round, but not in the same order: nobody always follows the same other one.
+    assert len(rounds) > 2
+    assert [len(spread.repeats) for spread in spreads.values()] == [5, 5, 5]
 
 
 def test_ratio_is_of_each_round() -> None:
