@@ -138,7 +138,7 @@ def load_checkpoint(checkpoint: str | None) -> tuple:
     Raises:
         typer.BadParameter: if there is no such checkpoint, or a file of it is broken.
     """
-    from transformers import AutoModel, AutoProcessor
+    from transformers import AutoConfig, AutoModel, AutoProcessor
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -149,12 +149,23 @@ def load_checkpoint(checkpoint: str | None) -> tuple:
             f"`checkpoint` is {checkpoint!r}, an adapter; `adavtp merge {checkpoint} FOLDER` makes a checkpoint of it "
             "and its base."
         )
+    trusts = trusts_remote_code()
     try:
-        trusts = trusts_remote_code()
+        # Of another kind of model, the Auto classes would build whatever its configuration leaves out in full size.
+        kind = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trusts).model_type
+        if kind != "adavtp":
+            advice = "; `adavtp convert` makes a checkpoint of it" if kind == "llava" else ""
+            raise typer.BadParameter(
+                f"`checkpoint` is {checkpoint!r}, a {kind!r} model; expected is an 'adavtp' model{advice}."
+            )
         model = AutoModel.from_pretrained(checkpoint, trust_remote_code=trusts).eval()
         model.processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=trusts)
-    except OSError as error:
-        raise typer.BadParameter(f"`checkpoint` is {checkpoint!r}, which could not be loaded: {error}") from error
+    except (ValueError, typer.BadParameter):
+        raise
+    # Loaders raise what they like for a broken file.
+    except Exception as error:
+        said = error if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        raise typer.BadParameter(f"`checkpoint` is {checkpoint!r}, which could not be loaded: {said}") from error
     return model, model.processor
 
 

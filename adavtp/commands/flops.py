@@ -94,9 +94,11 @@ def model_config(preset: str | None, checkpoint: Path | None, visual_tokens: int
         return preset_config(preset, visual_tokens)
     from ..configuration.configuration_adavtp import AdaVTPConfig
     from ..modeling.families.llava import LLAVA
+    from ..modeling.hub.loading import check_configuration
 
     if not (checkpoint / "config.json").is_file():
         raise ValueError(f"`checkpoint` is '{checkpoint}'; a folder with a config.json is needed.")
+    check_configuration(AdaVTPConfig, checkpoint, {})
     config = AdaVTPConfig.from_pretrained(checkpoint)
     if visual_tokens not in (None, LLAVA.tokens_per_image(config)):
         size = LLAVA.tokens_per_image(config)

@@ -55,7 +55,7 @@ class CompleteLoadingMixin:
             OSError: if there is no configuration, there are no weights, or a weight file is cut off.
         """
         if not isinstance(config, PreTrainedConfig):
-            _check_configuration(cls.config_class, config or pretrained_model_name_or_path, kwargs)
+            check_configuration(cls.config_class, config or pretrained_model_name_or_path, kwargs)
         kwargs.setdefault("use_safetensors", True)
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = _sparing_new_modules(kwargs["quantization_config"])
@@ -109,12 +109,21 @@ def new_module_of(name: str) -> str | None:
     return ".".join(parts[:2]) if parts[0] == "reducers" else None
 
 
-def _check_configuration(
+def check_configuration(
     config_class: type[PreTrainedConfig], source: str | PathLike[str] | None, kwargs: dict[str, Any]
 ) -> None:
+    """
+    That a checkpoint's configuration is there and of a model that can be read.
+
+    Raises:
+        ValueError: if it is of another kind of model.
+        OSError: if there is none.
+    """
     # Where there is no file, transformers would build LLaVA-1.5-7B, its default, with random weights.
     hub_kwargs = {key: value for key, value in kwargs.items() if key not in ("trust_remote_code", "model_type")}
     fields = {} if source is None else config_class.get_config_dict(source, **hub_kwargs)[0]
+    if not isinstance(fields, dict):
+        raise ValueError(f"The config.json in {str(source)!r} holds a {type(fields).__name__}, not a JSON object.")
     if not fields and find_adapter_config_file(source, subfolder=kwargs.get("subfolder", "")):
         return  # A PEFT adapter says itself which checkpoint it belongs to, and that one is loaded.
     if not fields:

@@ -1,6 +1,5 @@
 """Loading in the ways that people load any model: quantised, offloaded, by any Auto class, with code or without."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from PIL import Image
 from transformers import AutoModelForMultimodalLM, BitsAndBytesConfig, LlavaForConditionalGeneration
 
 from adavtp import AdaVTPForConditionalGeneration
-from adavtp.tasks.digit_scenes.processor import build_digit_processor
+from armed_folders import armed_folder
 from tiny_models import tiny_batch, tiny_model, tiny_text_config, tiny_vision_config
 
 Model = AdaVTPForConditionalGeneration
@@ -71,21 +70,7 @@ def test_the_class_of_any_to_any_pipelines_is_one_of_the_model_s(tmp_path: Path)
 
 @pytest.fixture
 def armed(tmp_path: Path) -> Path:
-    """A folder whose tokenizer is code, which leaves a file behind when it runs."""
-    processor = build_digit_processor(image_size=32, patch_size=8)
-    tiny_model(image_token_index=processor.image_token_id).save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    (tmp_path / "armed.py").write_text(
-        f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n"
-        "from transformers import PreTrainedTokenizerFast\nclass Armed(PreTrainedTokenizerFast):\n    pass\n"
-    )
-    file = tmp_path / "tokenizer_config.json"
-    fields = json.loads(file.read_text()) | {
-        "tokenizer_class": "Armed",
-        "auto_map": {"AutoTokenizer": [None, "armed.Armed"]},
-    }
-    file.write_text(json.dumps(fields))
-    return tmp_path
+    return armed_folder(tmp_path)
 
 
 @pytest.mark.parametrize("consent", [None, False, True])
