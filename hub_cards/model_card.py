@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, get_local_safetensors_metadata
+from huggingface_hub.errors import SafetensorsParsingError
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
 from ..evaluation.settings import FULL
@@ -47,7 +48,10 @@ def model_card(folder: str | Path, name: str, record: TrainingRecord, origin: Or
     config = AdaVTPConfig.from_pretrained(folder)
     tokenizer = AdaVTPProcessor.from_pretrained(folder).tokenizer
     # From the headers of the weight files: the number of parameters of each data type.
-    numbers = get_local_safetensors_metadata(folder).parameter_count
+    try:
+        numbers = get_local_safetensors_metadata(folder).parameter_count
+    except SafetensorsParsingError as error:
+        raise ValueError(f"A weight file is not whole; copy or download it again. {error}") from error
     dtype = max(numbers, key=numbers.get)
     digit_scenes = record.is_digit_scenes and origin.base_model is None
     return ModelCard.from_template(

@@ -56,8 +56,19 @@ class AdaVTPProcessor(LlavaProcessor):
         """
         Loads a processor. See [`ProcessorMixin.from_pretrained`]. What older folders leave to the model's
         configuration, how many placeholders an image has, is taken from there.
+
+        Raises:
+            ValueError: if a file is not what it should be.
+            OSError: if one is not there.
         """
-        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        try:
+            processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        # Where a file holds a list and should hold fields, transformers stumbles as it may.
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"The processor in {str(pretrained_model_name_or_path)!r} cannot be read ({error}); copy or download "
+                "its files again."
+            ) from error
         if processor.patch_size is None:
             of_hub = {name: kwargs[name] for name in ("cache_dir", "revision", "subfolder", "token") if name in kwargs}
             fields, _ = AdaVTPConfig.get_config_dict(pretrained_model_name_or_path, **of_hub)

@@ -56,6 +56,8 @@ def test_a_damaged_checkpoint_is_a_sentence(damage: str, tmp_path: Path) -> None
     result = run("ask", Path("docs/scene.png").resolve(), "q", "--checkpoint", folder)
     assert result.exit_code == 2, text_of(result)
     assert "fault of AdaVTP" not in text_of(result)
+    published = run("publish", folder, "user/name", "--dry-run", "--license", "mit")
+    assert published.exit_code == 2 and "fault of AdaVTP" not in text_of(published), text_of(published)
     if damage.startswith(("a configuration", "a budget", "a text")):
         for command in (["flops", "--checkpoint", folder], ["plan", "--checkpoint", folder]):
             result = run(*command)
