@@ -7,6 +7,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from adavtp.commands.console import Command
 from adavtp.commands.flops import flops
 from adavtp.evaluation.flops_conventions import count_flops, latency_plan, published_rows
 from adavtp.modeling.costs.model_costs import ModelCosts
@@ -120,7 +121,7 @@ def test_published_figures_come_out_or_the_row_says_why_not() -> None:
 
 def run(*arguments: str) -> tuple[int, str]:
     app = typer.Typer()
-    app.command()(flops)
+    app.command(cls=Command)(flops)
     result = CliRunner().invoke(app, [*arguments])
     return result.exit_code, result.output
 

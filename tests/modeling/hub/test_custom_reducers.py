@@ -326,7 +326,9 @@ def test_a_reducer_whose_weights_stay_in_the_checkpoint_goes_with_it(
 
 def test_an_export_brings_the_reducer_along(mine_folder: Path, tmp_path: Path) -> None:
     digit_processor().save_pretrained(mine_folder)
-    folder = export_checkpoint(mine_folder, tmp_path / "exported")
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        export_checkpoint(mine_folder, tmp_path / "exported")
+    folder = export_checkpoint(mine_folder, tmp_path / "exported", trust_remote_code=True)
     assert (folder / CUSTOM).read_text() == (mine_folder / CUSTOM).read_text()
 
 
