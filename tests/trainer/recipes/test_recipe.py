@@ -326,6 +326,10 @@ EVALUATION = {"questions": 6, "budgets": [1.0], "reducers": ["adaptive"]}
         (PLAIN | {"stages": []}, "at least one"),
         (PLAIN | {"stages": None}, "at least one"),
         (PLAIN | {"stages": [STAGE, STAGE]}, "no name twice"),
+        *(
+            (PLAIN | {"stages": [STAGE | {"name": name}]}, "`name` names a folder of the run")
+            for name in ("../outside", "/outside", "a/b", "", ".", "..", ".hidden", "a b", 3, None)
+        ),
         (PLAIN | {"stages": [STAGE | {"steps": 3}]}, "steps"),
         (PLAIN | {"stages": [without("name", STAGE)]}, "missing field.*name"),
         (PLAIN | {"stages": ["see"]}, "found 'see'"),
