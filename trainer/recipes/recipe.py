@@ -76,8 +76,8 @@ class Stage:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ValueError(
-                f"stage {self.name!r}: `name` names a folder of the run; allowed are letters, digits and _, and behind "
-                "the first of them also . and -."
+                f"stage {self.name!r}: `name` names a folder of the run; allowed are letters, digits and _, and "
+                "behind the first of them also . and -."
             )
         if self.kind not in STAGE_KINDS:
             raise ValueError(f"stage {self.name!r}: `kind` is {self.kind!r}; allowed are {', '.join(STAGE_KINDS)}.")
