@@ -199,13 +199,6 @@ class AdaVTPConfig(LlavaConfig):
                 "kept, and an int >= 2, their number."
             )
 
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "AdaVTPConfig":
-        """See [`PreTrainedConfig.from_dict`]."""
-        if not isinstance(config_dict, dict):
-            raise ValueError(f"The configuration is a {type(config_dict).__name__}; expected are fields and values.")
-        return super().from_dict(config_dict, **kwargs)
-
     @property
     def reducer(self) -> str:
         """The reducers' names, joined by ", "."""

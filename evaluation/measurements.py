@@ -21,6 +21,7 @@ from transformers import Cache, StoppingCriteria
 from transformers.utils import ModelOutput
 
 from ..modeling.budget.schedule import StackBudget
+from ..modeling.evaluation_mode import evaluating
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration, ReducerSpec
 from .settings import FULL, Setting
 
@@ -327,15 +328,3 @@ def garbage_kept() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode, and at the end for every module the mode that it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -6,13 +6,12 @@ matches ids (maximum lengths, penalties, prompt lookup, streamers, stopping crit
 an ordinary prompt with fewer placeholders and as many features.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.image_utils import ImageInput
 from transformers.masking_utils import create_masks_for_generate
 from transformers.processing_utils import ProcessorMixin
@@ -29,6 +28,7 @@ from .decoder.pruned_cache import (
     new_columns,
     pruned_cache,
 )
+from .evaluation_mode import evaluating
 from .prompt import PreparedInputs, Prompt, check_columns
 
 if TYPE_CHECKING:
@@ -241,7 +241,8 @@ class AdaVTPGenerationMixin(GenerationMixin):
         decoding loop, this is the one that sees ids, mask and positions together while there is one row per prompt.
         """
         call = model_kwargs.pop("pruned_prompt", None)
-        with _in_evaluation(self.model):
+        # In training a choice is drawn, and hides what it drops; here it is made, and what it drops leaves.
+        with evaluating(self.model):
             model_kwargs, pruned = self._prune_prompt(input_ids, model_kwargs)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
@@ -421,18 +422,6 @@ class AdaVTPGenerationMixin(GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-
-
-@contextmanager
-def _in_evaluation(model: PreTrainedModel) -> Iterator[None]:
-    """A model in training draws its choice, and hides what it drops; one that generates chooses, and drops."""
-    in_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in in_training:
-            module.training = True
 
 
 def _ends_in_padding(attention_mask: torch.Tensor | None) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..modeling.evaluation_mode import evaluating
 from ..modeling.reducers.adaptive import VisionTokenController
 from .data.chat_template import IGNORED
 from .trained_parts import adavtp_model_of
@@ -42,18 +43,6 @@ def recorded_scores(controller: VisionTokenController) -> Iterator[list[torch.Te
         yield recorded
     finally:
         del controller.scores
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts a model into evaluation mode, and every module back into the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def target_logits(outputs: Any) -> torch.Tensor:

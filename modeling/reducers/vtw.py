@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..decoder.layer_counts import distinct_cuts, in_proportion, unreachable
 from ..decoder.view import DecoderView
+from ..evaluation_mode import evaluating
 from .base import register_reducer
 from .one_cut import FirstCutReducer
 
@@ -98,9 +99,7 @@ def choose_withdrawal_layer(
         raise ValueError("`batches` holds prompts padded on the right; the answer's place has to be the last column.")
     num_layers = model.config.text_config.num_hidden_layers
     layers = range(in_proportion(5, num_layers), num_layers) if layers is None else layers
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         full = [_log_probabilities(model, batch, token_budget=1.0) for batch in batches]
         divergences = {}
         for layer in layers:
@@ -109,8 +108,6 @@ def choose_withdrawal_layer(
             divergences[layer] = _mean_divergence(torch.cat(withdrawn), torch.cat(full))
             if divergences[layer] <= threshold:
                 return layer
-    finally:
-        model.train(was_training)
     raise ValueError(
         f"`threshold` is {threshold}, and no layer's mean divergence is as low: "
         f"{', '.join(f'{layer}: {divergence:.2g}' for layer, divergence in divergences.items())}."

@@ -1,7 +1,5 @@
 """Calls of `generate` that nobody would think of, against the stock decoder on a prompt that was pruned by hand."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -13,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from adavtp import AdaVTPForConditionalGeneration
+from adavtp.modeling.evaluation_mode import evaluating
 from adavtp.modeling.reducers.base import REDUCERS
 from layered_reader import LayeredReader, as_conversation
 from tiny_models import (
@@ -202,12 +201,3 @@ def _why_not(
         if "pixel_values" in sample
     )
     return next(filter(None, reasons), None)
-
-
-@contextmanager
-def evaluating(model: AdaVTPForConditionalGeneration) -> Iterator[None]:
-    """A model in training generates what it does in evaluation, so that is what the reference is asked in."""
-    was_training = model.training
-    model.eval()
-    yield
-    model.train(was_training)
