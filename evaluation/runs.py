@@ -16,12 +16,13 @@ from .records import check_record, check_types, read_record
 
 HEADER, ANSWERS, PICTURES = "run.json", "answers.jsonl", "pictures"
 
-HEADER_FIELDS = {"settings": list[dict], "unreachable": list[dict], "command": str, "num_examples": int}
-HEADER_FIELDS |= dict.fromkeys(("checkpoint", "checkpoint_hash", "data_hash", "metric"), str)
-MORE_OF_HEADER = {"data": str, "split": str, "machine": str, "versions": dict[str, str], "figures": list[dict] | None}
-MORE_OF_HEADER |= {"measurements": list[dict] | None, "num_patches": int, "num_layers": int, "max_new_tokens": int}
+# Of every header; of one that a report is made of; and of some.
+HEADER_FIELDS = {"settings": list[dict], "unreachable": list[dict], "command": str}
+FINISHED_FIELDS = dict.fromkeys(("checkpoint", "checkpoint_hash", "data", "data_hash", "metric"), str)
+FINISHED_FIELDS |= dict.fromkeys(("num_examples", "num_patches", "num_layers"), int)
+MORE_OF_HEADER = {"split": str, "machine": str, "versions": dict[str, str], "max_new_tokens": int, **FINISHED_FIELDS}
+MORE_OF_HEADER |= dict.fromkeys(("figures", "measurements"), list[dict] | None)
 MORE_OF_HEADER |= dict.fromkeys(("seconds", "model_seconds", "evaluation_seconds"), float)
-
 MEASUREMENT = {"reducer": str, "device": str, "batch_size": int, "peak_memory_bytes": float, "kv_bytes": float}
 
 # What answers of one table have to have in common.

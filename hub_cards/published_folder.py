@@ -116,8 +116,8 @@ def require_no_adapter(checkpoint: str | Path) -> None:
     """`ValueError` if a folder has an adapter, which is no checkpoint without its base."""
     if (Path(checkpoint) / "adapter_config.json").is_file():
         raise ValueError(
-            f"`checkpoint` is {str(checkpoint)!r}, an adapter; `adavtp merge {checkpoint} FOLDER` makes a checkpoint "
-            "of it and its base."
+            f"`checkpoint` is {str(checkpoint)!r}, an adapter; `adavtp merge` makes a whole checkpoint of it and its "
+            "base."
         )
 
 

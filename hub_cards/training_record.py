@@ -22,8 +22,8 @@ FINISHED, CONVERSION = "finished.json", "conversion.json"
 # Fields that files of a record have, and those that they may have.
 EVALUATION = {"command": str, "versions": dict[str, str], "split": str, "num_questions": int, "rows": list[dict]}
 MORE_OF_EVALUATION = {"dataset": str, "metric": str, "machine": str}
-ROW = {"reducer": str, "num_keep": int} | dict.fromkeys(
-    ("budget", "accuracy", "accuracy_low", "accuracy_high", "decoder_tokens", "milliseconds"), float
+ROW = {"reducer": str, "budget": float, "num_keep": int} | dict.fromkeys(
+    ("accuracy", "accuracy_low", "accuracy_high", "decoder_tokens", "milliseconds"), float
 )
 MORE_OF_ROW = {"accuracy_by_kind": dict[str, float], "flops": float | None}
 LOG, STAGE = {"stage": dict, "log": list[dict]}, {"name": str, "kind": str}
