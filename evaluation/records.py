@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -52,15 +51,15 @@ def check_types(record: Mapping[str, Any], types: Mapping[str, Any], where: str)
 
 def is_of(value: Any, expected: Any) -> bool:
     """
-    Whether a value from a file is of a type as annotations write it. A whole number is a `float` too; a data class is
-    an object with its fields, of which somebody else knows more; and what no file can say is not looked at.
+    Whether a value from a file is of a type as annotations write it. A whole number is a `float` too, and what no file
+    can say is not looked at.
     """
     origin, inner = get_origin(expected) or expected, get_args(expected)
     if origin in (Union, UnionType):
         return any(is_of(value, one) for one in inner)
     if origin in (None, NoneType):
         return value is None
-    if origin is dict or is_dataclass(origin):
+    if origin is dict:
         keys, values = inner or (Any, Any)
         return isinstance(value, dict) and all(is_of(key, keys) and is_of(one, values) for key, one in value.items())
     if origin in (list, Sequence):

@@ -117,9 +117,10 @@ class Experiment:
         """Reads an experiment; `ValueError` if a field is unknown, missing or of another type, or a part twice."""
         content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=RecipeLoader)
         check_fields(content, cls, str(path))
-        for number, part in enumerate(content["parts"]):
+        parts = content["parts"] or []
+        for number, part in enumerate(parts):
             check_fields(part, Part, f"{path}, part {number}")
-        experiment = cls(**content | {"parts": [Part(**part) for part in content["parts"]]})
+        experiment = cls(**content | {"parts": [Part(**part) for part in parts]})
         for part in experiment.parts:
             part.budgets = part.budgets or experiment.budgets
             for budget in part.budgets:

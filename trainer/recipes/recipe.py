@@ -18,9 +18,9 @@ evaluation: {questions: 2400, budgets: [1.0, 0.4], reducers: [adaptive, random]}
 
 import re
 from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from transformers import TrainingArguments
@@ -164,14 +164,14 @@ class Recipe:
                 f"`model` has {', '.join(self.model) or 'no fields'}; it needs `checkpoint`, or `vision_config` and "
                 "`text_config`."
             )
-        if "checkpoint" not in self.model:
-            check_types(self.model, {"vision_config": dict, "text_config": dict}, "model")
-            check_record(self.model["vision_config"], {"image_size": int, "patch_size": int}, "`vision_config`")
         if self.stages[0].adapters and "checkpoint" not in self.model:
             raise ValueError(
                 f"stage {self.stages[0].name!r} is the first and has adapters, and `model` has no `checkpoint` that "
                 "they could belong to; name one, or train a stage without adapters before."
             )
+        if "checkpoint" not in self.model:
+            check_types(self.model, {"vision_config": dict, "text_config": dict}, "model")
+            check_record(self.model["vision_config"], {"image_size": int, "patch_size": int}, "`vision_config`")
         if self.evaluation:
             _check_names(self.evaluation, EVALUATION, "evaluation", EVALUATION)
             check_types(self.evaluation, EVALUATION, "evaluation")
@@ -198,7 +198,7 @@ class Recipe:
         """
         content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=RecipeLoader)
         check_fields(content, cls, str(path))
-        stages = content["stages"]
+        stages = content["stages"] or []
         for number, stage in enumerate(stages):
             check_fields(stage, Stage, f"{path}, stage {number}")
         return cls(**content | {"stages": [Stage(**stage) for stage in stages]})
@@ -228,7 +228,10 @@ def check_fields(content: Any, of: type, where: str) -> None:
         raise ValueError(f"{where}: found {content!r}; expected are fields, `name: value`.")
     needed = [f.name for f in fields(of) if f.default is MISSING and f.default_factory is MISSING]
     _check_names(content, [f.name for f in fields(of)], where, needed)
-    check_types(content, get_type_hints(of), where)
+    # A name has a rule of its own, and what a list of other data classes holds is checked as theirs.
+    types = {name: hint for name, hint in get_type_hints(of).items() if name != "name"}
+    lists = {name for name, hint in types.items() if any(map(is_dataclass, get_args(hint)))}
+    check_types(content, types | dict.fromkeys(lists, list | None), where)
 
 
 def _check_names(content: dict[str, Any], known: Iterable[str], where: str, needed: Iterable[str] = ()) -> None:
