@@ -2,6 +2,8 @@
 
 import hashlib
 import platform
+import re
+import shlex
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,10 @@ from huggingface_hub import snapshot_download
 
 # Bytes; shards of large models are not read whole.
 _HASHED_AT_ONCE = 2**24
+
+# A path from the root, a home or a drive, behind what stands before it in an argument, as in vqav2:/data/vqa.
+_PLACE = re.compile(r"((?:[\w.-]+[:=])*?)((?:/|~|[A-Za-z]:[\\/]|\\\\).*)", re.DOTALL)
+_ADDRESS = re.compile(r"(?!file:)[a-z][a-z0-9+.-]+://")
 
 
 def circumstances() -> dict[str, Any]:
@@ -30,6 +36,24 @@ def circumstances() -> dict[str, Any]:
 def checkpoint_name(checkpoint: str | Path) -> str:
     """What runs and reports call a checkpoint: a folder's name, or the Hub repository's."""
     return Path(checkpoint).name if Path(checkpoint).is_dir() else str(checkpoint)
+
+
+def without_place(text: str) -> str:
+    """
+    A file or folder by its name alone, where its path would tell others whose machine it lies on; also behind a `:` or
+    a `=`. Relative paths, addresses and everything else stay as they are.
+    """
+    found = None if _ADDRESS.match(text) else _PLACE.fullmatch(text)
+    return text if found is None else found[1] + re.split(r"[\\/]", found[2].rstrip("\\/"))[-1]
+
+
+def command_without_places(command: str) -> str:
+    """Commands, a line for each, with [`without_place`] for each of their arguments."""
+    try:
+        lines = [shlex.split(line) for line in command.split("\n")]
+    except ValueError:
+        return without_place(command)
+    return "\n".join(shlex.join(map(without_place, line)) for line in lines)
 
 
 def checkpoint_hash(checkpoint: str | Path) -> str:

@@ -10,9 +10,20 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+from .records import check_record, check_types, read_record
 
 HEADER, ANSWERS, PICTURES = "run.json", "answers.jsonl", "pictures"
+
+# Of every header; of one that a report is made of; and of some.
+HEADER_FIELDS = {"settings": list[dict], "unreachable": list[dict], "command": str}
+FINISHED_FIELDS = dict.fromkeys(("checkpoint", "checkpoint_hash", "data", "data_hash", "metric"), str)
+FINISHED_FIELDS |= dict.fromkeys(("num_examples", "num_patches", "num_layers"), int)
+MORE_OF_HEADER = {"split": str, "machine": str, "versions": dict[str, str], "max_new_tokens": int, **FINISHED_FIELDS}
+MORE_OF_HEADER |= dict.fromkeys(("figures", "measurements"), list[dict] | None)
+MORE_OF_HEADER |= dict.fromkeys(("seconds", "model_seconds", "evaluation_seconds"), float)
+MEASUREMENT = {"reducer": str, "device": str, "batch_size": int, "peak_memory_bytes": float, "kv_bytes": float}
 
 # What answers of one table have to have in common.
 IDENTITY = ("checkpoint_hash", "data_hash", "metric", "max_new_tokens")
@@ -86,7 +97,13 @@ class Run:
             raise ValueError(
                 f"{folder} is not the folder of a run: it has no {HEADER}, which `adavtp evaluate` writes."
             )
-        return cls(folder, json.loads(path.read_text(encoding="utf-8")))
+        header = read_record(path, HEADER_FIELDS)
+        check_types(header, MORE_OF_HEADER, str(path))
+        for entry in [*header["settings"], *header["unreachable"]]:
+            check_record(entry, {"reducer": str, "budget": float}, f"{path}, a setting")
+        for row in header.get("measurements") or []:
+            check_record(row, MEASUREMENT, f"{path}, a measurement")
+        return cls(folder, header)
 
     @classmethod
     def begin(cls, folder: str | Path, header: Mapping[str, Any]) -> "Run":
@@ -145,6 +162,11 @@ class Run:
             for answer in _whole_lines(path):
                 known.setdefault(answer.key, answer)
         places = {setting_of(entry): place for place, entry in enumerate(self.header["settings"])}
+        if strange := next((answer for answer in known.values() if answer.setting not in places), None):
+            raise ValueError(
+                f"{self.folder} has an answer of {strange.reducer!r} at {strange.budget:g}, of which {HEADER} says "
+                "nothing; the two do not belong together."
+            )
         return sorted(known.values(), key=lambda answer: (places[answer.setting], answer.index))
 
     def answers_of_settings(self) -> dict[tuple[str, float | int], list[Answer]]:
@@ -180,6 +202,9 @@ class Run:
         return sorted(self.folder.glob(f"{self.path.stem}_of_process_*.jsonl"))
 
 
+ANSWER_FIELDS = get_type_hints(Answer)
+
+
 def _line(answer: Answer) -> str:
     return json.dumps(asdict(answer)) + "\n"
 
@@ -191,8 +216,11 @@ def _whole_lines(path: Path) -> list[Answer]:
     answers = []
     for number, line in enumerate(whole, start=1):
         try:
-            answers.append(Answer(**json.loads(line)))
-        except (ValueError, TypeError) as error:
+            fields = json.loads(line)
+            check_types(fields, ANSWER_FIELDS, "it")
+            answers.append(Answer(**fields))
+        # A line that is a list has no fields to ask for.
+        except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}, line {number} is no answer: {error}") from error
     return answers
 

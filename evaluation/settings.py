@@ -182,7 +182,9 @@ def parts_of_label(text: str) -> list[str]:
 def _entry(text: str) -> str | dict[str, Any]:
     name, *parameters = text.split(":")
     pairs = [parameter.partition("=") for parameter in parameters]
-    if not name or any(not key or not equals for key, equals, _ in pairs):
+    keys = [key for key, _, _ in pairs]
+    is_twice = len({"name", *keys}) < 1 + len(keys)
+    if not name or is_twice or any(not key or not equals for key, equals, _ in pairs):
         raise ValueError(f"{text!r} is no reducer; write a name, or NAME:PARAMETER=VALUE as in fastv:layer=2.")
     return {"name": name, **{key: _value(value) for key, _, value in pairs}} if pairs else name
 

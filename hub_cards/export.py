@@ -8,7 +8,7 @@ from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
 from ..modeling.processing_adavtp import AdaVTPProcessor
 from .licence import origin_of
 from .output_folder import folder_beside, require_output_folder
-from .published_folder import CARRIED, FORMER, KINDS, add_card, files_by_kind, model_type_in
+from .published_folder import CARRIED, FORMER, KINDS, add_card, files_by_kind, model_type_in, require_no_adapter
 from .training_record import TrainingRecord, is_hub_id
 
 
@@ -50,6 +50,7 @@ def export_checkpoint(
     """
     checkpoint, output_dir = str(checkpoint), Path(output_dir)
     require_output_folder(output_dir, "an AdaVTP checkpoint", _is_checkpoint)
+    require_no_adapter(checkpoint)
     record = TrainingRecord.found_in(checkpoint, recipe, training_logs, evaluations)
     origin = origin_of(checkpoint, record, base_model or (checkpoint if is_hub_id(checkpoint) else None), license)
     model = AdaVTPForConditionalGeneration.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)

@@ -4,6 +4,7 @@ Weights inherit the terms of the weights they began as. So the licence is what s
 own card says, and never a guess: where nothing says it, it is not known, and nothing is published.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ OF_BASE_MODELS = {
     "liuhaotian/llava-v1.6-mistral-7b": "apache-2.0",
 }
 OF_DIGIT_SCENES = "apache-2.0"
+_IN_THE_HUBS_SPELLING = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,14 @@ def origin_of(
         record: of its training.
         base_model, license: what the user says.
         passed: folders that the search came through, which are not asked again.
+
+    Raises:
+        ValueError: if `base_model` is no repository's id, or `license` not in the Hub's spelling.
     """
+    if base_model is not None and not is_hub_id(base_model):
+        raise ValueError(f"`base_model` is {base_model!r}; expected is a repository's id on the Hub, 'owner/name'.")
+    if license is not None and not _IN_THE_HUBS_SPELLING.fullmatch(license):
+        raise ValueError(f"`license` is {license!r}; expected is the Hub's spelling, such as llama2 or apache-2.0.")
     card, passed = _origin_on_card(folder), passed | {Path(folder).resolve()}
     began = base_model or card.base_model or record.base_model
     source = Origin(None, None)

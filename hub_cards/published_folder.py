@@ -112,13 +112,21 @@ def model_type_in(config: Path) -> str | None:
     return fields.get("model_type")
 
 
+def require_no_adapter(checkpoint: str | Path) -> None:
+    """`ValueError` if a folder has an adapter, which is no checkpoint without its base."""
+    if (Path(checkpoint) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"`checkpoint` is {str(checkpoint)!r}, an adapter; `adavtp merge` makes a whole checkpoint of it and its "
+            "base."
+        )
+
+
 def _require_whole(checkpoint: Path, files: dict[str, list[Path]]) -> None:
     """That the folder has what a model needs to be loaded anywhere."""
     if not checkpoint.is_dir():
         raise ValueError(f"`checkpoint` is {str(checkpoint)!r}, which is not a folder.")
+    require_no_adapter(checkpoint)
     named = f"`checkpoint` is {str(checkpoint)!r}, which has"
-    if (checkpoint / "adapter_config.json").is_file():
-        raise ValueError(f"{named} an adapter; `adavtp merge` makes a whole checkpoint of it, which can be published.")
     config = checkpoint / "config.json"
     kind = model_type_in(config) if config.is_file() else None
     if kind != "adavtp":

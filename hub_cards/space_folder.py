@@ -15,7 +15,9 @@ from .publish import require_repository_id
 
 SPACE = Path(__file__).with_name("space")
 
-_FILES = ("app.py", "looking.py", "requirements.txt", "README.md")
+_FILES = ("app.py", "looking.py", "reading.py", "requirements.txt", "README.md")
+# By which a Space of this kind is known, earlier ones too.
+_MARKS = ("app.py", "looking.py", "requirements.txt", "README.md")
 _QUESTIONS = "questions.json"
 
 
@@ -39,7 +41,7 @@ def space_folder(output_dir: str | Path, repo_id: str, examples: str | Path | No
     """
     output_dir = Path(output_dir)
     require_output_folder(
-        output_dir, "a Space of this kind", lambda folder: all((folder / name).is_file() for name in _FILES)
+        output_dir, "a Space of this kind", lambda folder: all((folder / name).is_file() for name in _MARKS)
     )
     require_repository_id(repo_id)
     names = [] if examples is None else _example_files(Path(examples))

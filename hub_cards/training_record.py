@@ -6,24 +6,29 @@ the data, the base model, the budgets that were trained and the numbers that wer
 
 import json
 import re
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import yaml
+from ..evaluation.circumstances import command_without_places, without_place
+from ..evaluation.records import check_record, check_types, read_record
 
 RECIPE = "recipe.yaml"
 # What a recipe's stage leaves behind when it is finished, with the recipe's `model`, and what a conversion does, with
 # its `source`.
 FINISHED, CONVERSION = "finished.json", "conversion.json"
-EVALUATION_FIELDS = ("command", "versions", "split", "num_questions", "rows")
-ROW_FIELDS = (
-    *("reducer", "budget", "num_keep", "accuracy", "accuracy_low", "accuracy_high", "decoder_tokens", "milliseconds"),
+# Fields that files of a record have, and those that they may have.
+EVALUATION = {"command": str, "versions": dict[str, str], "split": str, "num_questions": int, "rows": list[dict]}
+MORE_OF_EVALUATION = {"dataset": str, "metric": str, "machine": str}
+ROW = {"reducer": str, "budget": float, "num_keep": int} | dict.fromkeys(
+    ("accuracy", "accuracy_low", "accuracy_high", "decoder_tokens", "milliseconds"), float
 )
-LOG_FIELDS = ("stage", "log")
+MORE_OF_ROW = {"accuracy_by_kind": dict[str, float], "flops": float | None}
+LOG, STAGE = {"stage": dict, "log": list[dict]}, {"name": str, "kind": str}
+MORE_OF_STAGE = {"data": dict | None, "budgets": dict, "training": dict}
+RECIPE_FIELDS = {"model": dict, "stages": list[dict]}
 
 # Stage kinds of recipes that have no data set of their own to name.
 DIGIT_SCENE_KINDS = ("patch_labels", "packed_questions")
@@ -78,37 +83,52 @@ class TrainingRecord:
         )
 
     def copy_to(self, folder: Path) -> "TrainingRecord":
-        """Copies the files into `folder` under the names that published folders have."""
+        """
+        Copies the files into `folder` under the names that published folders have. Of absolute paths they keep the
+        last names, and of a token nothing.
+        """
         stages = [log["stage"]["name"] for log in self.logs]
         log_names = [f"training_log_{number:02}_{stage}.json" for number, stage in enumerate(stages, start=1)]
         names = [f"evaluation_{number:02}.json" for number in range(1, len(self.evaluations) + 1)]
         if len(names) == 1:
             names = ["evaluation.json"]
         return TrainingRecord(
-            None if self.recipe is None else Path(shutil.copyfile(self.recipe, folder / RECIPE)),
-            [Path(shutil.copyfile(a, folder / b)) for a, b in zip(self.training_logs, log_names, strict=True)],
-            [Path(shutil.copyfile(a, folder / b)) for a, b in zip(self.evaluations, names, strict=True)],
+            None if self.recipe is None else _published(self.recipe, self.settings, folder / RECIPE),
+            [_published(*own, folder / to) for *own, to in zip(self.training_logs, self.logs, log_names, strict=True)],
+            [_published(*own, folder / to) for *own, to in zip(self.evaluations, self.results, names, strict=True)],
             self.began_with,
         )
 
     @cached_property
     def logs(self) -> list[dict[str, Any]]:
         """Contents of the training logs."""
-        return [read_record(path, LOG_FIELDS) for path in self.training_logs]
+        logs = [read_record(path, LOG) for path in self.training_logs]
+        for path, log in zip(self.training_logs, logs, strict=True):
+            check_stage(log["stage"], f"{path}, stage")
+        return logs
 
     @cached_property
     def results(self) -> list[dict[str, Any]]:
         """Contents of the evaluation files."""
-        results = [read_record(path, EVALUATION_FIELDS) for path in self.evaluations]
+        results = [read_record(path, EVALUATION) for path in self.evaluations]
         for path, result in zip(self.evaluations, results, strict=True):
+            check_types(result, MORE_OF_EVALUATION, str(path))
+            if not result["rows"]:
+                raise ValueError(f"{path} has no rows; nothing was measured.")
             for row in result["rows"]:
-                _check_fields(row, ROW_FIELDS, f"{path}, a row")
+                check_record(row, ROW, f"{path}, a row")
+                check_types(row, MORE_OF_ROW, f"{path}, a row")
         return results
 
     @cached_property
     def settings(self) -> dict[str, Any]:
         """Content of the recipe; empty without one."""
-        return {} if self.recipe is None else read_record(self.recipe, ("model", "stages"), "YAML")
+        if self.recipe is None:
+            return {}
+        settings = read_record(self.recipe, RECIPE_FIELDS, "YAML")
+        for stage in settings["stages"]:
+            check_stage(stage, f"{self.recipe}, a stage")
+        return settings
 
     @property
     def stages(self) -> list[dict[str, Any]]:
@@ -139,13 +159,51 @@ class TrainingRecord:
         return [path for path in dict.fromkeys(named) if is_hub_id(path)]
 
 
+def _published(file: Path, content: dict[str, Any], target: Path) -> Path:
+    """Writes a file's text, with comments and all, for others than those on this machine; returns `target`."""
+    text = file.read_text(encoding="utf-8")
+    for name, value in sorted(_texts(content), key=lambda one: len(one[1]), reverse=True):
+        shorter = command_without_places(value) if name == "command" else without_place(value)
+        if name == "hub_token":
+            shorter = "not published"
+        # As JSON writes it, and as a person does.
+        for written in (lambda text: json.dumps(text)[1:-1], str):
+            text = text if shorter == value else text.replace(written(value), written(shorter))
+    target.write_text(text, encoding="utf-8")
+    return target
+
+
+def _texts(content: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """All texts in a file, each with the name of its field."""
+    if isinstance(content, str):
+        yield name, content
+    elif isinstance(content, dict):
+        for key, value in content.items():
+            yield from _texts(value, key)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _texts(value, name)
+
+
+def check_stage(stage: dict[str, Any], where: str) -> None:
+    """`ValueError` if a stage of a recipe, or of a log, has not what the card says of it."""
+    check_record(stage, STAGE, where)
+    check_types(stage, MORE_OF_STAGE, where)
+    if Path(stage["name"]).name != stage["name"]:
+        raise ValueError(
+            f"{where}: `name` is {stage['name']!r}, and files are called by it; expected is a plain name."
+        )
+
+
 def _began_with(folder: Path) -> str | None:
     """What a recipe's stage was trained from, or a converted checkpoint was converted from."""
     named = []
     if (folder / FINISHED).is_file():
-        named.append(read_record(folder / FINISHED, ()).get("model", {}).get("checkpoint"))
+        finished = read_record(folder / FINISHED, {})
+        check_types(finished, {"model": dict[str, Any]}, str(folder / FINISHED))
+        named.append(finished.get("model", {}).get("checkpoint"))
     if (folder / CONVERSION).is_file():
-        named.append(read_record(folder / CONVERSION, ("source",))["source"])
+        named.append(read_record(folder / CONVERSION, {"source": str})["source"])
     return next((name for name in named if name), None)
 
 
@@ -174,26 +232,3 @@ def _data_paths(stage: dict[str, Any]) -> list[str]:
     data = stage.get("data") or {}
     sources = data.get("sources", [data])
     return [str(source["path"]) for source in sources if source.get("path") is not None]
-
-
-def read_record(path: str | Path, fields: Sequence[str], form: Literal["JSON", "YAML"] = "JSON") -> dict[str, Any]:
-    """
-    Reads an object.
-
-    Raises:
-        ValueError: if the file is not of that form, is no object or lacks one of `fields`; the message names both.
-    """
-    read = json.loads if form == "JSON" else yaml.safe_load
-    try:
-        record = read(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is not {form}: {error}") from error
-    _check_fields(record, fields, str(path))
-    return record
-
-
-def _check_fields(record: Any, fields: Sequence[str], where: str) -> None:
-    if not isinstance(record, dict):
-        raise ValueError(f"{where} is a {type(record).__name__}; expected is an object with {', '.join(fields)}.")
-    if missing := [field for field in fields if field not in record]:
-        raise ValueError(f"{where} has no {', '.join(map(repr, missing))}; expected are {', '.join(fields)}.")

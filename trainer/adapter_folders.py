@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
+from ..hub_cards.training_record import check_types, read_record
 from ..modeling.hub.custom_reducers import CUSTOM_FILES, is_custom, load_custom_reducers, save_custom_reducers
 from ..modeling.hub.loading import new_module_of
 from ..modeling.hub.saving import save_code
@@ -132,7 +133,9 @@ def base_of(adapter: str | Path) -> str:
     path = Path(adapter) / ADAPTER_CONFIG
     if not path.is_file():
         raise ValueError(f"`adapter` is {str(adapter)!r}; expected is a folder with {ADAPTER_CONFIG} in it.")
-    base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    config = read_record(path, {})
+    check_types(config, {"base_model_name_or_path": str | None}, str(path))
+    base = config.get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{str(path)!r} does not say which checkpoint the adapter belongs to; name it (`--base`).")
     if Path(base).is_dir():

@@ -17,7 +17,9 @@ from rich.table import Table
 from typer.core import TyperCommand
 from yaml import YAMLError
 
+from ..evaluation.circumstances import without_place
 from ..hub_cards.publish import HubRefused
+from ..hub_cards.published_folder import require_no_adapter
 
 console = Console()
 
@@ -64,6 +66,11 @@ class Command(TyperCommand):
         for name in FLAGS:
             ctx.meta[name] = name in args
         args = [argument for argument in args if argument not in FLAGS]
+        for place, argument in enumerate(args):
+            # What was meant is mostly a variable of the shell that is not set, and "" would be read as the default.
+            if not argument or (argument.startswith("--") and argument.endswith("=")):
+                before = f", behind {args[place - 1]!r}" if place and not argument else f", of {argument[:-1]!r}"
+                raise typer.BadParameter(f"A value is empty{before if argument or place else ''}; name one.")
         several = {name for option in self.params if getattr(option, "multiple", False) for name in option.opts}
         return super().parse_args(ctx, repeated_options(args, several))
 
@@ -105,7 +112,7 @@ def trusts_remote_code() -> bool:
 def mistakes_shown(with_traceback: bool = False) -> Iterator[None]:
     """
     A user's mistake is a sentence and exit code 2; what the Hub refuses, a sentence and code 1. An error that is
-    neither is our fault, code 1, and says so.
+    neither is our fault, code 1, and says so. What does not fit into memory is the user's to make smaller.
     """
     try:
         yield
@@ -113,15 +120,39 @@ def mistakes_shown(with_traceback: bool = False) -> Iterator[None]:
         # What typer raises to end a command says how.
         if with_traceback or isinstance(error, typer.Abort) or hasattr(error, "exit_code"):
             raise
-        is_mistake = isinstance(error, (ValueError, OSError, ImportError, YAMLError))
+        is_mistake = isinstance(error, (ValueError, OSError, ImportError, YAMLError)) or _is_out_of_memory(error)
         if is_mistake or isinstance(error, HubRefused):
-            console.print(f"[red]{escape(str(error))}[/red]")
+            console.print(f"[red]{escape(_sentence(error))}[/red]")
         else:
             console.print(
                 f"[red]{type(error).__name__}: {escape(str(error))}[/red]\nThis is a fault of AdaVTP and not yours. "
                 "Please report it, with what the same command prints with --debug."
             )
         raise typer.Exit(2 if is_mistake and not isinstance(error, HubRefused) else 1) from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # A GPU's has a class of its own, whose base torch raises for the CPU.
+    return isinstance(error, MemoryError) or any(text in str(error) for text in ("out of memory", "allocate memory"))
+
+
+def _sentence(error: Exception) -> str:
+    if _is_out_of_memory(error):
+        return f"This does not fit into memory; ask for less at once. {error}".strip()
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"{str(error.filename)!r} cannot be read or written: {error.strerror}."
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"This needs {error.name}, which is not installed: `pip install {error.name.partition('.')[0]}`."
+    return str(error)
+
+
+def folder_to_write(folder: Path | None) -> Path | None:
+    """A callback of options: `typer.BadParameter` where no folder can be, now and not when the work is done."""
+    if folder is not None:
+        there = next((place for place in (folder, *folder.parents) if place.exists()), None)
+        if there is not None and not there.is_dir():
+            raise typer.BadParameter(f"{str(folder)!r} cannot be a folder: {str(there)!r} is a file.")
+    return folder
 
 
 def reference_checkpoint() -> Path:
@@ -144,11 +175,7 @@ def load_checkpoint(checkpoint: str | None) -> tuple:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     checkpoint = str(checkpoint or reference_checkpoint())
-    if (Path(checkpoint) / "adapter_config.json").is_file():
-        raise typer.BadParameter(
-            f"`checkpoint` is {checkpoint!r}, an adapter; `adavtp merge {checkpoint} FOLDER` makes a checkpoint of it "
-            "and its base."
-        )
+    require_no_adapter(checkpoint)
     trusts = trusts_remote_code()
     try:
         # Of another kind of model, the Auto classes would build whatever its configuration leaves out in full size.
@@ -188,5 +215,5 @@ def narrow_table(title: str, columns: Sequence[str]) -> Table:
 
 
 def command_as_typed() -> str:
-    """The command that is running, as it was typed."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command that is running, as it was typed, for others to read: of absolute paths only their last names."""
+    return shlex.join([Path(sys.argv[0]).name, *map(without_place, sys.argv[1:])])

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from rich.table import Table
 
 from ..evaluation.answering import answer_examples, inputs_of, score_together
-from ..evaluation.circumstances import checkpoint_hash, checkpoint_name, circumstances
+from ..evaluation.circumstances import checkpoint_hash, checkpoint_name, circumstances, without_place
 from ..evaluation.data.examples import ConversationExamples, EvaluationData, Example
 from ..evaluation.measurements import as_rows, measure
 from ..evaluation.metric_modules import load_metric
@@ -37,6 +37,7 @@ from .console import (
     ReducersOption,
     command_as_typed,
     console,
+    folder_to_write,
     load_checkpoint,
     narrow_table,
     progress,
@@ -64,7 +65,8 @@ def evaluate(
     budgets: BudgetsOption = BUDGETS,  # noqa: B006
     reducers: ReducersOption = REDUCERS,  # noqa: B006
     output: Annotated[
-        Path | None, typer.Option(help="Folder of the run. Default: runs/evaluation_CHECKPOINT_DATA.")
+        Path | None,
+        typer.Option(help="Folder of the run. Default: runs/evaluation_CHECKPOINT_DATA.", callback=folder_to_write),
     ] = None,
     questions: Annotated[
         int | None, typer.Option(help="Only the first so many. Default: all; of digit scenes 2400.", min=1)
@@ -198,7 +200,7 @@ def _header(
         "machine": f"{about['machine']}, {device}, {str(model.dtype).removeprefix('torch.')}",
         "checkpoint": checkpoint_name(folder),
         "checkpoint_hash": checkpoint_hash(folder),
-        "data": asked.name,
+        "data": without_place(asked.name),
         "split": asked.split,
         "data_hash": asked.hash(),
         "num_examples": len(asked.examples),

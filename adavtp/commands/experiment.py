@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import command_as_typed, console, reference_checkpoint
+from .console import command_as_typed, console, folder_to_write, reference_checkpoint
 from .report import write_report
 
 if TYPE_CHECKING:
@@ -24,10 +24,14 @@ def experiment(
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder for the reports. Default: reports/experiment_NAME.")
+        Path | None,
+        typer.Option(help="Folder for the reports. Default: reports/experiment_NAME.", callback=folder_to_write),
     ] = None,
     work: Annotated[
-        Path | None, typer.Option(help="Folder for answers and trained variants. Default: runs/experiment_NAME.")
+        Path | None,
+        typer.Option(
+            help="Folder for answers and trained variants. Default: runs/experiment_NAME.", callback=folder_to_write
+        ),
     ] = None,
     part: Annotated[
         list[str] | None, typer.Option("--part", "--parts", help="Several: parts to carry out. Default: all.")

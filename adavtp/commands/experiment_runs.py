@@ -19,15 +19,18 @@ from safetensors.torch import load_file, save_file
 
 from ..evaluation.circumstances import checkpoint_hash, checkpoint_name
 from ..evaluation.runs import PICTURES, Run
-from ..evaluation.settings import budget_of_text, reducer_of_text
+from ..evaluation.settings import FULL, budget_of_text, num_keep_of, reducer_label, reducer_of_text
+from ..hub_cards.training_record import check_types, read_record
 from ..modeling.processing_adavtp import AdaVTPProcessor
-from ..trainer.recipes.recipe import Recipe, RecipeLoader, Stage, check_fields
+from ..trainer.recipes.recipe import Recipe, RecipeLoader, Stage, check_fields, require_folder_name
 from ..trainer.recipes.run import run_recipe
 from .evaluate import DIGIT_SCENES, evaluate_checkpoint
 
 NEW_MODULES = (".controller.", ".budget_token.", ".reducers.")
 START, START_IS_WHOLE = "start", "processor_config.json"
 CHECKPOINT = "checkpoint.json"
+# Of visual tokens, where it is only asked whether a budget is one.
+ANY_NUMBER = 576
 
 
 @dataclass
@@ -49,7 +52,8 @@ class Part:
         budgets: see [`Experiment`]; by default the experiment's.
 
     Raises:
-        ValueError: if it has neither reducers nor variants, or both; or variants and no stage.
+        ValueError: if it has neither reducers nor variants, or both; or variants and no stage; if its name is no
+            folder's, there are no questions, a stage is not allowed, or `against` is not measured.
     """
 
     name: str
@@ -64,6 +68,9 @@ class Part:
     budgets: list[str | float | int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        require_folder_name(self.name, "part")
+        if self.questions < 1:
+            raise ValueError(f"part {self.name!r}: `questions` is {self.questions}; allowed are numbers from 1.")
         if bool(self.reducers) == bool(self.variants) or bool(self.variants) != bool(self.stage):
             raise ValueError(
                 f"part {self.name!r} has `reducers` {self.reducers}, `variants` {list(self.variants)} and `stage` "
@@ -75,6 +82,16 @@ class Part:
                     f"part {self.name!r}, variant {name!r}: unknown field(s) {', '.join(unknown)}; allowed are model, "
                     "reducer."
                 )
+            check_types(variant, {"model": dict[str, Any]}, f"part {self.name!r}, variant {name!r}")
+        if self.stage:
+            check_fields({"name": self.name} | self.stage, Stage, f"part {self.name!r}, stage")
+            Stage(name=self.name, **self.stage)
+        names = [*self.variants, *(reducer_label(reducer_of_text(one)) for one in [*self.reducers, *self.controls])]
+        if self.against not in (FULL, *names):
+            raise ValueError(
+                f"part {self.name!r}: `against` is {self.against!r}, which is not measured; allowed are "
+                f"{', '.join(names)}."
+            )
 
 
 @dataclass
@@ -97,14 +114,20 @@ class Experiment:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Experiment":
-        """Reads an experiment; `ValueError` if a field is unknown or missing."""
+        """Reads an experiment; `ValueError` if a field is unknown, missing or of another type, or a part twice."""
         content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=RecipeLoader)
         check_fields(content, cls, str(path))
-        for number, part in enumerate(content["parts"]):
+        parts = content["parts"] or []
+        for number, part in enumerate(parts):
             check_fields(part, Part, f"{path}, part {number}")
-        experiment = cls(**content | {"parts": [Part(**part) for part in content["parts"]]})
+        experiment = cls(**content | {"parts": [Part(**part) for part in parts]})
         for part in experiment.parts:
             part.budgets = part.budgets or experiment.budgets
+            for budget in part.budgets:
+                num_keep_of(budget_of_text(str(budget)), ANY_NUMBER)
+        names = [part.name for part in experiment.parts]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"{path}: `parts` are named {names}; an experiment has at least one, and no name twice.")
         return experiment
 
 
@@ -223,7 +246,7 @@ def join_variants(runs: Mapping[str, Run], folder: str | Path, about: Mapping[st
 def _require_same(about: dict[str, str], folder: Path) -> None:
     """That what is in a folder belongs to this checkpoint; a new folder is marked as its own."""
     path = folder / CHECKPOINT
-    if path.is_file() and (begun := json.loads(path.read_text())) != about:
+    if path.is_file() and (begun := read_record(path, dict.fromkeys(about, str))) != about:
         raise ValueError(
             f"{folder} was begun with another checkpoint, {begun['checkpoint']} with hash "
             f"{begun['checkpoint_hash'][:16]}; choose another folder with --work, or delete that one."

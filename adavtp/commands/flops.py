@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from ..configuration.configuration_adavtp import AdaVTPConfig
     from ..modeling.costs.model_costs import Costs
 
+# Of an image; each has a position that is written down.
+MOST_PATCHES = 2**20
+
 Preset = Annotated[str | None, typer.Option(help="A well-known shape, such as llava-1.5-7b or llava-1.5-13b.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="Checkpoint folder in its place; only its config.json is read.")]
 
@@ -23,7 +26,8 @@ def flops(
     preset: Preset = None,
     checkpoint: Checkpoint = None,
     visual_tokens: Annotated[
-        int | None, typer.Option(help="Patches of an image, a square. Default: the preset's own.")
+        int | None,
+        typer.Option(help="Patches of an image, a square. Default: the preset's own.", min=1, max=MOST_PATCHES),
     ] = None,
     text_tokens: Annotated[int, typer.Option(help="Text tokens of the prompt.", min=0)] = 60,
     images: Annotated[int, typer.Option(help="Images in the prompt.", min=0)] = 1,

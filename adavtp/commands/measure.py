@@ -44,6 +44,7 @@ def measure(
     turns; what is printed is the median over repeats, with quartiles.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _require_device(device)
     model, processor = load_checkpoint(checkpoint)
     model.to(device=torch.device(device), dtype=_dtype(dtype) or model.dtype)
     inputs = _inputs(processor, batch_size).to(model.device)
@@ -61,9 +62,18 @@ def measure(
         console.print(f"{row['reducer']} at {row['budget']:g}: {row['reason']}", style="dim", markup=False)
 
 
+def _require_device(name: str) -> None:
+    try:
+        torch.zeros(1, device=name).item()
+    # Where a device is not there, torch raises what it likes.
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"`device` is {name!r}, which is not there: {str(error).splitlines()[0]}") from error
+
+
 def _dtype(name: str | None) -> Any:
     dtype = getattr(torch, name) if name and hasattr(torch, name) else None
-    if name and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    # Those of 8 bits are for storing alone.
+    if name and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
         raise ValueError(f"`dtype` is {name!r}; allowed are torch's floating-point types, such as 'bfloat16'.")
     return dtype
 

@@ -10,7 +10,7 @@ import typer
 
 from ..evaluation.runs import Run
 from ..evaluation.settings import reducer_of_text
-from .console import CheckpointArgument, CheckpointOption, command_as_typed, console
+from .console import CheckpointArgument, CheckpointOption, command_as_typed, console, folder_to_write
 from .evaluate import DIGIT_SCENES, evaluate_checkpoint
 
 DEMO_BUDGETS = (1.0, 0.8, 0.6, 0.4, 0.2)
@@ -28,17 +28,19 @@ MAX_NEW_TOKENS = 4
 
 def demo(
     questions: Annotated[int, typer.Option(help="Number of held-out questions.", min=DEMO_EXAMPLES)] = 300,
-    output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("outputs/demo"),
+    output: Annotated[Path, typer.Option(help="Folder for the pictures.", callback=folder_to_write)] = Path(
+        "outputs/demo"
+    ),
     checkpoint: CheckpointOption = None,
 ) -> None:
     """Answer held-out questions about digit scenes at five budgets; print a table, write two pictures."""
     from ..evaluation.pictures import save_kept_patches
     from ..evaluation.report.curves import curves_of_evaluation, save_curves
 
-    output.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as folder:
         run = _answered(checkpoint, questions, DEMO_BUDGETS, ["full", "adaptive", "random"], Path(folder) / "run")
         evaluation = json.loads((run.folder / "evaluation.json").read_text())
+        output.mkdir(parents=True, exist_ok=True)
         save_kept_patches(run, "adaptive", DEMO_EXAMPLES, output / "kept_patches.png")
     save_curves([curves_of_evaluation(evaluation)], output / "accuracy.png")
     console.print(f"Pictures: {output / 'kept_patches.png'} and {output / 'accuracy.png'}")
@@ -46,8 +48,10 @@ def demo(
 
 def compare(
     checkpoint: CheckpointArgument = None,
-    output: Annotated[Path, typer.Option(help="Folder for the page, its pictures and its numbers.")] = Path("docs"),
-    work: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/comparison"),
+    output: Annotated[
+        Path, typer.Option(help="Folder for the page, its pictures and its numbers.", callback=folder_to_write)
+    ] = Path("docs"),
+    work: Annotated[Path, typer.Option(help="Folder of the run.", callback=folder_to_write)] = Path("runs/comparison"),
     questions: Annotated[int, typer.Option(help="Number of test questions.", min=6)] = 2400,
     budgets: Annotated[
         list[float], typer.Option("--budgets", "--budget", help="Several: fractions below 1.")

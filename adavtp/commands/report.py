@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .console import command_as_typed, console
+from .console import command_as_typed, console, folder_to_write
 
 
 def report(
@@ -15,7 +15,7 @@ def report(
         list[Path],
         typer.Argument(metavar="RUN...", help="Folders of `adavtp evaluate`.", exists=True, file_okay=False),
     ],
-    output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("report"),
+    output: Annotated[Path, typer.Option(help="Folder to write.", callback=folder_to_write)] = Path("report"),
     against: Annotated[
         str | None,
         typer.Option(

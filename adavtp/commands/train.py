@@ -6,13 +6,15 @@ from typing import Annotated
 
 import typer
 
-from .console import console
+from .console import console, folder_to_write
 from .evaluate import DIGIT_SCENES, evaluate_checkpoint
 
 
 def train(
     recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).", exists=True, dir_okay=False)],
-    output: Annotated[Path | None, typer.Option(help="Folder for checkpoints. Default: runs/<recipe>.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for checkpoints. Default: runs/<recipe>.", callback=folder_to_write)
+    ] = None,
 ) -> None:
     """
     Carry out a training recipe, or go on with one that was interrupted.

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..runs import Answer, Run, setting_of
+from ..records import check_record
+from ..runs import FINISHED_FIELDS, HEADER, Answer, Run, setting_of
 from ..statistics import bootstrap_means
 
 # What runs that are joined have in common, beside checkpoint and data.
@@ -89,6 +90,7 @@ def join_runs(runs: Sequence[Run]) -> list[Measured]:
         raise ValueError("`runs` is empty; allowed are one or more run folders.")
     joined: dict[tuple[str, str], Measured] = {}
     for run in runs:
+        check_record(run.header, FINISHED_FIELDS, str(run.folder / HEADER))
         key = run.header["checkpoint_hash"], run.header["data_hash"]
         _add(joined.setdefault(key, Measured([])), run)
     return list(joined.values())

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..circumstances import command_without_places, without_place
 from ..metric_modules import SCORED_TOGETHER
 from ..reducer_table import CONTROLLER, is_control, known_of_label, reducer_table
 from ..runs import Run
@@ -93,6 +94,7 @@ def _checkpoint(measured: Measured, against: str | None, table: list[dict[str, A
     _add_categories(rows, measured, np.array(categories, dtype=object), against)
     names = ("checkpoint", "checkpoint_hash", "data", "data_hash", "metric")
     return {name: header[name] for name in (*names, "num_examples", "num_patches", "num_layers")} | {
+        "data": without_place(header["data"]),
         "is_share": header["metric"] not in SCORED_TOGETHER,
         "is_binary": all(np.isin(scores, (0, 1)).all() for scores in measured.scores.values()),
         "reducers": reducers,
@@ -121,7 +123,8 @@ def _unreachable(measured: Measured) -> list[dict[str, Any]]:
 
 def _about(run: Run) -> dict[str, Any]:
     names = ("command", "versions", "machine", "seconds", "evaluation_seconds", "model_seconds")
-    return {"folder": run.folder.name} | {name: run.header.get(name) for name in names}
+    about = {name: run.header.get(name) for name in names}
+    return {"folder": run.folder.name} | about | {"command": command_without_places(about["command"])}
 
 
 def _budgets(settings: list[Answered]) -> list[dict[str, Any]]:

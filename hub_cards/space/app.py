@@ -5,6 +5,7 @@ head of README.md; the environment variable ADAVTP_CHECKPOINT (on the Hub a vari
 """
 
 import json
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from html import escape
@@ -14,12 +15,13 @@ from typing import Any
 import gradio as gr
 from gradio.events import Dependency
 from looking import FULL_BUDGET, NEVER_ASKED, Checkpoint, Look, checkpoint_name
-from PIL import Image
+from reading import FILE_SIZE, image_file, is_no_upload, read_budget, read_choice, read_image, read_question
 
 FOLDER = Path(__file__).parent
 FIRST_BUDGET = 0.4
-# Of the slider; K is worked out in whole hundredths, where a float product would be off by one (0.29 of 100).
 STEP = 0.01
+# Who comes when so many wait already is told so. Uploads and pictures are kept for an hour, in seconds.
+MAX_WAITING, LOOKED_AFTER, KEPT_FOR = 32, 600, 3600
 
 INTRODUCTION = """
 # How much does the model look?
@@ -71,9 +73,30 @@ def examples() -> list[list[str]]:
     return [[str(file.with_name(image)), question] for image, question in json.loads(file.read_text("utf-8"))]
 
 
+class Page(gr.Blocks):
+    """Blocks in which whatever is sent is answered with what was asked for or with a sentence."""
+
+    async def process_api(self, block_fn: Any, inputs: list[Any], *others: Any, **more: Any) -> dict[str, Any]:
+        """See [`gradio.Blocks.process_api`]."""
+        try:
+            if is_no_upload(inputs):
+                raise gr.Error(
+                    "Upload the image itself; what it is called elsewhere will not do.", print_exception=False
+                )
+            return await super().process_api(block_fn, inputs, *others, **more)
+        except gr.Error:
+            raise
+        # Its traceback goes to the log of the Space, and nothing of it to the visitor.
+        except Exception as error:
+            raise gr.Error(
+                "This could not be answered: what was sent has another form than the page's, or there is a fault here."
+            ) from error
+
+
 def page(checkpoint: Checkpoint) -> gr.Blocks:
     """The page, for one checkpoint."""
-    with gr.Blocks(title="AdaVTP: how much does the model look?", analytics_enabled=False) as blocks:
+    title = "AdaVTP: how much does the model look?"
+    with Page(title=title, analytics_enabled=False, delete_cache=(LOOKED_AFTER, KEPT_FOR)) as blocks:
         gr.Markdown(INTRODUCTION)
         with gr.Row():
             with gr.Column(min_width=300):
@@ -90,6 +113,8 @@ def page(checkpoint: Checkpoint) -> gr.Blocks:
             "fn": partial(answered, checkpoint),
             "inputs": [image, question, budget, reducer, full],
             "outputs": [message, answer, picture, cost, full],
+            # What is sent is read in one place, in `answered`, and not by each component in its own way.
+            "preprocess": False,
             "trigger_mode": "always_last",
             "concurrency_limit": 1,
             "concurrency_id": "model",
@@ -103,13 +128,13 @@ def page(checkpoint: Checkpoint) -> gr.Blocks:
         gr.on(
             [image.input, question.change], None, None, [message, answer, picture, cost], js="() => ['', '', null, '']"
         )
-    return blocks.queue(max_size=32)
+    # Nobody passes the queue: not even programs, which could otherwise ask past it.
+    return blocks.queue(max_size=MAX_WAITING, api_open=False)
 
 
 def _what_is_asked() -> tuple[gr.Image, gr.Textbox, gr.Button, gr.HTML, Dependency | None]:
     image = gr.Image(
         label="Image",
-        type="pil",
         sources=["upload", "clipboard"],
         height=300,
         alt_text="The image that is asked about.",
@@ -154,58 +179,52 @@ def _what_comes_of_it() -> tuple[gr.Textbox, gr.Image]:
 
 
 def _kept_text(num_patches: int) -> str:
-    """K = max(1, floor(b N)), with b a whole number of hundredths."""
+    """K = max(1, floor(b N)), worked out in hundredths: a product of floats may be off by one (0.29 of 100)."""
     num_keep = max(1, round(100 * FIRST_BUDGET) * num_patches // 100)
     return f'<span role="status">{num_keep} of {num_patches} visual tokens</span>'
 
 
 def _kept_text_in_browser(num_patches: int) -> str:
     """The same for whatever the slider says, or that it may not say that, as a function in JavaScript."""
-    num_keep = f"Math.max(1, Math.floor(Math.round(100 * budget) * {num_patches} / 100))"
+    # What is lost in a product of floats is far less than this.
+    num_keep = f"Math.max(1, Math.floor(budget * {num_patches} + 1e-9))"
     is_allowed = "budget >= 0 && budget <= 1"
     kept, refusal = f"${{{num_keep}}} of {num_patches} visual tokens", "The budget is a number from 0 to 1."
     return f"""(budget) => `<span role="status">${{{is_allowed} ? `{kept}` : "{refusal}"}}</span>`"""
 
 
 def answered(
-    checkpoint: Checkpoint,
-    image: Image.Image | None,
-    question: str,
-    budget: float,
-    reducer: str,
-    full: tuple[str, Look] | None,
+    checkpoint: Checkpoint, image: Any, question: Any, budget: Any, reducer: Any, full: tuple[str, Look] | None
 ) -> tuple[Any, ...]:
     """
     What the page shows: message, answer, picture, cost; and `full`, kept for the next time: the image and question
-    that were asked last, and the look at them at full budget.
+    that were asked last, and the look at them at full budget. Of what is asked, nothing is taken for granted.
     """
-    # The browser sends 0 and 1 as whole numbers, which `generate` takes for counts.
-    budget = round(float(budget), 2)
     try:
-        _require(image, question)
-        asked = sha256(image.tobytes() + repr((image.size, question)).encode()).hexdigest()
+        file, question = image_file(image), read_question(question)
+        budget, reducer = read_budget(budget), read_choice(reducer, list(checkpoint.reducers))
+        image = read_image(file)
+        asked = sha256(file.read_bytes() + question.encode()).hexdigest()
         # A slow answer at full budget is asked for once; a quick one anew, so that both times are of the same moment.
         if full is None or full[0] != asked or full[1].num_timed > 1:
-            full = (asked, checkpoint.look(image, question, FULL_BUDGET, NEVER_ASKED))
+            whole = checkpoint.look(image, question, FULL_BUDGET, NEVER_ASKED)
+            full = (asked, replace(whole, picture=None))
         look = checkpoint.look(image, question, budget, checkpoint.reducers[reducer])
     except ValueError as error:
         return f'<p role="alert">{escape(str(error))}</p>', "", None, "", full
     seen = f"{look.visual_tokens:g} of {checkpoint.num_patches} visual tokens"
     picture = gr.Image(look.picture, alt_text=f"The image as the language model saw it: all but {seen} are dark.")
-    # An answer may come when another question has been written already.
-    asked_for = f"{question} Budget {budget:g}, chosen by {reducer}."
-    return "", look.answer, picture, cost_table(asked_for, look, full[1], checkpoint), full
+    return (
+        "",
+        look.answer,
+        picture,
+        cost_table(question, f"Budget {budget:g}, chosen by {reducer}.", look, full[1], checkpoint),
+        full,
+    )
 
 
-def _require(image: Image.Image | None, question: str) -> None:
-    if image is None:
-        raise ValueError("There is no image yet. Upload one first.")
-    if not question.strip():
-        raise ValueError("There is no question yet. Write one about the image.")
-
-
-def cost_table(asked_for: str, look: Look, full: Look, checkpoint: Checkpoint) -> str:
-    """What an answer cost beside what it costs at full budget, under what was asked, as HTML."""
+def cost_table(question: str, how: str, look: Look, full: Look, checkpoint: Checkpoint) -> str:
+    """What an answer cost beside what it costs at full budget, under what was asked, and how, as HTML."""
     rows = [
         ("Visual tokens", look.visual_tokens, full.visual_tokens, "{:g}".format),
         ("Prompt, tokens", look.prompt_tokens, full.prompt_tokens, "{:g}".format),
@@ -220,7 +239,9 @@ def cost_table(asked_for: str, look: Look, full: Look, checkpoint: Checkpoint) -
     )
     head = "".join(f'<th scope="col">{name}</th>' for name in ("Cost", "this budget", "full budget", "share"))
     return (
-        f"<table><caption>{escape(asked_for)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        # A question written from right to left turns nothing but itself.
+        f"<table><caption><bdi>{escape(question)}</bdi> {escape(how)}</caption>"
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
         f"<p>At full budget the answer is: {escape(full.answer) or '(nothing)'}</p>"
         "<p><small>Prefill is the language model on the prompt, counted from its shape, 1 multiply-add as 2 FLOPs, "
         "without vision tower and reducer. Time is of a whole answer, both included: the median of "
@@ -242,5 +263,11 @@ def _with_prefix(number: float) -> str:
 
 if __name__ == "__main__":
     page(Checkpoint(checkpoint_name())).launch(
-        theme=THEME, css=CSS, js=RELEASED_BY_KEY, ssr_mode=False, run_history=False, footer_links=["gradio"]
+        theme=THEME,
+        css=CSS,
+        js=RELEASED_BY_KEY,
+        max_file_size=FILE_SIZE,
+        ssr_mode=False,
+        run_history=False,
+        footer_links=["gradio"],
     )

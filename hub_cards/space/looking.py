@@ -49,7 +49,7 @@ class Look:
     """
 
     answer: str
-    picture: Image.Image
+    picture: Image.Image | None
     visual_tokens: float
     prompt_tokens: float
     prefill_flops: int
@@ -85,7 +85,22 @@ class Checkpoint:
         return torch.cuda.get_device_name() if self.model.device.type == "cuda" else "CPU"
 
     def _inputs(self, image: Image.Image, question: str) -> Any:
-        return self.processor.of_questions(image, question).to(self.model.device, self.model.dtype)
+        """What the model takes; `ValueError` where a question has what only a prompt may have, or is too long."""
+        tokens = self.processor.tokenizer.added_tokens_decoder.values()
+        reserved = [self.processor.image_token, *(token.content for token in tokens if token.special)]
+        if found := [token for token in reserved if token in question]:
+            raise ValueError(
+                f"The question has {found[0]}, which stands for something else in a prompt. Leave it out."
+            )
+        inputs = self.processor.of_questions(image, question)
+        length = inputs["input_ids"].shape[1]
+        most = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        if most is not None and length + MAX_NEW_TOKENS > most:
+            raise ValueError(
+                f"The question is too long: with the image it makes {length} tokens, and this model reads at most "
+                f"{most - MAX_NEW_TOKENS}."
+            )
+        return inputs.to(self.model.device, self.model.dtype)
 
     @torch.no_grad()
     def _reducers(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -106,7 +121,7 @@ class Checkpoint:
         Answers a question, with a fraction of the visual tokens kept by a reducer, as `generate` takes it.
 
         Raises:
-            ValueError: if the image or the budget is not allowed, or the reducer cannot reach the budget.
+            ValueError: if image, question or budget are not allowed, or the reducer cannot reach the budget.
         """
         inputs = self._inputs(image, question)
         outputs, seconds = self._timed(inputs, token_budget=budget, reducer=reducer)

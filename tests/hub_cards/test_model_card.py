@@ -252,3 +252,25 @@ def test_parameters_are_counted_in_the_weight_files_shards_and_all(
     assert f"It has {number} parameters (float32)" in str(
         model_card(tmp_path, "a/b", TrainingRecord(), Origin(None, None))
     )
+
+
+def test_published_records_have_no_place_of_this_machine_and_no_token(tmp_path: Path) -> None:
+    home = "/home/alice/private data"
+    stage = {"name": "a", "kind": "conversations", "data": {"path": f"{home}/rows.json"}}
+    secret = stage | {"training": {"hub_token": "hf_secret", "max_steps": 3}}
+    (tmp_path / "log.json").write_text(json.dumps({"stage": secret, "log": []}))
+    (tmp_path / "own.yaml").write_text(f"# ours\nmodel: {{checkpoint: {home}/llava}}\nstages: [{json.dumps(stage)}]\n")
+    row = {"reducer": "grid", "budget": 0.4, "num_keep": 4} | dict.fromkeys(
+        ("accuracy", "accuracy_low", "accuracy_high", "decoder_tokens", "milliseconds"), 0.5
+    )
+    command = f"adavtp evaluate runs/a --data 'vqav2:{home}' --output=/home/alice/out"
+    measured = {"command": command, "versions": {}, "split": "test", "num_questions": 3, "rows": [row]}
+    (tmp_path / "measured.json").write_text(json.dumps(measured | {"dataset": f"vqav2:{home}"}))
+    files = [tmp_path / name for name in ("own.yaml", "log.json", "measured.json")]
+    (tmp_path / "out").mkdir()
+    record = TrainingRecord.found_in(tmp_path, files[0], [files[1]], [files[2]]).copy_to(tmp_path / "out")
+    published = "".join(path.read_text() for path in (tmp_path / "out").iterdir())
+    assert "alice" not in published and "hf_secret" not in published
+    assert record.stages[0]["data"] == {"path": "rows.json"} and record.base_model == "llava"
+    assert "# ours" in record.recipe.read_text()
+    assert record.results[0]["command"] == "adavtp evaluate runs/a --data 'vqav2:private data' --output=out"

@@ -1,17 +1,21 @@
 """The Space: what its page shows in a real browser, what it counts, and the folder that goes to the Hub."""
 
 import ast
+import html
 import importlib.util
 import json
 import os
 import re
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import time
 import urllib.request
+import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
 from importlib.metadata import version
@@ -21,6 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -348,6 +353,200 @@ def test_on_a_phone_nothing_hangs_over_the_edge(visit: Visit) -> None:
     wide = "(e) => [...e.querySelectorAll('table, img, input, textarea, button')].map(e => e.getBoundingClientRect())"
     boxes = visit.page.locator("body").evaluate(wide)
     assert all(box["x"] >= 0 and box["x"] + box["width"] <= 360 for box in boxes if box["width"])
+
+
+# -- whatever is sent to it -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Visitor:
+    """A program that uploads and asks as the page does, and that can send what the page never would."""
+
+    address: str
+
+    def upload(self, content: bytes, name: str = "image.png") -> dict[str, Any]:
+        response = httpx.post(f"{self.address}gradio_api/upload", files={"files": (name, content)}, trust_env=False)
+        return {"path": response.raise_for_status().json()[0], "meta": {"_type": "gradio.FileData"}}
+
+    def ask(
+        self, image: Any, question: Any = QUESTION, budget: Any = 0.4, reducer: Any = "adaptive"
+    ) -> tuple[str, str]:
+        """The answer, and the sentence that comes in its place."""
+        config = httpx.get(f"{self.address}config", trust_env=False).json()
+        (number,) = [one["id"] for one in config["dependencies"] if one["api_name"] == "answer"]
+        session = {"session_hash": os.urandom(6).hex()}
+        # As `json` writes it: NaN and lone surrogates too.
+        body = json.dumps({"data": [image, question, budget, reducer, None], "fn_index": number} | session)
+        headers = {"content-type": "application/json"}
+        sent = {"content": body, "headers": headers, "trust_env": False, "timeout": 60}
+        httpx.post(f"{self.address}gradio_api/queue/join", **sent).raise_for_status()
+        place = f"{self.address}gradio_api/queue/data"
+        with httpx.stream("GET", place, params=session, trust_env=False, timeout=60) as stream:
+            said = (json.loads(line[5:]) for line in stream.iter_lines() if line.startswith("data:"))
+            done = next(one for one in said if one["msg"] == "process_completed")
+        if not done["success"]:
+            return "", done["output"]["error"] or ""
+        message, answer, *_ = done["output"]["data"]
+        return answer, html.unescape(re.sub(r"</?p[^>]*>", "", message))
+
+
+@pytest.fixture
+def visitor(served: str) -> Visitor:
+    """Whatever a visitor sent, the next one is answered at once."""
+    visitor = Visitor(served)
+    yield visitor
+    start = time.perf_counter()
+    assert visitor.ask(visitor.upload(SCENE.read_bytes())) == ("1", "")
+    assert time.perf_counter() - start < PATIENCE / 1000
+
+
+def encoded(image: Image.Image, form: str = "PNG", **how: Any) -> bytes:
+    file = BytesIO()
+    image.save(file, form, **how)
+    return file.getvalue()
+
+
+def header_of_png(width: int, height: int) -> bytes:
+    """A PNG that says how large it is, and has next to no pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    about = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", about) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
+
+
+NO_IMAGE, TOO_LARGE, BROKEN = "is no image that can be read", "25 million at most", "cannot be decoded"
+BAD_FILES = {
+    "a text": (lambda: b"hello", NO_IMAGE),
+    "nothing": (lambda: b"", NO_IMAGE),
+    "an SVG": (lambda: b'<svg xmlns="http://www.w3.org/2000/svg"/>', NO_IMAGE),
+    "a PSD": (lambda: b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 3, 64, 64, 8, 3) + bytes(64), NO_IMAGE),
+    # Other decoders run a program for it.
+    "an EPS": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{} loop", NO_IMAGE),
+    "half a PNG": (lambda: SCENE.read_bytes()[:1000], BROKEN),
+    "12000 x 12000": (lambda: header_of_png(12_000, 12_000), "12000 x 12000 pixels; it may have " + TOO_LARGE),
+    "60000 x 60000": (lambda: header_of_png(60_000, 60_000), TOO_LARGE),
+    "5001 x 5000": (lambda: header_of_png(5_001, 5_000), TOO_LARGE),
+    # Scaled by its shorter side this would have 144 million pixels.
+    "1 x 20000": (lambda: encoded(Image.new("RGB", (1, 20_000))), "1 x 20000 pixels; one side"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_file_that_is_no_image_or_too_large_a_one_is_refused_in_a_sentence(name: str, visitor: Visitor) -> None:
+    content, sentence = BAD_FILES[name]
+    uploaded = visitor.upload(content())
+    start = time.perf_counter()
+    answer, said = visitor.ask(uploaded)
+    assert answer == "" and sentence in said and said.endswith("."), said
+    # Judged by its header: nothing was decoded, and nothing was asked.
+    assert time.perf_counter() - start < 5
+    assert uploaded["path"] not in said
+
+
+def test_a_file_of_more_than_the_page_takes_is_refused_before_it_is_kept(served: str, visit: Visit) -> None:
+    large = {"files": ("a.png", b"\x89PNG\r\n\x1a\n" + bytes(21_000_000))}
+    refused = httpx.post(f"{served}gradio_api/upload", files=large, trust_env=False, timeout=60)
+    assert refused.status_code == 413 and "maximum allowed size" in refused.text
+
+
+GOOD_FILES = {
+    "16 bits": lambda scene: encoded(
+        Image.frombytes("I;16", scene.size, (np.asarray(scene.convert("L")).astype(np.uint16) * 257).tobytes())
+    ),
+    "grey": lambda scene: encoded(scene.convert("L")),
+    "CMYK": lambda scene: encoded(scene.convert("CMYK"), "JPEG", quality=98),
+    "a palette": lambda scene: encoded(scene.quantize(64), transparency=3),
+    "an animation": lambda scene: encoded(
+        scene.quantize(), "GIF", save_all=True, append_images=[Image.new("P", scene.size)] * 3
+    ),
+    "on its side": lambda scene: encoded(
+        scene.transpose(Image.Transpose.ROTATE_90),
+        "JPEG",
+        quality=98,
+        exif=b"MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0" + bytes(4),
+    ),
+    "1 x 1": lambda scene: encoded(scene.crop((5, 5, 6, 6))),
+    "a strip": lambda scene: encoded(scene.resize((100, 4_000))),
+}
+
+
+@pytest.mark.parametrize("name", GOOD_FILES)
+def test_an_image_of_any_kind_is_answered_as_the_model_answers_its_file(
+    name: str, served: str, reference: tuple[Any, Any], tmp_path: Path
+) -> None:
+    model, _ = reference
+    (tmp_path / "image").write_bytes(GOOD_FILES[name](Image.open(SCENE).convert("RGB")))
+    visitor = Visitor(served)
+    expected = model.generate(str(tmp_path / "image"), QUESTION, token_budget=0.4, do_sample=False)
+    assert visitor.ask(visitor.upload((tmp_path / "image").read_bytes())) == (expected, "")
+
+
+BAD_QUESTIONS = {
+    "4000 words": ("what " * 4000, "20,000 characters; it may have 1,000"),
+    "more tokens than the model reads": ("a " * 400, "this model reads at most 448"),
+    "an image's place": ("What is <image> here?", "<image>, which stands for something else"),
+    "the end of a text": ("red</s>", "</s>, which stands"),
+    "a control character": ("red\0", "cannot be printed, U+0000"),
+    "half a character": ("\ud800", "cannot be printed, U+D800"),
+    "a number": (7, "has to be text"),
+    "nothing": (None, "There is no question yet"),
+}
+BAD_CHOICES = {
+    **{f"budget {budget!r}": ({"budget": budget}, "a number from 0 to 1") for budget in (5, -0.1, "0.4", None, True)},
+    "budget NaN": ({"budget": float("nan")}, "a number from 0 to 1"),
+    "budget of 400 digits": ({"budget": 10**400}, "a number from 0 to 1"),
+    "no such reducer": ({"reducer": "nothing"}, "one of adaptive, "),
+    "a list of reducers": ({"reducer": ["grid"]}, "one of adaptive, "),
+    "a budget out of a reducer's reach": ({"reducer": "fastv", "budget": 0.05}, "'fastv' cannot go below"),
+    **{name: ({"question": question}, sentence) for name, (question, sentence) in BAD_QUESTIONS.items()},
+}
+PASSWORDS = {"path": "/etc/passwd"}
+BAD_PLACES = {
+    "no image": (None, "There is no image yet."),
+    "a file that was never uploaded": (PASSWORDS | {"meta": {"_type": "gradio.FileData"}}, "could not be answered"),
+    "a file without Gradio's mark": (PASSWORDS, "Upload the image itself"),
+    "an address": ({"path": "http://127.0.0.1:9/x", "meta": {"_type": "gradio.FileData"}}, "Upload the image itself"),
+    "an address inside something": ([{"a": {"path": "https://127.0.0.1:9"}}], "Upload the image itself"),
+    "a path": ("/etc/passwd", "could not be answered"),
+}
+
+
+def test_whatever_is_asked_in_another_form_is_refused_in_a_sentence(visitor: Visitor) -> None:
+    scene = visitor.upload(SCENE.read_bytes())
+    asked = {name: ({"image": scene} | changes, sentence) for name, (changes, sentence) in BAD_CHOICES.items()}
+    asked |= {name: ({"image": image}, sentence) for name, (image, sentence) in BAD_PLACES.items()}
+    for name, (changes, sentence) in asked.items():
+        answer, said = visitor.ask(**changes)
+        assert answer == "" and sentence in said and said.count("\n") == 0, (name, said)
+        assert "/etc" not in said and "Traceback" not in said, (name, said)
+
+
+def test_a_question_of_any_script_and_a_budget_between_the_slider_s_steps_are_taken(visitor: Visitor) -> None:
+    scene = visitor.upload(SCENE.read_bytes())
+    for question in ("\u202eאיזו ספרה אדומה?", "Which digit\nis red?\t", "<b>red</b> & blue", "👀" * 200):
+        answer, said = visitor.ask(scene, question)
+        assert answer and not said, question
+    assert visitor.ask(scene, budget=0.123) == visitor.ask(scene, budget=17 / NUM_PATCHES)
+
+
+def test_several_at_once_are_each_answered_and_nobody_passes_the_queue(visitor: Visitor, served: str) -> None:
+    scene = visitor.upload(SCENE.read_bytes())
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda budget: visitor.ask(scene, budget=budget), [0.0, 0.4] * 3))
+    assert answers == [("2", ""), ("1", "")] * 3
+    direct = httpx.post(f"{served}gradio_api/run/answer", json={"data": [scene, QUESTION, 1, "grid"]}, trust_env=False)
+    assert direct.status_code == 404
+
+
+def test_the_page_says_why_a_file_is_not_answered(visit: Visit, tmp_path: Path) -> None:
+    (tmp_path / "half.png").write_bytes(SCENE.read_bytes()[:1000])
+    visit.page.set_input_files("#image input[type=file]", tmp_path / "half.png")
+    visit.page.wait_for_selector("#image img", state="attached", timeout=PATIENCE)
+    visit.ask(QUESTION)
+    assert visit.sentence() == "The image is broken: it cannot be decoded. Upload an intact file."
+    assert visit.page.locator("#cost table").count() == 0
 
 
 # -- what it counts and draws -----------------------------------------------------------------------------------------

@@ -17,26 +17,33 @@ evaluation: {questions: 2400, budgets: [1.0, 0.4], reducers: [adaptive, random]}
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from transformers import TrainingArguments
 
+from ...configuration.configuration_adavtp import reducer_entries
+from ...hub_cards.training_record import check_record, check_types
+from ...modeling.budget.token_budget import num_tokens_to_keep
+from ...modeling.costs.model_costs import FULL
 from ..adapters import ADAPTED_PARTS, QUANTIZATIONS
 from ..data.budget_stream import BudgetStream
 from ..training_arguments import AdaVTPTrainingArguments
 
 STAGE_KINDS = ("patch_labels", "packed_questions", "conversations")
-EVALUATION_FIELDS = ("questions", "budgets", "reducers")
+EVALUATION = {"questions": int, "budgets": list, "reducers": list}
 # Of data with `sources`, the stream to train on and the rows to evaluate on; see stages.py.
 SOURCE_FIELDS = {
     "data": ("sources", "max_length", "group_by_length", "block_size"),
     "eval_data": ("sources", "max_length"),
 }
-ADAPTER_FIELDS = ("r", "lora_alpha", "lora_dropout", "target_modules", "quantize")
+BUDGETS = {"budget_range": list[float], "per": str, "seed": int}
+ADAPTER_FIELDS = {"r": int, "lora_alpha": float, "lora_dropout": float} | {
+    **{"target_modules": list[str] | str | None, "quantize": str | None}
+}
 
 
 @dataclass
@@ -74,11 +81,7 @@ class Stage:
     adapters: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not re.fullmatch(r"\w[\w.-]*", self.name):
-            raise ValueError(
-                f"stage {self.name!r}: `name` names a folder of the run; allowed are letters, digits and _, and "
-                "behind the first of them also . and -."
-            )
+        require_folder_name(self.name, "stage")
         if self.kind not in STAGE_KINDS:
             raise ValueError(f"stage {self.name!r}: `kind` is {self.kind!r}; allowed are {', '.join(STAGE_KINDS)}.")
         if self.gradient_gates not in (None, "attention", "features"):
@@ -88,9 +91,22 @@ class Stage:
             )
         of_training = TrainingArguments if self.kind == "patch_labels" else AdaVTPTrainingArguments
         arguments = [f.name for f in fields(of_training) if f.name != "output_dir"]
-        known = {"training": arguments, "budgets": ["budget_range", "per", "seed"], "adapters": ADAPTER_FIELDS}
+        known = {"training": arguments, "budgets": BUDGETS, "adapters": ADAPTER_FIELDS}
         for group, names in known.items():
             _check_names(getattr(self, group), names, f"stage {self.name!r}, {group}")
+        check_types(self.training, get_type_hints(of_training), f"stage {self.name!r}, training")
+        check_types(self.budgets, BUDGETS, f"stage {self.name!r}, budgets")
+        check_types(self.adapters, ADAPTER_FIELDS, f"stage {self.name!r}, adapters")
+        for name in ("gradient_accumulation_steps", "per_device_train_batch_size"):
+            if self.training.get(name, 1) < 1:
+                raise ValueError(
+                    f"stage {self.name!r}, training: `{name}` is {self.training[name]}; allowed are 1 and more."
+                )
+        if "hub_token" in self.training:
+            raise ValueError(
+                f"stage {self.name!r}, training: `hub_token` has no place in a recipe, which is published with the "
+                "weights; set HF_TOKEN, or log in with `hf auth login`."
+            )
         for group, names in SOURCE_FIELDS.items():
             if self.kind == "conversations" and "sources" in getattr(self, group):
                 _check_names(getattr(self, group), names, f"stage {self.name!r}, {group}")
@@ -153,8 +169,24 @@ class Recipe:
                 f"stage {self.stages[0].name!r} is the first and has adapters, and `model` has no `checkpoint` that "
                 "they could belong to; name one, or train a stage without adapters before."
             )
+        if "checkpoint" not in self.model:
+            check_types(self.model, {"vision_config": dict, "text_config": dict}, "model")
+            check_record(self.model["vision_config"], {"image_size": int, "patch_size": int}, "`vision_config`")
         if self.evaluation:
-            _check_names(self.evaluation, EVALUATION_FIELDS, "evaluation", EVALUATION_FIELDS)
+            _check_names(self.evaluation, EVALUATION, "evaluation", EVALUATION)
+            check_types(self.evaluation, EVALUATION, "evaluation")
+            if self.evaluation["questions"] < 1:
+                raise ValueError(f"evaluation: `questions` is {self.evaluation['questions']}; allowed are 1 and more.")
+            for budget in self.evaluation["budgets"]:
+                num_tokens_to_keep(budget, num_tokens=576, batch_size=1)
+        self.reducer_names()
+
+    def reducer_names(self) -> set[str]:
+        """Every reducer that a stage, the result or the evaluation asks for; `ValueError` if something is none."""
+        chosen = [stage.reducer for stage in self.stages] + self.evaluation.get("reducers", [])
+        chosen += [] if self.reducer is None else [self.reducer]
+        entries = [entry for one in chosen if one != FULL for entry in reducer_entries(one)]
+        return {entry if isinstance(entry, str) else entry["name"] for entry in entries}
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Recipe":
@@ -162,7 +194,7 @@ class Recipe:
         Reads a recipe.
 
         Raises:
-            ValueError: if a field is unknown or missing, or a stage's kind is not known.
+            ValueError: if a field is unknown, missing or of another type, or a stage's kind is not known.
         """
         content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=RecipeLoader)
         check_fields(content, cls, str(path))
@@ -170,6 +202,15 @@ class Recipe:
         for number, stage in enumerate(stages):
             check_fields(stage, Stage, f"{path}, stage {number}")
         return cls(**content | {"stages": [Stage(**stage) for stage in stages]})
+
+
+def require_folder_name(name: Any, of: str) -> None:
+    """`ValueError` if a name would lead a folder out of the one that it lies in."""
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(
+            f"{of} {name!r}: `name` names a folder of the run; allowed are letters, digits and _, and behind the "
+            "first of them also . and -."
+        )
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -182,14 +223,19 @@ RecipeLoader.add_implicit_resolver(
 
 
 def check_fields(content: Any, of: type, where: str) -> None:
+    """`ValueError` if a file's content has not the fields of a data class, in their types; `where` names the file."""
     if not isinstance(content, dict):
         raise ValueError(f"{where}: found {content!r}; expected are fields, `name: value`.")
     needed = [f.name for f in fields(of) if f.default is MISSING and f.default_factory is MISSING]
     _check_names(content, [f.name for f in fields(of)], where, needed)
+    # A name has a rule of its own, and what a list of other data classes holds is checked as theirs.
+    types = {name: hint for name, hint in get_type_hints(of).items() if name != "name"}
+    lists = {name for name, hint in types.items() if any(map(is_dataclass, get_args(hint)))}
+    check_types(content, types | dict.fromkeys(lists, list | None), where)
 
 
-def _check_names(content: dict[str, Any], known: Sequence[str], where: str, needed: Sequence[str] = ()) -> None:
-    if unknown := sorted(set(content) - set(known)):
+def _check_names(content: dict[str, Any], known: Iterable[str], where: str, needed: Iterable[str] = ()) -> None:
+    if unknown := sorted(map(str, set(content) - set(known))):
         raise ValueError(f"{where}: unknown field(s) {', '.join(unknown)}; allowed are {', '.join(known)}.")
     if missing := [name for name in needed if name not in content]:
         raise ValueError(f"{where}: missing field(s) {', '.join(missing)}.")

@@ -6,10 +6,12 @@ from typing import Any
 
 from transformers import Trainer, set_seed
 
+from ...hub_cards.training_record import check_types, read_record
 from ...modeling.processing_adavtp import AdaVTPProcessor
+from ...modeling.reducers.base import REDUCERS
 from ..whole_checkpoints import last_whole_checkpoint
 from .recipe import Recipe, Stage
-from .stages import stage_arguments, stage_trainer
+from .stages import check_data, stage_arguments, stage_trainer
 from .starting_model import model_on_disk, new_model, whole_checkpoint
 
 FINISHED = "finished.json"
@@ -29,9 +31,12 @@ def run_recipe(recipe: Recipe, output_dir: str | Path) -> Path:
         adapter's, or, if the recipe has an evaluation, that of the merged checkpoint.
 
     Raises:
-        ValueError: if stages are finished in the folder that are not the recipe's first, or were trained from another
-            model, with another seed or other settings.
+        ValueError: if a stage's data are not described as they have to be; if stages are finished in the folder that
+            are not the recipe's first, or were trained from another model, with another seed or other settings.
     """
+    for stage in recipe.stages:
+        # Now, and not when the stages before have run for hours.
+        check_data(stage)
     folders = [Path(output_dir) / stage.name for stage in recipe.stages]
     model, processor = None, None
     for number in range(_num_finished(recipe, folders), len(recipe.stages)):
@@ -48,6 +53,9 @@ def run_recipe(recipe: Recipe, output_dir: str | Path) -> Path:
         if not is_handed_on or (before and arguments.world_size > 1):
             set_seed(recipe.seed)
             model, processor = model_on_disk(recipe, stage, folders[number - 1] if before else None)
+        # Now that the checkpoint has brought its own, and not when the last of them is asked for after hours.
+        if unknown := sorted(recipe.reducer_names() - set(REDUCERS)):
+            raise ValueError(f"`reducer` is {unknown[0]!r}; registered reducers: {', '.join(sorted(REDUCERS))}.")
         # What a stage draws does not depend on whether the ones before it ran in this process.
         set_seed(seed)
         trainer = stage_trainer(model, processor, stage, arguments, seed)
@@ -85,7 +93,8 @@ def _num_finished(recipe: Recipe, folders: list[Path]) -> int:
         )
     for stage, folder in zip(recipe.stages[:number], folders, strict=False):
         # Folders from before a setting was written down were trained without it, or say nothing of it.
-        finished = {"stage": {}} | json.loads((folder / FINISHED).read_text())
+        finished = {"stage": {}} | read_record(folder / FINISHED, {})
+        check_types(finished, {"stage": dict}, str(folder / FINISHED))
         finished = {**finished, "adapters": {}, "gradient_gates": None, **finished["stage"]}
         asked = _settings(recipe, stage)
         asked |= asked.pop("stage")

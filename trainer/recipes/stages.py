@@ -11,12 +11,15 @@ data:
 ```
 """
 
+from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from datasets import Dataset, load_dataset, load_from_disk
 from transformers import Trainer, TrainingArguments
 
+from ...hub_cards.training_record import check_record, check_types
 from ...modeling.modeling_adavtp import AdaVTPForConditionalGeneration
 from ...modeling.processing_adavtp import AdaVTPProcessor
 from ...tasks.digit_scenes import load_digit_questions, load_digit_scenes
@@ -79,6 +82,30 @@ def stage_trainer(
     else:
         collator = BudgetCollator(processor, **budgets)
     return AdaVTPTrainer(model=model, args=arguments, data_collator=collator, processing_class=processor, **data)
+
+
+def check_data(stage: Stage) -> None:
+    """`ValueError` if what a stage says of its data are not the arguments of what reads them, in their types."""
+    for name, data in (("data", stage.data), ("eval_data", stage.eval_data)):
+        where = f"stage {stage.name!r}, {name}"
+        if name == "eval_data" and not data:
+            continue
+        if stage.kind != "conversations":
+            _check_arguments(load_digit_scenes, data, where)
+        elif "sources" in data:
+            check_types(data, {"sources": list[dict[str, Any]], "max_length": int | None}, where)
+        else:
+            check_record(data, {"path": str}, where)
+            if data["path"] == "digit-scenes":
+                _check_arguments(load_digit_questions, {key: data[key] for key in data if key != "path"}, where)
+
+
+def _check_arguments(function: Callable[..., Any], data: dict[str, Any], where: str) -> None:
+    try:
+        signature(function).bind(**data)
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}; allowed are {', '.join(signature(function).parameters)}.") from error
+    check_types(data, get_type_hints(function), where)
 
 
 def _rows(stage: Stage, data: dict[str, Any], seed: int) -> Any:

@@ -57,7 +57,12 @@ def model_on_disk(recipe: Recipe, stage: Stage, before: Path | None) -> ModelAnd
     if stage.adapters:
         fields |= _under_adapters(checkpoint, stage)
     processor = AdaVTPProcessor.from_pretrained(checkpoint)
-    return AdaVTPForConditionalGeneration.from_pretrained(checkpoint, **fields), processor
+    try:
+        return AdaVTPForConditionalGeneration.from_pretrained(checkpoint, **fields), processor
+    except TypeError as error:
+        if "unexpected keyword" not in str(error):
+            raise
+        raise ValueError(f"`model` has {', '.join(fields)}, of which one is unknown: {error}") from error
 
 
 def _under_adapters(checkpoint: str, stage: Stage) -> dict[str, Any]:
