@@ -5,7 +5,10 @@ them; the projector maps the kept ones into the decoder's space. The placeholder
 and the family's own forward reads what is left. The decoder is any Llama-shaped text model, untouched.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from types import MethodType
 from typing import Any
 
 import torch
@@ -30,7 +33,15 @@ from .generation_adavtp import AdaVTPGenerationMixin
 from .hub.custom_reducers import CustomReducersMixin
 from .hub.loading import CompleteLoadingMixin
 from .hub.saving import SelfContainedMixin
-from .prompt import Prompt, additive_mask, check_columns, count_positions, without_first_labels
+from .prompt import (
+    Prompt,
+    additive_mask,
+    at_columns,
+    check_columns,
+    count_positions,
+    of_columns,
+    without_first_labels,
+)
 from .prompt_reduction import PromptReductionMixin
 from .reducers.adaptive import VisionTokenController
 from .reducers.bank import MissingWeightsError, ReducerBank, ReducerSpec, Step, named
@@ -181,22 +192,29 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
         selection_output: str | None = None,
         reducer: ReducerSpec | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        caller_targets: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> AdaVTPModelOutputWithPast:
         """See [`AdaVTPForConditionalGeneration.forward`]; returns hidden states in place of logits."""
         if pixel_values is not None and len(pixel_values) == 0:
             pixel_values = None
-        self._check_inputs(input_ids, pixel_values, position_ids, past_key_values, inputs_embeds, labels)
+        self._check_inputs(
+            input_ids, pixel_values, position_ids, past_key_values, inputs_embeds, labels, caller_targets
+        )
         self.refuse_other_features(kwargs)
         encoded = None if mm_encoder_outputs is None else mm_encoder_outputs.get("image")
-        policy, selection, pruned = pending_policy(past_key_values), None, None
+        policy, selection, pruned, column = pending_policy(past_key_values), None, None, None
         if pixel_values is not None:
             schedule = self.resolve_budget(token_budget, reducer, len(input_ids))
             new = NewColumns.of_prompt(input_ids, attention_mask, position_ids)
             prompt = Prompt(input_ids, new.attention_mask, new.position_ids, labels)
+            if labels is None and caller_targets is not None:
+                prompt = prompt.with_caller_targets(caller_targets)
             prepared = self.prepare_inputs(prompt, pixel_values, schedule, selection_output)
+            self.check_labels_of_choice(prompt, schedule, prepared)
             input_ids, attention_mask = prepared.prompt.input_ids, prepared.prompt.attention_mask
             position_ids, labels = prepared.prompt.position_ids, prepared.prompt.labels
+            column = prepared.prompt.column
             encoded = BaseModelOutputWithPooling(pooler_output=[prepared.image_features])
             selection, policy = prepared.selection, prepared.policy
             pruned = self.pruned_prompt(new, prepared, new.num_columns)
@@ -212,15 +230,17 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
         )
         if pruned is not None and outputs.past_key_values is not None:
             pruned_cache(outputs.past_key_values).prompt = pruned.on_cache()
-        column_index = getattr(outputs, "column_index", None)
-        if labels is not None and column_index is not None:
-            labels = labels.gather(1, column_index.clamp(min=0)).masked_fill(column_index < 0, -100)
+        hidden_states, column_index = outputs.last_hidden_state, getattr(outputs, "column_index", None)
+        if column_index is not None:
+            labels, column = of_columns(labels, column_index, -100), of_columns(column, column_index, -1)
+        if column is not None:
+            hidden_states, labels = at_columns(hidden_states, column, new.input_ids.shape[1]), None
         if policy is not None:
             # In `generate` the prompt was pruned before this call, and its selection waits on the cache.
             chosen = pruned_cache(past_key_values).prompt.selection if selection is None else selection
             chosen.depth = policy.depth_of_tokens(chosen.is_token, outputs.depth)
         return AdaVTPModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
+            last_hidden_state=hidden_states,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -276,11 +296,12 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
         past_key_values: Cache | None,
         inputs_embeds: torch.Tensor | None,
         labels: torch.Tensor | None,
+        caller_targets: torch.Tensor | None,
     ) -> None:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` has to be given.")
         if input_ids is not None:
-            check_columns(input_ids, labels, position_ids)
+            check_columns(input_ids, labels, position_ids, caller_targets)
         if pixel_values is not None and input_ids is None:
             raise ValueError(
                 "`pixel_values` was given with `inputs_embeds`; images are placed by the placeholder tokens in "
@@ -313,6 +334,21 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
         return self.get_input_embeddings()(input_ids) + zero
 
 
+def _telling_targets(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """
+    A forward that others put in front of a model's own. Those of TRL's trainers take `labels` out of the call, ask the
+    model below for hidden states and compute the loss from these; what chooses has to hear of the labels nevertheless.
+    """
+
+    @wraps(forward)
+    def telling_targets(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("labels") is not None:
+            kwargs.setdefault("caller_targets", kwargs["labels"])
+        return forward(model, *args, **kwargs)
+
+    return telling_targets
+
+
 class AdaVTPForConditionalGeneration(AdaVTPPreTrainedModel, AdaVTPGenerationMixin, LlavaForConditionalGeneration):
     """
     A LLaVA with a token budget: `model.generate(**inputs, token_budget=0.4)`.
@@ -327,6 +363,11 @@ class AdaVTPForConditionalGeneration(AdaVTPPreTrainedModel, AdaVTPGenerationMixi
         self.model = AdaVTPModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward" and getattr(value, "__self__", None) is self:
+            value = MethodType(_telling_targets(value.__func__), self)
+        super().__setattr__(name, value)
 
     def set_reducer(self, reducer: ReducerSpec, **parameters: Any) -> None:
         """See [`AdaVTPModel.set_reducer`]."""
@@ -428,6 +469,7 @@ class AdaVTPForConditionalGeneration(AdaVTPPreTrainedModel, AdaVTPGenerationMixi
         selection_output: str | None = None,
         reducer: ReducerSpec | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        caller_targets: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> AdaVTPCausalLMOutputWithPast:
         """
@@ -450,9 +492,14 @@ class AdaVTPForConditionalGeneration(AdaVTPPreTrainedModel, AdaVTPGenerationMixi
                 stay, hidden); by default the configuration's.
             mm_encoder_outputs: `{"image": output}` in place of `pixel_values`: features that are encoded and reduced
                 already, as [`get_image_features`] returns them, for as many placeholders.
+            caller_targets: `[batch, sequence]`, labels of a loss that the caller computes from what this returns. In
+                place of `labels` they tell the question from the answer; and the last hidden states and logits come
+                in the columns of `input_ids`, where these targets stand. A dropped column has those of the last kept
+                one before it.
 
         Returns:
-            `AdaVTPCausalLMOutputWithPast`; the sequence length of logits and labels is that of the kept columns.
+            `AdaVTPCausalLMOutputWithPast`; the sequence length of logits and labels is that of the kept columns, or
+            with `caller_targets` that of `input_ids`.
 
         Raises:
             ValueError: if an argument is not allowed; the message names it, its value and what is allowed.
@@ -469,6 +516,7 @@ class AdaVTPForConditionalGeneration(AdaVTPPreTrainedModel, AdaVTPGenerationMixi
             selection_output=selection_output,
             reducer=reducer,
             mm_encoder_outputs=mm_encoder_outputs,
+            caller_targets=caller_targets,
             **kwargs,
         )
         rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -25,6 +25,8 @@ class Prompt:
         labels: `[batch, sequence]` int64 or `None`.
         visual_index: `[batch, sequence]` int64 or `None`; the visual token that a column shows, counted through all
             units of the batch, -1 for every other column.
+        column: `[batch, sequence]` int64 or `None`; where a column stood in the caller's prompt, -1 for padding and
+            for what is hidden.
     """
 
     input_ids: torch.Tensor
@@ -32,6 +34,12 @@ class Prompt:
     position_ids: torch.Tensor
     labels: torch.Tensor | None = None
     visual_index: torch.Tensor | None = None
+    column: torch.Tensor | None = None
+
+    def with_caller_targets(self, labels: torch.Tensor) -> "Prompt":
+        """The same prompt with labels of a loss that is computed elsewhere, where columns are the caller's."""
+        column = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
+        return replace(self, labels=labels, column=column)
 
     def without(self, keep: torch.Tensor, pad_token_id: int) -> "Prompt":
         """
@@ -63,6 +71,7 @@ class Prompt:
             taken(self.position_ids, 0),
             taken(self.labels, -100),
             taken(self.visual_index, -1),
+            taken(self.column, -1),
         )
 
     def hiding(self, dropped: torch.Tensor) -> "Prompt":
@@ -82,7 +91,8 @@ class Prompt:
             attention_mask = self.attention_mask.masked_fill(dropped, 0)
         labels = None if self.labels is None else _labels_before_gaps(self.labels, dropped)
         visual_index = None if self.visual_index is None else self.visual_index.masked_fill(dropped, -1)
-        return replace(self, attention_mask=attention_mask, labels=labels, visual_index=visual_index)
+        column = None if self.column is None else self.column.masked_fill(dropped, -1)
+        return replace(self, attention_mask=attention_mask, labels=labels, visual_index=visual_index, column=column)
 
     def gating(self, gates: torch.Tensor, dtype: torch.dtype) -> "Prompt":
         """
@@ -105,8 +115,10 @@ class Prompt:
             visible = visible.bool()[:, None, None, :] & torch.ones_like(own).tril()
         bias = torch.where(own, 0.0, torch.log(gates + _LEAST_GATE)[:, None, None, :]).to(dtype)
         attention_mask = bias.masked_fill(~visible, torch.finfo(dtype).min)
-        labels = None if self.labels is None else _labels_before_gaps(self.labels, gates.detach() == 0)
-        return replace(self, attention_mask=attention_mask, labels=labels)
+        dropped = gates.detach() == 0
+        labels = None if self.labels is None else _labels_before_gaps(self.labels, dropped)
+        column = None if self.column is None else self.column.masked_fill(dropped, -1)
+        return replace(self, attention_mask=attention_mask, labels=labels, column=column)
 
 
 @dataclass
@@ -158,6 +170,31 @@ def _labels_before_gaps(labels: torch.Tensor, dropped: torch.Tensor) -> torch.Te
     return torch.where(dropped & ~dropped_before, behind, labels)
 
 
+def of_columns(columns: torch.Tensor | None, index: torch.Tensor, fill: int) -> torch.Tensor | None:
+    """Of `[batch, sequence]` the columns `index` `[batch, columns left]`; `fill` where that is -1."""
+    return None if columns is None else columns.gather(1, index.clamp(min=0)).masked_fill(index < 0, fill)
+
+
+def at_columns(states: torch.Tensor, column: torch.Tensor, length: int) -> torch.Tensor:
+    """
+    The states of what is left, in the columns of the prompt that the caller has. A dropped column gets those of the
+    last one before it that stayed, which predicts what comes behind both.
+
+    Args:
+        states: `[batch, columns left, hidden_size]`.
+        column: `[batch, columns left]` int64, where each of them stood; -1 where it stands for none.
+        length: columns of the caller's prompt.
+
+    Returns:
+        `[batch, length, hidden_size]`.
+    """
+    number = torch.arange(column.shape[1], device=column.device).expand_as(column)
+    # What stands for no column goes into one more, behind the prompt.
+    place = column.new_zeros(len(column), length + 1).scatter(1, column.masked_fill(column < 0, length), number)
+    place = place[:, :length].cummax(dim=1).values
+    return states.gather(1, place[..., None].expand(-1, -1, states.shape[-1]))
+
+
 def without_first_labels(labels: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """
     Labels without those of each prompt's first token: what stands before it, and would have to predict it, is padding
@@ -199,20 +236,27 @@ def additive_mask(attention_mask: torch.Tensor | None, dtype: torch.dtype) -> to
 
 
 def check_columns(
-    input_ids: torch.Tensor, labels: torch.Tensor | None = None, position_ids: torch.Tensor | None = None
+    input_ids: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    caller_targets: torch.Tensor | None = None,
 ) -> None:
     """
     Raises:
         ValueError: if ids are not whole numbers `[batch, sequence]`, or labels or positions are not theirs.
     """
     shape = tuple(input_ids.shape)
-    for name, columns in (("input_ids", input_ids), ("labels", labels)):
+    all_labels = {"labels": labels, "caller_targets": caller_targets}
+    for name, columns in {"input_ids": input_ids, **all_labels}.items():
         if columns is not None and (columns.is_floating_point() or columns.is_complex()):
             raise ValueError(f"`{name}` is {columns.dtype}; it holds token ids, which are integers (torch.long).")
     if len(shape) != 2 or 0 in shape:
         raise ValueError(f"`input_ids` has shape {shape}; it has to be [batch, sequence], neither of them 0.")
-    if labels is not None and labels.shape != input_ids.shape:
-        raise ValueError(f"`labels` has shape {tuple(labels.shape)}, and `input_ids` has {shape}; they must agree.")
+    for name, columns in all_labels.items():
+        if columns is not None and columns.shape != input_ids.shape:
+            raise ValueError(
+                f"`{name}` has shape {tuple(columns.shape)}, and `input_ids` has {shape}; they must agree."
+            )
     if position_ids is not None and position_ids.shape[-2:] not in ((1, shape[1]), shape):
         raise ValueError(
             f"`position_ids` has shape {tuple(position_ids.shape)}; it has to end in {shape}, as `input_ids` does."

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.utils import logging
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
 from .budget.schedule import BudgetSchedule, StackBudget
@@ -22,6 +23,8 @@ from .vision.visual_model import VisualModel, VisualTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.get_logger(__name__)
 
 
 class PromptReductionMixin:
@@ -181,6 +184,45 @@ class PromptReductionMixin:
                     "change it. Set it in the configuration before the model is built."
                 )
 
+    def check_labels_of_choice(self, prompt: Prompt, schedule: BudgetSchedule, prepared: PreparedInputs) -> None:
+        """
+        Warns if a prompt's labels leave no question to choose by.
+
+        Raises:
+            ValueError: if in training a choice was made by a question that may hold its answer, or learns from a loss
+                that the caller does not see.
+        """
+        if prompt.column is not None and self.training and prepared.selection.loss is not None:
+            names = ", ".join(repr(name) for name in schedule.names)
+            raise ValueError(
+                f"`caller_targets` was given, and {names} learns from a loss of its own, which is added to the "
+                "model's only with `labels`. TRL's trainers compute the loss themselves; use AdaVTPTrainer."
+            )
+        in_decoder = prepared.policy is not None
+        asks = in_decoder or not self._needs(schedule.steps).isdisjoint({"question", "question_ids"})
+        # Where everything stays, nothing was chosen.
+        if not self.training or not asks or (not in_decoder and bool(prepared.selection.keep.all())):
+            return
+        if prompt.labels is None:
+            raise ValueError(
+                "`labels` is None in training, and what is kept depends on the question, which cannot be told from "
+                "the answer without them. Pass `labels`; or, for a loss of your own, `caller_targets`, which are -100 "
+                "everywhere if no text is an answer."
+            )
+        is_question = self._is_question(prompt, self.family.placeholders(self.config, prompt.input_ids))
+        if not bool(is_question.any(dim=-1).all()):
+            logger.warning_once(
+                "`labels` has a prompt whose first token of text is a target, so that no question is left to choose "
+                "visual tokens by. Set the labels of what asks to -100; TRL does for columns `prompt` and "
+                "`completion`, and with assistant_only_loss=True."
+            )
+
+    def _is_question(self, prompt: Prompt, placeholders: torch.Tensor) -> torch.Tensor:
+        """`[batch, sequence]` bool: the text that asks, up to the first token that is a target."""
+        mask = prompt.attention_mask
+        is_real = mask if mask.dim() == 2 else torch.ones_like(prompt.input_ids)
+        return ~placeholders & is_before_answer(is_real, prompt.labels)
+
     def zero_of_a_blank_image(self, input_ids: torch.Tensor, schedule: BudgetSchedule) -> torch.Tensor:
         """
         Zero, computed by looking at a blank image in the first prompt. A batch without images then runs the modules
@@ -205,14 +247,10 @@ class PromptReductionMixin:
         The text that asks about each unit, up to the first token that is a target: its mean embedding
         `[num_units, text_hidden_size]` and its ids `[num_units, sequence]`, each if somebody wants it.
         """
-        needs = {need for step in steps for need in step.reducer.needs}
-        is_text, sample = ~placeholders, units.sample.to(placeholders.device)
-        if prompt.attention_mask.dim() == 2:
-            is_text = is_text & is_before_answer(prompt.attention_mask, prompt.labels)
-        elif prompt.labels is not None:
-            is_text = is_text & is_before_answer(torch.ones_like(prompt.input_ids), prompt.labels)
+        needs = self._needs(steps)
+        is_text, sample = self._is_question(prompt, placeholders), units.sample.to(placeholders.device)
         mean = ids = None
-        if "question" in needs or (self.config.question_aware and "budget" in needs):
+        if "question" in needs:
             embeds = self.get_input_embeddings()(prompt.input_ids)
             weight = is_text.to(embeds.dtype)
             mean = (embeds * weight[..., None]).sum(dim=1) / weight.sum(dim=1, keepdim=True).clamp(min=1)
@@ -220,6 +258,11 @@ class PromptReductionMixin:
         if "question_ids" in needs:
             ids = prompt.input_ids.masked_fill(~is_text, -1)[sample]
         return mean, ids
+
+    def _needs(self, steps: list[Step]) -> set[str]:
+        """What the reducers of a stack have to be given; those that get the budget token hear what it hears."""
+        needs = {need for step in steps for need in step.reducer.needs}
+        return needs | {"question"} if self.config.question_aware and "budget" in needs else needs
 
     def _at_columns(
         self, of_tokens: torch.Tensor, placeholders: torch.Tensor, units: Units, other: float | bool

@@ -75,7 +75,7 @@ def gradient_of_gates(
 def test_the_gradient_of_gates_is_the_slope_of_the_output_for_kept_and_for_dropped_tokens() -> None:
     model = tiny_model(gradient_gates="attention").train().double()
     batch = tiny_batch(model.config, images_per_sample=(1,))
-    batch["pixel_values"] = batch["pixel_values"].double()
+    batch |= {"pixel_values": batch["pixel_values"].double(), "labels": targets(batch)}
     gates = torch.tensor([[1.0, 0.0] * (NUM_PATCHES // 2)], dtype=torch.float64)
     _, gradient = gradient_of_gates(model, batch, gates)
     # Norms compute in float32 whatever the model's dtype, so a smaller step would drown.
@@ -109,6 +109,7 @@ def test_gates_in_attention_refuse_a_text_model_whose_window_they_would_switch_o
     model = tiny_model(text="mistral").train()
     model.model.language_model.config.sliding_window = 5
     batch = tiny_batch(model.config)
+    batch["labels"] = targets(batch)
     with pytest.raises(ValueError, match="gradient_gates.*attention.*window 5"):
         model(**batch, token_budget=0.5)
     model.config.gradient_gates = "features"

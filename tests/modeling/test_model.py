@@ -1,13 +1,18 @@
 """What the model promises: LLaVA at the full budget, LLaVA on hand-pruned inputs at any other, and clear refusals."""
 
+import copy
+import logging
+import math
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from random import Random
+from types import MethodType
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from adavtp import AdaVTPForConditionalGeneration
@@ -16,7 +21,9 @@ from tiny_models import (
     NUM_PATCHES,
     TEXT_CONFIGS,
     VISION_CONFIGS,
+    VOCAB_SIZE,
     alone,
+    padded_on_the_right,
     targets,
     tiny_batch,
     tiny_config,
@@ -267,6 +274,95 @@ def test_select_tokens_is_forward_s_choice_without_the_decoder(selection_output:
             assert torch.equal(selection.positions, expected.positions)
 
 
+# A loss that is computed elsewhere
+
+FORMS = {
+    "gather": {"selection_output": "gather"},
+    "mask": {"selection_output": "mask"},
+    "in the decoder": {"reducers": [{"name": "fastv", "layer": 1}], "selection_output": "mask"},
+    "by the question": {"reducers": ["query"]},
+    "feature gates": {"gradient_gates": "features"},
+}
+
+
+def loss_by_hand(hidden_or_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Of the next token, as everybody computes it who has logits and labels of the same columns."""
+    assert hidden_or_logits.shape[:2] == labels.shape
+    return nn.functional.cross_entropy(hidden_or_logits[:, :-1].transpose(1, 2), labels[:, 1:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("is_padded_right", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_loss_of_the_callers_is_the_models_own(form: str, is_padded_right: bool, training: bool) -> None:
+    model = tiny_model(**FORMS[form]).train(training)
+    batch = tiny_batch(model.config, IMAGES)
+    # The first target stands behind the only image of its row: what predicts it is in front of dropped patches.
+    batch["labels"] = targets(batch, num_targets=4)
+    batch = padded_on_the_right(batch) if is_padded_right else batch
+    torch.manual_seed(0)
+    expected = model(**batch, token_budget=0.6)
+    torch.manual_seed(0)
+    output = model(**batch | {"labels": None, "caller_targets": batch["labels"]}, token_budget=0.6)
+    assert torch.equal(output.selection.keep, expected.selection.keep)
+    assert output.loss is None and output.labels is None
+    torch.testing.assert_close(loss_by_hand(output.logits, batch["labels"]), expected.loss)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("training", [True, False])
+def test_a_forward_that_keeps_labels_to_itself_gets_the_models_own_loss(training: bool) -> None:
+    model = tiny_model(token_budget=0.6).train(training)
+    batch = tiny_batch(model.config, IMAGES)
+    batch["labels"] = targets(batch, num_targets=4)
+    torch.manual_seed(0)
+    expected = model(**batch)
+
+    # What TRL's `add_fused_lm_head` does.
+    def forward(self: nn.Module, labels: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        return loss_by_hand(self.lm_head(self.base_model(**inputs).last_hidden_state), labels)
+
+    model.forward = MethodType(forward, model)
+    for call in (model, model.forward):  # older versions of PEFT call `forward`
+        torch.manual_seed(0)
+        torch.testing.assert_close(call(**batch), expected.loss)
+    copied = copy.deepcopy(model)
+    copied.lm_head.weight.zero_()
+    assert copied(**batch) == pytest.approx(math.log(VOCAB_SIZE))
+
+
+@pytest.mark.parametrize("reducer", [None, "fastv", "cdpruner"])
+def test_training_without_labels_is_refused_where_the_question_chooses(reducer: str | None) -> None:
+    model = tiny_model().train()
+    batch = tiny_batch(model.config, [1])
+    with pytest.raises(ValueError, match="`labels` is None in training.*question.*`caller_targets`"):
+        model(**batch, token_budget=0.6, reducer=reducer)
+    # There is nothing to choose here, none asks here, and here no text is an answer.
+    assert model(**batch, token_budget=1.0).logits.isfinite().all()
+    assert model(**batch, token_budget=0.6, reducer="random").logits.isfinite().all()
+    no_targets = torch.full_like(batch["input_ids"], -100)
+    assert model(**batch, token_budget=0.6, reducer=reducer, caller_targets=no_targets).logits.isfinite().all()
+
+
+def test_a_reducer_with_a_loss_of_its_own_needs_the_models() -> None:
+    model = tiny_model(reducers=["dynamicvit"]).train()
+    batch = tiny_batch(model.config, [1])
+    with pytest.raises(ValueError, match="`caller_targets`.*'dynamicvit'.*AdaVTPTrainer"):
+        model(**batch, token_budget=0.6, caller_targets=targets(batch))
+
+
+def test_labels_that_leave_no_question_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    logging.Logger.warning_once.cache_clear()
+    model = tiny_model().train()
+    batch = tiny_batch(model.config, [1])
+    with caplog.at_level(logging.WARNING):
+        model(**batch, labels=targets(batch), token_budget=0.6)
+        assert not caplog.messages
+        model(**batch, labels=batch["input_ids"], token_budget=0.6)
+    assert "first token of text is a target" in caplog.text
+
+
 # LLaVA's names
 
 
@@ -393,6 +489,10 @@ def refused_calls() -> dict[str, tuple[Callable[[dict[str, torch.Tensor]], dict[
         "labels that are no ids": (
             lambda batch: {"labels": batch["input_ids"].float()},
             ["`labels`", "torch.float32", "torch.long"],
+        ),
+        "targets of another length": (
+            lambda batch: {"caller_targets": batch["input_ids"][:, 1:]},
+            ["`caller_targets`", "(1, 21)", "`input_ids`", "(1, 22)"],
         ),
         "positions of another length": (
             lambda batch: {"position_ids": torch.arange(3)[None]},

@@ -165,11 +165,13 @@ def test_logits_of_the_same_targets_meet_whatever_was_dropped(selection_output: 
 def test_scores_are_recorded_with_their_gradient() -> None:
     model = tiny_model().train()
     choose_trained_parts(model, EVERY_PART)
+    batch = tiny_batch(model.config, (2, 1))
+    batch["labels"] = targets(batch)
     with recorded_scores(model.model.controller) as recorded:
-        model(**tiny_batch(model.config, (2, 1)), token_budget=0.5)
+        model(**batch, token_budget=0.5)
     (scores,) = recorded
     assert scores.shape == (3, NUM_PATCHES) and scores.requires_grad
-    model(**tiny_batch(model.config), token_budget=0.5)
+    model(**batch, token_budget=0.5)
     assert len(recorded) == 1
 
 

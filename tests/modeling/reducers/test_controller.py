@@ -110,6 +110,7 @@ def test_scores_are_the_head_s_formula(head: str, feature_layer: int | list[int]
 def test_exactly_k_patches_are_kept(head: str, fusion: dict[str, str]) -> None:
     model = tiny_model(controller_head=head, **fusion)
     batch = tiny_batch(model.config, [1, 2, 0, 1])
+    batch["labels"] = targets(batch)
     for training in (True, False):
         selection = model.train(training)(**batch, token_budget=[0.0, 0.4, 0.7, 1.0]).selection
         assert selection.keep.sum(dim=-1).tolist() == [1, 6, 6, 16]
@@ -136,6 +137,7 @@ def test_evaluation_keeps_the_best_scores_and_repeats_itself(head: str, fusion: 
 def test_training_draws_anew_with_every_call() -> None:
     model = tiny_model().train()
     batch = tiny_batch(model.config)
+    batch["labels"] = targets(batch)
     torch.manual_seed(0)
     with torch.no_grad():
         drawn = {tuple(model(**batch, token_budget=0.4).selection.keep.flatten().tolist()) for _ in range(6)}
