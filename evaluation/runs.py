@@ -10,9 +10,22 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+from ..tasks.field_types import is_of_type
 
 HEADER, ANSWERS, PICTURES = "run.json", "answers.jsonl", "pictures"
+
+# What `run.json` holds, and what of it every one has had.
+FIELDS: dict[str, Any] = {
+    **{"command": str, "checkpoint": str, "checkpoint_hash": str, "data": str, "data_hash": str, "metric": str},
+    **{"max_new_tokens": int, "num_examples": int, "num_patches": int, "num_layers": int, "shown": int},
+    **{"batch_size": int, "split": str, "machine": str, "versions": dict[str, str]},
+    **{"settings": list[dict[str, Any]], "unreachable": list[dict[str, Any]]},
+    **{"measurements": list[dict[str, Any]] | None, "figures": list[dict[str, Any]] | None},
+    **{"seconds": float | int, "model_seconds": float | int, "evaluation_seconds": float | int},
+}
+NEEDED = ("command", "checkpoint_hash", "data_hash", "metric", "max_new_tokens", "settings", "unreachable")
 
 # What answers of one table have to have in common.
 IDENTITY = ("checkpoint_hash", "data_hash", "metric", "max_new_tokens")
@@ -66,6 +79,9 @@ class Answer:
         return self.reducer, self.budget, self.index
 
 
+_TYPES = get_type_hints(Answer)
+
+
 def setting_of(entry: Mapping[str, Any]) -> tuple[str, float | int]:
     """The key of the setting that an entry of a run's header is about."""
     return entry["reducer"], entry["budget"]
@@ -86,7 +102,7 @@ class Run:
             raise ValueError(
                 f"{folder} is not the folder of a run: it has no {HEADER}, which `adavtp evaluate` writes."
             )
-        return cls(folder, json.loads(path.read_text(encoding="utf-8")))
+        return cls(folder, _header(path))
 
     @classmethod
     def begin(cls, folder: str | Path, header: Mapping[str, Any]) -> "Run":
@@ -95,9 +111,11 @@ class Run:
         Nothing is written yet.
 
         Raises:
-            ValueError: if the folder has answers of another checkpoint, other data or another metric.
+            ValueError: if the folder has answers of another checkpoint, other data or another metric, or answers and
+                pictures of which nothing says whose they are.
         """
         if not (Path(folder) / HEADER).is_file():
+            _require_no_answers(Path(folder))
             return cls(folder, {"seconds": 0.0, "model_seconds": 0.0, "evaluation_seconds": 0.0} | dict(header))
         run = cls.open(folder)
         for name in IDENTITY:
@@ -145,6 +163,11 @@ class Run:
             for answer in _whole_lines(path):
                 known.setdefault(answer.key, answer)
         places = {setting_of(entry): place for place, entry in enumerate(self.header["settings"])}
+        if strange := next((answer for answer in known.values() if answer.setting not in places), None):
+            raise ValueError(
+                f"{self.folder} has an answer of {strange.reducer!r} at {strange.budget}, which its {HEADER} does not "
+                "have: the two are of different runs."
+            )
         return sorted(known.values(), key=lambda answer: (places[answer.setting], answer.index))
 
     def answers_of_settings(self) -> dict[tuple[str, float | int], list[Answer]]:
@@ -187,14 +210,58 @@ def _line(answer: Answer) -> str:
 def _whole_lines(path: Path) -> list[Answer]:
     if not path.exists():
         return []
+    if not path.is_file():
+        raise ValueError(f"{path} is no file; expected are the answers of a run, a line each.")
     *whole, _ = path.read_bytes().split(b"\n")
     answers = []
     for number, line in enumerate(whole, start=1):
         try:
-            answers.append(Answer(**json.loads(line)))
-        except (ValueError, TypeError) as error:
+            answers.append(_answer(json.loads(line)))
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}, line {number} is no answer: {error}") from error
     return answers
+
+
+def _answer(fields: Any) -> Answer:
+    answer = Answer(**fields)
+    for name, expected in _TYPES.items():
+        value = getattr(answer, name)
+        if not is_of_type(value, expected):
+            raise TypeError(f"`{name}` is {value!r}")
+    return answer
+
+
+def _require_no_answers(folder: Path) -> None:
+    """That a folder without a record of its run has nothing that a new run would take for its own."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; name a folder for the run.")
+    left = [*folder.glob(f"{Path(ANSWERS).stem}*.jsonl"), *(folder / PICTURES).glob("*")]
+    if (folder / HEADER).exists():
+        left.append(folder / HEADER)
+    if left:
+        raise ValueError(
+            f"{folder} has {left[0].relative_to(folder)} and no file {HEADER} that says of which checkpoint and data "
+            "it is; choose another folder, or delete that one."
+        )
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """What `run.json` says, if it says what a run has to."""
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as the record of a run: {error}") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} has another form; expected is an object, as `adavtp evaluate` writes it.")
+    for name, expected in FIELDS.items():
+        if (name in header or name in NEEDED) and not is_of_type(header.get(name), expected):
+            raise ValueError(
+                f"{path} has `{name}` {header.get(name)!r}; expected is what `adavtp evaluate` writes there."
+            )
+    for entry in [*header["settings"], *header["unreachable"]]:
+        if not is_of_type(entry.get("reducer"), str) or not is_of_type(entry.get("budget"), float | int):
+            raise ValueError(f"{path} has the setting {entry!r}; expected are `reducer` and `budget`.")
+    return header
 
 
 def _write(path: Path, text: str) -> None:
