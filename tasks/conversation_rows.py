@@ -85,9 +85,12 @@ def row_features() -> "Features":
     )
 
 
+TURNS = ("messages", "conversations", "texts")
+
+
 def turns_column(columns: Collection[str]) -> str | None:
     """Which of the columns has the turns: `"messages"`, `"conversations"`, `"texts"`, or `None` if none has."""
-    return next((name for name in ("messages", "conversations", "texts") if name in columns), None)
+    return next((name for name in TURNS if name in columns), None)
 
 
 def common_row(
@@ -243,10 +246,15 @@ def _image(image: Any, image_folder: str | None) -> dict[str, Any]:
 
 def _messages(record: dict[str, Any], num_images: int) -> tuple[list[dict[str, Any]], list[Any]]:
     """The messages, and of each image that they show what the part has of it, or `None`."""
-    column = turns_column([name for name, value in record.items() if value is not None])
+    given = [name for name in TURNS if record.get(name) is not None]
+    if len(given) > 1:
+        raise UnreadableRecord(
+            f"the record has {' and '.join(f'`{name}`' for name in given)}; expected is one of them"
+        )
+    column = turns_column(given)
     turns = record[column] if column else None
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        found = f"`{column}` is {_shown(turns)}" if column else f"the record has the fields {_shown(sorted(record))}"
+        found = f"`{column}` is {_shown(turns)}" if column else f"the record has the fields {_shown(list(record))}"
         raise UnreadableRecord(f"{found}; understood are {UNDERSTOOD}")
     for turn in turns:
         _refuse_unread(turn, _OF_TURNS, "a turn")

@@ -17,26 +17,46 @@ evaluation: {questions: 2400, budgets: [1.0, 0.4], reducers: [adaptive, random]}
 """
 
 import re
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import yaml
 from transformers import TrainingArguments
 
+from ...tasks.digit_scenes import load_digit_questions, load_digit_scenes
+from ...tasks.field_types import is_of_type
 from ..adapters import ADAPTED_PARTS, QUANTIZATIONS
 from ..data.budget_stream import BudgetStream
 from ..training_arguments import AdaVTPTrainingArguments
 
 STAGE_KINDS = ("patch_labels", "packed_questions", "conversations")
-EVALUATION_FIELDS = ("questions", "budgets", "reducers")
+DIGIT_SCENES = "digit-scenes"
+_MOST_VALUES = 10_000
+EVALUATION_TYPES = {
+    "questions": int,
+    "budgets": list[float | int | str],
+    "reducers": list[str | dict[str, Any] | list],
+}
+EVALUATION_FIELDS = tuple(EVALUATION_TYPES)
 # Of data with `sources`, the stream to train on and the rows to evaluate on; see stages.py.
 SOURCE_FIELDS = {
     "data": ("sources", "max_length", "group_by_length", "block_size"),
     "eval_data": ("sources", "max_length"),
 }
-ADAPTER_FIELDS = ("r", "lora_alpha", "lora_dropout", "target_modules", "quantize")
+DATA_TYPES = {
+    **{"sources": list[dict[str, Any]], "max_length": int | None, "group_by_length": bool, "block_size": int},
+    **{"path": str, "split": str | None, "num_scenes": int, "num_questions": int, "seed": int, "image_size": int},
+    **{"cache_dir": str | None, "kinds": list[str] | None},
+}
+ADAPTER_TYPES = {
+    **{"r": int, "lora_alpha": float, "lora_dropout": float, "target_modules": list[str] | str | None},
+    **{"quantize": str | None},
+}
+ADAPTER_FIELDS = tuple(ADAPTER_TYPES)
 
 
 @dataclass
@@ -74,11 +94,7 @@ class Stage:
     adapters: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not re.fullmatch(r"\w[\w.-]*", self.name):
-            raise ValueError(
-                f"stage {self.name!r}: `name` names a folder of the run; allowed are letters, digits and _, and "
-                "behind the first of them also . and -."
-            )
+        require_folder_name(self.name, f"stage {self.name!r}")
         if self.kind not in STAGE_KINDS:
             raise ValueError(f"stage {self.name!r}: `kind` is {self.kind!r}; allowed are {', '.join(STAGE_KINDS)}.")
         if self.gradient_gates not in (None, "attention", "features"):
@@ -91,17 +107,32 @@ class Stage:
         known = {"training": arguments, "budgets": ["budget_range", "per", "seed"], "adapters": ADAPTER_FIELDS}
         for group, names in known.items():
             _check_names(getattr(self, group), names, f"stage {self.name!r}, {group}")
-        for group, names in SOURCE_FIELDS.items():
-            if self.kind == "conversations" and "sources" in getattr(self, group):
-                _check_names(getattr(self, group), names, f"stage {self.name!r}, {group}")
+        _check_types(self.training, get_type_hints(of_training), f"stage {self.name!r}, training")
+        _check_types(self.adapters, ADAPTER_TYPES, f"stage {self.name!r}, adapters")
+        self._check_data()
         # Now, and not when the stages before this one have run for hours.
         BudgetStream(**self.budgets)
         if self.adapters:
             self._check_adapters()
 
+    def _check_data(self) -> None:
+        for group, of_sources in SOURCE_FIELDS.items():
+            data, where = getattr(self, group), f"stage {self.name!r}, {group}"
+            if self.kind != "conversations":
+                needed = ("split", "num_scenes") if data else ()
+                _check_names(data, list(signature(load_digit_scenes).parameters), where, needed)
+            elif "sources" in data:
+                _check_names(data, of_sources, where)
+            elif data and data.get("path") != DIGIT_SCENES:
+                _check_names(data, list(data), where, ("path",))
+            elif data:
+                names = list(signature(load_digit_questions).parameters)
+                _check_names(data, ["path", *names], where, ("split", "num_questions"))
+            _check_types(data, DATA_TYPES, where)
+
     def _check_adapters(self) -> None:
         quantize = self.adapters.get("quantize")
-        if quantize not in (None, *QUANTIZATIONS):
+        if not isinstance(quantize, str | None) or quantize not in (None, *QUANTIZATIONS):
             raise ValueError(
                 f"stage {self.name!r}: `quantize` is {quantize!r}; allowed are {', '.join(QUANTIZATIONS)} and none."
             )
@@ -140,6 +171,8 @@ class Recipe:
     evaluation: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32 - len(self.stages):
+            raise ValueError(f"`seed` is {self.seed}; allowed are whole numbers from 0 that 32 bits hold.")
         names = [stage.name for stage in self.stages]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"`stages` are named {names}; a recipe has at least one, and no name twice.")
@@ -155,6 +188,12 @@ class Recipe:
             )
         if self.evaluation:
             _check_names(self.evaluation, EVALUATION_FIELDS, "evaluation", EVALUATION_FIELDS)
+            _check_types(self.evaluation, EVALUATION_TYPES, "evaluation")
+        for name in ("vision_config", "text_config"):
+            if "checkpoint" not in self.model and not isinstance(self.model[name], dict):
+                raise ValueError(f"`model` has `{name}` {self.model[name]!r}; expected are fields, `name: value`.")
+        if not isinstance(self.model.get("checkpoint", ""), str):
+            raise ValueError(f"`checkpoint` of `model` is {self.model['checkpoint']!r}; expected is text.")
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Recipe":
@@ -164,32 +203,95 @@ class Recipe:
         Raises:
             ValueError: if a field is unknown or missing, or a stage's kind is not known.
         """
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=RecipeLoader)
+        content = read_yaml(path)
+        # `stages:` with nothing behind it.
+        content = {name: [] if name == "stages" and value is None else value for name, value in content.items()}
         check_fields(content, cls, str(path))
-        stages = content["stages"] or []
-        for number, stage in enumerate(stages):
+        for number, stage in enumerate(content["stages"]):
             check_fields(stage, Stage, f"{path}, stage {number}")
-        return cls(**content | {"stages": [Stage(**stage) for stage in stages]})
+        return cls(**content | {"stages": [Stage(**stage) for stage in content["stages"]]})
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The fields of a file; `ValueError` if it is no YAML, or has no fields, or one twice."""
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader=RecipeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: found {reprlib.repr(content)}; expected are fields, `name: value`.")
+    _require_plain(content, path)
+    return content
+
+
+def _require_plain(content: Any, path: str | Path) -> None:
+    """That there is nothing but what JSON has, which it is noted in, and no more of it than anybody writes."""
+    rest = [content]
+    # An alias may stand for a list of aliases, and so for more than any memory holds, or for what it is part of.
+    for _ in range(_MOST_VALUES):
+        if not rest:
+            return
+        value = rest.pop()
+        if isinstance(value, dict):
+            rest += [*value, *value.values()]
+        elif isinstance(value, list):
+            rest += value
+        elif not isinstance(value, str | int | float | None):
+            raise ValueError(f"{path} has {reprlib.repr(value)}, a {type(value).__name__}; write it in quotes.")
+    raise ValueError(f"{path} has more than {_MOST_VALUES} values, aliases written out; a recipe has a few hundred.")
+
+
+def require_folder_name(name: Any, where: str) -> None:
+    """Raises `ValueError` for a name that is no folder's own, such as `../outside`."""
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(
+            f"{where}: `name` names a folder of the run; allowed are letters, digits and _, and behind the first of "
+            "them also . and -."
+        )
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """Reads `1e-3` as the number that everybody means; YAML 1.1, which PyYAML follows, takes it for a word."""
+    """
+    Reads `1e-3` as the number that everybody means; YAML 1.1, which PyYAML follows, takes it for a word. Refuses a
+    name that comes twice, of which PyYAML forgets the first.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """See [`yaml.SafeLoader`]."""
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != MERGE]
+        if twice := [name for place, name in enumerate(names) if name in names[:place]]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} comes twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
+# `<<: *defaults`, whose fields stand behind those that are written out.
+MERGE = "tag:yaml.org,2002:merge"
 RecipeLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789")
 )
 
 
 def check_fields(content: Any, of: type, where: str) -> None:
+    """That what a file says are the fields of a dataclass, none is missing, and each is of its type."""
     if not isinstance(content, dict):
-        raise ValueError(f"{where}: found {content!r}; expected are fields, `name: value`.")
+        raise ValueError(f"{where}: found {reprlib.repr(content)}; expected are fields, `name: value`.")
     needed = [f.name for f in fields(of) if f.default is MISSING and f.default_factory is MISSING]
     _check_names(content, [f.name for f in fields(of)], where, needed)
+    # What stands in a list is checked where it is made.
+    types = {name: get_origin(own) if get_origin(own) is list else own for name, own in get_type_hints(of).items()}
+    _check_types(content, types, where)
 
 
 def _check_names(content: dict[str, Any], known: Sequence[str], where: str, needed: Sequence[str] = ()) -> None:
-    if unknown := sorted(set(content) - set(known)):
+    if unknown := sorted(str(name) for name in set(content) - set(known)):
         raise ValueError(f"{where}: unknown field(s) {', '.join(unknown)}; allowed are {', '.join(known)}.")
     if missing := [name for name in needed if name not in content]:
         raise ValueError(f"{where}: missing field(s) {', '.join(missing)}.")
+
+
+def _check_types(content: dict[str, Any], types: Mapping[str, Any], where: str) -> None:
+    for name, value in content.items():
+        if name in types and not is_of_type(value, types[name]):
+            expected = types[name].__name__ if isinstance(types[name], type) else str(types[name])
+            shown = reprlib.repr(value)
+            raise ValueError(f"{where}: `{name}` is {shown}; expected is {expected.replace('typing.', '')}.")
