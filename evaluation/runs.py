@@ -6,6 +6,7 @@ whoever goes on with it first puts all whole lines into one file, and what has n
 """
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -24,6 +25,16 @@ FIELDS: dict[str, Any] = {
     **{"settings": list[dict[str, Any]], "unreachable": list[dict[str, Any]]},
     **{"measurements": list[dict[str, Any]] | None, "figures": list[dict[str, Any]] | None},
     **{"seconds": float | int, "model_seconds": float | int, "evaluation_seconds": float | int},
+}
+# Of a row of `measurements`, what tables show.
+MEASURED: dict[str, Any] = {
+    **{"reducer": str, "budget": float | int | None, "device": str, "batch_size": int},
+    **{
+        f"{name}{end}": float
+        for name in ("time_to_first_token_ms", "tokens_per_second")
+        for end in ("", "_low", "_high")
+    },
+    **{"peak_memory_bytes": float, "kv_bytes": float},
 }
 NEEDED = ("command", "checkpoint_hash", "data_hash", "metric", "max_new_tokens", "settings", "unreachable")
 
@@ -162,12 +173,16 @@ class Run:
         for path in [self.path, *self._of_processes()]:
             for answer in _whole_lines(path):
                 known.setdefault(answer.key, answer)
-        places = {setting_of(entry): place for place, entry in enumerate(self.header["settings"])}
-        if strange := next((answer for answer in known.values() if answer.setting not in places), None):
-            raise ValueError(
-                f"{self.folder} has an answer of {strange.reducer!r} at {strange.budget}, which its {HEADER} does not "
-                "have: the two are of different runs."
-            )
+        settings = self.header["settings"]
+        places = {setting_of(entry): place for place, entry in enumerate(settings)}
+        num_examples = self.header.get("num_examples")
+        for answer in known.values():
+            is_asked = answer.setting in places and answer.num_keep == settings[places[answer.setting]]["num_keep"]
+            if not is_asked or not 0 <= answer.index < (num_examples or math.inf):
+                raise ValueError(
+                    f"{self.folder} has an answer of {answer.reducer!r} at {answer.budget} with {answer.num_keep} "
+                    f"tokens to example {answer.index}, which its {HEADER} does not have: they are of different runs."
+                )
         return sorted(known.values(), key=lambda answer: (places[answer.setting], answer.index))
 
     def answers_of_settings(self) -> dict[tuple[str, float | int], list[Answer]]:
@@ -261,6 +276,11 @@ def _header(path: Path) -> dict[str, Any]:
     for entry in [*header["settings"], *header["unreachable"]]:
         if not is_of_type(entry.get("reducer"), str) or not is_of_type(entry.get("budget"), float | int):
             raise ValueError(f"{path} has the setting {entry!r}; expected are `reducer` and `budget`.")
+    if strange := [entry for entry in header["settings"] if not is_of_type(entry.get("num_keep"), int)]:
+        raise ValueError(f"{path} has the setting {strange[0]!r}; expected is `num_keep`, too.")
+    for row in header.get("measurements") or []:
+        if wrong := [name for name, expected in MEASURED.items() if not is_of_type(row.get(name), expected)]:
+            raise ValueError(f"{path} has the measurement {row!r}, where `{wrong[0]}` is not what is written there.")
     return header
 
 

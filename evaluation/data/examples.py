@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from ...tasks.conversation_rows import UnreadableRecord, read_conversation, turns_column
 from ...tasks.stored_images import embedded_image, image_file, opened_image
 
@@ -134,6 +136,8 @@ class ConversationExamples(Sequence[Example]):
         where = f"Example {own_id!r} (row {index})"
         messages, images = _conversation(row, where)
         before, answers = _question_and_answers(row, messages, where)
+        if not isinstance(row.get("category"), str | int | None):
+            raise ValueError(f"{where} has `category` {row['category']!r}; expected is text.")
         images = [self._image(image, where) for image in images if image is not None]
         parts = [part for message in before for part in message["content"]]
         places = [part["type"] == "image" for part in parts]
@@ -159,7 +163,7 @@ class ConversationExamples(Sequence[Example]):
     def _image(self, image: Any, where: str) -> Any:
         """An image that is none yet: stored bytes decoded, a name as the path of a file that is there."""
         if isinstance(image, Mapping):
-            image = image.get("bytes") or image.get("path") or image.get("url") or ""
+            image = image.get("bytes") or image.get("path") or image.get("url")
         try:
             if isinstance(image, str) and (embedded := embedded_image(image)) is not None:
                 image = embedded
@@ -167,8 +171,11 @@ class ConversationExamples(Sequence[Example]):
                 return opened_image(image)
         except ValueError as error:
             raise ValueError(f"{where} shows an image that cannot be read: {error}") from error
-        is_name = isinstance(image, str | Path)
-        return existing_image(str(image), self.image_folder, where, self.trust_image_paths) if is_name else image
+        if isinstance(image, str | Path):
+            return existing_image(str(image), self.image_folder, where, self.trust_image_paths)
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"{where} shows {image!r}; expected is an image, or the path of one.")
+        return image
 
 
 def _conversation(row: Mapping[str, Any], where: str) -> tuple[list[dict[str, Any]], list[Any]]:
@@ -176,7 +183,9 @@ def _conversation(row: Mapping[str, Any], where: str) -> tuple[list[dict[str, An
     record = dict(row)
     if row.get("prompt") is not None:
         before, after = _as_messages(row["prompt"], "user"), _as_messages(row.get("completion") or [], "assistant")
-        record["messages"] = [*before, *after] if isinstance(before, list) and isinstance(after, list) else before
+        if not isinstance(before, list) or not isinstance(after, list):
+            raise ValueError(f"{where} has a `prompt` or a `completion` that is neither text nor messages.")
+        record["messages"] = [*before, *after]
     elif turns_column([name for name, value in row.items() if value is not None]) is None:
         raise ValueError(
             f"{where} has the fields {', '.join(row)}; expected are `messages`, or `prompt` and `completion`."

@@ -89,6 +89,8 @@ def join_runs(runs: Sequence[Run]) -> list[Measured]:
         raise ValueError("`runs` is empty; allowed are one or more run folders.")
     joined: dict[tuple[str, str], Measured] = {}
     for run in runs:
+        if missing := [name for name in ("checkpoint", "data", *_IN_COMMON) if name not in run.header]:
+            raise ValueError(f"the run in {str(run.folder)!r} does not say its {', '.join(missing)}.")
         key = run.header["checkpoint_hash"], run.header["data_hash"]
         _add(joined.setdefault(key, Measured([])), run)
     return list(joined.values())

@@ -139,7 +139,8 @@ def _problem(messages: list[Row] | None, num_images: int) -> str | None:
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[0] == "system" else roles
     if turns != [("user", "assistant")[index % 2] for index in range(len(turns))]:
-        return f"the turns are {', '.join(roles)}; user and assistant take turns, the user first"
+        shown = roles if len(roles) <= 8 else [*roles[:8], "..."]
+        return f"the turns are {', '.join(shown)}; user and assistant take turns, the user first"
     if "assistant" not in roles:
         return "the assistant says nothing, so that there is nothing to learn"
     shown = Counter(m["role"] for m in messages for part in content_parts(m) if part["type"] == "image")
