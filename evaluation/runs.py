@@ -6,6 +6,7 @@ whoever goes on with it first puts all whole lines into one file, and what has n
 """
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -112,9 +113,11 @@ class Run:
         Nothing is written yet.
 
         Raises:
-            ValueError: if the folder has answers of another checkpoint, other data or another metric.
+            ValueError: if the folder has answers of another checkpoint, other data or another metric, or answers and
+                pictures of which nothing says whose they are.
         """
         if not (Path(folder) / HEADER).is_file():
+            _require_no_answers(Path(folder))
             return cls(folder, {"seconds": 0.0, "model_seconds": 0.0, "evaluation_seconds": 0.0} | dict(header))
         run = cls.open(folder)
         for name in IDENTITY:
@@ -161,12 +164,16 @@ class Run:
         for path in [self.path, *self._of_processes()]:
             for answer in _whole_lines(path):
                 known.setdefault(answer.key, answer)
-        places = {setting_of(entry): place for place, entry in enumerate(self.header["settings"])}
-        if strange := next((answer for answer in known.values() if answer.setting not in places), None):
-            raise ValueError(
-                f"{self.folder} has an answer of {strange.reducer!r} at {strange.budget:g}, of which {HEADER} says "
-                "nothing; the two do not belong together."
-            )
+        settings = self.header["settings"]
+        places = {setting_of(entry): place for place, entry in enumerate(settings)}
+        num_examples = self.header.get("num_examples")
+        for answer in known.values():
+            is_asked = answer.setting in places and answer.num_keep == settings[places[answer.setting]]["num_keep"]
+            if not is_asked or not 0 <= answer.index < (num_examples or math.inf):
+                raise ValueError(
+                    f"{self.folder} has an answer of {answer.reducer!r} at {answer.budget} with {answer.num_keep} "
+                    f"tokens to example {answer.index}, which its {HEADER} does not have: they are of different runs."
+                )
         return sorted(known.values(), key=lambda answer: (places[answer.setting], answer.index))
 
     def answers_of_settings(self) -> dict[tuple[str, float | int], list[Answer]]:
@@ -212,6 +219,8 @@ def _line(answer: Answer) -> str:
 def _whole_lines(path: Path) -> list[Answer]:
     if not path.exists():
         return []
+    if not path.is_file():
+        raise ValueError(f"{path} is no file; expected are the answers of a run, a line each.")
     *whole, _ = path.read_bytes().split(b"\n")
     answers = []
     for number, line in enumerate(whole, start=1):
@@ -220,9 +229,23 @@ def _whole_lines(path: Path) -> list[Answer]:
             check_types(fields, ANSWER_FIELDS, "it")
             answers.append(Answer(**fields))
         # A line that is a list has no fields to ask for.
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}, line {number} is no answer: {error}") from error
     return answers
+
+
+def _require_no_answers(folder: Path) -> None:
+    """That a folder without a record of its run has nothing that a new run would take for its own."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; name a folder for the run.")
+    left = [*folder.glob(f"{Path(ANSWERS).stem}*.jsonl"), *(folder / PICTURES).glob("*")]
+    if (folder / HEADER).exists():
+        left.append(folder / HEADER)
+    if left:
+        raise ValueError(
+            f"{folder} has {left[0].relative_to(folder)} and no file {HEADER} that says of which checkpoint and data "
+            "it is; choose another folder, or delete that one."
+        )
 
 
 def _write(path: Path, text: str) -> None:

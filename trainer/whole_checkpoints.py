@@ -65,7 +65,11 @@ def what_is_missing(folder: str | Path) -> str | None:
         if (folder / BEING_WRITTEN).is_file():
             return "the run ended while it was being written"
         return None if (folder / TRAINER_STATE_NAME).is_file() else f"it has no {TRAINER_STATE_NAME}"
-    for name, size in json.loads((folder / FILE_LIST).read_text(encoding="utf-8"))["files"].items():
+    try:
+        files = dict(json.loads((folder / FILE_LIST).read_text(encoding="utf-8"))["files"])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        return f"its {FILE_LIST} is no list of its files ({type(error).__name__})"
+    for name, size in files.items():
         if not (folder / name).is_file():
             return f"its file {name} is missing"
         if (found := (folder / name).stat().st_size) != size:

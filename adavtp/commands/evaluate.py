@@ -75,6 +75,9 @@ def evaluate(
         str | None, typer.Option(help="Part of the data. Default: test, or that with public answers.")
     ] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of image files, where it is not with the data.")] = None,
+    trust_image_paths: Annotated[
+        bool, typer.Option("--trust-image-paths", help="Follow paths and links in the data that leave that folder.")
+    ] = False,
     metric: Annotated[str | None, typer.Option(help="Metric module. Default: the data's own.")] = None,
     batch_size: Annotated[int, typer.Option(help="Questions answered together.", min=1)] = 32,
     max_new_tokens: Annotated[int, typer.Option(help="Length limit of an answer.", min=1)] = 16,
@@ -95,6 +98,7 @@ def evaluate(
         questions=questions,
         split=split,
         images=images,
+        trust_image_paths=trust_image_paths,
         metric=metric,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
@@ -112,6 +116,7 @@ def evaluate_checkpoint(
     questions: int | None = None,
     split: str | None = None,
     images: Path | None = None,
+    trust_image_paths: bool = False,
     metric: str | None = None,
     batch_size: int = 32,
     max_new_tokens: int = 16,
@@ -131,7 +136,7 @@ def evaluate_checkpoint(
     process, started = PartialState(cpu=not torch.cuda.is_available()), time.perf_counter()
     folder = checkpoint or str(reference_checkpoint())
     with process.main_process_first():
-        asked = named_data(data, split, images, questions)
+        asked = named_data(data, split, images, questions, trust_image_paths)
         metric = metric or asked.metric
         load_metric(metric)
         model, processor = load_checkpoint(folder)
@@ -168,13 +173,19 @@ def evaluate_checkpoint(
     return run
 
 
-def named_data(name: str, split: str | None, images: Path | None, questions: int | None = None) -> EvaluationData:
+def named_data(
+    name: str,
+    split: str | None,
+    images: Path | None,
+    questions: int | None = None,
+    trust_image_paths: bool = False,
+) -> EvaluationData:
     """What is asked: digit scenes, or what [`adavtp.evaluation.data.names.read_data`] reads; the first so many."""
     from ..evaluation.data.names import DEFAULT_SPLIT, read_data
     from ..tasks.digit_scenes import load_digit_questions
 
     if name != DIGIT_SCENES:
-        return read_data(name, split, images).first(questions)
+        return read_data(name, split, images, trust_image_paths).first(questions)
     rows = load_digit_questions(split or DEFAULT_SPLIT, questions or DIGIT_SCENES_QUESTIONS)
     return EvaluationData(name, split or DEFAULT_SPLIT, ConversationExamples(rows.rename_column("kind", "category")))
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 
@@ -22,7 +21,7 @@ from ..evaluation.runs import PICTURES, Run
 from ..evaluation.settings import FULL, budget_of_text, num_keep_of, reducer_label, reducer_of_text
 from ..hub_cards.training_record import check_types, read_record
 from ..modeling.processing_adavtp import AdaVTPProcessor
-from ..trainer.recipes.recipe import Recipe, RecipeLoader, Stage, check_fields, require_folder_name
+from ..trainer.recipes.recipe import Recipe, Stage, check_fields, read_yaml, require_folder_name
 from ..trainer.recipes.run import run_recipe
 from .evaluate import DIGIT_SCENES, evaluate_checkpoint
 
@@ -76,6 +75,9 @@ class Part:
                 f"part {self.name!r} has `reducers` {self.reducers}, `variants` {list(self.variants)} and `stage` "
                 f"{self.stage}; it needs reducers alone, or variants and a stage."
             )
+        require_folder_name(self.name, f"part {self.name!r}")
+        if self.stage:
+            check_fields({"name": self.name} | self.stage, Stage, f"part {self.name!r}, stage")
         for name, variant in self.variants.items():
             if unknown := sorted(set(variant) - {"model", "reducer"}):
                 raise ValueError(
@@ -115,7 +117,7 @@ class Experiment:
     @classmethod
     def from_file(cls, path: str | Path) -> "Experiment":
         """Reads an experiment; `ValueError` if a field is unknown, missing or of another type, or a part twice."""
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=RecipeLoader)
+        content = read_yaml(path)
         check_fields(content, cls, str(path))
         parts = content["parts"] or []
         for number, part in enumerate(parts):
@@ -246,10 +248,16 @@ def join_variants(runs: Mapping[str, Run], folder: str | Path, about: Mapping[st
 def _require_same(about: dict[str, str], folder: Path) -> None:
     """That what is in a folder belongs to this checkpoint; a new folder is marked as its own."""
     path = folder / CHECKPOINT
-    if path.is_file() and (begun := read_record(path, dict.fromkeys(about, str))) != about:
+    if path.is_file():
+        if read_record(path, dict.fromkeys(about, str)) != about:
+            raise ValueError(
+                f"{folder} was begun with another checkpoint, which {CHECKPOINT} there names; choose another folder "
+                "with --work, or delete that one."
+            )
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(
-            f"{folder} was begun with another checkpoint, {begun['checkpoint']} with hash "
-            f"{begun['checkpoint_hash'][:16]}; choose another folder with --work, or delete that one."
+            f"{folder} has something in it and no {CHECKPOINT} that says with which checkpoint it was begun; choose "
+            "another folder with --work, or delete that one."
         )
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(about))

@@ -24,6 +24,14 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 @dataclass(frozen=True)
+class Images:
+    """The folder of a benchmark's images, and whether names and links that lead out of it are followed."""
+
+    folder: Path
+    trust_paths: bool = False
+
+
+@dataclass(frozen=True)
 class Benchmark:
     """
     A benchmark's format.
@@ -35,13 +43,19 @@ class Benchmark:
         images: where they usually are in the folder.
     """
 
-    read: Callable[[Path, str, Path], Iterable[Example]]
+    read: Callable[[Path, str, "Images"], Iterable[Example]]
     metric: str
     split: str
     images: str
 
 
-def read_benchmark(name: str, folder: Path, split: str | None = None, images: Path | None = None) -> EvaluationData:
+def read_benchmark(
+    name: str,
+    folder: Path,
+    split: str | None = None,
+    images: Path | None = None,
+    trust_image_paths: bool = False,
+) -> EvaluationData:
     """
     Reads a local copy of a benchmark.
 
@@ -49,21 +63,31 @@ def read_benchmark(name: str, folder: Path, split: str | None = None, images: Pa
         name: a key of [`BENCHMARKS`].
         split: by default the one whose answers are public.
         images: folder of the images, if it is not where LLaVA's evaluation has it.
+        trust_image_paths: follow paths of images that lead out of that folder, absolute, with `..` or by a link.
 
     Raises:
-        ValueError: if a file or an image is missing, or has another form; the message says which and what is expected.
+        ValueError: if a file or an image is missing, has another form, or is not in its folder; the message says which
+            and what is expected.
     """
     benchmark = BENCHMARKS[name]
     if not folder.is_dir():
         raise ValueError(f"`data` is '{name}:{folder}', and there is no folder {folder}.")
     split = split or benchmark.split
-    examples = list(benchmark.read(folder, split, images or folder / benchmark.images.format(split=split)))
+    place = Images(images or folder / benchmark.images.format(split=split), trust_image_paths)
+    try:
+        examples = list(benchmark.read(folder, split, place))
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        # Whatever a field of some row is in place of what the benchmark has there.
+        raise ValueError(
+            f"`data` is '{name}:{folder}', where a row has another form ({type(error).__name__}: {error}); expected "
+            f"is the layout of LLaVA's evaluation, see {benchmark.read.__name__} in {__name__}."
+        ) from error
     if not examples:
         raise ValueError(f"`data` is '{name}:{folder}', whose question file has no questions for split {split!r}.")
     return EvaluationData(f"{name}:{folder}", split, examples, benchmark.metric)
 
 
-def read_vqav2(folder: Path, split: str, images: Path) -> Iterator[Example]:
+def read_vqav2(folder: Path, split: str, images: Images) -> Iterator[Example]:
     """
     `llava_vqav2_mscoco_<split>.jsonl` or the official `v2_OpenEnded_mscoco_<split>_questions.json`, the official
     `v2_mscoco_<split>_annotations.json`, and the images in `<split>/`. The category is the type of answer.
@@ -86,7 +110,7 @@ def read_vqav2(folder: Path, split: str, images: Path) -> Iterator[Example]:
         yield _example(row["question_id"], row, images, answers, annotation.get("answer_type"))
 
 
-def read_gqa(folder: Path, split: str, images: Path) -> Iterator[Example]:
+def read_gqa(folder: Path, split: str, images: Images) -> Iterator[Example]:
     """
     `llava_gqa_<split>.jsonl`, the official `<split>_questions.json` in the folder, in `data/` or in
     `data/questions1.2/`, and the images in `data/images/`. The category is the question's structural type.
@@ -100,7 +124,7 @@ def read_gqa(folder: Path, split: str, images: Path) -> Iterator[Example]:
         yield _example(row["question_id"], row, images, [annotation["answer"]], category)
 
 
-def read_textvqa(folder: Path, split: str, images: Path) -> Iterator[Example]:
+def read_textvqa(folder: Path, split: str, images: Images) -> Iterator[Example]:
     """
     `llava_textvqa_<split>_v051_ocr.jsonl`, the official `TextVQA_0.5.1_<split>.json`, and the images in
     `train_images/`. A row's `question_id` is its image's, so that an annotation is found by image and question.
@@ -117,7 +141,7 @@ def read_textvqa(folder: Path, split: str, images: Path) -> Iterator[Example]:
         yield _example(own_id, row, images, annotation["answers"])
 
 
-def read_vizwiz(folder: Path, split: str, images: Path) -> Iterator[Example]:
+def read_vizwiz(folder: Path, split: str, images: Images) -> Iterator[Example]:
     """
     The official `<split>.json`, the images in `<split>/`, and `llava_<split>.jsonl` where there is one. The category
     is the type of answer.
@@ -136,7 +160,7 @@ def read_vizwiz(folder: Path, split: str, images: Path) -> Iterator[Example]:
         yield _example(row["question_id"], row, images, answers, annotation.get("answer_type"))
 
 
-def read_scienceqa(folder: Path, split: str, images: Path) -> Iterator[Example]:
+def read_scienceqa(folder: Path, split: str, images: Images) -> Iterator[Example]:
     """
     `llava_<split>_CQM-A.json`, the official `pid_splits.json` and `problems.json`, and the images in
     `images/<split>/<id>/`. Questions without an image are asked as text. The answer is the choice's letter; the
@@ -155,14 +179,15 @@ def read_scienceqa(folder: Path, split: str, images: Path) -> Iterator[Example]:
         yield _example(row["id"], shown, images, answers, problem.get("subject"), problem["choices"])
 
 
-def read_pope(folder: Path, split: str, images: Path) -> Iterator[Example]:
+def read_pope(folder: Path, split: str, images: Images) -> Iterator[Example]:
     """
     `llava_pope_<split>.jsonl`, the official `coco/coco_pope_<category>.json`, and the images in `val2014/`. The n-th
     question of a category in the one is the n-th line of the other.
     """
     labels: dict[str, Iterable[dict[str, Any]]] = {}
     for row in _json_lines(folder / f"llava_pope_{split}.jsonl", *PROMPT, "category"):
-        category, path = row["category"], folder / "coco" / f"coco_pope_{row['category']}.json"
+        category = _plain_name(row["category"], row["question_id"])
+        path = folder / "coco" / f"coco_pope_{category}.json"
         if category not in labels:
             labels[category] = iter(_json_lines(path, "image", "text", "label"))
         annotation = next(labels[category], None)
@@ -176,21 +201,22 @@ def read_pope(folder: Path, split: str, images: Path) -> Iterator[Example]:
         yield _example(own_id, row, images, [annotation["label"]], category)
 
 
-def read_mme(folder: Path, split: str, images: Path) -> Iterator[Example]:
+def read_mme(folder: Path, split: str, images: Images) -> Iterator[Example]:
     """
     `llava_mme.jsonl` and the official `MME_Benchmark_release_version/<category>/`, where beside every image, or in
     `questions_answers_YN/`, there is a text file with a line `question<tab>Yes|No` for each of its two questions. The
     `id` is the image, which both questions share.
     """
-    root = images / "MME_Benchmark" if (images / "MME_Benchmark").is_dir() else images
+    nested = images.folder / "MME_Benchmark"
+    root = nested if nested.is_dir() else images.folder
     for row in _json_lines(folder / "llava_mme.jsonl", *PROMPT):
-        category, _, _ = row["question_id"].partition("/")
+        category = _plain_name(row["question_id"].partition("/")[0], row["question_id"])
         name = f"{Path(row['image']).stem}.txt"
         places = [root / category / name, root / category / "questions_answers_YN" / name]
         path = next((place for place in places if place.is_file()), places[0])
         answers = _mme_answers(path)
         answer = _annotation(answers, _mme_question(_question_of(row["text"])), row["question_id"])
-        yield _example(row["question_id"], row, root, [answer], category)
+        yield _example(row["question_id"], row, Images(root, images.trust_paths), [answer], category)
 
 
 def _mme_answers(path: Path) -> dict[str, str]:
@@ -216,12 +242,23 @@ BENCHMARKS = {
 }
 
 
-def _example(own_id: Any, row: dict[str, Any], images: Path, answers: list[str], *more: Any) -> Example:
+def _plain_name(name: str, own_id: Any) -> str:
+    """A name that becomes that of a file or a folder, and may not lead anywhere else."""
+    if name != Path(name).name:
+        raise ValueError(f"Example {str(own_id)!r} is of the category {name!r}; expected is a name without folders.")
+    return name
+
+
+def _example(own_id: Any, row: dict[str, Any], images: Images, answers: list[str], *more: Any) -> Example:
     """`more` is the category, and the choices."""
     where = f"Example {str(own_id)!r}"
     if not answers:
         raise ValueError(f"{where} has no answers in the annotations; expected is a split whose answers are public.")
-    shown = [] if row["image"] is None else [existing_image(images / row["image"], where)]
+    texts = [row["text"], *answers, *([] if row["image"] is None else [row["image"]])]
+    if strange := [text for text in texts if not isinstance(text, str)]:
+        raise ValueError(f"{where} has {strange[0]!r} where text is expected.")
+    named = [] if row["image"] is None else [row["image"]]
+    shown = [existing_image(image, images.folder, where, images.trust_paths) for image in named]
     return Example(str(own_id), shown, row["text"], list(answers), *more)
 
 
@@ -247,7 +284,10 @@ def _require(is_so: bool, path: Path, expected: str) -> None:
 def _text(path: Path) -> str:
     if not path.is_file():
         raise ValueError(f"{path} is missing; expected is the layout of LLaVA's evaluation, see {__name__}.")
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}.") from error
 
 
 def _json(path: Path) -> Any:
@@ -257,7 +297,7 @@ def _json(path: Path) -> Any:
 def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {error}") from error
 
 

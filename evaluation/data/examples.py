@@ -6,14 +6,17 @@ data a run was made of is known by a hash of all of it, so that answers to diffe
 """
 
 import hashlib
-import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from ...tasks.conversation_rows import UnreadableRecord, read_conversation, turns_column
+from ...tasks.stored_images import embedded_image, image_file, opened_image
 
 DEFAULT_METRIC = "exact_match"
 
@@ -74,7 +77,8 @@ class EvaluationData:
         examples = self.examples
         number = len(examples) if num_examples is None else min(num_examples, len(examples))
         if isinstance(examples, ConversationExamples):
-            return replace(self, examples=ConversationExamples(examples.rows, examples.image_folder, number))
+            folder, trusts = examples.image_folder, examples.trust_image_paths
+            return replace(self, examples=ConversationExamples(examples.rows, folder, number, trusts))
         return replace(self, examples=examples[:number])
 
 
@@ -88,24 +92,30 @@ class ConversationExamples(Sequence[Example]):
     """
     Rows in the conversational form, read when an example is looked at.
 
-    A row has `images` (or one `image`; none for text) and either `messages`, of which the last is the assistant's and
-    the right answer, or `prompt` and `completion`, both messages or both text. It may have `id` or `question_id`,
-    `category`, `choices`, and `answers`, a list that takes the place of the assistant's turn.
+    A row has a conversation in one of the forms that training reads (see [`common_row`]), of which the last turn is
+    the assistant's and the right answer; or, with its images, `prompt` and `completion`, both messages or both text.
+    It may have `id` or `question_id`, `category`, `choices`, and `answers`, a list that takes the place of the
+    assistant's turn.
 
     Args:
         rows: a data set or a list of dictionaries.
         image_folder: what paths of images are relative to.
         num_examples: how many of the rows, from the first; by default all.
+        trust_image_paths: follow paths of images that lead out of `image_folder`.
 
     Raises:
-        ValueError: when a row is looked at that has another form, or names an image that is not there; the message
-            says which row.
+        ValueError: when a row is looked at that has another form, or names an image that is not there or not in the
+            folder; the message says which row.
     """
 
     def __init__(
-        self, rows: Sequence[Mapping[str, Any]], image_folder: Path = Path(), num_examples: int | None = None
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        image_folder: Path = Path(),
+        num_examples: int | None = None,
+        trust_image_paths: bool = False,
     ) -> None:
-        self.rows, self.image_folder = rows, image_folder
+        self.rows, self.image_folder, self.trust_image_paths = rows, image_folder, trust_image_paths
         self.num_examples = len(rows) if num_examples is None else num_examples
 
     def __len__(self) -> int:
@@ -124,10 +134,11 @@ class ConversationExamples(Sequence[Example]):
     def _example(self, index: int, row: Mapping[str, Any]) -> Example:
         own_id = next((row[name] for name in ("id", "question_id") if row.get(name) is not None), index)
         where = f"Example {own_id!r} (row {index})"
-        before, answers = _question_and_answers(row, where)
-        images = row.get("images") if row.get("images") is not None else [row.get("image")]
-        images = [_image(image, self.image_folder, where) for image in images if image is not None]
-        before = [_in_parts(message) for message in _with_places(before, len(images))]
+        messages, images = _conversation(row, where)
+        before, answers = _question_and_answers(row, messages, where)
+        if not isinstance(row.get("category"), str | int | None):
+            raise ValueError(f"{where} has `category` {row['category']!r}; expected is text.")
+        images = [self._image(image, where) for image in images if image is not None]
         parts = [part for message in before for part in message["content"]]
         places = [part["type"] == "image" for part in parts]
         if sum(places) != len(images):
@@ -149,69 +160,88 @@ class ConversationExamples(Sequence[Example]):
             messages=None if is_plain else before,
         )
 
+    def _image(self, image: Any, where: str) -> Any:
+        """An image that is none yet: stored bytes decoded, a name as the path of a file that is there."""
+        if isinstance(image, Mapping):
+            image = image.get("bytes") or image.get("path") or image.get("url")
+        try:
+            if isinstance(image, str) and (embedded := embedded_image(image)) is not None:
+                image = embedded
+            if isinstance(image, bytes):
+                return opened_image(image)
+        except ValueError as error:
+            raise ValueError(f"{where} shows an image that cannot be read: {error}") from error
+        if isinstance(image, str | Path):
+            return existing_image(str(image), self.image_folder, where, self.trust_image_paths)
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"{where} shows {image!r}; expected is an image, or the path of one.")
+        return image
 
-def _question_and_answers(row: Mapping[str, Any], where: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """The conversation before the answer, and the right answers."""
-    answers = _texts(row, "answers", where)
+
+def _conversation(row: Mapping[str, Any], where: str) -> tuple[list[dict[str, Any]], list[Any]]:
+    """The messages with lists of parts, without the empty fields that the common form gives every part; the images."""
+    record = dict(row)
     if row.get("prompt") is not None:
         before, after = _as_messages(row["prompt"], "user"), _as_messages(row.get("completion") or [], "assistant")
-    elif row.get("messages"):
-        messages = list(row["messages"])
-        is_answered = messages[-1]["role"] == "assistant"
-        before, after = (messages[:-1], messages[-1:]) if is_answered else (messages, [])
-    else:
+        if not isinstance(before, list) or not isinstance(after, list):
+            raise ValueError(f"{where} has a `prompt` or a `completion` that is neither text nor messages.")
+        record["messages"] = [*before, *after]
+    elif turns_column([name for name, value in row.items() if value is not None]) is None:
         raise ValueError(
             f"{where} has the fields {', '.join(row)}; expected are `messages`, or `prompt` and `completion`."
         )
+    try:
+        messages, images = read_conversation(record)
+    except UnreadableRecord as error:
+        raise ValueError(f"{where} cannot be read: {error}.") from error
+    return [
+        message | {"content": [_without_empty(part) for part in message["content"]]} for message in messages
+    ], images
+
+
+def _without_empty(part: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in part.items() if value is not None}
+
+
+def _as_messages(said: Any, role: str) -> Any:
+    return [{"role": role, "content": said}] if isinstance(said, str) else said
+
+
+def _question_and_answers(
+    row: Mapping[str, Any], messages: list[dict[str, Any]], where: str
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The conversation before the answer, and the right answers."""
+    answers = _texts(row, "answers", where)
+    is_answered = messages[-1]["role"] == "assistant"
+    before, after = (messages[:-1], messages[-1:]) if is_answered else (messages, [])
     if not before or before[-1]["role"] != "user":
         raise ValueError(f"{where} has no user's turn before the answer.")
     if answers is None:
-        if len(after) != 1 or after[0]["role"] != "assistant":
+        if not after:
             raise ValueError(f"{where} does not end with a turn of the assistant's, which is the right answer.")
-        answers = ["".join(part["text"] for part in _in_parts(after[0])["content"] if part["type"] == "text").strip()]
+        answers = ["".join(part["text"] for part in after[0]["content"] if part["type"] == "text").strip()]
     return before, answers
 
 
 def _texts(row: Mapping[str, Any], field: str, where: str) -> list[str] | None:
     """A column of lists of strings, which may be missing or empty."""
     texts = row.get(field)
-    if texts is None or len(texts) == 0:
+    if texts is None or texts == []:
         return None
-    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{where} has `{field}` {texts!r}; expected is a list of strings.")
     return list(texts)
 
 
-def _as_messages(text: str | Sequence[Mapping[str, Any]], role: str) -> list[dict[str, Any]]:
-    return [{"role": role, "content": text}] if isinstance(text, str) else [dict(message) for message in text]
-
-
-def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message with a list of parts, without the empty fields that a data set gives every part."""
-    content = message["content"]
-    if isinstance(content, str):
-        content = [{"type": "text", "text": content}]
-    parts = [{key: value for key, value in part.items() if value is not None} for part in content]
-    return {"role": message["role"], "content": parts}
-
-
-def _with_places(messages: list[dict[str, Any]], num_images: int) -> list[dict[str, Any]]:
-    """Where all messages are plain text, the images stand before the first of the user's."""
-    if not num_images or not all(isinstance(message["content"], str) for message in messages):
-        return messages
-    first = next(place for place, message in enumerate(messages) if message["role"] == "user")
-    parts = [{"type": "image"}] * num_images + [{"type": "text", "text": messages[first]["content"]}]
-    return [*messages[:first], {"role": "user", "content": parts}, *messages[first + 1 :]]
-
-
-def _image(image: Any, folder: Path, where: str) -> Any:
-    if isinstance(image, Mapping):
-        image = Image.open(io.BytesIO(image["bytes"])) if image.get("bytes") else image.get("path")
-    return existing_image(folder / image, where) if isinstance(image, str | Path) else image
-
-
-def existing_image(path: Path, where: str) -> Path:
-    """The path of an image file that is there; else `ValueError`, whose message begins with `where`."""
-    if not path.is_file():
+def existing_image(name: str, folder: Path, where: str, trust_paths: bool = False) -> Path:
+    """
+    The path of an image file that is there, by its name in the data; else `ValueError`, whose message begins with
+    `where`.
+    """
+    try:
+        path = image_file(name, folder, trust_paths)
+    except ValueError as error:
+        raise ValueError(f"{where} shows {name[:200]!r}: {error}.") from error
+    if not os.path.isfile(path):
         raise ValueError(f"{where} shows {path}, and there is no such file.")
     return path

@@ -11,6 +11,7 @@ from typing import Any
 
 from datasets import DatasetDict, load_dataset, load_from_disk
 
+from ...tasks.stored_images import hub_caches, with_undecoded_images
 from .benchmarks import BENCHMARKS, read_benchmark
 from .examples import ConversationExamples, EvaluationData
 
@@ -18,7 +19,9 @@ DEFAULT_SPLIT = "test"
 FILE_FORMATS = (".parquet", ".json", ".jsonl")
 
 
-def read_data(name: str, split: str | None = None, images: Path | None = None) -> EvaluationData:
+def read_data(
+    name: str, split: str | None = None, images: Path | None = None, trust_image_paths: bool = False
+) -> EvaluationData:
     """
     Reads what is to be asked.
 
@@ -28,21 +31,26 @@ def read_data(name: str, split: str | None = None, images: Path | None = None) -
             `Dataset.save_to_disk` wrote have no splits.
         images: folder that paths of images are relative to; by default the folder of a file, or where the benchmark
             has them.
+        trust_image_paths: follow paths of images that lead out of that folder, absolute, with `..` or by a link.
 
     Raises:
         ValueError: if there are no such data, or they have another form; the message says what is expected.
     """
     benchmark, colon, folder = name.partition(":")
     if colon and benchmark in BENCHMARKS:
-        return read_benchmark(benchmark, Path(folder), split, images)
+        return read_benchmark(benchmark, Path(folder), split, images, trust_image_paths)
     path = Path(name)
     if path.is_file():
-        rows = _rows_of_file(path)
-        return EvaluationData(name, split or path.stem, ConversationExamples(rows, images or path.parent))
-    if path.suffix in FILE_FORMATS:
+        rows, folder, split = _rows_of_file(path), path.parent, split or path.stem
+    elif path.suffix in FILE_FORMATS:
         raise ValueError(f"`data` is {name!r}, and there is no such file.")
-    rows = _rows_of_data_set(name, split or DEFAULT_SPLIT)
-    return EvaluationData(name, split or DEFAULT_SPLIT, ConversationExamples(rows, images or path))
+    else:
+        split = split or DEFAULT_SPLIT
+        rows, folder = _rows_of_data_set(name, split), path if path.is_dir() else Path(hub_caches()[0])
+    if not isinstance(rows, list):
+        rows = with_undecoded_images(rows)
+    examples = ConversationExamples(rows, images or folder, trust_image_paths=trust_image_paths)
+    return EvaluationData(name, split, examples)
 
 
 def _rows_of_file(path: Path) -> Sequence[Any]:
@@ -50,10 +58,13 @@ def _rows_of_file(path: Path) -> Sequence[Any]:
         raise ValueError(f"`data` is {str(path)!r}; files that can be read are {', '.join(FILE_FORMATS)}.")
     if path.suffix == ".parquet":
         return load_dataset("parquet", data_files=str(path), split="train")
-    text = path.read_text(encoding="utf-8")
     try:
-        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line]
-    except ValueError as error:
+        # Some editors write a mark before the first character.
+        text = path.read_text(encoding="utf-8-sig")
+        # Not `splitlines`: strings may have line breaks of Unicode's in them.
+        lines = [line for line in text.split("\n") if line.strip()]
+        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines]
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"`data` is {str(path)!r}, which is not {path.suffix[1:].upper()}: {error}") from error
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"`data` is {str(path)!r}; expected is a list of objects, one for each question.")

@@ -34,7 +34,7 @@ ROOMS = {
     "hub_cards": {"modeling", "configuration", "evaluation"},
     # `push_to_hub` of a trainer makes the folder that `adavtp publish` makes.
     "trainer": {"modeling", "configuration", "tasks", "hub_cards"},
-    "evaluation": {"modeling", "configuration"},
+    "evaluation": {"modeling", "configuration", "tasks"},
     "adavtp": {"configuration", "modeling", "tasks", "trainer", "evaluation", "hub_cards"},
 }
 

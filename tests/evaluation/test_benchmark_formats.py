@@ -369,3 +369,38 @@ def test_images_may_be_in_another_folder(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no folder"):
         read_data(f"gqa:{tmp_path / 'nothing'}")
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "{root}/secret.png", "link.png"])
+def test_images_of_a_benchmark_stay_in_its_folder_unless_paths_are_trusted(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "vqav2"
+    write_vqav2_with_prompts(folder)
+    draw(folder / "secret.png")
+    (folder / "val2014/link.png").symlink_to("../secret.png")
+    questions = folder / "llava_vqav2_mscoco_val2014.jsonl"
+    name = name.format(root=folder)
+    questions.write_text(questions.read_text().replace("COCO_val2014_000000393225.jpg", name))
+    with pytest.raises(ValueError, match="Example '393225001' shows .* leads out of"):
+        read_data(f"vqav2:{folder}")
+    first = read_data(f"vqav2:{folder}", trust_image_paths=True).examples[0]
+    assert first.images == [folder / "val2014" / name]
+
+
+def test_a_category_is_no_way_to_another_folder(tmp_path: Path) -> None:
+    write_pope(tmp_path)
+    questions = tmp_path / "llava_pope_test.jsonl"
+    rows = [json.loads(line) for line in questions.read_text().splitlines()]
+    write(questions, [rows[0] | {"category": "../../outside"}])
+    with pytest.raises(ValueError, match="of the category '../../outside'; expected is a name"):
+        read_data(f"pope:{tmp_path}")
+
+
+@pytest.mark.parametrize("field", ["question_id", "image", "text"])
+@pytest.mark.parametrize("value", [5, [], {}, True], ids=str)
+def test_a_field_of_the_wrong_type_is_one_sentence(tmp_path: Path, field: str, value: Any) -> None:
+    write_gqa(tmp_path)
+    questions = tmp_path / "llava_gqa_testdev_balanced.jsonl"
+    rows = [json.loads(line) for line in questions.read_text().splitlines()]
+    write(questions, [rows[0] | {field: value}])
+    with pytest.raises(ValueError, match="Example|another form"):
+        read_data(f"gqa:{tmp_path}")

@@ -54,7 +54,8 @@ def data_set(folder: Path) -> Dataset:
     features = Features(
         {"id": Value("string"), "images": List(Image()), "messages": List(message), "category": Value("string")}
     )
-    rows = [row | {"images": [str(folder / name) for name in row["images"]]} for row in ROWS]
+    stored = {name: {"bytes": (folder / name).read_bytes(), "path": None} for name in ("1.png", "2.png")}
+    rows = [row | {"images": [stored[name] for name in row["images"]]} for row in ROWS]
     return Dataset.from_list(rows, features=features)
 
 
@@ -152,6 +153,73 @@ def test_a_row_in_another_form_is_refused_by_its_id(row: dict[str, Any], reason:
     with pytest.raises(ValueError, match="q7") as error:
         ConversationExamples([row | {"id": "q7"}])[0]
     assert reason in str(error.value)
+
+
+TURNS = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "That."}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"image": "1.png", "messages": TURNS},
+        {
+            "image": "1.png",
+            "conversations": [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "That."}],
+        },
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "1.png"}}]}, TURNS[1]]},
+        {"messages": [{"role": "user", "content": [{"type": "image", "path": "1.png"}]}, TURNS[1]]},
+    ],
+)
+def test_the_forms_of_training_are_the_forms_of_evaluation(folder: Path, row: dict[str, Any]) -> None:
+    (example,) = ConversationExamples([row], folder)
+    assert (example.images, example.answers) == ([folder / "1.png"], ["That."])
+
+
+def test_a_system_prompt_is_asked_and_what_is_not_read_is_refused(folder: Path) -> None:
+    row = {"image": "1.png", "messages": TURNS}
+    (example,) = ConversationExamples([row | {"system": "Be brief."}], folder)
+    assert example.messages[0] == {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
+    for change in ({"video": "a.mp4"}, {"messages": [{"role": "user", "content": "<img>1.png</img>"}, TURNS[1]]}):
+        with pytest.raises(ValueError, match="Example 0 .* cannot be read"):
+            ConversationExamples([row | change], folder)[0]
+
+
+@pytest.mark.parametrize("write", [as_json, as_parquet, as_saved, as_repository])
+@pytest.mark.parametrize("way", ["absolute", "above", "link"])
+def test_images_outside_the_folder_are_refused_unless_paths_are_trusted(
+    tmp_path: Path, write: Callable[[Path], str], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture(1).save(tmp_path / "secret.png")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    name = {"absolute": str(tmp_path / "secret.png"), "above": "../secret.png", "link": "link.png"}[way]
+    row = {"id": "q7", "images": [name], "messages": TURNS}
+    monkeypatch.setattr("test_examples.ROWS", [row])
+    monkeypatch.setattr("test_examples.data_set", lambda folder: Dataset.from_list([row]))
+    data = write(folder)
+    with pytest.raises(ValueError, match="'q7'.* leads out of"):
+        read_data(data, images=folder).examples[0]
+    (example,) = read_data(data, images=folder, trust_image_paths=True).examples
+    assert example.images == [folder / name]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"images": images} for images in ([5], [{"path": 5}], [True], ["a\0"], ["http://localhost:1/a.png"], ["."])),
+        *(
+            {"messages": messages}
+            for messages in ("x", [], [1], [{"content": "x"}], [{"role": ["user"], "content": "x"}])
+        ),
+        *({"answers": answers} for answers in ("x", 5, [1], {"a": 1})),
+        *({"choices": 5}, {"category": [1]}, {"prompt": 5}, {"prompt": "x", "completion": {"a": 1}}),
+    ],
+    ids=str,
+)
+def test_a_field_of_the_wrong_type_is_one_sentence_that_names_the_row(folder: Path, change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="^Example 'q7' \\(row 0\\) "):
+        ConversationExamples([{"id": "q7", "images": ["1.png"], "messages": TURNS} | change], folder)[0]
 
 
 @pytest.mark.parametrize(

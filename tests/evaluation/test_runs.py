@@ -1,6 +1,7 @@
 """The folder of a run: what survives an interruption, what is refused, what two processes leave."""
 
 import json
+import os
 import time
 from multiprocessing import get_context
 from pathlib import Path
@@ -120,6 +121,78 @@ def test_a_folder_of_another_run_is_refused_and_left_as_it_is(tmp_path: Path, na
         Run.begin(tmp_path, header(**{name: "other"}))
     assert str(tmp_path) in str(error.value) and "'other'" in str(error.value)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize("left", ["answers.jsonl", "answers_of_process_00000.jsonl", "pictures/0.png"])
+def test_what_a_run_left_whose_record_is_gone_is_nobody_s(tmp_path: Path, left: str) -> None:
+    run = begun(tmp_path)
+    run.append([answer(0, 0)])
+    if left == "answers.jsonl":
+        run.merge()
+    elif left == "pictures/0.png":
+        run.picture(0).write_bytes(b"")
+        next(tmp_path.glob("answers_of*")).unlink()
+    if left != "answers.jsonl":
+        run.path.unlink()
+    (tmp_path / "run.json").unlink()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(ValueError, match=f"{left} and no file run.json"):
+        Run.begin(tmp_path, header(checkpoint_hash="other"))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[1]", "null", "3", "[" * 100_000),
+        *(
+            json.dumps(header(**{name: {"a": 1}}))
+            for name in ("command", "settings", "unreachable", "metric", "seconds")
+        ),
+        json.dumps({name: value for name, value in header().items() if name != "data_hash"}),
+        json.dumps(header(settings=[1])),
+        json.dumps(header(settings=[{"reducer": "full", "budget": 1.0}])),
+        json.dumps(header(unreachable=[{"reducer": ["full"], "budget": 1.0}])),
+        json.dumps(header(measurements=[{"reducer": "full"}])),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_a_record_in_another_form_is_one_sentence(tmp_path: Path, text: str) -> None:
+    begun(tmp_path)
+    (tmp_path / "run.json").write_text(text)
+    for look in (lambda: Run.open(tmp_path), lambda: Run.begin(tmp_path, header())):
+        with pytest.raises(ValueError, match="run.json (has|cannot be read)"):
+            look()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({name: ["x"]} for name in ("index", "reducer", "budget", "prediction", "score", "num_keep", "flops", "ms")),
+        *({"index": index} for index in (-1, 7, True)),
+        *({"reducer": "grid"}, {"num_keep": 3}, {"more": 1}, {"answers": "yes"}, {"layers_seen": "x"}),
+    ],
+    ids=str,
+)
+def test_an_answer_of_another_form_or_of_another_run_is_one_sentence(tmp_path: Path, change: dict[str, Any]) -> None:
+    run = begun(tmp_path, num_examples=3)
+    run.path.write_text(json.dumps(vars(answer(0, 0)) | change) + "\n")
+    with pytest.raises(ValueError, match="is no answer|of different runs"):
+        run.answers()
+
+
+def test_what_is_no_folder_and_no_file_of_a_run_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file; name a folder"):
+        Run.begin(tmp_path / "file", header())
+    (tmp_path / "run/run.json").mkdir(parents=True)
+    with pytest.raises(ValueError, match="and no file run.json"):
+        Run.begin(tmp_path / "run", header())
+    run = begun(tmp_path / "other")
+    run.path.unlink()
+    os.mkfifo(run.path)
+    with pytest.raises(ValueError, match="answers.jsonl is no file"):
+        run.answers()
 
 
 def test_settings_may_be_added_behind_those_that_are_there(tmp_path: Path) -> None:

@@ -95,6 +95,9 @@ def _in_parts(messages: list[Message]) -> list[Message]:
 def _text(processor: AdaVTPProcessor, messages: list[Message]) -> str:
     """The conversation in the chat template, an image as one placeholder, with an end behind a last answer."""
     text, end = processor.apply_chat_template(messages), processor.tokenizer.eos_token or ""
+    prompts = [part for message in messages if message["role"] == "system" for part in message["content"]]
+    if lost := [part for part in prompts if part.get("text", "").strip() not in text]:
+        raise ValueError(f"`processor.chat_template` does not print the system prompt {lost[0]['text'][:100]!r}.")
     if messages[-1]["role"] != "assistant" or text.rstrip().endswith(end):
         return text
     prompt = processor.apply_chat_template(messages[:-1], add_generation_prompt=True)

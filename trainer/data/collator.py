@@ -5,6 +5,7 @@ as they stand in a data set, and has been done for those of a [`ConversationStre
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -40,7 +41,7 @@ class BudgetCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """
         Args:
-            rows: with `messages`, and `images` in the order of the messages' image entries; or encoded, with
+            rows: with `messages`, and `images`, decoded, in the order of the messages' image entries; or encoded, with
                 `input_ids` and `labels` and the same images, as a [`ConversationStream`] gives them. Other columns are
                 ignored.
 
@@ -51,9 +52,16 @@ class BudgetCollator:
             what is not for the model: `rejected`, a list, and `stream_position`, the last row's.
 
         Raises:
-            ValueError: if a row has another number of images than it shows, or see [`encode_conversation`].
+            ValueError: if a row has another number of images than it shows, or the name of an image in place of one,
+                or see [`encode_conversation`].
         """
         images = [image for row in rows for image in row.get("images") or []]
+        if named := next((image for image in images if isinstance(image, str | Path)), None):
+            # Rows come from data sets, whose paths and URLs are not to be followed unseen.
+            raise ValueError(
+                f"`images` of a row has {str(named)[:100]!r}; expected are decoded images. `load_conversations` reads "
+                "data sets that name files."
+            )
         batch, num_image_tokens = {}, 0
         if images:
             pixel_values = self.processor.image_processor(readable_images(images), return_tensors="pt")["pixel_values"]

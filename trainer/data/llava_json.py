@@ -13,19 +13,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from .rows import common_row, row_features
+from ...tasks.conversation_rows import common_row, row_features
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 # Part of what the cache is keyed by: to be raised whenever the same file would give other rows.
-ROW_VERSION = 1
+ROW_VERSION = 2
 # Characters read at once.
 CHUNK = 2**20
+# Digits of a number that Python reads.
+_LONGEST_NUMBER = 4300
 
 
 def load_llava_instruct(
-    path: str | Path, images: str | Path | None = None, cache_dir: str | Path | None = None
+    path: str | Path,
+    images: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    trust_image_paths: bool = False,
 ) -> "Dataset":
     """
     Builds, or finds in the cache, the rows of a file of conversations.
@@ -36,8 +41,10 @@ def load_llava_instruct(
         path: a JSON file with a list of records, or with one record a line. Records have LLaVA's form, or any other
             that [`common_row`] understands.
         images: folder that the images' paths are relative to, by default the file's own. It need not be complete: a
-            missing image is noticed when its row is read.
+            missing image is noticed when its row is read. So is a path that leads out of the folder, absolute, with
+            `..` or by a link: the row is rejected.
         cache_dir: where `datasets` keeps what it builds; its own default if `None`.
+        trust_image_paths: follow paths that lead out of the folder, too.
 
     Returns:
         Map-style rows of the common form, in the file's order. The id of a record without one is `file.json:N`, with
@@ -66,6 +73,7 @@ def load_llava_instruct(
             gen_kwargs={
                 "path": str(path.resolve()),
                 "image_folder": str(folder.resolve()),
+                "trust_image_paths": trust_image_paths,
                 "content_hash": content_hash,
                 "version": ROW_VERSION,
             },
@@ -76,13 +84,15 @@ def load_llava_instruct(
         raise ValueError(str(error.__cause__)) from error
 
 
-def _rows(path: str, image_folder: str, content_hash: str, version: int) -> Iterator[dict[str, Any]]:
+def _rows(
+    path: str, image_folder: str, trust_image_paths: bool, content_hash: str, version: int
+) -> Iterator[dict[str, Any]]:
     place = None
     for place, record in read_records(Path(path)):
-        if isinstance(record, json.JSONDecodeError):
-            yield {"id": place, "images": [], "messages": [], "problem": f"the line is no JSON: {record}"}
+        if isinstance(record, Exception):
+            yield common_row(None, place) | {"problem": f"the line is no JSON: {record}"}
         else:
-            yield common_row(record, place, Path(image_folder))
+            yield common_row(record, place, image_folder, trust_image_paths)
     if place is None:
         raise ValueError(f"`path` is '{path}', a list without records; expected are conversations.")
 
@@ -90,7 +100,7 @@ def _rows(path: str, image_folder: str, content_hash: str, version: int) -> Iter
 def read_records(path: Path) -> Iterator[tuple[str, Any]]:
     """
     The records of a JSON list or of JSON lines with their places, `file.json:N`, a chunk of the file in memory. A line
-    that is no JSON gives its `JSONDecodeError`; a file that is empty or not JSON raises `ValueError`.
+    that is no JSON gives its error; a file that is empty or not JSON raises `ValueError`.
     """
     # Bytes that are no UTF-8 become characters that `common_row` rejects, so that they cost their own record alone.
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
@@ -109,9 +119,10 @@ def _line_records(file: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == 1:
+            record = json.loads(line, parse_int=_whole_number)
+        except (ValueError, RecursionError) as error:
+            # By its name a file has lines; of any other, the first one tells whether it has.
+            if number == 1 and path.suffix != ".jsonl":
                 raise ValueError(
                     f"`path` is '{path}', which is neither a JSON list nor has one JSON object a line: {error}."
                 ) from error
@@ -119,12 +130,17 @@ def _line_records(file: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
         yield number, record
 
 
+def _whole_number(digits: str) -> int | str:
+    """Python refuses to read longer ones, which would cost the whole file; as text they cost nothing."""
+    return int(digits) if len(digits) <= _LONGEST_NUMBER else digits
+
+
 def _list_records(file: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
     """
     The items of a list whose opening bracket has been read. An item that the text in memory cuts off is parsed again
     with more of the file.
     """
-    decoder, number, chunk = json.JSONDecoder(), 0, CHUNK
+    decoder, number, chunk = json.JSONDecoder(parse_int=_whole_number), 0, CHUNK
     text, place, is_end = "", 0, False
     while True:
         place = _next_character(text, place)
@@ -138,6 +154,8 @@ def _list_records(file: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
             problem = f"after item {number} there is {text[end : end + 20]!r}, expected is ',' or ']'"
         except json.JSONDecodeError as error:
             is_whole, problem = False, f"item {number}: {error.msg}"
+        except RecursionError as error:
+            raise ValueError(f"`path` is '{path}', in which item {number} is nested too deeply to be read.") from error
         if is_whole:
             yield number, record
             place = end + (text[end] == ",")

@@ -12,9 +12,9 @@ from typing import Any, Literal, TypeVar
 from jinja2 import TemplateError
 
 from ...modeling.processing_adavtp import AdaVTPProcessor
+from ...tasks.stored_images import decoded_image
 from .chat_template import content_parts, count_tokens, encode_conversation
 from .image_tokens import tokens_of_any_image
-from .stored_images import decoded_image
 
 Row = dict[str, Any]
 Result = TypeVar("Result")
@@ -36,7 +36,8 @@ class RejectedSample(ValueError):
 
 class ConversationReader:
     """
-    Reads rows with the columns `id`, `images` and `messages`, as [`load_conversations`] gives them.
+    Reads rows with the columns `id`, `images` and `messages`, as [`load_conversations`] gives them. Where a row has an
+    `image_folder`, an image whose path leads out of it is refused.
 
     Args:
         processor: tokenizer, image processor and chat template; the image processor makes images of one size.
@@ -99,10 +100,10 @@ class ConversationReader:
 
     def _decoded(self, image: Any, name: str, row: Row) -> Any:
         try:
-            return decoded_image(image)
+            return decoded_image(image, row.get("image_folder"))
         except (OSError, ValueError) as error:
             place = image.get("path") if isinstance(image, dict) else None
-            where = f"{name} ({place})" if place else name
+            where = f"{name} ({place[:200]})" if place else name
             raise RejectedSample(_id(row), f"{where}: {str(error).removeprefix('`images[0]` ')}", "image") from error
 
     def _require_fit(self, id: str, num_text_tokens: int, num_shown: int, num_images: int) -> None:
@@ -138,7 +139,8 @@ def _problem(messages: list[Row] | None, num_images: int) -> str | None:
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[0] == "system" else roles
     if turns != [("user", "assistant")[index % 2] for index in range(len(turns))]:
-        return f"the turns are {', '.join(roles)}; user and assistant take turns, the user first"
+        shown = roles if len(roles) <= 8 else [*roles[:8], "..."]
+        return f"the turns are {', '.join(shown)}; user and assistant take turns, the user first"
     if "assistant" not in roles:
         return "the assistant says nothing, so that there is nothing to learn"
     shown = Counter(m["role"] for m in messages for part in content_parts(m) if part["type"] == "image")
@@ -146,4 +148,8 @@ def _problem(messages: list[Row] | None, num_images: int) -> str | None:
         return f"an image is shown by {' and '.join(others)}; only the user shows images"
     if shown["user"] != num_images:
         return f"the messages show {shown['user']} image(s) and the row has {num_images}"
+    for message in messages:
+        texts = [part["text"] for part in content_parts(message) if part["type"] == "text"]
+        if message["role"] == "assistant" and not "".join(texts).strip():
+            return "a turn of the assistant's is empty, so that there is nothing to learn but to say nothing"
     return None

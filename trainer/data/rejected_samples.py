@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,17 @@ class RejectedSamples:
 
 
 def _forget_after(step: int, path: Path) -> None:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    # A run that was killed may have left half a line, its last.
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    kept = [line for line in lines if _step(line) <= step]
     if kept:
         path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     else:
         path.unlink()
+
+
+def _step(line: str) -> float:
+    """The step that a line is of; that of what is no line comes never: a run that was killed may leave half of one."""
+    try:
+        return float(json.loads(line)["step"])
+    except (KeyError, TypeError, ValueError):
+        return math.inf

@@ -9,11 +9,13 @@ weight. If every source is map-style the mixture is one; if one is streamed the 
 import functools
 import glob
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...tasks.conversation_rows import UNDERSTOOD, common_row, row_features, tar_row, turns_column
+from ...tasks.stored_images import hub_caches, with_undecoded_images
 from .llava_json import load_llava_instruct
-from .rows import UNDERSTOOD, common_row, row_features, tar_row, turns_column
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -21,11 +23,16 @@ if TYPE_CHECKING:
 # Format of a source -> its fields beside `path`, `format` and `weight`.
 FIELDS = {
     "digit-scenes": ("split", "num_questions", "seed", "image_size", "cache_dir", "kinds"),
-    "json": ("images",),
-    "saved": ("images",),
-    "parquet": ("images", "streaming"),
+    "json": ("images", "trust_image_paths"),
+    "saved": ("images", "trust_image_paths"),
+    "parquet": ("images", "trust_image_paths", "streaming"),
     "webdataset": ("streaming",),
-    "hub": ("name", "split", "revision", "images", "streaming"),
+    "hub": ("name", "split", "revision", "images", "trust_image_paths", "streaming"),
+}
+# What a field has to be, where what takes it does not say.
+TYPES = {
+    **{"images": str | Path, "trust_image_paths": bool, "streaming": bool, "format": str},
+    **{"name": str, "split": str, "revision": str, "cache_dir": str | Path},
 }
 
 
@@ -44,21 +51,25 @@ def load_conversations(sources: list[dict[str, Any]], seed: int = 0) -> "Dataset
             | format | `path` | other fields |
             |---|---|---|
             | `json` | JSON or JSON lines in LLaVA's or another understood form | `images`: folder (the file's own) |
-            | `parquet` | file, pattern, or folder | `streaming` (false), `images` |
+            | `parquet` | file, pattern, or folder | `streaming` (false), `images` (its folder) |
             | `webdataset` | tar file, pattern, or folder: see [`tar_row`] | `streaming` (false) |
-            | `saved` | folder written by `Dataset.save_to_disk` | `images` |
+            | `saved` | folder written by `Dataset.save_to_disk` | `images` (itself) |
             | `hub` | as for `load_dataset` | `name`, `split` ("train"), `revision`, `streaming` (false), `images` |
             | `digit-scenes` | `"digit-scenes"` | those of `load_digit_questions` |
 
             `format` is recognised by the path where it is not given. `weight` is above 0, and given for all sources
             or for none; with several sources of which one is streamed it has to be given. `images` is the folder that
-            paths of images are relative to. Map-style parquet, tars and Hub data are copied into the cache of
+            paths of images are relative to, by default what stands behind it in brackets, of a local `hub` path that
+            folder, else the caches of the Hub and of `datasets`. A row with an image whose path leads out of it,
+            absolute, with `..` or by a link, is rejected; `trust_image_paths: true`, beside `images`, has them
+            followed. Map-style parquet, tars and Hub data are copied into the cache of
             `datasets` twice, as read and in the common form; streamed ones are not copied.
         seed: of the drawing.
 
     Returns:
-        Rows of [`row_features`]: `id`, `images` (undecoded), `messages` and `problem`. A `Dataset` if no source is
-        streamed, else an `IterableDataset` with `state_dict` and `load_state_dict`. Order within a source is kept.
+        Rows of [`row_features`]: `id`, `images` (undecoded), `image_folder`, `messages` and `problem`. A `Dataset` if
+        no source is streamed, else an `IterableDataset` with `state_dict` and `load_state_dict`. Order within a source
+        is kept.
 
     Raises:
         ValueError: if there is no source, a source has an unknown field or none of the understood columns, does not
@@ -82,7 +93,7 @@ def load_conversations(sources: list[dict[str, Any]], seed: int = 0) -> "Dataset
 
 def _load(source: dict[str, Any]) -> "Dataset | IterableDataset":
     """One source in the common form."""
-    if not isinstance(source, dict) or not isinstance(source.get("path"), str):
+    if not isinstance(source, dict) or not isinstance(source.get("path"), str) or not source["path"]:
         raise ValueError(f"a source is {source!r}; expected is a dictionary with a `path`.")
     path = source["path"]
     kind = source.get("format") or _format(path)
@@ -91,12 +102,18 @@ def _load(source: dict[str, Any]) -> "Dataset | IterableDataset":
     allowed = ("path", "format", "weight", *FIELDS[kind])
     if unknown := set(source) - set(allowed):
         raise ValueError(f"a {kind!r} source has unknown fields {sorted(unknown)}; allowed are {', '.join(allowed)}.")
-    given = {name: source[name] for name in FIELDS[kind] if name in source}
-    images = given.pop("images", None)
+    for name, expected in TYPES.items():
+        if source.get(name) is not None and not isinstance(source[name], expected):
+            raise ValueError(f"`{name}` is {source[name]!r}; expected is {_named(expected)}.")
+    given = {name: source[name] for name in FIELDS[kind] if source.get(name) is not None}
+    images, trusts = given.pop("images", None), given.pop("trust_image_paths", False)
     if kind == "json":
-        return load_llava_instruct(path, images)
-    records = _records(kind, path, given)
-    return _as_rows(records, path, None if images is None else Path(images))
+        return load_llava_instruct(path, images, trust_image_paths=trusts)
+    return conversation_rows(_records(kind, path, given), path, images, trusts)
+
+
+def _named(expected: Any) -> str:
+    return "true or false" if expected is bool else "text"
 
 
 def _format(path: str) -> str:
@@ -163,36 +180,58 @@ def _require_whole_tars(files: list[str]) -> None:
                 raise ValueError(f"'{path}' does not end as a tar does, in 1024 zero bytes; get the whole file.")
 
 
-def _as_rows(
-    records: "Dataset | IterableDataset", path: str, image_folder: Path | None
+def conversation_rows(
+    records: "Dataset | IterableDataset",
+    path: str,
+    image_folder: str | Path | None = None,
+    trust_image_paths: bool = False,
 ) -> "Dataset | IterableDataset":
-    """Records of any understood columns as rows of the common form; of a stream, as they come by."""
+    """
+    Records of any understood columns as rows of the common form; of a stream, as they come by.
+
+    Args:
+        records: as `datasets` loaded them.
+        path: from where.
+        image_folder, trust_image_paths: see [`common_row`]; by default where `path` is.
+
+    Raises:
+        ValueError: if none of the columns has conversations.
+    """
     columns = records.column_names or list(next(iter(records), {}))
     if "members" not in columns and turns_column(columns) is None:
         raise ValueError(f"`path` is '{path}', with the columns {columns}; understood are {UNDERSTOOD}.")
-    for name, feature in (records.features or {}).items():
-        undecoded = _undecoded(feature)
-        if undecoded != feature:
-            records = records.cast_column(name, undecoded)
-    row = functools.partial(_row, columns=columns, path=path, image_folder=image_folder)
+    folder = _folder_of(path) if image_folder is None else image_folder
+    row = functools.partial(
+        _row, columns=columns, path=path, image_folder=str(folder), trust_image_paths=trust_image_paths
+    )
+    records = with_undecoded_images(records)
     return records.map(row, with_indices=True, remove_columns=columns, features=row_features())
 
 
-def _undecoded(feature: Any) -> Any:
-    """The feature with images left as bytes, in lists too."""
-    from datasets import Image, List
-
-    if isinstance(feature, Image):
-        return Image(decode=False)
-    return List(_undecoded(feature.feature)) if isinstance(feature, List) else feature
+def _folder_of(path: str) -> Path:
+    """Where images of a source lie that does not say."""
+    if "://" not in path:
+        # Of a pattern, what is above its first name that has one.
+        folder = Path(path if not glob.has_magic(path) else path[: re.search(r"[*?[]", path).start()] + "x").absolute()
+        if folder.is_dir():
+            return folder
+        if folder.parent.is_dir() and (glob.has_magic(path) or folder.is_file()):
+            return folder.parent
+    return Path(hub_caches()[0])
 
 
 def _row(
-    record: dict[str, Any], index: int, columns: list[str], path: str, image_folder: Path | None
+    record: dict[str, Any],
+    index: int,
+    columns: list[str],
+    path: str,
+    image_folder: str,
+    trust_image_paths: bool,
 ) -> dict[str, Any]:
     if "members" in columns:
         return tar_row(record["__key__"], record["members"])
-    return common_row({name: record[name] for name in columns}, f"{path}:{index}", image_folder)
+    given = {name: record[name] for name in columns}
+    return common_row(given, f"{path}:{index}", image_folder, trust_image_paths)
 
 
 def _weights(sources: list[dict[str, Any]]) -> list[float] | None:

@@ -17,6 +17,7 @@ evaluation: {questions: 2400, budgets: [1.0, 0.4], reducers: [adaptive, random]}
 """
 
 import re
+import reprlib
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from ..adapters import ADAPTED_PARTS, QUANTIZATIONS
 from ..data.budget_stream import BudgetStream
 from ..training_arguments import AdaVTPTrainingArguments
 
+_MOST_VALUES = 10_000
 STAGE_KINDS = ("patch_labels", "packed_questions", "conversations")
 EVALUATION = {"questions": int, "budgets": list, "reducers": list}
 # Of data with `sources`, the stream to train on and the rows to evaluate on; see stages.py.
@@ -117,7 +119,7 @@ class Stage:
 
     def _check_adapters(self) -> None:
         quantize = self.adapters.get("quantize")
-        if quantize not in (None, *QUANTIZATIONS):
+        if not isinstance(quantize, str | None) or quantize not in (None, *QUANTIZATIONS):
             raise ValueError(
                 f"stage {self.name!r}: `quantize` is {quantize!r}; allowed are {', '.join(QUANTIZATIONS)} and none."
             )
@@ -156,6 +158,8 @@ class Recipe:
     evaluation: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32 - len(self.stages):
+            raise ValueError(f"`seed` is {self.seed}; allowed are whole numbers from 0 that 32 bits hold.")
         names = [stage.name for stage in self.stages]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"`stages` are named {names}; a recipe has at least one, and no name twice.")
@@ -196,12 +200,42 @@ class Recipe:
         Raises:
             ValueError: if a field is unknown, missing or of another type, or a stage's kind is not known.
         """
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=RecipeLoader)
+        content = read_yaml(path)
+        # `stages:` with nothing behind it.
+        content = {name: [] if name == "stages" and value is None else value for name, value in content.items()}
         check_fields(content, cls, str(path))
-        stages = content["stages"] or []
-        for number, stage in enumerate(stages):
+        for number, stage in enumerate(content["stages"]):
             check_fields(stage, Stage, f"{path}, stage {number}")
-        return cls(**content | {"stages": [Stage(**stage) for stage in stages]})
+        return cls(**content | {"stages": [Stage(**stage) for stage in content["stages"]]})
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The fields of a file; `ValueError` if it is no YAML, or has no fields, or one twice."""
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader=RecipeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: found {reprlib.repr(content)}; expected are fields, `name: value`.")
+    _require_plain(content, path)
+    return content
+
+
+def _require_plain(content: Any, path: str | Path) -> None:
+    """That there is nothing but what JSON has, which it is noted in, and no more of it than anybody writes."""
+    rest = [content]
+    # An alias may stand for a list of aliases, and so for more than any memory holds, or for what it is part of.
+    for _ in range(_MOST_VALUES):
+        if not rest:
+            return
+        value = rest.pop()
+        if isinstance(value, dict):
+            rest += [*value, *value.values()]
+        elif isinstance(value, list):
+            rest += value
+        elif not isinstance(value, str | int | float | None):
+            raise ValueError(f"{path} has {reprlib.repr(value)}, a {type(value).__name__}; write it in quotes.")
+    raise ValueError(f"{path} has more than {_MOST_VALUES} values, aliases written out; a recipe has a few hundred.")
 
 
 def require_folder_name(name: Any, of: str) -> None:
@@ -214,9 +248,21 @@ def require_folder_name(name: Any, of: str) -> None:
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """Reads `1e-3` as the number that everybody means; YAML 1.1, which PyYAML follows, takes it for a word."""
+    """
+    Reads `1e-3` as the number that everybody means; YAML 1.1, which PyYAML follows, takes it for a word. Refuses a
+    name that comes twice, of which PyYAML forgets the first.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """See [`yaml.SafeLoader`]."""
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != MERGE]
+        if twice := [name for place, name in enumerate(names) if name in names[:place]]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} comes twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
+# `<<: *defaults`, whose fields stand behind those that are written out.
+MERGE = "tag:yaml.org,2002:merge"
 RecipeLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789")
 )
@@ -225,7 +271,7 @@ RecipeLoader.add_implicit_resolver(
 def check_fields(content: Any, of: type, where: str) -> None:
     """`ValueError` if a file's content has not the fields of a data class, in their types; `where` names the file."""
     if not isinstance(content, dict):
-        raise ValueError(f"{where}: found {content!r}; expected are fields, `name: value`.")
+        raise ValueError(f"{where}: found {reprlib.repr(content)}; expected are fields, `name: value`.")
     needed = [f.name for f in fields(of) if f.default is MISSING and f.default_factory is MISSING]
     _check_names(content, [f.name for f in fields(of)], where, needed)
     # A name has a rule of its own, and what a list of other data classes holds is checked as theirs.

@@ -1,20 +1,24 @@
 """Carrying a recipe out: from wherever an earlier run of it in the same folder stopped, one stage after another."""
 
 import json
+import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, set_seed
 
-from ...hub_cards.training_record import check_types, read_record
 from ...modeling.processing_adavtp import AdaVTPProcessor
 from ...modeling.reducers.base import REDUCERS
 from ..whole_checkpoints import last_whole_checkpoint
 from .recipe import Recipe, Stage
 from .stages import check_data, stage_arguments, stage_trainer
-from .starting_model import model_on_disk, new_model, whole_checkpoint
+from .starting_model import MERGED, model_on_disk, new_model, whole_checkpoint
 
-FINISHED = "finished.json"
+BEGUN, FINISHED = "begun.json", "finished.json"
+# Settings that are noted of a stage. Those of its training may change while it is going on, such as batches that turn
+# out too large, and those of a finished one no more.
+IDENTITY = ("model", "seed", "stage")
 
 
 def run_recipe(recipe: Recipe, output_dir: str | Path) -> Path:
@@ -32,7 +36,8 @@ def run_recipe(recipe: Recipe, output_dir: str | Path) -> Path:
 
     Raises:
         ValueError: if a stage's data are not described as they have to be; if stages are finished in the folder that
-            are not the recipe's first, or were trained from another model, with another seed or other settings.
+            are not the recipe's first, or were trained from another model, with another seed or other settings; if one
+            was begun so; or if nothing says how.
     """
     for stage in recipe.stages:
         # Now, and not when the stages before have run for hours.
@@ -59,6 +64,9 @@ def run_recipe(recipe: Recipe, output_dir: str | Path) -> Path:
         # What a stage draws does not depend on whether the ones before it ran in this process.
         set_seed(seed)
         trainer = stage_trainer(model, processor, stage, arguments, seed)
+        if trainer.is_world_process_zero():
+            folders[number].mkdir(parents=True, exist_ok=True)
+            (folders[number] / BEGUN).write_text(json.dumps(_settings(recipe, stage)))
         trainer.train(resume_from_checkpoint=last_whole_checkpoint(folders[number]))
         if stage is recipe.stages[-1] and recipe.reducer is not None:
             model.set_reducer(recipe.reducer)
@@ -76,6 +84,8 @@ def _save(trainer: Trainer, processor: AdaVTPProcessor, recipe: Recipe, stage: S
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         processor.save_pretrained(folder)
+        # Of an adapter that was here before, whose record is gone.
+        shutil.rmtree(folder / MERGED, ignore_errors=True)
         log = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
         (folder / "training_log.json").write_text(json.dumps({"stage": stage.__dict__, "log": log}, indent=1))
         # Written last: a folder without it is not a finished stage.
@@ -91,19 +101,39 @@ def _num_finished(recipe: Recipe, folders: list[Path]) -> int:
         raise ValueError(
             f"`output_dir` {folders[0].parent} has stages finished that are not the recipe's first; empty it."
         )
-    for stage, folder in zip(recipe.stages[:number], folders, strict=False):
-        # Folders from before a setting was written down were trained without it, or say nothing of it.
-        finished = {"stage": {}} | read_record(folder / FINISHED, {})
-        check_types(finished, {"stage": dict}, str(folder / FINISHED))
-        finished = {**finished, "adapters": {}, "gradient_gates": None, **finished["stage"]}
-        asked = _settings(recipe, stage)
-        asked |= asked.pop("stage")
-        if differing := [name for name in asked if name in finished and finished[name] != asked[name]]:
-            shown = "; ".join(f"`{name}` was {finished[name]} and is {asked[name]}" for name in differing)
+    for place, (stage, folder) in enumerate(zip(recipe.stages, folders, strict=True)):
+        if folder.exists() and not folder.is_dir():
             raise ValueError(
-                f"{folder} is finished and was trained with other settings: {shown}. Choose another folder."
+                f"stage {stage.name!r} is to be trained in {folder}, which is a file; choose another folder."
+            )
+        if place < number:
+            _require_same(folder / FINISHED, _settings(recipe, stage), "is finished and was trained")
+        elif (folder / BEGUN).exists():
+            _require_same(folder / BEGUN, _settings(recipe, stage), "was begun", but={"training"})
+        elif (checkpoint := last_whole_checkpoint(folder)) is not None:
+            raise ValueError(
+                f"{folder} has {Path(checkpoint).name} and no {BEGUN}, which would say of which run it is. Choose "
+                "another folder, or delete that one."
             )
     return number
+
+
+def _require_same(path: Path, asked: dict[str, Any], what: str, but: Collection[str] = ()) -> None:
+    """That what a folder was made with, as it says itself, is what is asked for."""
+    try:
+        noted = json.loads(path.read_text(encoding="utf-8"))
+        noted = {name: noted[name] for name in IDENTITY}
+        # Folders from before a setting was written down were trained without it.
+        noted |= {"adapters": {}, "gradient_gates": None, **noted.pop("stage")}
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} does not say what its folder was trained with ({type(error).__name__}: {error}); choose another "
+            "folder, or delete that one."
+        ) from error
+    asked = asked | asked["stage"]
+    if differing := [name for name in asked if name in noted and name not in but and noted[name] != asked[name]]:
+        shown = "; ".join(f"`{name}` was {noted[name]} and is {asked[name]}" for name in differing)
+        raise ValueError(f"{path.parent} {what} with other settings: {shown}. Choose another folder.")
 
 
 def _settings(recipe: Recipe, stage: Stage) -> dict[str, Any]:

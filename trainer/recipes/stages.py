@@ -28,7 +28,7 @@ from ..data.budget_stream import BudgetStream
 from ..data.collator import BudgetCollator
 from ..data.packed_collator import PackedQuestionCollator
 from ..data.reader import ConversationReader
-from ..data.sources import load_conversations
+from ..data.sources import conversation_rows, load_conversations
 from ..data.stream import ConversationStream, measured_lengths
 from ..tower_pretraining import PatchLabelCollator, TowerTrainer
 from ..trainer import AdaVTPTrainer
@@ -62,8 +62,8 @@ def stage_trainer(
     budgets = {"budget_range": (1.0, 1.0), "seed": seed} | stage.budgets
     # One process prepares what the others then find on the disk.
     with arguments.main_process_first(desc="preparing data"):
-        train = _rows(stage, stage.data, seed)
-        evaluated = _rows(stage, stage.eval_data, seed) if stage.eval_data else None
+        train = _rows(stage, stage.data, seed, processor)
+        evaluated = _rows(stage, stage.eval_data, seed, processor) if stage.eval_data else None
         if "sources" in stage.data:
             train = _stream(train, stage.data, processor, budgets, arguments)
         if evaluated is not None and "sources" in stage.eval_data:
@@ -108,10 +108,11 @@ def _check_arguments(function: Callable[..., Any], data: dict[str, Any], where: 
     check_types(data, get_type_hints(function), where)
 
 
-def _rows(stage: Stage, data: dict[str, Any], seed: int) -> Any:
+def _rows(stage: Stage, data: dict[str, Any], seed: int, processor: AdaVTPProcessor) -> Any:
     """
     Digit scenes for the first two kinds. For conversations: `sources`; or as `path` `"digit-scenes"`, a folder written
-    by `Dataset.save_to_disk`, or whatever `datasets.load_dataset` takes.
+    by `Dataset.save_to_disk`, or whatever `datasets.load_dataset` takes, of which a row that cannot be read is an
+    error.
     """
     if stage.kind != "conversations":
         return load_digit_scenes(**data)
@@ -121,7 +122,13 @@ def _rows(stage: Stage, data: dict[str, Any], seed: int) -> Any:
     if path == "digit-scenes":
         return load_digit_questions(**arguments)
     is_saved = (Path(path) / "dataset_info.json").is_file()
-    return (load_from_disk if is_saved else load_dataset)(path, **arguments)
+    rows = conversation_rows((load_from_disk if is_saved else load_dataset)(path, **arguments), path)
+    reader = ConversationReader(processor)
+    return (
+        _encoded(rows, reader)
+        if isinstance(rows, Dataset)
+        else rows.map(reader.read, remove_columns=list(rows.features))
+    )
 
 
 def _stream(

@@ -26,6 +26,9 @@ from .recipe import Recipe, Stage
 # What a recipe says of its checkpoint and a saved configuration does not.
 HOW_TO_LOAD = ("attn_implementation", "dtype")
 
+# In the folder of a stage with adapters, the checkpoint that the adapter and its base are together.
+MERGED = "merged"
+
 ModelAndProcessor = tuple[AdaVTPForConditionalGeneration, AdaVTPProcessor]
 
 
@@ -85,7 +88,7 @@ def whole_checkpoint(folder: Path) -> Path:
     """A finished stage's folder; or the checkpoint that its adapter and its base are together, made now if need be."""
     if not (folder / ADAPTER_CONFIG).is_file():
         return folder
-    merged = folder / "merged"
+    merged = folder / MERGED
     with PartialState().main_process_first():
         if not merged.is_dir():
             with _whole_models():

@@ -53,6 +53,7 @@ def test_a_record_becomes_a_row_with_the_image_in_the_folder_and_undecoded(tmp_p
     assert row == {
         "id": "000000033471",
         "images": [{"bytes": None, "path": str(tmp_path / "images/coco/train2017/000000033471.jpg")}],
+        "image_folder": str(tmp_path / "images"),
         "messages": [
             {"role": "user", "content": parts(None, "What is this?")},
             {"role": "assistant", "content": parts("A bus.")},
@@ -110,7 +111,10 @@ UNREADABLE: dict[str, tuple[Any, str]] = {
     "a turn without words": (record(conversations=[turn("human", None)]), "a turn says None"),
     "an image that is a number": (record(image=7), "an image is 7"),
     "half of a surrogate pair": (record("A bus \ud83d."), "is no Unicode text"),
-    "an unknown part": ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "types 'image' and 'text'"),
+    "an unknown part": (
+        {"messages": [{"role": "user", "content": [{"type": "video"}]}]},
+        "types 'image' and 'image_url'",
+    ),
 }
 
 

@@ -24,6 +24,7 @@ COMMON_FEATURES = Features(
     {
         "id": TEXT,
         "images": List(datasets.Image(decode=False)),
+        "image_folder": TEXT,
         "messages": List({"role": TEXT, "content": List({"type": TEXT, "text": TEXT})}),
         "problem": TEXT,
     }
@@ -135,6 +136,7 @@ def test_parquet_of_llavas_form_gives_common_rows_with_images_as_they_were_store
         {
             "id": f"p{number}",
             "images": [{"bytes": png(number), "path": None}],
+            "image_folder": str(tmp_path / "data"),
             "messages": messages(number),
             "problem": None,
         }
@@ -390,7 +392,7 @@ def test_unknown_columns_are_named_beside_those_that_are_understood(tmp_path: Pa
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
-        ({"shuffle": True}, "unknown fields \\['shuffle'\\]; allowed are path, format, weight, images, streaming"),
+        ({"shuffle": True}, "unknown fields \\['shuffle'\\]; allowed are path, format, weight, images, trust"),
         ({"split": "train"}, "a 'parquet' source has unknown fields \\['split'\\]"),
         ({"format": "csv"}, "`format` is 'csv'; allowed are 'digit-scenes', 'json'"),
         ({"weight": 0}, "`weight` is 0; allowed are numbers above 0"),
