@@ -18,7 +18,8 @@ from .records import check_record, check_types, read_record
 HEADER, ANSWERS, PICTURES = "run.json", "answers.jsonl", "pictures"
 
 # Of every header; of one that a report is made of; and of some.
-HEADER_FIELDS = {"settings": list[dict], "unreachable": list[dict], "command": str}
+HEADER_FIELDS = {"settings": list[dict], "unreachable": list[dict]}
+HEADER_FIELDS |= dict.fromkeys(("command", "checkpoint_hash", "data_hash", "metric"), str)
 FINISHED_FIELDS = dict.fromkeys(("checkpoint", "checkpoint_hash", "data", "data_hash", "metric"), str)
 FINISHED_FIELDS |= dict.fromkeys(("num_examples", "num_patches", "num_layers"), int)
 MORE_OF_HEADER = {"split": str, "machine": str, "versions": dict[str, str], "max_new_tokens": int, **FINISHED_FIELDS}
@@ -102,6 +103,8 @@ class Run:
         check_types(header, MORE_OF_HEADER, str(path))
         for entry in [*header["settings"], *header["unreachable"]]:
             check_record(entry, {"reducer": str, "budget": float}, f"{path}, a setting")
+        for entry in header["settings"]:
+            check_record(entry, {"num_keep": int}, f"{path}, a setting")
         for row in header.get("measurements") or []:
             check_record(row, MEASUREMENT, f"{path}, a measurement")
         return cls(folder, header)

@@ -402,7 +402,13 @@ class AdaVTPForConditionalGeneration(AdaVTPPreTrainedModel, AdaVTPGenerationMixi
         """
         if self.model.steps(reducer)[-1].reducer.stage == "decoder":
             return self.model(
-                input_ids, pixel_values, attention_mask, labels=labels, token_budget=token_budget, reducer=reducer
+                input_ids,
+                pixel_values,
+                attention_mask,
+                # Without labels no text is an answer.
+                labels=torch.full_like(input_ids, -100) if labels is None else labels,
+                token_budget=token_budget,
+                reducer=reducer,
             ).selection
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)

@@ -161,7 +161,7 @@ def test_a_record_in_another_form_is_one_sentence(tmp_path: Path, text: str) -> 
     begun(tmp_path)
     (tmp_path / "run.json").write_text(text)
     for look in (lambda: Run.open(tmp_path), lambda: Run.begin(tmp_path, header())):
-        with pytest.raises(ValueError, match="run.json (has|cannot be read)"):
+        with pytest.raises(ValueError, match="run.json"):
             look()
 
 

@@ -330,7 +330,7 @@ EVALUATION = {"questions": 6, "budgets": [1.0], "reducers": ["adaptive"]}
             (PLAIN | {"stages": [STAGE | {"name": name}]}, "`name` names a folder of the run")
             for name in ("../outside", "/outside", "a/b", "", ".", "..", ".hidden", "a b")
         ),
-        *((PLAIN | {"stages": [STAGE | {"name": name}]}, "`name` is .*; expected is str") for name in (3, None)),
+        *((PLAIN | {"stages": [STAGE | {"name": name}]}, "`name` names a folder of the run") for name in (3, None)),
         (PLAIN | {"stages": [STAGE | {"steps": 3}]}, "steps"),
         (PLAIN | {"stages": [without("name", STAGE)]}, "missing field.*name"),
         (PLAIN | {"stages": ["see"]}, "found 'see'"),
