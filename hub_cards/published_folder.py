@@ -81,11 +81,12 @@ def published_folder(
     for kind, paths in files.items():
         for path in [] if kind in WRITTEN_ANEW else paths:
             place(path, folder / path.relative_to(checkpoint))
-    for path in [folder / "config.json", *folder.glob("processor_config.json")]:
+    for path in [folder / "config.json", *folder.glob("processor_config.json"), *folder.glob("tokenizer_config.json")]:
         text = path.read_text(encoding="utf-8")
-        if led_directly(text) != text:
+        said = padded_left(text) if path.name == "tokenizer_config.json" else led_directly(text)
+        if said != text:
             path.unlink()  # It may be a link.
-            path.write_text(led_directly(text), encoding="utf-8")
+            path.write_text(said, encoding="utf-8")
     add_card(folder, name, record, origin)
     known = {path.relative_to(checkpoint).parts[0] for paths in files.values() for path in paths}
     return sorted(path.name for path in checkpoint.iterdir() if path.name not in known)
@@ -97,6 +98,14 @@ def add_card(folder: Path, name: str, record: TrainingRecord, origin: Origin) ->
     for result, curve in zip(record.results, curve_names(record), strict=True):
         save_curve(result, folder / curve)
     model_card(folder, name, record, origin).save(folder / "README.md")
+
+
+def padded_left(tokenizer_config: str) -> str:
+    """The text of a tokenizer_config.json that says to pad on the left, from whose last column `generate` goes on."""
+    fields = json.loads(tokenizer_config)
+    if not isinstance(fields, dict) or fields.get("padding_side") == "left":
+        return tokenizer_config
+    return json.dumps(fields | {"padding_side": "left"}, indent=2, ensure_ascii=False) + "\n"
 
 
 def model_type_in(config: Path) -> str | None:

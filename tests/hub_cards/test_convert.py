@@ -37,6 +37,7 @@ from llava_folders import (
     written_folder,
 )
 from local_hub import local_hub
+from stock_batches import pipeline_answers, stock_answers
 from tiny_models import IMAGE_SIZE, NUM_PATCHES, tiny_vision_config
 from without_package import run_elsewhere, run_without_package
 
@@ -431,6 +432,14 @@ def test_a_chat_template_may_be_given(made: Callable[[str], Made], tmp_path: Pat
     assert not any("chat template" in note for note in done.notes)
     processor = AdaVTPProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert processor.apply_chat_template(TURNS) == "mine"
+
+
+@pytest.mark.parametrize("kind", ["llava-1.5-hf", "llava-v1.5, one file"])
+def test_a_batch_answers_as_its_questions_do_alone_in_stock_code(kind: str, made: Callable[[str], Made]) -> None:
+    folder, questions = made(kind).path, ["yes ?", QUESTION, f"{QUESTION} {QUESTION}"]
+    alone = [stock_answers(folder, image(), [question])[0] for question in questions]
+    assert stock_answers(folder, image(), questions) == alone and len(set(alone)) > 1
+    assert pipeline_answers(folder, image(), questions, 3) == pipeline_answers(folder, image(), questions, 1) == alone
 
 
 def clip_pixels(picture: Image.Image) -> torch.Tensor:
