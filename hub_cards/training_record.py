@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 import yaml
 
+from ..modeling.hub.own_files import require_own_file
+
 RECIPE = "recipe.yaml"
 # What a recipe's stage leaves behind when it is finished, with the recipe's `model`, and what a conversion does, with
 # its `source`.
@@ -29,6 +31,7 @@ LOG_FIELDS = ("stage", "log")
 DIGIT_SCENE_KINDS = ("patch_labels", "packed_questions")
 DIGIT_SCENES = "digit scenes"
 
+_STAGE_NAME = re.compile(r"[^/\\\0]{1,100}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DATA_FILE = re.compile(r"\.(jsonl?|csv|parquet|arrow|tar|ya?ml|txt|gz|zst)$")
 
@@ -70,6 +73,9 @@ class TrainingRecord:
             recipe = folder / RECIPE
         logs = sorted(folder.glob("training_log*.json")) if training_logs is None else training_logs
         results = sorted(folder.glob("evaluation*.json")) if evaluations is None else evaluations
+        for path in (recipe, *logs, *results):
+            if path is not None and Path(path).parent == folder:
+                require_own_file(Path(path), folder)
         return cls(
             None if recipe is None else Path(recipe),
             [Path(log) for log in logs],
@@ -94,7 +100,14 @@ class TrainingRecord:
     @cached_property
     def logs(self) -> list[dict[str, Any]]:
         """Contents of the training logs."""
-        return [read_record(path, LOG_FIELDS) for path in self.training_logs]
+        logs = [read_record(path, LOG_FIELDS) for path in self.training_logs]
+        for path, log in zip(self.training_logs, logs, strict=True):
+            _check_fields(log["stage"], ("name", "kind"), f"{path}, its stage")
+            name = log["stage"]["name"]
+            # It becomes part of a file's name.
+            if not isinstance(name, str) or not _STAGE_NAME.fullmatch(name):
+                raise ValueError(f"{path} has a stage named {name!r}; allowed are names of files without a folder.")
+        return logs
 
     @cached_property
     def results(self) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from transformers.image_utils import PIL, ImageInput, is_pil_image, is_valid_ima
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
 from .budget.token_budget import TokenBudget, budget_values, num_tokens_to_keep
+from .hub.own_files import require_own_files
 from .hub.saving import AUTO_MAP, save_code, without_auto_class
 
 
@@ -58,9 +59,11 @@ class AdaVTPProcessor(LlavaProcessor):
         configuration, how many placeholders an image has, is taken from there.
 
         Raises:
-            ValueError: if a file is not what it should be.
+            ValueError: if a file is not what it should be, or names another outside of the folder.
             OSError: if one is not there.
         """
+        if os.path.isdir(pretrained_model_name_or_path):
+            require_own_files(pretrained_model_name_or_path, weights=False, **kwargs)
         try:
             processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         # Where a file holds a list and should hold fields, transformers stumbles as it may.

@@ -684,7 +684,7 @@ def test_the_command_says_what_it_did(made: Callable[[str], Made], tmp_path: Pat
     arguments = ["convert", str(source.path), str(out), "--set", "reducer=fastv:layer=1", "token_budget=0.5"]
     said = CliRunner().invoke(app, [*arguments, "--seed", "3"], env={"COLUMNS": "160"})
     assert said.exit_code == 0, said.output
-    for words in ("80 tensors", "budget_token and controller", "logit_scale", "peak memory", "Vicuna's", "seed 3"):
+    for words in ("80 tensors", "budget_token and controller", "logit_scale", "peak memory", "'vicuna_v1'", "seed 3"):
         assert words in said.output
     config = json.loads((out / "config.json").read_text())
     assert (config["reducers"], config["token_budget"]) == ([{"name": "fastv", "layer": 1}], 0.5)
