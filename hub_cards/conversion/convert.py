@@ -131,10 +131,7 @@ def convert_checkpoint(
         raise ValueError(f"`output_dir` is '{output_dir}', the current folder; allowed: another, new or empty.")
     folder = checkpoint_folder(str(source), revision=revision)
     base_folder = None if base is None else checkpoint_folder(str(base))
-    llava = _read_source(folder, fields or {}, vision_tower, base_folder, _own_name(str(source)))
-    if chat_template is not None:
-        llava.processor.chat_template = llava.processor.tokenizer.chat_template = chat_template
-        llava.template_note = None
+    llava = _read_source(folder, fields or {}, vision_tower, base_folder, _own_name(str(source)), chat_template)
     model = _empty_model(llava)
     shards, dropped = _plan(llava, model)
     with folder_beside(output_dir) as temporary:
@@ -174,7 +171,12 @@ def _own_name(checkpoint: str) -> str:
 
 
 def _read_source(
-    folder: Path, fields: dict[str, Any], vision_tower: str | None, base: Path | None, name: str
+    folder: Path,
+    fields: dict[str, Any],
+    vision_tower: str | None,
+    base: Path | None,
+    name: str,
+    chat_template: str | None,
 ) -> LlavaSource:
     file = folder / "config.json"
     if not file.is_file():
@@ -182,7 +184,7 @@ def _read_source(
     said = read_json(file)
     kind = said.get("model_type")
     if kind in ORIGINAL_MODEL_TYPES and ("mm_vision_tower" in said or kind != "llava"):
-        return read_original_checkpoint(folder, fields, vision_tower, base, name)
+        return read_original_checkpoint(folder, fields, vision_tower, base, name, chat_template)
     if kind not in ("llava", "llava_next"):
         allowed = ", ".join(map(repr, ("llava", "llava_next", *ORIGINAL_MODEL_TYPES[1:])))
         raise ValueError(f"`model_type` is {kind!r} in {str(file)!r}; allowed are {allowed}.")
@@ -196,7 +198,7 @@ def _read_source(
             f"`vision_tower` is {vision_tower!r}, and the source has its own tower's weights; it is for folders of "
             "LLaVA's own code, which may lack them."
         )
-    return read_transformers_checkpoint(folder, fields)
+    return read_transformers_checkpoint(folder, fields, chat_template)
 
 
 def _embeddings(llava: LlavaSource) -> torch.Tensor:

@@ -24,7 +24,7 @@ from ...modeling.processing_adavtp import AdaVTPProcessor
 from .llava_adapters import ADAPTER_CONFIG, low_rank_changes, trained_files
 from .llava_files import LAYOUTS, checkpoint_folder, read_json, tensors_of, weight_files
 from .llava_names import TOWER, Dropped, Layout, target_name
-from .llava_prompts import llavas_conversation, own_chat_template, with_images
+from .llava_prompts import chat_template_of, llavas_conversation
 from .llava_source import (
     OF_THE_FOLDER,
     TILES_LEFT_OUT,
@@ -81,6 +81,7 @@ def read_original_checkpoint(
     vision_tower: str | None = None,
     base: Path | None = None,
     name: str = "",
+    chat_template: str | None = None,
 ) -> LlavaSource:
     """
     Reads a folder of LLaVA's own code: configuration, tokenizer and weights.
@@ -91,6 +92,7 @@ def read_original_checkpoint(
         base: folder of the language model, or the LLaVA, that a folder with an adapter or a projector alone was
             trained from; its tokenizer and all other weights are taken from there.
         name: of the checkpoint, by which LLaVA's code chooses how it is asked.
+        chat_template: in place of the one that is found or chosen.
 
     Raises:
         ValueError: if a field has a value that AdaVTP cannot represent or that is not known, or tower and
@@ -108,10 +110,11 @@ def read_original_checkpoint(
     tower = _read_tower(vision_tower or fields["mm_vision_tower"], fields, weights=not has_tower)
     text_config, dropped = _text_config(fields)
     tokenizer = _read_tokenizer(whole, text_config)
-    own = own_chat_template(whole, tokenizer)
-    template, template_note = (
-        llavas_conversation(fields, name) if own is None else with_images(own, tokenizer, IMAGE_TOKEN)
-    )
+    template, note = chat_template, None
+    if template is None:
+        template, note = chat_template_of(
+            whole, tokenizer, IMAGE_TOKEN, otherwise=lambda: llavas_conversation(fields, name)
+        )
     vocab_size, added = text_config.vocab_size, add_image_and_pad_tokens(tokenizer)
     text_config.vocab_size = rows_for(tokenizer, vocab_size)
     text_config.pad_token_id = tokenizer.pad_token_id
@@ -150,7 +153,7 @@ def read_original_checkpoint(
         changes={} if base is None else low_rank_changes(folder),
         vision_tower=vision_tower or fields["mm_vision_tower"],
         dropped=dropped,
-        template_note=template_note,
+        template_note=note,
         notes=notes + of_images,
     )
 

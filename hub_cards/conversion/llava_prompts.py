@@ -8,6 +8,7 @@ sequence in front, which the tokenizer does.
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -171,12 +172,27 @@ def llavas_conversation(fields: dict[str, Any], name: str) -> tuple[str, str]:
     return CONVERSATIONS[chosen], f"The source has no chat template; {chosen!r} of LLaVA's code was written, as {why}."
 
 
-def own_chat_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Templates | None:
-    """The chat template, or several by name, that a checkpoint has for its processor or its tokenizer."""
-    return read_json(folder / "chat_template.json").get("chat_template") or tokenizer.chat_template or None
+def chat_template_of(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    image_token: str,
+    otherwise: Callable[[], tuple[str | None, str]],
+) -> tuple[Templates | None, str]:
+    """
+    The chat template, or several by name, of a checkpoint's processor or else of its tokenizer, able to place images,
+    and a sentence on it; `otherwise` says both where it has none.
+
+    Raises:
+        ValueError: if there is one that cannot be used.
+    """
+    file, said = folder / "chat_template.json", read_json(folder / "chat_template.json").get("chat_template")
+    if said is not None and not isinstance(said, str):
+        raise ValueError(f"`chat_template` in {str(file)!r} is a {type(said).__name__}; expected is a text.")
+    own = said or tokenizer.chat_template
+    return _with_images(own, tokenizer, image_token) if own else otherwise()
 
 
-def with_images(templates: Templates, tokenizer: PreTrainedTokenizerBase, image_token: str) -> tuple[Templates, str]:
+def _with_images(templates: Templates, tokenizer: PreTrainedTokenizerBase, image_token: str) -> tuple[Templates, str]:
     """
     Chat templates that can place images, and a sentence that says whether they are as they were.
 
@@ -191,16 +207,16 @@ def with_images(templates: Templates, tokenizer: PreTrainedTokenizerBase, image_
             )
         templates = next(iter(templates.values()))
     if isinstance(templates, str):
-        template = _with_images(templates, tokenizer, image_token)
+        template = _one_with_images(templates, tokenizer, image_token)
         is_same = template == templates
     else:
-        template = {name: _with_images(text, tokenizer, image_token) for name, text in templates.items()}
+        template = {name: _one_with_images(text, tokenizer, image_token) for name, text in templates.items()}
         is_same = template == templates
     added = "" if is_same else "; images go before the words of their turn"
     return template, f"The source's own chat template was kept{added}."
 
 
-def _with_images(template: str, tokenizer: PreTrainedTokenizerBase, image_token: str) -> str:
+def _one_with_images(template: str, tokenizer: PreTrainedTokenizerBase, image_token: str) -> str:
     question = "what is it ?"
     shown = [{"type": "image"}, {"type": "text", "text": question}]
     said = _rendered(template, tokenizer, shown)

@@ -21,11 +21,12 @@ from ...configuration.configuration_adavtp import AdaVTPConfig
 from ...modeling.processing_adavtp import AdaVTPProcessor
 from .llava_files import read_json, weight_files
 from .llava_names import Dropped, Layout
-from .llava_prompts import own_chat_template, with_images
+from .llava_prompts import chat_template_of
 
 # Fields that say how a folder was written, which the target's folder says for itself.
 OF_THE_FOLDER = ("_name_or_path", "architectures", "auto_map", "model_type", "transformers_version")
 TILES_LEFT_OUT = "LLaVA-NeXT's tiles are left out: the model sees the whole image in one square."
+_NO_TEMPLATE = None, "The source has no chat template; give one to ask plain questions."
 _TOWERS = ("clip_vision_model", "siglip_vision_model")
 _OF_TILES = ("image_grid_pinpoints", "use_image_newline_parameter")
 
@@ -62,7 +63,7 @@ class LlavaSource:
         changes: what is added to weights, by the target's names.
         vision_tower: the name of the tower's own checkpoint, where the source names one.
         dropped: fields of its configuration without a place in the target's.
-        template_note: what a user should know of its chat template.
+        template_note: what a user should know of its chat template; `None` where one was given.
         notes: what else a user should know, a sentence each.
     """
 
@@ -79,12 +80,15 @@ class LlavaSource:
     notes: list[str] = field(default_factory=list)
 
 
-def read_transformers_checkpoint(folder: Path, adavtp_fields: dict[str, Any]) -> LlavaSource:
+def read_transformers_checkpoint(
+    folder: Path, adavtp_fields: dict[str, Any], chat_template: str | None = None
+) -> LlavaSource:
     """
     Reads a folder whose `model_type` is `"llava"` or `"llava_next"`: configuration, processor and weights.
 
     Args:
         adavtp_fields: fields of [`AdaVTPConfig`] that LLaVA's does not have.
+        chat_template: in place of its own.
 
     Raises:
         ValueError: if a field has a value that AdaVTP cannot represent, or configuration and processor do not agree.
@@ -111,9 +115,10 @@ def read_transformers_checkpoint(folder: Path, adavtp_fields: dict[str, Any]) ->
     image_processor = there.image_processor
     if layout == "llava_next":
         image_processor = one_tile(image_processor.to_dict(), config.vision_config.image_size)
-    template, note = None, "The source has no chat template; give one to ask plain questions."
-    if own := there.chat_template or own_chat_template(folder, there.tokenizer):
-        template, note = with_images(own, there.tokenizer, there.image_token)
+    there.tokenizer.chat_template = there.chat_template or there.tokenizer.chat_template
+    template, note = chat_template, None
+    if template is None:
+        template, note = chat_template_of(folder, there.tokenizer, there.image_token, otherwise=lambda: _NO_TEMPLATE)
     there.tokenizer.chat_template = template
     processor = AdaVTPProcessor(
         image_processor, there.tokenizer, chat_template=template, image_token=there.image_token

@@ -58,7 +58,8 @@ def test_a_batch_answers_as_its_questions_do_alone_in_stock_code(tmp_path: Path)
     former = shutil.copytree(FOLDER, tmp_path / "former")
     file = former / "tokenizer_config.json"
     file.write_text(file.read_text().replace('"left"', '"right"'))
-    published_folder(former, _made(tmp_path / "published"), "user/name", TrainingRecord(), Origin(None, None))
+    how = {"place": shutil.copyfile}
+    published_folder(former, _made(tmp_path / "published"), "user/name", TrainingRecord(), Origin(None, None), **how)
     scene = load_digit_questions("test", 1, 0)[0]["images"][0]
     questions = ["what colour is the 7 ?", "how many digits are there ?", "is there a red digit in the picture ?"]
     for folder in (FOLDER, tmp_path / "published"):
