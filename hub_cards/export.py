@@ -8,7 +8,7 @@ from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
 from ..modeling.processing_adavtp import AdaVTPProcessor
 from .licence import origin_of
 from .output_folder import folder_beside, require_output_folder
-from .published_folder import CARRIED, FORMER, KINDS, add_card, files_by_kind, model_type_in, require_no_adapter
+from .published_folder import CARRIED, FORMER, KINDS, add_card, model_type_in, own_files_by_kind, require_no_adapter
 from .training_record import TrainingRecord, is_hub_id
 
 
@@ -58,7 +58,7 @@ def export_checkpoint(
     with folder_beside(output_dir) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        found = files_by_kind(Path(checkpoint))
+        found = own_files_by_kind(Path(checkpoint))
         for path in [path for kind in CARRIED for path in found[kind]]:
             shutil.copyfile(path, folder / path.name)
         add_card(folder, name or output_dir.resolve().name, record, origin)

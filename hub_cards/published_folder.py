@@ -8,9 +8,11 @@ make their folders here.
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from ..modeling.hub.own_files import indexed_files, require_own_file, require_own_files
 from ..modeling.hub.saving import CODE_FOLDER
 from .curve_picture import save_curve
 from .licence import Origin
@@ -50,6 +52,19 @@ def files_by_kind(folder: Path) -> dict[str, list[Path]]:
     }
 
 
+def own_files_by_kind(folder: Path) -> dict[str, list[Path]]:
+    """
+    The publishable files of a checkpoint, kind by kind.
+
+    Raises:
+        ValueError: if one is a link to somewhere else.
+    """
+    files = files_by_kind(folder)
+    for path in [path for paths in files.values() for path in paths]:
+        require_own_file(path, folder)
+    return files
+
+
 def published_folder(
     checkpoint: str | Path,
     folder: Path,
@@ -65,27 +80,28 @@ def published_folder(
         checkpoint: folder of the checkpoint, which is only read.
         folder: to fill; it exists.
         name, record, origin: what the card says; see [`model_card`].
-        place: puts a file (first argument, an absolute path) in its place (second); a link by default, since weights
-            are large.
+        place: puts a weight file (first argument, an absolute path) in its place (second); a link by default, since
+            weights are large.
 
     Returns:
         Names in the checkpoint's folder that are not published.
 
     Raises:
-        ValueError: if the checkpoint is not whole, or is not of AdaVTP in safetensors form with its own code.
+        ValueError: if the checkpoint is not whole, is not of AdaVTP in safetensors form with its own code, or has
+            files that lie elsewhere.
     """
-    _require_whole(Path(checkpoint), files_by_kind(Path(checkpoint)))
-    checkpoint = Path(checkpoint).resolve()
-    files = files_by_kind(checkpoint)
+    checkpoint = Path(checkpoint).absolute()
+    _require_whole(checkpoint, files_by_kind(checkpoint))
+    require_own_files(checkpoint)
+    files = own_files_by_kind(checkpoint)
     (folder / CODE_FOLDER).mkdir()
     for kind, paths in files.items():
         for path in [] if kind in WRITTEN_ANEW else paths:
-            place(path, folder / path.relative_to(checkpoint))
+            (place if kind == "weights" else shutil.copyfile)(path, folder / path.relative_to(checkpoint))
     for path in [folder / "config.json", *folder.glob("processor_config.json")]:
-        text = path.read_text(encoding="utf-8")
-        if led_directly(text) != text:
-            path.unlink()  # It may be a link.
-            path.write_text(led_directly(text), encoding="utf-8")
+        path.write_text(led_directly(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in folder.glob("tokenizer_config.json"):
+        path.write_text(padded_left(path.read_text(encoding="utf-8")), encoding="utf-8")
     add_card(folder, name, record, origin)
     known = {path.relative_to(checkpoint).parts[0] for paths in files.values() for path in paths}
     return sorted(path.name for path in checkpoint.iterdir() if path.name not in known)
@@ -97,6 +113,14 @@ def add_card(folder: Path, name: str, record: TrainingRecord, origin: Origin) ->
     for result, curve in zip(record.results, curve_names(record), strict=True):
         save_curve(result, folder / curve)
     model_card(folder, name, record, origin).save(folder / "README.md")
+
+
+def padded_left(tokenizer_config: str) -> str:
+    """The text of a tokenizer_config.json that says to pad on the left, from whose last column `generate` goes on."""
+    fields = json.loads(tokenizer_config)
+    if not isinstance(fields, dict) or fields.get("padding_side") == "left":
+        return tokenizer_config
+    return json.dumps(fields | {"padding_side": "left"}, indent=2, ensure_ascii=False) + "\n"
 
 
 def model_type_in(config: Path) -> str | None:
@@ -135,7 +159,7 @@ def _require_whole(checkpoint: Path, files: dict[str, list[Path]]) -> None:
         raise ValueError(f"{named} {found}; expected is an 'adavtp' model{advice}.")
     missing = [kind for kind in NEEDED if not files[kind]]
     if (checkpoint / INDEX).is_file():
-        shards = json.loads((checkpoint / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        shards = indexed_files(checkpoint / INDEX).values()
         missing += sorted(shard for shard in set(shards) if not (checkpoint / shard).is_file())
     if missing:
         raise ValueError(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import RepoCard
 
+from ..modeling.hub.own_files import require_own_file
 from .output_folder import require_output_folder
 from .publish import require_repository_id
 
@@ -79,6 +80,8 @@ def _example_files(examples: Path) -> list[str]:
             f"`examples` is {str(examples)!r}; expected is a folder with a {_QUESTIONS} of pairs such as "
             f'["scene.png", "Which digit is red?"]: {error}'
         ) from error
+    for image, _ in pairs:
+        require_own_file(examples / image, examples)
     if missing := [image for image, _ in pairs if not (examples / image).is_file()]:
         raise ValueError(f"`examples` is {str(examples)!r}, in which {missing[0]!r} of {_QUESTIONS} is missing.")
     return [_QUESTIONS, *dict.fromkeys(image for image, _ in pairs)]

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..evaluation.circumstances import command_without_places, without_place
 from ..evaluation.records import check_record, check_types, read_record
+from ..modeling.hub.own_files import require_own_file
 
 RECIPE = "recipe.yaml"
 # What a recipe's stage leaves behind when it is finished, with the recipe's `model`, and what a conversion does, with
@@ -75,6 +76,9 @@ class TrainingRecord:
             recipe = folder / RECIPE
         logs = sorted(folder.glob("training_log*.json")) if training_logs is None else training_logs
         results = sorted(folder.glob("evaluation*.json")) if evaluations is None else evaluations
+        for path in (recipe, *logs, *results):
+            if path is not None and Path(path).parent == folder:
+                require_own_file(Path(path), folder)
         return cls(
             None if recipe is None else Path(recipe),
             [Path(log) for log in logs],

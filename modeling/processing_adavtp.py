@@ -16,6 +16,7 @@ from transformers.image_utils import PIL, ImageInput, is_pil_image, is_valid_ima
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
 from .budget.token_budget import TokenBudget, budget_values, num_tokens_to_keep
+from .hub.own_files import require_own_files
 from .hub.saving import AUTO_MAP, save_code, without_auto_class
 
 
@@ -58,9 +59,11 @@ class AdaVTPProcessor(LlavaProcessor):
         configuration, how many placeholders an image has, is taken from there.
 
         Raises:
-            ValueError: if a file is not what it should be.
+            ValueError: if a file is not what it should be, or names another outside of the folder.
             OSError: if one is not there.
         """
+        if os.path.isdir(pretrained_model_name_or_path):
+            require_own_files(pretrained_model_name_or_path, weights=False, **kwargs)
         try:
             processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         # Where a file holds a list and should hold fields, transformers stumbles as it may.
@@ -195,13 +198,25 @@ class AdaVTPProcessor(LlavaProcessor):
         return text.removeprefix(bos) if adds_bos else text
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
-        """Saves the processor's files and its code. See [`ProcessorMixin.save_pretrained`]."""
+        """
+        Saves the processor's files and its code. See [`ProcessorMixin.save_pretrained`].
+
+        The folder says that prompts are padded on the left, whatever this tokenizer does: `generate` goes on from the
+        last column. Training pads by itself.
+        """
         self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         save_code(type(self), Path(save_directory))
-        with without_auto_class(type(self)):
-            # As a string: for an upload transformers takes the path apart as one.
-            return super().save_pretrained(str(save_directory), push_to_hub=push_to_hub, **kwargs)
+        padding_side = self.tokenizer.padding_side
+        # What a tokenizer was not built with is not written.
+        self.tokenizer.init_kwargs.setdefault("padding_side", padding_side)
+        self.tokenizer.padding_side = "left"
+        try:
+            with without_auto_class(type(self)):
+                # As a string: for an upload transformers takes the path apart as one.
+                return super().save_pretrained(str(save_directory), push_to_hub=push_to_hub, **kwargs)
+        finally:
+            self.tokenizer.padding_side = padding_side
 
     def _upload_modified_files(self, working_dir: str | Path, *args: Any, **kwargs: Any) -> Any:
         # With `push_to_hub=True` transformers uploads only what it sees change after it began.

@@ -16,6 +16,7 @@ from ..configuration.configuration_adavtp import AdaVTPConfig
 from ..hub_cards.training_record import check_types, read_record
 from ..modeling.hub.custom_reducers import CUSTOM_FILES, is_custom, load_custom_reducers, save_custom_reducers
 from ..modeling.hub.loading import new_module_of
+from ..modeling.hub.own_files import require_own_files
 from ..modeling.hub.saving import save_code
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
 from ..modeling.processing_adavtp import AdaVTPProcessor
@@ -85,13 +86,15 @@ def load_adapter(
         kwargs: of `from_pretrained` for the base.
 
     Raises:
-        ValueError: if there is no adapter in the folder, it does not fit the base, or neither has some weights.
+        ValueError: if there is no adapter in the folder, it does not fit the base, neither has some weights, or a file
+            lies outside of its folder.
         OSError: if there is no base.
     """
     from peft import PeftModel
 
     adapter = Path(adapter)
     base = base_of(adapter) if base is None else base
+    require_own_files(adapter)
     if (adapter / ADAPTED_CONFIG).is_file():
         config = AdaVTPConfig(**json.loads((adapter / ADAPTED_CONFIG).read_text(encoding="utf-8")))
         if any((adapter / file).is_file() for file in CUSTOM_FILES):

@@ -20,6 +20,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from ..modeling.hub.own_files import require_own_files
+
 BEING_WRITTEN = "checkpoint_is_being_written"
 FILE_LIST = "whole_checkpoint.json"
 
@@ -78,12 +80,13 @@ def what_is_missing(folder: str | Path) -> str | None:
 
 
 def require_whole(folder: str | Path) -> None:
-    """Raises `ValueError` for a folder that is no whole checkpoint; it says what is missing."""
+    """Raises `ValueError` for a folder that is no whole checkpoint, or has files elsewhere; it says which."""
     if reason := what_is_missing(folder):
         raise ValueError(
             f"`resume_from_checkpoint` is {str(folder)!r}, which is not a whole checkpoint: {reason}. Name "
             "another, or pass True for the last whole one."
         )
+    require_own_files(folder)
 
 
 def last_whole_checkpoint(folder: str | Path) -> str | None:

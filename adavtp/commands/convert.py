@@ -32,6 +32,13 @@ def convert(
         str | None,
         typer.Option(help="CLIP folder or repository, for LLaVA's own format. Default: the one the source names."),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or repository of the language model, or the LLaVA, that SOURCE was trained from, where that "
+            "is an adapter (LoRA) or a projector alone."
+        ),
+    ] = None,
     chat_template: Annotated[
         Path | None,
         typer.Option(help="Jinja file in place of the source's chat template.", exists=True, dir_okay=False),
@@ -43,7 +50,8 @@ def convert(
     Make an AdaVTP folder of a LLaVA checkpoint. Weights keep their files and dtypes; memory stays near one file.
 
     Reads llava-hf/llava-1.5-7b-hf and its like, folders of LLaVA's own code such as liuhaotian/llava-v1.5-7b, and
-    LLaVA-NeXT, of whose tiles only the first is used. The output appears when it is whole.
+    LLaVA-NeXT, of whose tiles only the first is used; with --base, adapters and projectors that LLaVA's training left.
+    The output appears when it is whole.
     """
     from transformers.utils import logging
 
@@ -55,6 +63,7 @@ def convert(
             source,
             output,
             vision_tower=vision_tower,
+            base=base,
             fields=dict(map(parse_field, fields or [])),
             chat_template=None if chat_template is None else chat_template.read_text(encoding="utf-8"),
             seed=seed,
@@ -92,7 +101,8 @@ def _track(shards: "list[Shard]") -> "Iterator[Shard]":
 
 def conversion_table(done: "Conversion", output: Path) -> Table:
     """What was done, a line for each kind of thing."""
-    table = Table(title=escape(f"{done.source} ({done.layout}) -> {output}"), show_header=False)
+    on_base = "" if done.base is None else f" on {done.base}"
+    table = Table(title=escape(f"{done.source}{on_base} ({done.layout}) -> {output}"), show_header=False)
     table.add_column("", no_wrap=True)
     table.add_column("")
     converted = f", {done.converted} of them converted to {done.dtype}" if done.converted else ""

@@ -26,10 +26,10 @@ from ...modeling.hub.loading import new_module_of
 from ...modeling.hub.saving import AUTO_MAP, without_auto_class
 from ...modeling.modeling_adavtp import AdaVTPForConditionalGeneration
 from ..output_folder import folder_beside, require_output_folder
-from .llava_files import checkpoint_folder, tensors_of
+from .llava_files import checkpoint_folder, read_json, tensors_of
 from .llava_names import LANGUAGE, Dropped, Layout, target_name
 from .llava_original import ORIGINAL_MODEL_TYPES, read_original_checkpoint
-from .llava_source import LlavaSource, read_json, read_transformers_checkpoint
+from .llava_source import LlavaSource, read_transformers_checkpoint
 from .llava_tokens import new_rows
 
 RECORD = "conversion.json"
@@ -54,6 +54,7 @@ class Conversion:
 
     Attributes:
         source: repository id, or the folder's name.
+        base: the same of what it was trained from, where its language model is taken from there.
         vision_tower: what `mm_vision_tower` named or was given in its place, of an original checkpoint.
         seed: of the new modules' values, and of the rows of tokens that were added.
         tensors, converted: how many were taken from the source, and how many of them changed their dtype.
@@ -67,6 +68,7 @@ class Conversion:
     """
 
     source: str
+    base: str | None
     layout: Layout
     vision_tower: str | None
     seed: int
@@ -93,6 +95,7 @@ def convert_checkpoint(
     seed: int = 0,
     revision: str | None = None,
     progress: Progress = iter,
+    base: str | Path | None = None,
 ) -> Conversion:
     """
     Writes an AdaVTP folder with a LLaVA checkpoint's weights.
@@ -110,6 +113,8 @@ def convert_checkpoint(
         seed: of the values of the new modules and rows.
         revision: of a repository.
         progress: wraps the list of files while they are written.
+        base: folder or repository of the language model, or the LLaVA, that `source` was trained from, where that is
+            an adapter or a projector alone.
 
     Returns:
         What was done.
@@ -124,9 +129,9 @@ def convert_checkpoint(
     if output_dir.resolve() == Path.cwd():
         # A folder that is renamed takes its place, and whoever stands in the old one sees nothing.
         raise ValueError(f"`output_dir` is '{output_dir}', the current folder; allowed: another, new or empty.")
-    llava = _read_source(checkpoint_folder(str(source), revision=revision), fields or {}, vision_tower)
-    if chat_template is not None:
-        llava.processor.chat_template, llava.template_note = chat_template, None
+    folder = checkpoint_folder(str(source), revision=revision)
+    base_folder = None if base is None else checkpoint_folder(str(base))
+    llava = _read_source(folder, fields or {}, vision_tower, base_folder, _own_name(str(source)), chat_template)
     model = _empty_model(llava)
     shards, dropped = _plan(llava, model)
     with folder_beside(output_dir) as temporary:
@@ -134,6 +139,7 @@ def convert_checkpoint(
         folder.mkdir()
         done = Conversion(
             source=_public_name(str(source)),
+            base=None if base is None else _public_name(str(base)),
             layout=llava.layout,
             vision_tower=None if llava.vision_tower is None else _public_name(llava.vision_tower),
             seed=seed,
@@ -158,23 +164,41 @@ def _public_name(checkpoint: str) -> str:
     return Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else checkpoint
 
 
-def _read_source(folder: Path, fields: dict[str, Any], vision_tower: str | None) -> LlavaSource:
+def _own_name(checkpoint: str) -> str:
+    """What LLaVA's code takes for a model's name: of a run's checkpoint, also the run's."""
+    path = Path(checkpoint).resolve() if Path(checkpoint).is_dir() else Path(checkpoint)
+    return f"{path.parent.name}_{path.name}" if path.name.startswith("checkpoint-") else path.name
+
+
+def _read_source(
+    folder: Path,
+    fields: dict[str, Any],
+    vision_tower: str | None,
+    base: Path | None,
+    name: str,
+    chat_template: str | None,
+) -> LlavaSource:
     file = folder / "config.json"
     if not file.is_file():
         raise OSError(f"There is no config.json in {str(folder)!r}; a checkpoint needs one beside its weights.")
     said = read_json(file)
     kind = said.get("model_type")
     if kind in ORIGINAL_MODEL_TYPES and ("mm_vision_tower" in said or kind != "llava"):
-        return read_original_checkpoint(folder, fields, vision_tower)
+        return read_original_checkpoint(folder, fields, vision_tower, base, name, chat_template)
     if kind not in ("llava", "llava_next"):
         allowed = ", ".join(map(repr, ("llava", "llava_next", *ORIGINAL_MODEL_TYPES[1:])))
         raise ValueError(f"`model_type` is {kind!r} in {str(file)!r}; allowed are {allowed}.")
+    if base is not None:
+        raise ValueError(
+            f"`base` is {str(base)!r}, and the source is a {kind!r} model as transformers writes it; it is for an "
+            "adapter or a projector alone that LLaVA's own code left."
+        )
     if vision_tower is not None:
         raise ValueError(
             f"`vision_tower` is {vision_tower!r}, and the source has its own tower's weights; it is for folders of "
             "LLaVA's own code, which may lack them."
         )
-    return read_transformers_checkpoint(folder, fields)
+    return read_transformers_checkpoint(folder, fields, chat_template)
 
 
 def _embeddings(llava: LlavaSource) -> torch.Tensor:
@@ -220,16 +244,26 @@ def _plan(llava: LlavaSource, model: AdaVTPForConditionalGeneration) -> tuple[li
             where = f"{path.name!r} of the source has the tensor `{name}`"
             if target not in expected:
                 raise ValueError(f"{where}, for which a LLaVA of its configuration has no place.")
+            if target in filled and layout != "adapter" and filled[target][1] == "adapter":
+                dropped.append(Dropped(name, "the source has its own in place of the base's"))
+                continue
             if target in filled:
                 raise ValueError(
-                    f"{where}, and `{filled[target]}` is the same tensor of the model; expected is one of them."
+                    f"{where}, and `{filled[target][0]}` is the same tensor of the model; expected is one of them."
                 )
             shape = of_words.get(target, expected[target])
             if tensor.shape != shape:
                 raise ValueError(f"{where} of shape {tuple(tensor.shape)}; its configuration asks for {shape}.")
-            filled[target], names[name] = name, target
+            filled[target], names[name] = (name, layout), target
         if names:
             shards.append(Shard(path, layout, names))
+    for name, change in llava.changes.items():
+        if name not in filled or change.shape != of_words.get(name, expected[name]):
+            place = f"is {tuple(expected[name])}" if name in expected else "has no place"
+            raise ValueError(
+                f"The source's adapter has weights for `{name}` of shape {change.shape}, which in a LLaVA of its "
+                f"configuration {place}."
+            )
     if empty := [name for name in expected if name not in filled and name not in tied]:
         raise ValueError(
             f"The source lacks {len(empty)} tensor(s) that every LLaVA checkpoint has, in AdaVTP's names "
@@ -261,9 +295,11 @@ def _write_weights(
     for number, shard in enumerate(progress(shards), start=1):
         source = tensors_of(shard.path)
         tensors = {target: source[name] for name, target in shard.names.items()}
-        if shard.layout == "clip":
+        if shard.layout in ("adapter", "clip"):
             converted += sum(tensor.dtype != llava.config.dtype for tensor in tensors.values())
             tensors = {target: tensor.to(llava.config.dtype) for target, tensor in tensors.items()}
+        for target in llava.changes.keys() & tensors.keys():
+            tensors[target] = llava.changes[target].added_to(tensors[target])
         for target in rows.keys() & tensors.keys():
             tensors[target] = torch.cat([tensors[target], rows[target].to(tensors[target].dtype)])
         if number == len(shards):

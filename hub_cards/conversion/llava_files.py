@@ -8,6 +8,7 @@ import json
 import pickle
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
@@ -21,16 +22,40 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ...modeling.hub.own_files import indexed_files, require_own_files
 from ..publish import HTTPError
 
 # In the order in which transformers looks for them.
-_LAYOUTS = (
+LAYOUTS = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
-_WEIGHTS = (["model*.safetensors"], ["pytorch_model*.bin"])
+# The last is what LLaVA's training leaves without the language model.
+_WEIGHTS = (
+    ["model*.safetensors"],
+    ["pytorch_model*.bin"],
+    ["adapter_model.*", "non_lora_trainables.bin", "mm_projector.bin"],
+)
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "chat_templates/*"]
 _SHOWN = 5
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """
+    A file's fields; none where there is no file.
+
+    Raises:
+        ValueError: if it is no JSON object.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(file)!r} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{str(file)!r} holds a {type(fields).__name__}; expected is a JSON object.")
+    return fields
 
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:
@@ -66,19 +91,17 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         OSError: if there are none, or a file or a tensor that an index lists is missing.
     """
-    for single, index in _LAYOUTS:
+    for single, index in LAYOUTS:
         if (folder / index).is_file():
             return _indexed_files(folder / index)
         if (folder / single).is_file():
             return [folder / single]
-    expected = ", ".join(repr(name) for names in _LAYOUTS for name in names)
-    raise OSError(
-        f"{str(folder)!r} has no weights; expected is one of {expected}. Merge an adapter into its base first."
-    )
+    expected = ", ".join(repr(name) for names in LAYOUTS for name in names)
+    raise OSError(f"{str(folder)!r} has no weights; expected is one of {expected}.")
 
 
 def _indexed_files(index: Path) -> list[Path]:
-    place = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    place = indexed_files(index)
     files = [index.parent / name for name in sorted(set(place.values()))]
     if absent := [path.name for path in files if not path.is_file()]:
         raise OSError(f"{str(index)!r} lists files that are not beside it: {', '.join(absent[:_SHOWN])}.")
@@ -89,6 +112,18 @@ def _indexed_files(index: Path) -> list[Path]:
 
 
 def checkpoint_folder(source: str, weights: bool = True, revision: str | None = None) -> Path:
+    """
+    A checkpoint as a local folder, see [`_folder_of`], whose files name none outside of it.
+
+    Raises:
+        ValueError: if one does.
+    """
+    folder = _folder_of(source, weights, revision)
+    require_own_files(folder)
+    return folder
+
+
+def _folder_of(source: str, weights: bool, revision: str | None) -> Path:
     """
     A checkpoint as a local folder. From the Hub, only what is needed is downloaded: configuration, tokenizer, image
     processor, and of the weights the safetensors files where there are some.
@@ -122,7 +157,10 @@ def checkpoint_folder(source: str, weights: bool = True, revision: str | None = 
 
 def _weight_patterns(source: str, revision: str | None) -> list[str]:
     names = HfApi().list_repo_files(source, revision=revision)
-    return _WEIGHTS[0] if any(name in names for name in _LAYOUTS[0]) else _WEIGHTS[1]
+    for layout, patterns in zip(LAYOUTS, _WEIGHTS, strict=False):
+        if any(name in names for name in layout):
+            return patterns
+    return _WEIGHTS[2]
 
 
 def _cached_folder(source: str, weights: bool, revision: str | None) -> Path:

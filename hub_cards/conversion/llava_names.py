@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-Layout = Literal["transformers", "llava_next", "original", "clip"]
+Layout = Literal["transformers", "llava_next", "original", "adapter", "clip"]
 
 LANGUAGE, TOWER, PROJECTOR = "model.language_model.", "model.vision_tower.", "model.multi_modal_projector."
 
@@ -23,29 +23,35 @@ _TRANSFORMERS = (
     ("multi_modal_projector.", PROJECTOR),
     ("model.vision_tower.vision_model.", TOWER),
 )
+# Names of https://github.com/haotian-liu/LLaVA: the text model's own, with the visual parts inside.
+_ORIGINAL = (
+    ("model.mm_projector.0.", f"{PROJECTOR}linear_1."),
+    ("model.mm_projector.2.", f"{PROJECTOR}linear_2."),
+    ("model.vision_tower.vision_tower.vision_model.", TOWER),
+    ("model.vision_tower.vision_tower.", TOWER),
+    ("model.embed_tokens.", f"{LANGUAGE}embed_tokens."),
+    ("model.layers.", f"{LANGUAGE}layers."),
+    ("model.norm.", f"{LANGUAGE}norm."),
+)
 _PREFIXES: dict[Layout, tuple[tuple[str, str], ...]] = {
     "transformers": _TRANSFORMERS,
     "llava_next": _TRANSFORMERS,
-    # Names of https://github.com/haotian-liu/LLaVA: the text model's own, with the visual parts inside.
-    "original": (
-        ("model.mm_projector.0.", f"{PROJECTOR}linear_1."),
-        ("model.mm_projector.2.", f"{PROJECTOR}linear_2."),
-        ("model.vision_tower.vision_tower.vision_model.", TOWER),
-        ("model.vision_tower.vision_tower.", TOWER),
-        ("model.embed_tokens.", f"{LANGUAGE}embed_tokens."),
-        ("model.layers.", f"{LANGUAGE}layers."),
-        ("model.norm.", f"{LANGUAGE}norm."),
-    ),
+    "original": _ORIGINAL,
+    "adapter": _ORIGINAL,
     "clip": (("vision_model.", TOWER),),
 }
 
 _OF_THE_GRID = "separates rows of tiles, and one tile has no rows"
+_OF_VIDEOS = "separates a video's frames"
+_ADDED = "was added to the base's weight"
 _OF_CLIP_TEXT = "belongs to CLIP's text side"
 _COMPUTED = "a constant that is computed when the model is built"
 _REASONS: tuple[tuple[str, tuple[Layout, ...], str], ...] = (
-    (r"rotary_emb\.inv_freq$", ("transformers", "llava_next", "original"), _COMPUTED),
-    (r"embeddings\.position_ids$", ("transformers", "llava_next", "original", "clip"), _COMPUTED),
-    (r"^(model\.)?image_newline$", ("llava_next", "original"), _OF_THE_GRID),
+    (r"rotary_emb\.inv_freq$", ("transformers", "llava_next", "original", "adapter"), _COMPUTED),
+    (r"embeddings\.position_ids$", ("transformers", "llava_next", "original", "adapter", "clip"), _COMPUTED),
+    (r"^(model\.)?image_newline$", ("llava_next", "original", "adapter"), _OF_THE_GRID),
+    (r"^model\.faster_token$", ("original", "adapter"), _OF_VIDEOS),
+    (r"\.lora_[AB]\.weight$", ("adapter",), _ADDED),
     (r"^(text_model\..*|logit_scale|visual_projection\.weight|text_projection\.weight)$", ("clip",), _OF_CLIP_TEXT),
 )
 
@@ -65,8 +71,12 @@ def target_name(name: str, layout: Layout) -> str | Dropped:
 
     Args:
         name: in the source.
-        layout: `"transformers"` (LLaVA), `"llava_next"`, `"original"` (LLaVA's own repository) or `"clip"`.
+        layout: `"transformers"` (LLaVA), `"llava_next"`, `"original"` (LLaVA's own repository), `"adapter"` (what its
+            training leaves without the language model) or `"clip"`.
     """
+    if layout == "adapter":
+        # PEFT's names for a model inside, and those for the whole of it.
+        name = re.sub(r"^model\.(?=model\.|lm_head\.)", "", name.removeprefix("base_model."))
     for pattern, layouts, reason in _REASONS:
         if layout in layouts and re.search(pattern, name):
             return Dropped(name, reason)

@@ -21,9 +21,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from ...modeling.processing_adavtp import AdaVTPProcessor
-from .llava_files import checkpoint_folder, tensors_of, weight_files
+from .llava_adapters import ADAPTER_CONFIG, low_rank_changes, trained_files
+from .llava_files import LAYOUTS, checkpoint_folder, read_json, tensors_of, weight_files
 from .llava_names import TOWER, Dropped, Layout, target_name
-from .llava_prompts import MISTRAL, VICUNA
+from .llava_prompts import chat_template_of, llavas_conversation
 from .llava_source import (
     OF_THE_FOLDER,
     TILES_LEFT_OUT,
@@ -31,7 +32,6 @@ from .llava_source import (
     adavtp_config,
     fit_processor,
     one_tile,
-    read_json,
 )
 from .llava_tokens import IMAGE_TOKEN, add_image_and_pad_tokens, rows_for
 
@@ -43,13 +43,27 @@ _PROJECTOR = "mlp2x_gelu"
 _SQUARES = (None, "square")
 
 _TAKEN_OVER = ("mm_vision_tower", "mm_hidden_size", "mm_projector_type", "image_aspect_ratio", "dtype", "torch_dtype")
-_TAKEN_OVER += ("mm_vision_select_layer", "mm_vision_select_feature", "vocab_size", "pad_token_id")
+_TAKEN_OVER += ("mm_vision_select_layer", "mm_vision_select_feature", "vocab_size", "pad_token_id", "version")
 _OF_TILES = ("image_grid_pinpoints", "image_crop_resolution", "image_split_resolution", "mm_patch_merge_type")
+_OF_VIDEOS = (
+    *("add_faster_video", "add_time_instruction", "faster_token_stride", "force_sample", "frames_upbound"),
+    *("mm_newline_position", "mm_spatial_pool_mode", "mm_spatial_pool_out_channels", "mm_spatial_pool_stride"),
+    *("num_frames", "video_fps"),
+)
+_OF_RUNNING = ("_attn_implementation_autoset", "_flash_attn_2_enabled", "attn_implementation", "delay_load")
 _OF_TRAINING = (
     *("freeze_backbone", "freeze_mm_mlp_adapter", "freeze_mm_vision_resampler", "mm_projector_lr", "mm_tunable_parts"),
     *("mm_use_im_patch_token", "mm_vision_tower_lr", "pretrain_mm_mlp_adapter", "tokenizer_model_max_length"),
     *("tokenizer_padding_side", "tune_mm_mlp_adapter", "tune_mm_vision_resampler", "tune_mm_vision_tower"),
-    *("unfreeze_mm_vision_tower", "use_mm_proj"),
+    *("mm_mask_drop_mode", "mm_mask_drop_ratio", "mm_mask_drop_ratio_lower", "mm_mask_drop_ratio_upper"),
+    *("mm_mask_drop_skip_percentage", "pos_skipping_range", "unfreeze_language_model", "use_pos_skipping"),
+    *("unfreeze_mm_vision_tower", "use_mm_proj", "vision_tower_pretrained"),
+)
+_DROPPED = (
+    (_OF_TRAINING, "says how it was trained"),
+    (_OF_RUNNING, "says how it was run"),
+    (_OF_TILES, "tiles are not used"),
+    (_OF_VIDEOS, "is for videos"),
 )
 _OF_ROTATION = ("rope_scaling", "rope_theta")
 _GENERATION_FIELDS = set(vars(GenerationConfig())) - set(OF_THE_FOLDER)
@@ -62,7 +76,12 @@ class _Tower(NamedTuple):
 
 
 def read_original_checkpoint(
-    folder: Path, adavtp_fields: dict[str, Any], vision_tower: str | None = None
+    folder: Path,
+    adavtp_fields: dict[str, Any],
+    vision_tower: str | None = None,
+    base: Path | None = None,
+    name: str = "",
+    chat_template: str | None = None,
 ) -> LlavaSource:
     """
     Reads a folder of LLaVA's own code: configuration, tokenizer and weights.
@@ -70,6 +89,10 @@ def read_original_checkpoint(
     Args:
         adavtp_fields: fields of [`AdaVTPConfig`] that LLaVA's does not have.
         vision_tower: folder or repository of the CLIP tower; by default what `mm_vision_tower` names.
+        base: folder of the language model, or the LLaVA, that a folder with an adapter or a projector alone was
+            trained from; its tokenizer and all other weights are taken from there.
+        name: of the checkpoint, by which LLaVA's code chooses how it is asked.
+        chat_template: in place of the one that is found or chosen.
 
     Raises:
         ValueError: if a field has a value that AdaVTP cannot represent or that is not known, or tower and
@@ -78,12 +101,20 @@ def read_original_checkpoint(
     """
     fields = read_json(folder / "config.json")
     _check_fields(fields)
-    files: list[tuple[Path, Layout]] = [(path, "original") for path in weight_files(folder)]
+    whole, trained = folder if base is None else base, trained_files(folder)
+    _check_base(folder, base, fields, trained)
+    files: list[tuple[Path, Layout]] = [(path, "adapter") for path in trained if base is not None]
+    files += [(path, "original") for path in weight_files(whole)]
     names = [target_name(name, layout) for path, layout in files for name in tensors_of(path)]
     has_tower = any(isinstance(name, str) and name.startswith(TOWER) for name in names)
     tower = _read_tower(vision_tower or fields["mm_vision_tower"], fields, weights=not has_tower)
     text_config, dropped = _text_config(fields)
-    tokenizer = _read_tokenizer(folder, text_config)
+    tokenizer = _read_tokenizer(whole, text_config)
+    template, note = chat_template, None
+    if template is None:
+        template, note = chat_template_of(
+            whole, tokenizer, IMAGE_TOKEN, otherwise=lambda: llavas_conversation(fields, name)
+        )
     vocab_size, added = text_config.vocab_size, add_image_and_pad_tokens(tokenizer)
     text_config.vocab_size = rows_for(tokenizer, vocab_size)
     text_config.pad_token_id = tokenizer.pad_token_id
@@ -99,12 +130,12 @@ def read_original_checkpoint(
             "multimodal_projector_bias": True,
             "pad_token_id": tokenizer.pad_token_id,
             "tie_word_embeddings": fields.get("tie_word_embeddings", False),
-            "dtype": fields.get("dtype", fields.get("torch_dtype")),
+            "dtype": None if base is not None else fields.get("dtype", fields.get("torch_dtype")),
         },
         adavtp_fields,
     )
     image_processor, of_images = _image_processor(fields, tower)
-    form, template = ("Mistral's", MISTRAL) if fields["model_type"] == "llava_mistral" else ("Vicuna's", VICUNA)
+    tokenizer.chat_template = template
     processor = AdaVTPProcessor(image_processor, tokenizer, chat_template=template)
     fit_processor(processor, config)
     notes = [f"Tokens {' and '.join(added)} were added."] if added else []
@@ -116,11 +147,13 @@ def read_original_checkpoint(
         vocab_size=vocab_size,
         # Older checkpoints say it in their configuration.
         generation={name: fields[name] for name in fields.keys() & _GENERATION_FIELDS}
+        | read_json(whole / "generation_config.json")
         | read_json(folder / "generation_config.json")
         | {"pad_token_id": tokenizer.pad_token_id},
+        changes={} if base is None else low_rank_changes(folder),
         vision_tower=vision_tower or fields["mm_vision_tower"],
         dropped=dropped,
-        template_note=f"The source has no chat template; {form} was written, as LLaVA's code asks such a model.",
+        template_note=note,
         notes=notes + of_images,
     )
 
@@ -134,6 +167,10 @@ def _check_fields(fields: dict[str, Any]) -> None:
         "mm_vision_select_layer": (isinstance(layer, int), "one layer's number"),
         "mm_vision_select_feature": (fields.get("mm_vision_select_feature", "patch") in _SELECT, list(_SELECT)),
         "mm_resampler_type": (fields.get("mm_resampler_type") is None, None),
+        "mm_patch_merge_type": (
+            "nobase" not in str(fields.get("mm_patch_merge_type")),
+            "one that shows the whole image first",
+        ),
         "mm_use_im_start_end": (not fields.get("mm_use_im_start_end"), False),
         "s2": (not fields.get("s2"), False),
         "quantization_config": (not fields.get("quantization_config"), None),
@@ -141,6 +178,32 @@ def _check_fields(fields: dict[str, Any]) -> None:
     for name, (is_allowed, expected) in allowed.items():
         if not is_allowed:
             raise ValueError(f"`{name}` is {fields.get(name)!r} in the source's configuration; supported: {expected}.")
+
+
+def _check_base(folder: Path, base: Path | None, fields: dict[str, Any], trained: list[Path]) -> None:
+    """That a base is named where it is needed and nowhere else, and is the language model's or the LLaVA's own."""
+    is_whole = any((folder / name).is_file() for layout in LAYOUTS for name in layout)
+    if base is None:
+        if trained and not is_whole:
+            said = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+            raise ValueError(
+                f"`base` is None, and the source has {', '.join(path.name for path in trained)} without a language "
+                f"model; name the checkpoint that it was trained from{f', as {said!r}' if said else ''}."
+            )
+        return
+    if is_whole or not trained:
+        raise ValueError(
+            f"`base` is {str(base)!r}, and the source has {'its own weights' if is_whole else 'no weights'}; it is "
+            "for an adapter (adapter_model, non_lora_trainables.bin) or a projector (mm_projector.bin) alone."
+        )
+    kind, text = read_json(base / "config.json").get("model_type"), _TEXT_CONFIGS[fields["model_type"]].model_type
+    of_text = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}.get(kind, kind)
+    is_original = "mm_vision_tower" in read_json(base / "config.json")
+    if of_text != text or (kind == "llava" and not is_original):
+        raise ValueError(
+            f"`base` is {str(base)!r}, a {kind!r} model; expected is the {text!r} model, or the LLaVA in its own "
+            "code's format, that the source was trained from."
+        )
 
 
 def _text_config(fields: dict[str, Any]) -> tuple[PreTrainedConfig, list[Dropped]]:
@@ -151,10 +214,9 @@ def _text_config(fields: dict[str, Any]) -> tuple[PreTrainedConfig, list[Dropped
     for name, value in fields.items():
         if name in of_text or name in _TAKEN_OVER or name in OF_THE_FOLDER:
             continue
-        if name in _OF_TRAINING:
-            dropped.append(Dropped(name, "says how it was trained"))
-        elif name in _OF_TILES:
-            dropped.append(Dropped(name, "tiles are not used"))
+        reason = next((reason for names, reason in _DROPPED if name in names), None)
+        if reason is not None:
+            dropped.append(Dropped(name, reason))
         elif name in _GENERATION_FIELDS:
             dropped.append(Dropped(name, "moved to generation_config.json"))
         elif not value:

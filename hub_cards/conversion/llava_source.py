@@ -9,24 +9,43 @@ shows the model the whole image first, squeezed into a square, and then tiles of
 LLaVA, and that is what becomes of it: its image processor makes exactly that first image.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from transformers import AutoProcessor, LlavaConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ...modeling.processing_adavtp import AdaVTPProcessor
-from .llava_files import weight_files
+from .llava_files import read_json, weight_files
 from .llava_names import Dropped, Layout
+from .llava_prompts import chat_template_of
 
 # Fields that say how a folder was written, which the target's folder says for itself.
 OF_THE_FOLDER = ("_name_or_path", "architectures", "auto_map", "model_type", "transformers_version")
 TILES_LEFT_OUT = "LLaVA-NeXT's tiles are left out: the model sees the whole image in one square."
+_NO_TEMPLATE = None, "The source has no chat template; give one to ask plain questions."
 _TOWERS = ("clip_vision_model", "siglip_vision_model")
 _OF_TILES = ("image_grid_pinpoints", "use_image_newline_parameter")
+
+
+class LowRank(NamedTuple):
+    """What is added to a weight: `scaling` times `b`, `[out, rank]`, times `a`, `[rank, in]`."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weight that it is added to."""
+        return self.b.shape[0], self.a.shape[1]
+
+    def added_to(self, weight: torch.Tensor) -> torch.Tensor:
+        """The sum, computed in float32, in the dtype of `weight`."""
+        return (weight.float() + self.scaling * (self.b.float() @ self.a.float())).to(weight.dtype)
 
 
 @dataclass
@@ -38,12 +57,13 @@ class LlavaSource:
         layout: how its tensors are named; see [`llava_names.target_name`].
         config: the target's; `text_config.vocab_size` is that of the target's embeddings.
         processor: the target's.
-        files: weight files with the layout of each, those of the checkpoint first.
+        files: weight files with the layout of each; what an adapter's file has stands for what a later one has.
         vocab_size: rows of the source's embeddings; fewer than the target's where tokens were added.
         generation: fields of its `generation_config.json`; empty where there is none.
+        changes: what is added to weights, by the target's names.
         vision_tower: the name of the tower's own checkpoint, where the source names one.
         dropped: fields of its configuration without a place in the target's.
-        template_note: what a user should know of its chat template, or `None`.
+        template_note: what a user should know of its chat template; `None` where one was given.
         notes: what else a user should know, a sentence each.
     """
 
@@ -53,18 +73,22 @@ class LlavaSource:
     files: list[tuple[Path, Layout]]
     vocab_size: int
     generation: dict[str, Any]
+    changes: dict[str, LowRank] = field(default_factory=dict)
     vision_tower: str | None = None
     dropped: list[Dropped] = field(default_factory=list)
     template_note: str | None = None
     notes: list[str] = field(default_factory=list)
 
 
-def read_transformers_checkpoint(folder: Path, adavtp_fields: dict[str, Any]) -> LlavaSource:
+def read_transformers_checkpoint(
+    folder: Path, adavtp_fields: dict[str, Any], chat_template: str | None = None
+) -> LlavaSource:
     """
     Reads a folder whose `model_type` is `"llava"` or `"llava_next"`: configuration, processor and weights.
 
     Args:
         adavtp_fields: fields of [`AdaVTPConfig`] that LLaVA's does not have.
+        chat_template: in place of its own.
 
     Raises:
         ValueError: if a field has a value that AdaVTP cannot represent, or configuration and processor do not agree.
@@ -91,11 +115,15 @@ def read_transformers_checkpoint(folder: Path, adavtp_fields: dict[str, Any]) ->
     image_processor = there.image_processor
     if layout == "llava_next":
         image_processor = one_tile(image_processor.to_dict(), config.vision_config.image_size)
+    there.tokenizer.chat_template = there.chat_template or there.tokenizer.chat_template
+    template, note = chat_template, None
+    if template is None:
+        template, note = chat_template_of(folder, there.tokenizer, there.image_token, otherwise=lambda: _NO_TEMPLATE)
+    there.tokenizer.chat_template = template
     processor = AdaVTPProcessor(
-        image_processor, there.tokenizer, chat_template=there.chat_template, image_token=there.image_token
+        image_processor, there.tokenizer, chat_template=template, image_token=there.image_token
     )
     fit_processor(processor, config)
-    no_template = "The source has no chat template; give one to ask plain questions."
     return LlavaSource(
         layout=layout,
         config=config,
@@ -104,14 +132,9 @@ def read_transformers_checkpoint(folder: Path, adavtp_fields: dict[str, Any]) ->
         vocab_size=config.text_config.vocab_size,
         generation=read_json(folder / "generation_config.json"),
         dropped=[Dropped(name, "tiles are not used") for name in of_tiles],
-        template_note=no_template if processor.chat_template is None else None,
+        template_note=note,
         notes=[TILES_LEFT_OUT] if layout == "llava_next" else [],
     )
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A file's fields; none where there is no file."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def adavtp_config(fields: dict[str, Any], adavtp_fields: dict[str, Any]) -> AdaVTPConfig:

@@ -15,6 +15,8 @@ from typing import Any, Self
 from transformers import PreTrainedConfig
 from transformers.utils import find_adapter_config_file
 
+from .own_files import require_own_files
+
 READABLE_MODEL_TYPES = ("adavtp", "llava")
 TRAINED_TOGETHER = "budget_token and controller"
 NEW_MODULES = ("budget_token", "controller", "reducers")
@@ -50,13 +52,14 @@ class CompleteLoadingMixin:
 
         Raises:
             ValueError: if the checkpoint is of another kind of model, lacks weights that a LLaVA has, has only a part
-                of the weights of a new module or more than the configuration asks for, or has weights of another
-                shape; the message names them.
+                of the weights of a new module or more than the configuration asks for, has weights of another shape,
+                or names files outside of its folder; the message names them.
             OSError: if there is no configuration, there are no weights, or a weight file is cut off.
         """
         if not isinstance(config, PreTrainedConfig):
             check_configuration(cls.config_class, config or pretrained_model_name_or_path, kwargs)
         kwargs.setdefault("use_safetensors", True)
+        require_own_files(pretrained_model_name_or_path, **kwargs)
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = _sparing_new_modules(kwargs["quantization_config"])
         try:

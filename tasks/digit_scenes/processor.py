@@ -76,7 +76,7 @@ def build_digit_processor(image_size: int = 96, patch_size: int = 8) -> AdaVTPPr
 
 def build_digit_tokenizer() -> PreTrainedTokenizerFast:
     """
-    The word-level tokenizer over `VOCABULARY`. It ignores case and spaces around punctuation, pads on the right, and
+    The word-level tokenizer over `VOCABULARY`. It ignores case and spaces around punctuation, pads on the left, and
     adds no token by itself. Ids are fixed: special tokens first, `<pad>` is 0, then the vocabulary in its order.
     """
     special = (PAD, BOS, EOS, UNKNOWN, IMAGE, USER, ASSISTANT)
@@ -94,7 +94,7 @@ def build_digit_tokenizer() -> PreTrainedTokenizerFast:
         unk_token=UNKNOWN,
         extra_special_tokens={"image_token": IMAGE},
         additional_special_tokens=[USER, ASSISTANT],
-        padding_side="right",
+        padding_side="left",
         model_max_length=2048,
         clean_up_tokenization_spaces=False,
     )

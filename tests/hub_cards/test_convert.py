@@ -37,6 +37,7 @@ from llava_folders import (
     written_folder,
 )
 from local_hub import local_hub
+from stock_batches import pipeline_answers, stock_answers
 from tiny_models import IMAGE_SIZE, NUM_PATCHES, tiny_vision_config
 from without_package import run_elsewhere, run_without_package
 
@@ -425,12 +426,196 @@ def test_an_original_checkpoint_is_asked_as_llavas_code_asks_it(
     assert processor.tokenizer.decode(targets).replace(" ", "") == "yes</s>"
 
 
+# Worked out by hand from `Conversation.get_prompt` of LLaVA's code, with an image and two questions.
+OF_LLAMA = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
+OF_MPT = "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
+MISTRAL = "[INST] <image>\nis it ? [/INST] yes </s>[INST] why ? [/INST]"
+LLAMA_2 = f"[INST] <<SYS>>\n{OF_LLAMA}\n<</SYS>>\n\n<image>\nis it ? [/INST] yes </s><s>[INST] why ? [/INST]"
+LLAMA_3 = (
+    f"<|start_header_id|>system<|end_header_id|>\n\n{OF_LLAMA}<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\n<image>\nis it ?<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\nyes<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nwhy ?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+)
+CHATML_TURNS = (
+    "<|im_end|>{0}<|im_start|>user\n<image>\nis it ?<|im_end|>{0}<|im_start|>assistant\nyes<|im_end|>{0}"
+    "<|im_start|>user\nwhy ?<|im_end|>{0}<|im_start|>assistant\n"
+)
+CHATML = "<|im_start|>system\nAnswer the questions." + CHATML_TURNS.format("")
+MPT = f"<|im_start|>system\n{OF_MPT}" + CHATML_TURNS.format("")
+QWEN = "<|im_start|>system\nYou are a helpful assistant." + CHATML_TURNS.format("\n")
+VICUNA = SYSTEM + "USER: <image>\nis it ? ASSISTANT: yes</s>USER: why ? ASSISTANT:"
+ZEPHYR = (
+    "<|system|>\nYou are a helpful AI assistant.</s><|user|>\n<image>\nis it ?</s><|assistant|>\nyes</s>"
+    "<|user|>\nwhy ?</s><|assistant|>\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("version", "name", "prompt", "reason"),
+    [
+        ("v1", "llava-v1.6-34b", VICUNA, "'vicuna_v1' of LLaVA's code was written, as `version`"),
+        ("llava_v1", "x", VICUNA.replace("user", "human"), "'llava_v1' of LLaVA's code was written, as `version`"),
+        ("llava_llama_2", "x", LLAMA_2, "'llava_llama_2' of LLaVA's code"),
+        ("llava_llama_3", "x", LLAMA_3, "'llava_llama_3' of LLaVA's code"),
+        ("mistral_instruct", "x", MISTRAL, "'mistral_instruct' of LLaVA's code"),
+        ("chatml_direct", "x", CHATML, "'chatml_direct' of LLaVA's code"),
+        ("mpt", "x", MPT, "'mpt' of LLaVA's code"),
+        ("mistral_zephyr", "x", ZEPHYR, "'mistral_zephyr' of LLaVA's code"),
+        ("qwen_1_5", "x", QWEN, "'qwen_1_5' of LLaVA's code"),
+        ("plain", "x", "<image>\nis it ?\nyes\nwhy ?\n", "'plain' of LLaVA's code"),
+        (None, "llava-v1.6-34b", CHATML, "as the name 'llava-v1.6-34b' says"),
+        (None, "llava-llama-2-13b-chat-lightning-preview", LLAMA_2, "as the name 'llava-llama-2-13b"),
+        (None, "llama3-llava-next-8b", LLAMA_3, "as the name 'llama3-llava-next-8b' says"),
+        (None, "llava-v1.5-7b-lora", VICUNA, "as the name 'llava-v1.5-7b-lora' says"),
+        (None, "mine", VICUNA, "neither `version` nor its name says how it is asked; 'vicuna_v1'"),
+    ],
+)
+def test_llavas_code_s_conversation_is_that_of_version_name_or_kind(
+    version: str | None, name: str, prompt: str, reason: str, tmp_path: Path
+) -> None:
+    source = original_folder(tmp_path / name, **({} if version is None else {"version": "1.5"}))
+    if version is not None:
+        _field(version=version)(source)
+    done = convert_checkpoint(source.path, tmp_path / "out")
+    processor = AdaVTPProcessor.from_pretrained(tmp_path / "out")
+    assert processor.apply_chat_template(TURNS, add_generation_prompt=True) == prompt
+    assert any(reason in note for note in done.notes), done.notes
+
+
+OWN = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + "
+    "'\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+# As the template writes it for text, with LLaVA's place for an image.
+IN_OWN = (
+    "<|im_start|>user\n<image>\nis it ?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
+    "<|im_start|>user\nwhy ?<|im_end|>\n<|im_start|>assistant\n"
+)
+
+
+def _in_tokenizer_config(template: Any) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        file = folder / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
+
+    return write
+
+
+def _in_files(**files: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        for name, text in files.items():
+            path = folder / name.replace("__", "/").replace("_dot_", ".")
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+
+    return write
+
+
+NAMED = [{"name": "tool_use", "template": "{{ 'tools' }}" + OWN}, {"name": "default", "template": OWN}]
+OWN_TEMPLATES: dict[str, Callable[[Path], None]] = {
+    "in tokenizer_config.json": _in_tokenizer_config(OWN),
+    "a list": _in_tokenizer_config(NAMED),
+    "a list of one": _in_tokenizer_config([{"name": "chat", "template": OWN}]),
+    "a file": _in_files(chat_template_dot_jinja=OWN),
+    "a file of JSON": _in_files(chat_template_dot_json=json.dumps({"chat_template": OWN})),
+}
+
+
+@pytest.mark.parametrize("kind", ["llava-v1.5, one file", "llava-1.5-hf, one file"])
+@pytest.mark.parametrize("place", OWN_TEMPLATES)
+def test_a_checkpoint_keeps_its_own_template_and_can_show_it_images(
+    place: str, kind: str, made: Callable[[str], Made], tmp_path: Path
+) -> None:
+    source = shutil.copytree(made(kind).source.path, tmp_path / "llava-v1.5")
+    for file in source.glob("chat_template*"):
+        file.unlink()
+    OWN_TEMPLATES[place](source)
+    done = convert_checkpoint(source, tmp_path / "out")
+    assert any("own chat template was kept; images go before the words" in note for note in done.notes), done.notes
+    processor = AdaVTPProcessor.from_pretrained(tmp_path / "out")
+    assert processor.apply_chat_template(TURNS, add_generation_prompt=True) == IN_OWN
+    assert processor.tokenizer.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=True) == IN_OWN
+    if place == "a list":
+        assert processor.apply_chat_template(
+            TURNS, chat_template="tool_use"
+        ) == "tools" + processor.apply_chat_template(TURNS)
+    encoded = encode_conversation(processor, TURNS[:2], num_image_tokens=NUM_PATCHES)
+    said = processor.tokenizer.decode([label for label in encoded.labels if label != -100]).replace(" ", "")
+    assert said.startswith("yes<|im_end|>")
+
+
+def test_a_template_that_can_show_images_is_kept_as_it_is(made: Callable[[str], Made]) -> None:
+    it = made("llava-1.5-hf")
+    assert (
+        it.processor.chat_template == json.loads((it.source.path / "chat_template.json").read_text())["chat_template"]
+    )
+    assert "The source's own chat template was kept." in it.done.notes
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for", "cannot be used"),
+        ("{{ raise_exception('no') }}", "cannot be used \\(no\\)"),
+        ("{{ 'the same always' }}", "cannot be used"),
+        ([{"name": "a", "template": OWN}, {"name": "b", "template": OWN}], "'a', 'b', and none is 'default'"),
+    ],
+)
+def test_a_template_that_cannot_ask_is_refused(
+    template: Any, message: str, made: Callable[[str], Made], tmp_path: Path
+) -> None:
+    source = shutil.copytree(made("llava-v1.5, one file").source.path, tmp_path / "source")
+    _in_tokenizer_config(template)(source)
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(source, tmp_path / "out")
+    convert_checkpoint(source, tmp_path / "out", chat_template=OWN)
+
+
+OF_NEXT = {
+    **{"add_faster_video": False, "add_time_instruction": True, "faster_token_stride": 10, "force_sample": True},
+    **{"frames_upbound": 32, "image_crop_resolution": None, "image_split_resolution": 224, "num_frames": 16},
+    **{
+        "image_grid_pinpoints": "(1x1),...,(6x6)",
+        "mm_newline_position": "grid",
+        "mm_patch_merge_type": "spatial_unpad",
+    },
+    **{"mm_resampler_type": None, "mm_spatial_pool_mode": "bilinear", "mm_spatial_pool_stride": 2},
+    **{"mm_spatial_pool_out_channels": 1024, "mm_tunable_parts": "mm_mlp_adapter", "mm_vision_tower_lr": 2e-6},
+    **{"pos_skipping_range": 4096, "use_pos_skipping": False, "vision_tower_pretrained": "x", "delay_load": True},
+    **{"_attn_implementation_autoset": True, "mm_newline_position": "one_token", "mm_mask_drop_ratio": 0.25},
+}
+
+
+def test_fields_of_llava_next_s_training_and_videos_are_left_out_by_name(
+    made: Callable[[str], Made], tmp_path: Path
+) -> None:
+    before = made("llava-v1.5, one file")
+    source = shutil.copytree(before.source.path, tmp_path / "source")
+    _field(**OF_NEXT)(Folder(source, {}, None, 0))
+    done = convert_checkpoint(source, tmp_path / "out", seed=5)
+    assert {item.name for item in done.dropped_fields} >= set(OF_NEXT) - {"mm_resampler_type"}
+    written, plain = weights_of(tmp_path / "out"), weights_of(before.path)
+    assert written.keys() == plain.keys() and all(torch.equal(written[name], plain[name]) for name in plain)
+
+
 def test_a_chat_template_may_be_given(made: Callable[[str], Made], tmp_path: Path) -> None:
     done = convert_checkpoint(made("llava-v1.5").source.path, tmp_path / "out", chat_template="{{ 'mine' }}")
     assert any("chat template" in note for note in made("llava-v1.5").done.notes)
     assert not any("chat template" in note for note in done.notes)
     processor = AdaVTPProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert processor.apply_chat_template(TURNS) == "mine"
+
+
+@pytest.mark.parametrize("kind", ["llava-1.5-hf", "llava-v1.5, one file"])
+def test_a_batch_answers_as_its_questions_do_alone_in_stock_code(kind: str, made: Callable[[str], Made]) -> None:
+    folder, questions = made(kind).path, ["yes ?", QUESTION, f"{QUESTION} {QUESTION}"]
+    alone = [stock_answers(folder, image(), [question])[0] for question in questions]
+    assert stock_answers(folder, image(), questions) == alone and len(set(alone)) > 1
+    assert pipeline_answers(folder, image(), questions, 3) == pipeline_answers(folder, image(), questions, 1) == alone
 
 
 def clip_pixels(picture: Image.Image) -> torch.Tensor:
@@ -523,6 +708,18 @@ REFUSED: dict[str, tuple[str, Callable[[Folder], Any], str]] = {
     "another selection": (ORIGINAL, _field(mm_vision_select_feature="cls"), "`mm_vision_select_feature` is 'cls'"),
     "start and end": (ORIGINAL, _field(mm_use_im_start_end=True), "`mm_use_im_start_end` is True"),
     "several scales": (ORIGINAL, _field(s2=True), "`s2` is True"),
+    "tiles without the whole image": (
+        ORIGINAL,
+        _field(mm_patch_merge_type="spatial_nobase", image_aspect_ratio="anyres"),
+        "`mm_patch_merge_type` is 'spatial_nobase'.*whole image first",
+    ),
+    "a pooling resampler": (
+        ORIGINAL,
+        _field(mm_resampler_type="spatial_pool"),
+        "`mm_resampler_type` is 'spatial_pool'",
+    ),
+    "pictures cut up": (ORIGINAL, _field(image_aspect_ratio="crop_split"), "`image_aspect_ratio` is 'crop_split'"),
+    "another conversation": (ORIGINAL, _field(version="v0_mmtag"), "`version` is 'v0_mmtag'.*'chatml_direct'"),
     "an unknown field": (ORIGINAL, _field(mm_spatial_pool=2), "`mm_spatial_pool` \\(2\\)"),
     "pictures in rows": (ORIGINAL, _field(image_aspect_ratio="highres"), "`image_aspect_ratio` is 'highres'"),
     "another tower's width": (ORIGINAL, _field(mm_hidden_size=64), "`mm_hidden_size` is 64.*have 32"),
@@ -675,7 +872,7 @@ def test_the_command_says_what_it_did(made: Callable[[str], Made], tmp_path: Pat
     arguments = ["convert", str(source.path), str(out), "--set", "reducer=fastv:layer=1", "token_budget=0.5"]
     said = CliRunner().invoke(app, [*arguments, "--seed", "3"], env={"COLUMNS": "160"})
     assert said.exit_code == 0, said.output
-    for words in ("80 tensors", "budget_token and controller", "logit_scale", "peak memory", "Vicuna's", "seed 3"):
+    for words in ("80 tensors", "budget_token and controller", "logit_scale", "peak memory", "'vicuna_v1'", "seed 3"):
         assert words in said.output
     config = json.loads((out / "config.json").read_text())
     assert (config["reducers"], config["token_budget"]) == ([{"name": "fastv", "layer": 1}], 0.5)

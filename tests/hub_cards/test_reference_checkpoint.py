@@ -18,6 +18,7 @@ from adavtp.hub_cards.training_record import TrainingRecord
 from adavtp.modeling.hub.saving import AUTO_MAP, CODE_FOLDER
 from adavtp.tasks.digit_scenes import load_digit_questions
 from repository import ROOT
+from stock_batches import pipeline_answers, stock_answers
 from without_package import run_without_package
 
 FOLDER = reference_checkpoint()
@@ -51,6 +52,25 @@ def test_with_the_package_the_auto_classes_load_the_folder_as_git_has_it(without
         model = AutoModel.from_pretrained(without_code, trust_remote_code=trust)
         processor = AutoProcessor.from_pretrained(without_code, trust_remote_code=trust)
         assert (type(model), type(processor)) == (AdaVTPForConditionalGeneration, AdaVTPProcessor)
+
+
+def test_a_batch_answers_as_its_questions_do_alone_in_stock_code(tmp_path: Path) -> None:
+    former = shutil.copytree(FOLDER, tmp_path / "former")
+    file = former / "tokenizer_config.json"
+    file.write_text(file.read_text().replace('"left"', '"right"'))
+    how = {"place": shutil.copyfile}
+    published_folder(former, _made(tmp_path / "published"), "user/name", TrainingRecord(), Origin(None, None), **how)
+    scene = load_digit_questions("test", 1, 0)[0]["images"][0]
+    questions = ["what colour is the 7 ?", "how many digits are there ?", "is there a red digit in the picture ?"]
+    for folder in (FOLDER, tmp_path / "published"):
+        alone = [stock_answers(folder, scene, [question])[0] for question in questions]
+        assert stock_answers(folder, scene, questions) == alone and len(set(alone)) > 1
+        assert pipeline_answers(folder, scene, questions, 3) == pipeline_answers(folder, scene, questions, 1) == alone
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 @pytest.mark.parametrize("target", ["demo", "test"])
