@@ -197,7 +197,7 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
             prepared = self.prepare_inputs(prompt, pixel_values, schedule, selection_output)
             input_ids, attention_mask = prepared.prompt.input_ids, prepared.prompt.attention_mask
             position_ids, labels = prepared.prompt.position_ids, prepared.prompt.labels
-            encoded = BaseModelOutputWithPooling(pooler_output=[prepared.image_features])
+            encoded = prepared.visual.encoder_outputs()["image"]
             selection, policy = prepared.selection, prepared.policy
             pruned = self.pruned_prompt(new, prepared, new.num_columns)
         else:

@@ -1,9 +1,11 @@
 """A prompt as columns: what stays, what leaves, and where labels and positions go with it."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .budget.selection import Selection
 from .decoder.policy import DecoderPolicy
@@ -25,6 +27,7 @@ class Prompt:
         labels: `[batch, sequence]` int64 or `None`.
         visual_index: `[batch, sequence]` int64 or `None`; the visual token that a column shows, counted through all
             units of the batch, -1 for every other column.
+        token_types: `[batch, sequence]` each, what else a family has for every column, by argument.
     """
 
     input_ids: torch.Tensor
@@ -32,6 +35,7 @@ class Prompt:
     position_ids: torch.Tensor
     labels: torch.Tensor | None = None
     visual_index: torch.Tensor | None = None
+    token_types: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def without(self, keep: torch.Tensor, pad_token_id: int) -> "Prompt":
         """
@@ -63,6 +67,7 @@ class Prompt:
             taken(self.position_ids, 0),
             taken(self.labels, -100),
             taken(self.visual_index, -1),
+            {name: taken(columns, 0) for name, columns in self.token_types.items()},
         )
 
     def hiding(self, dropped: torch.Tensor) -> "Prompt":
@@ -110,19 +115,74 @@ class Prompt:
 
 
 @dataclass
+class VisualEmbeddings:
+    """
+    What stands at the placeholders of a prompt, in their order.
+
+    Attributes:
+        features: `[num_placeholders, hidden_size]`.
+        deepstack: what is added to them behind the first decoder layers, `[num_placeholders, hidden_size]` each.
+        kinds: `[num_placeholders]` int64, 0 for images and 1 for videos; by default all are images.
+    """
+
+    features: torch.Tensor
+    deepstack: Sequence[torch.Tensor] = ()
+    kinds: torch.Tensor | None = None
+
+    def at(self, chosen: torch.Tensor) -> "VisualEmbeddings":
+        """Only those at `chosen`, a bool mask or indices."""
+        kinds = None if self.kinds is None else self.kinds[chosen]
+        return VisualEmbeddings(self.features[chosen], [layer[chosen] for layer in self.deepstack], kinds)
+
+    def split(self, counts: Sequence[int]) -> list["VisualEmbeddings"]:
+        """Parts of so many placeholders, one after another."""
+        ends = torch.tensor(counts).cumsum(0).tolist()
+        return [self.at(slice(end - count, end)) for end, count in zip(ends, counts, strict=True)]
+
+    @classmethod
+    def joined(cls, parts: Sequence["VisualEmbeddings"]) -> "VisualEmbeddings":
+        """Parts one after another."""
+        deepstack = [torch.cat(layer) for layer in zip(*(part.deepstack for part in parts), strict=True)]
+        kinds = None if parts[0].kinds is None else torch.cat([part.kinds for part in parts])
+        return cls(torch.cat([part.features for part in parts]), deepstack, kinds)
+
+    def with_written(self, embeds: torch.Tensor, kinds: torch.Tensor) -> "VisualEmbeddings":
+        """
+        These, and behind them the embeddings `[n, hidden_size]` of tokens that are written like placeholders of
+        `kinds` `[n]` and show nothing.
+        """
+        none = [layer.new_zeros(len(embeds), layer.shape[-1]) for layer in self.deepstack]
+        own = None if self.kinds is None else kinds
+        return self.joined([self, VisualEmbeddings(embeds.to(self.features.dtype), none, own)])
+
+    def encoder_outputs(self, as_tensor: bool = False) -> dict[str, BaseModelOutputWithPooling]:
+        """As a family's forward takes what is encoded already: features one list, or `[1, num_placeholders, ...]`."""
+        outputs = {}
+        for number, kind in enumerate(("image", "video")):
+            of_kind = self if self.kinds is None else self.at(self.kinds == number)
+            if len(of_kind.features) == 0 or (self.kinds is None and number > 0):
+                continue
+            features = of_kind.features[None] if as_tensor else [of_kind.features]
+            outputs[kind] = BaseModelOutputWithPooling(pooler_output=features)
+            if self.deepstack:
+                outputs[kind]["deepstack_features"] = [[layer] for layer in of_kind.deepstack]
+        return outputs
+
+
+@dataclass
 class PreparedInputs:
     """
     A prompt with images as the family's own class reads it: fewer placeholders, and as many features.
 
     Attributes:
         prompt: the columns that are left.
-        image_features: `[placeholders left, hidden_size]`, what stands at them.
+        visual: what stands at the placeholders that are left.
         selection: the visual tokens that are left.
         policy: what leaves inside the decoder, or `None`.
     """
 
     prompt: Prompt
-    image_features: torch.Tensor | None = None
+    visual: VisualEmbeddings | None = None
     selection: Selection | None = None
     policy: DecoderPolicy | None = None
 

@@ -33,7 +33,8 @@ class TokenReducer(nn.Module):
             and projector; `"projector"`: on the projected tokens; `"decoder"`: before decoder layers (see
             [`DecoderReducer`]).
         needs: of the class or the instance, what it has to be given beside the tokens, of the fields of
-            [`VisionFeatures`] `"cls"`, `"budget"`, `"question"`, `"question_ids"`, `"pixel_values"`, `"tower_patches"`
+            [`VisionFeatures`] `"cls"`, `"budget"`, `"question"`, `"question_ids"`, `"pixel_values"`, `"fingerprint"`,
+            `"tower_patches"`
             and `"attention"` (of the tower layers in `attention_layers`).
         ranks_by_cls: whether it reads the attention of the tower's CLS token.
         trained: whether it has weights that have to be learned.
@@ -121,7 +122,7 @@ def raised_to_entropy(scores: torch.Tensor, num_keep: torch.Tensor, min_token_en
 def feature_layers(config: AdaVTPConfig) -> list[int]:
     """The feature layers in the order asked for, as indices of hidden states: 0 the embeddings, l of layer l - 1."""
     layers = config.vision_feature_layer
-    num_states = config.vision_config.num_hidden_layers + 1
+    num_states = config.num_tower_layers + 1
     return [index if index >= 0 else num_states + index for index in ([layers] if isinstance(layers, int) else layers)]
 
 
