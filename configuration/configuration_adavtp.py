@@ -131,6 +131,9 @@ class BudgetFields:
         "labels",
     ]
 
+    # Whether a tower without CLS ranks its tokens by the attention that they receive.
+    ranks_by_received = False
+
     token_budget: float | int = 1.0
     reducers: list[Any] | None = None
     trained_reducers: list[Any] | None = None

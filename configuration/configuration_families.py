@@ -28,6 +28,7 @@ class FamilyFields(BudgetFields):
     """
 
     keep_cls = False
+    ranks_by_received = True
 
     budget_fusion: Literal["encoder", "post"] = "post"
     gradient_gates: Literal["attention", "features"] = "features"

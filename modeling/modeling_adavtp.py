@@ -6,6 +6,7 @@ and the family's own forward reads what is left. The decoder is any Llama-shaped
 """
 
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from .decoder.pruned_cache import NewColumns, behind_cache, has_layer_columns, p
 from .families.base import Family
 from .generation_adavtp import AdaVTPGenerationMixin
 from .hub.custom_reducers import CustomReducersMixin
-from .hub.loading import CompleteLoadingMixin
+from .hub.loading import CompleteLoadingMixin, family_class
 from .hub.saving import SelfContainedMixin
 from .prompt import Prompt, additive_mask, check_columns, count_positions, without_first_labels
 from .prompt_reduction import PromptReductionMixin
@@ -320,6 +321,19 @@ class AdaVTPForConditionalGeneration(AdaVTPPreTrainedModel, AdaVTPGenerationMixi
     Args:
         config: the model's configuration.
     """
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike[str] | None, *model_args: Any, **kwargs: Any
+    ) -> PreTrainedModel | tuple[PreTrainedModel, dict[str, Any]]:
+        """
+        Loads a model from a folder or the Hub; from a checkpoint of another family than LLaVA its own class with a
+        budget. See [`CompleteLoadingMixin.from_pretrained`].
+        """
+        family = family_class(pretrained_model_name_or_path, kwargs) if cls.__module__ == __name__ else None
+        if family is not None:
+            return family.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     def __init__(self, config: AdaVTPConfig) -> None:
         # LlavaForConditionalGeneration's own would build a LlavaModel first, a whole model for nothing.

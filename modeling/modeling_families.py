@@ -10,6 +10,7 @@ import types
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from .families.encoded import KINDS, EncodingFamily
 from .generation_adavtp import AdaVTPGenerationMixin
 from .hub.custom_reducers import CustomReducersMixin
 from .hub.loading import CompleteLoadingMixin
-from .hub.saving import SelfContainedMixin
+from .hub.saving import CODE_FOLDER, SelfContainedMixin, own_class, without_auto_class
 from .prompt import Prompt, check_columns, without_first_labels
 from .prompt_reduction import PromptReductionMixin
 from .reducers.adaptive import VisionTokenController
@@ -184,6 +185,20 @@ class FamilyModelMixin(
         super()._init_weights(module)
         if isinstance(module, ZeroLinear):
             module.reset_parameters()
+
+    def auto_map(self) -> dict[str, str]:
+        """See [`SelfContainedMixin.auto_map`]; the processor is the family's."""
+        model = f"{CODE_FOLDER}/modeling_families.{own_class(type(self)).__name__}"
+        configuration = f"{CODE_FOLDER}/configuration_families.{self.config_class.__name__}"
+        kinds = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+        return {"AutoConfig": configuration, **dict.fromkeys(kinds, model)}
+
+    def save_code(self, folder: Path) -> None:
+        """Writes the model's code into `folder`, and the family's own name where engines look for one."""
+        super().save_code(folder)
+        self.config.architectures = [own_class(type(self)).__name__.removeprefix(PREFIX)]
+        with without_auto_class(type(self.config)):
+            self.config.save_pretrained(folder)
 
     @torch.no_grad()
     def select_tokens(
@@ -364,6 +379,7 @@ def family_model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "__doc__": f"[`{stock.__name__}`] with a token budget: `model.generate(**inputs, token_budget=0.4)`.",
         "__annotations__": {"config": config_class},
         "config_class": config_class,
+        "readable_model_types": (config_class.model_type,),
         "forward": _named_forward(stock),
         "create_masks_for_generate": _masks(stock),
     }

@@ -98,6 +98,11 @@ class EncodingFamily(Family):
         unknown = sorted({"pixel_values", "tower_patches"} & set(reducer.needs))
         if unknown:
             return f"it reads {' and '.join(unknown)}, which this family's encoder does not show."
+        if getattr(reducer, "attention", None) == "single_head":
+            return (
+                "`attention` is 'single_head', which compares CLS's query with the keys of all heads at once, and this "
+                "family shows attention head by head; use attention='per_head'."
+            )
         return None
 
     # What a tower's attention says, in terms of tokens.
