@@ -21,12 +21,16 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import ModelOutput, can_return_tuple
 
 from ..configuration.configuration_families import PREFIX, family_config_class
 from .budget.schedule import StackBudget
-from .decoder.pruned_cache import NewColumns, behind_cache, pruned_cache
+from .decoder.loop import layer_masks, run_decoder
+from .decoder.policy import DecoderPolicy
+from .decoder.pruned_cache import NewColumns, behind_cache, has_layer_columns, pending_policy, pruned_cache
 from .families.adapters import adapter_of
 from .families.base import Units
 from .families.encoded import KINDS, EncodingFamily
@@ -54,7 +58,7 @@ class FamilyReductionMixin(PromptReductionMixin):
     family: EncodingFamily
 
     @property
-    def text_decoder(self) -> PreTrainedModel:
+    def prompt_decoder(self) -> PreTrainedModel:
         """The family's text model."""
         return self.get_decoder()
 
@@ -284,23 +288,94 @@ class FamilyModelMixin(
         new, prompt = self._prompt(input_ids, attention_mask, position_ids, labels, images, inputs)
         prepared = self.prepare_inputs(prompt, images, schedule, selection_output)
         pruned = self.pruned_prompt(new, prepared, new.num_columns)
-        outputs = super().forward(
-            input_ids=prepared.prompt.input_ids,
-            attention_mask=prepared.prompt.attention_mask,
-            position_ids=prepared.prompt.position_ids,
-            past_key_values=past_key_values,
-            labels=prepared.prompt.labels,
-            mm_encoder_outputs=prepared.visual.encoder_outputs(self.family.takes_tensor),
-            **prepared.prompt.token_types,
-            **{name: value for name, value in inputs.items() if name not in TOKEN_TYPES},
-            return_dict=True,
-        )
+        columns = {
+            "input_ids": prepared.prompt.input_ids,
+            "attention_mask": prepared.prompt.attention_mask,
+            "position_ids": prepared.prompt.position_ids,
+            "labels": prepared.prompt.labels,
+        }
+        inputs = {name: value for name, value in inputs.items() if name not in TOKEN_TYPES}
+        encoded = prepared.visual.encoder_outputs(self.family.takes_tensor)
+        if prepared.policy is not None:
+            outputs, depth, columns["labels"] = self._run_layers(
+                prepared.policy, encoded, past_key_values=past_key_values, **columns, **inputs
+            )
+            prepared.selection.depth = prepared.policy.depth_of_tokens(prepared.selection.is_token, depth)
+        else:
+            outputs = super().forward(
+                **columns,
+                past_key_values=past_key_values,
+                mm_encoder_outputs=encoded,
+                **prepared.prompt.token_types,
+                **inputs,
+                return_dict=True,
+            )
         if outputs.past_key_values is not None and pruned is not None:
             pruned_cache(outputs.past_key_values).prompt = pruned.on_cache()
         if self.training and outputs.get("loss") is not None and prepared.selection.loss is not None:
             outputs["loss"] = outputs.loss + prepared.selection.loss.to(outputs.loss.dtype)
-        outputs["selection"], outputs["labels"] = prepared.selection, prepared.prompt.labels
+        outputs["selection"], outputs["labels"] = prepared.selection, columns["labels"]
         return outputs
+
+    def _run_layers(
+        self,
+        policy: DecoderPolicy | None,
+        encoded: dict[str, ModelOutput] | None,
+        input_ids: torch.LongTensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None,
+        past_key_values: Cache | None,
+        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[ModelOutput, torch.Tensor | None, torch.Tensor | None]:
+        """
+        Our loop over the decoder's layers, where they see different columns; and how many layers saw each column of
+        the prompt, and the labels of those that are left.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        deepstack = []
+        for number, kind in enumerate(KINDS):
+            if encoded is None or kind not in encoded:
+                continue
+            kinds = self.family.kinds(self.config, input_ids)
+            places = (kinds >= 0 if self.family.shares_placeholder else kinds == number)[..., None]
+            rows = torch.cat([entry.flatten(0, -2) for entry in encoded[kind].pooler_output]).to(inputs_embeds)
+            inputs_embeds = inputs_embeds.masked_scatter(places, rows)
+            layers = getattr(encoded[kind], "deepstack_features", None) or []
+            added = [torch.zeros_like(inputs_embeds).masked_scatter(places, torch.cat(layer)) for layer in layers]
+            deepstack = [sum(parts) for parts in zip(deepstack, added, strict=True)] if deepstack else added
+        outputs = run_decoder(
+            self.prompt_decoder,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            policy=policy,
+            compact=self.config.visual_position_ids == "compact",
+            deepstack=deepstack,
+            **kwargs,
+        )
+        rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits, loss = self.lm_head(outputs.last_hidden_state[:, rows, :]), None
+        if labels is not None:
+            if outputs.column_index is not None:
+                labels = labels.gather(1, outputs.column_index.clamp(min=0))
+                labels = labels.masked_fill(outputs.column_index < 0, -100)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.get_text_config().vocab_size, **kwargs
+            )
+        made = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return made, outputs.depth, labels
 
     def _prompt(
         self,
@@ -343,6 +418,27 @@ class FamilyModelMixin(
             attention_mask, position_ids = behind_cache(input_ids, attention_mask, position_ids, past_key_values)
         if labels is not None and attention_mask is not None:
             labels = without_first_labels(labels, attention_mask)
+        policy = pending_policy(past_key_values)
+        if policy is not None or has_layer_columns(past_key_values):
+            encoded = inputs.pop("mm_encoder_outputs", None)
+            for name in TOKEN_TYPES:
+                inputs.pop(name, None)
+            outputs, depth, _ = self._run_layers(
+                policy,
+                encoded,
+                input_ids=input_ids,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                labels=labels,
+                **inputs,
+            )
+            if policy is not None:
+                # In `generate` the prompt was pruned before this call, and its selection waits on the cache.
+                chosen = pruned_cache(past_key_values).prompt.selection
+                chosen.depth = policy.depth_of_tokens(chosen.is_token, depth)
+            return outputs
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -410,9 +506,31 @@ def _named_forward(stock: type[PreTrainedModel]) -> Callable[..., Any]:
 
 
 def _masks(stock: type[PreTrainedModel]) -> Any:
-    """The family's own way to make masks ahead of a compiled step, where it has one."""
-    own = getattr(stock, "create_masks_for_generate", None)
-    return staticmethod(AdaVTPGenerationMixin.create_masks_for_generate if own is None else own)
+    """Ours where layers hold different columns, and elsewhere the family's own."""
+    own = getattr(stock, "create_masks_for_generate", create_masks_for_generate)
+
+    def masks(
+        config: PreTrainedConfig,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> Any:
+        if pruned_cache(past_key_values).policy is not None:
+            # The loop makes them.
+            return attention_mask
+        of_layers = layer_masks(config.get_text_config(), inputs_embeds, attention_mask, past_key_values)
+        if of_layers is not None:
+            return of_layers
+        return own(
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+
+    return staticmethod(masks)
 
 
 def model_class_of(model_type: str) -> type[PreTrainedModel]:

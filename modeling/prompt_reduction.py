@@ -31,7 +31,7 @@ class PromptReductionMixin:
     family: Family = LLAVA
 
     @property
-    def text_decoder(self) -> "PreTrainedModel":
+    def prompt_decoder(self) -> "PreTrainedModel":
         """The text model."""
         return self.language_model
 
@@ -137,14 +137,14 @@ class PromptReductionMixin:
             labels = without_first_labels(labels, prompt.attention_mask)
         prompt = replace(prompt, position_ids=position_ids, labels=labels, visual_index=visual_index)
         if gates_attention:
-            _check_attention_takes_gates(self.text_decoder, prompt.input_ids.shape[1])
+            _check_attention_takes_gates(self.prompt_decoder, prompt.input_ids.shape[1])
             gates = self._at_columns(selection.gates, placeholders, units, 1.0)
             if not bool(keep.all()):
                 gates, prompt = gates.gather(1, left_padded(keep)), prompt.without(keep, self._pad_token_id)
-            prompt = prompt.gating(gates, self.text_decoder.dtype)
+            prompt = prompt.gating(gates, self.prompt_decoder.dtype)
         elif not bool(keep.all()):
             if is_hidden:
-                _check_window_takes_hidden_columns(self.text_decoder, prompt.input_ids.shape[1])
+                _check_window_takes_hidden_columns(self.prompt_decoder, prompt.input_ids.shape[1])
                 prompt = prompt.hiding(~keep)
             else:
                 is_real = keep if prompt.attention_mask.dim() == 4 else keep & prompt.attention_mask.bool()
@@ -228,7 +228,7 @@ class PromptReductionMixin:
         tokens = self.visual.encode_and_reduce(pixels, units, schedule, question, question_ids)
         embeds = self.visual.embeddings(tokens, units, in_place=True)[0].features
         used = [embeds, tokens.selection.gates, tokens.selection.loss]
-        return 0.0 * sum(value.sum().to(self.text_decoder.dtype) for value in used if value is not None)
+        return 0.0 * sum(value.sum().to(self.prompt_decoder.dtype) for value in used if value is not None)
 
     def _questions(
         self, steps: list[Step], prompt: Prompt, placeholders: torch.Tensor, units: Units

@@ -18,6 +18,8 @@ from .encoded import KINDS, EncodingFamily, KindUnits
 class AnyResFamily(EncodingFamily):
     """What a token is made of is found by sending marked values through the family's own packing."""
 
+    why_not_in_decoder = None
+
     def units(self, model: PreTrainedModel, kind: str, output: ModelOutput, inputs: Mapping[str, Any]) -> KindUnits:
         """See [`EncodingFamily.units`]."""
         side = self._side(model)

@@ -42,10 +42,13 @@ class EncodingFamily(Family):
     Attributes:
         first_position: the position of a prompt's first token where the family's forward counts.
         shares_placeholder: whether videos have the placeholders of images.
+        why_not_in_decoder: why the loop over decoder layers cannot stand in for the family's own, which may do more
+            with embeddings than to put features in the places of placeholders; `None` where it can.
     """
 
     first_position: int = 0
     shares_placeholder: bool = False
+    why_not_in_decoder: str | None = "it acts inside the decoder, whose inputs are not known for this family."
 
     def kinds(self, config: PreTrainedConfig, input_ids: torch.Tensor) -> torch.Tensor:
         """See [`Family.kinds`]."""
@@ -93,15 +96,15 @@ class EncodingFamily(Family):
         """Why a reducer cannot act on this family, or `None` if it can."""
         if reducer.stage == "encoder":
             return "it acts inside a vision tower, which this family's encoder runs as a whole."
-        if reducer.stage == "decoder":
-            return "it acts inside the decoder, which is not there yet for this family."
+        if reducer.stage == "decoder" and self.why_not_in_decoder is not None:
+            return self.why_not_in_decoder
         unknown = sorted({"pixel_values", "tower_patches"} & set(reducer.needs))
         if unknown:
             return f"it reads {' and '.join(unknown)}, which this family's encoder does not show."
         if getattr(reducer, "attention", None) == "single_head":
             return (
-                "`attention` is 'single_head', which compares CLS's query with the keys of all heads at once, and this "
-                "family shows attention head by head; use attention='per_head'."
+                "`attention` is 'single_head', which compares CLS's query with the keys of all heads at once, and "
+                "this family shows attention head by head; use attention='per_head'."
             )
         return None
 

@@ -13,6 +13,8 @@ from .encoded import KINDS, EncodingFamily, KindUnits
 class Idefics3Family(EncodingFamily):
     """All tiles have equally many tokens, and a token is made of the patches of a square."""
 
+    why_not_in_decoder = None
+
     def units(self, model: PreTrainedModel, kind: str, output: ModelOutput, inputs: Mapping[str, Any]) -> KindUnits:
         """See [`EncodingFamily.units`]."""
         side, rows = round(model.base_model.image_seq_len**0.5), sum(len(entry) for entry in output.pooler_output)

@@ -12,6 +12,7 @@ from .encoded import EncodingFamily
 class InternVLFamily(EncodingFamily):
     """Frames of a video are images."""
 
+    why_not_in_decoder = None
     takes_tensor = True
 
     def pooled(

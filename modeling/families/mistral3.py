@@ -14,6 +14,8 @@ from .encoded import KINDS, EncodingFamily, KindUnits
 class Mistral3Family(EncodingFamily):
     """Breaks between rows are text; a token is made of the patches of a square."""
 
+    why_not_in_decoder = None
+
     def units(self, model: PreTrainedModel, kind: str, output: ModelOutput, inputs: Mapping[str, Any]) -> KindUnits:
         """See [`EncodingFamily.units`]."""
         merge = model.config.spatial_merge_size

@@ -19,6 +19,8 @@ class QwenVLFamily(EncodingFamily):
     Positions are `[4, batch, sequence]`: of text, time, row and column.
     """
 
+    why_not_in_decoder = None
+
     def units(self, model: PreTrainedModel, kind: str, output: ModelOutput, inputs: Mapping[str, Any]) -> KindUnits:
         """See [`EncodingFamily.units`]."""
         merge = model.config.vision_config.spatial_merge_size
@@ -94,6 +96,7 @@ class Glm4vFamily(QwenVLFamily):
     """Frames of a video are shown by placeholders of images."""
 
     shares_placeholder = True
+    why_not_in_decoder = "it acts inside the decoder, whose layers turn queries and keys in another way than the loop."
 
     def kinds(self, config: PreTrainedConfig, input_ids: torch.Tensor) -> torch.Tensor:
         """See [`Family.kinds`]."""
