@@ -131,8 +131,10 @@ class BudgetFields:
         "labels",
     ]
 
-    # Whether a tower without CLS ranks its tokens by the attention that they receive.
+    # Whether a tower without CLS ranks its tokens by the attention that they receive, and whether reducers may run the
+    # tower's layers.
     ranks_by_received = False
+    opens_tower = True
 
     token_budget: float | int = 1.0
     reducers: list[Any] | None = None

@@ -29,6 +29,7 @@ class FamilyFields(BudgetFields):
 
     keep_cls = False
     ranks_by_received = True
+    opens_tower = False
 
     budget_fusion: Literal["encoder", "post"] = "post"
     gradient_gates: Literal["attention", "features"] = "features"

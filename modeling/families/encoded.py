@@ -94,8 +94,6 @@ class EncodingFamily(Family):
 
     def why_not(self, config: PreTrainedConfig, reducer: TokenReducer) -> str | None:
         """Why a reducer cannot act on this family, or `None` if it can."""
-        if reducer.stage == "encoder":
-            return "it acts inside a vision tower, which this family's encoder runs as a whole."
         if reducer.stage == "decoder" and self.why_not_in_decoder is not None:
             return self.why_not_in_decoder
         unknown = sorted({"pixel_values", "tower_patches"} & set(reducer.needs))
