@@ -52,6 +52,14 @@ class FamilyFields(BudgetFields):
         return self.vision_config.model_type in _TOWERS_WITH_CLS
 
     @property
+    def num_patches(self) -> int:
+        """Only for what has a weight for each place in an image: a `ValueError`, since images differ in size."""
+        raise ValueError(
+            f"Images of a {self.model_type!r} model differ in size, and this reducer learns something for each place "
+            "in one; use another, such as 'adaptive'."
+        )
+
+    @property
     def visual_width(self) -> int:
         """Width of a visual token where reducers see it, in the decoder's space."""
         return self.get_text_config().hidden_size

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedConfig
+from transformers import BatchFeature, Cache, GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.image_utils import ImageInput
 from transformers.masking_utils import create_masks_for_generate
 from transformers.processing_utils import ProcessorMixin
@@ -205,7 +205,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
                 "`return_dict_in_generate` is True, but `generate(image, prompt)` returns text; for scores and caches "
                 "pass `**model.processor(images=..., text=...)`."
             )
-        model_inputs = self.processor.of_questions(inputs, prompt).to(self._input_device)
+        model_inputs = self._inputs_of_questions(inputs, prompt).to(self._input_device)
         generated = super().generate(None, generation_config, *args, **model_inputs, **kwargs)
         answers = self.processor.batch_decode(
             generated[:, model_inputs["input_ids"].shape[1] :], skip_special_tokens=True
@@ -213,6 +213,10 @@ class AdaVTPGenerationMixin(GenerationMixin):
         answers = [answer.strip() for answer in answers]
         is_single = isinstance(prompt, str) and not isinstance(inputs, list | tuple) and len(answers) == 1
         return answers[0] if is_single else answers
+
+    def _inputs_of_questions(self, images: Any, prompts: str | Sequence[str]) -> BatchFeature:
+        """See [`AdaVTPProcessor.of_questions`]."""
+        return self.processor.of_questions(images, prompts)
 
     @property
     def _input_device(self) -> torch.device | int | str:

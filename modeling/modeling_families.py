@@ -7,7 +7,7 @@ its name; what is particular about the family is said by its adapter.
 
 import inspect
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -16,7 +16,15 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoProcessor,
+    BatchFeature,
+    Cache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -38,6 +46,7 @@ from .generation_adavtp import AdaVTPGenerationMixin
 from .hub.custom_reducers import CustomReducersMixin
 from .hub.loading import CompleteLoadingMixin
 from .hub.saving import CODE_FOLDER, SelfContainedMixin, own_class, without_auto_class
+from .processing_adavtp import images_of_prompts, readable_images
 from .prompt import Prompt, check_columns, without_first_labels
 from .prompt_reduction import PromptReductionMixin
 from .reducers.adaptive import VisionTokenController
@@ -143,7 +152,47 @@ class FamilyReductionMixin(PromptReductionMixin):
 
 
 class FamilyGenerationMixin(AdaVTPGenerationMixin):
-    """Teaches a family's `generate` to prune the prompt."""
+    """Teaches a family's `generate` to prune the prompt, and to be called with an image and a question."""
+
+    @property
+    def processor(self) -> ProcessorMixin:
+        """
+        The family's processor, loaded from beside the checkpoint when it is first needed. It can be set.
+
+        Raises:
+            ValueError: if the model was not loaded from a checkpoint and no processor was set.
+        """
+        if self._processor is None:
+            if not self.name_or_path:
+                raise ValueError(
+                    "`generate(image, prompt)` needs a processor and this model was not loaded from a checkpoint that "
+                    "has one; set `model.processor`, or pass what the family's processor returns."
+                )
+            self._processor = AutoProcessor.from_pretrained(
+                self.name_or_path, trust_remote_code=self.trusts_remote_code
+            )
+        return self._processor
+
+    @processor.setter
+    def processor(self, processor: ProcessorMixin) -> None:
+        self._processor = processor
+
+    def _inputs_of_questions(self, images: Any, prompts: str | Sequence[str]) -> BatchFeature:
+        """Inputs for `generate`: questions in the family's chat template, with their images before them."""
+        shown, prompts = images_of_prompts(images, prompts)
+        conversations = []
+        for group, prompt in zip(shown, prompts, strict=True):
+            pictures = [{"type": "image", "image": image} for image in (readable_images(group) if group else [])]
+            content = [*pictures, {"type": "text", "text": prompt}]
+            conversations.append([{"role": "user", "content": content}])
+        return self.processor.apply_chat_template(
+            conversations,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            padding=True,
+        )
 
     def _prepare_position_ids_for_generation(
         self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]

@@ -132,8 +132,8 @@ class ReducerBank:
             return self.controller
         if name in REDUCERS and REDUCERS[name].stage == "encoder" and not self.config.opens_tower:
             raise ValueError(
-                f"Reducer {name!r} acts inside a vision tower, and a {self.config.model_type!r} model's encoder runs as a "
-                "whole; use a reducer of another stage."
+                f"Reducer {name!r} acts inside a vision tower, and a {self.config.model_type!r} model's encoder runs "
+                "as a whole; use a reducer of another stage."
             )
         known = dict(self.reducers.items()).get(name)
         has_weights = known is not None and bool(known.state_dict())
