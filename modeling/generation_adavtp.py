@@ -140,11 +140,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
                     "`generate(image, prompt)` needs a processor and this model was not loaded from a checkpoint that "
                     "has one; set `model.processor = AdaVTPProcessor(...)` or pass `input_ids` and `pixel_values`."
                 )
-            from .processing_adavtp import AdaVTPProcessor
-
-            self._processor = AdaVTPProcessor.from_pretrained(
-                self.name_or_path, trust_remote_code=self.trusts_remote_code
-            )
+            self._processor = self._saved_processor()
         return self._processor
 
     @processor.setter
@@ -213,6 +209,12 @@ class AdaVTPGenerationMixin(GenerationMixin):
         answers = [answer.strip() for answer in answers]
         is_single = isinstance(prompt, str) and not isinstance(inputs, list | tuple) and len(answers) == 1
         return answers[0] if is_single else answers
+
+    def _saved_processor(self) -> ProcessorMixin:
+        """The processor beside the checkpoint."""
+        from .processing_adavtp import AdaVTPProcessor
+
+        return AdaVTPProcessor.from_pretrained(self.name_or_path, trust_remote_code=self.trusts_remote_code)
 
     def _inputs_of_questions(self, images: Any, prompts: str | Sequence[str]) -> BatchFeature:
         """See [`AdaVTPProcessor.of_questions`]."""

@@ -154,28 +154,8 @@ class FamilyReductionMixin(PromptReductionMixin):
 class FamilyGenerationMixin(AdaVTPGenerationMixin):
     """Teaches a family's `generate` to prune the prompt, and to be called with an image and a question."""
 
-    @property
-    def processor(self) -> ProcessorMixin:
-        """
-        The family's processor, loaded from beside the checkpoint when it is first needed. It can be set.
-
-        Raises:
-            ValueError: if the model was not loaded from a checkpoint and no processor was set.
-        """
-        if self._processor is None:
-            if not self.name_or_path:
-                raise ValueError(
-                    "`generate(image, prompt)` needs a processor and this model was not loaded from a checkpoint that "
-                    "has one; set `model.processor`, or pass what the family's processor returns."
-                )
-            self._processor = AutoProcessor.from_pretrained(
-                self.name_or_path, trust_remote_code=self.trusts_remote_code
-            )
-        return self._processor
-
-    @processor.setter
-    def processor(self, processor: ProcessorMixin) -> None:
-        self._processor = processor
+    def _saved_processor(self) -> ProcessorMixin:
+        return AutoProcessor.from_pretrained(self.name_or_path, trust_remote_code=self.trusts_remote_code)
 
     def _inputs_of_questions(self, images: Any, prompts: str | Sequence[str]) -> BatchFeature:
         """Inputs for `generate`: questions in the family's chat template, with their images before them."""
