@@ -1,6 +1,7 @@
-"""What an AdaVTP checkpoint says about itself: LLaVA's configuration plus the choices that a token budget needs."""
+"""What an AdaVTP checkpoint says about itself: its family's configuration, and what a token budget adds."""
 
 import math
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
 from huggingface_hub.dataclasses import strict
@@ -13,7 +14,7 @@ VISION_TOWERS_WITH_CLS = {"clip_vision_model": True, "siglip_vision_model": Fals
 ConfigClass = TypeVar("ConfigClass", bound=type)
 
 
-def _with_value_errors(config_class: ConfigClass) -> ConfigClass:
+def with_value_errors(config_class: ConfigClass) -> ConfigClass:
     """Makes a value that a strict field refuses a `ValueError`, as it is everywhere else, here and on assignment."""
     set_checked = config_class.__setattr__
 
@@ -62,12 +63,10 @@ def chosen_entries(reducers: Any) -> list[str | dict[str, Any]]:
     return entries
 
 
-@_with_value_errors
-@strict
-class AdaVTPConfig(LlavaConfig):
+@dataclass(kw_only=True)
+class BudgetFields:
     r"""
-    Configuration of an AdaVTP model. Every field of [`LlavaConfig`] keeps its name and meaning, so the configuration
-    of a LLaVA-1.5-format checkpoint is a valid AdaVTP configuration.
+    The fields that a token budget adds to a family's configuration, in front of which this class stands.
 
     Args:
         token_budget (`float` or `int`, *optional*, defaults to 1.0):
@@ -113,10 +112,6 @@ class AdaVTPConfig(LlavaConfig):
             the gradient says what a kept token is worth and what a dropped one would have been. All tokens stay in
             the sequence for it. `"features"`: a gate moves its token's feature towards the image's mean feature, in
             whichever form `selection_output` says; the gradient knows nothing of dropped tokens.
-        keep_cls (`bool`, *optional*):
-            Whether the tower's CLS token stands in front of the kept patches. It needs a tower with a CLS token and
-            `vision_feature_select_strategy="full"`, which is also what makes the processor leave room for it; by
-            default it follows from these two.
         selection_output (`"gather"` or `"mask"`, *optional*, defaults to `"gather"`):
             `"gather"`: dropped tokens leave the sequence. `"mask"`: they stay, zeroed and hidden from attention, so
             that shapes and the order of execution do not depend on the budget.
@@ -125,10 +120,9 @@ class AdaVTPConfig(LlavaConfig):
             positions are counted again without the dropped tokens.
 
     Raises:
-        ValueError: if a field has a value that is not allowed, or the vision tower is not a supported one.
+        ValueError: if a field has a value that is not allowed.
     """
 
-    model_type = "adavtp"
     # What `transformers.Trainer` leaves out of a model's predictions.
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "past_key_values",
@@ -136,6 +130,11 @@ class AdaVTPConfig(LlavaConfig):
         "selection",
         "labels",
     ]
+
+    # Whether a tower without CLS ranks its tokens by the attention that they receive, and whether reducers may run the
+    # tower's layers.
+    ranks_by_received = False
+    opens_tower = True
 
     token_budget: float | int = 1.0
     reducers: list[Any] | None = None
@@ -151,13 +150,10 @@ class AdaVTPConfig(LlavaConfig):
     controller_choice: Literal["best", "spread"] = "best"
     controller_temperature: float | int = 1.0
     gradient_gates: Literal["attention", "features"] = "attention"
-    keep_cls: bool | None = None
     selection_output: Literal["gather", "mask"] = "gather"
     visual_position_ids: Literal["original", "compact"] = "original"
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # A LLaVA folder's own model_type would become an instance attribute that hides the class's.
-        kwargs.pop("model_type", None)
         reducer = kwargs.pop("reducer", None)
         super().__post_init__(**kwargs)
         if reducer is not None:
@@ -168,26 +164,6 @@ class AdaVTPConfig(LlavaConfig):
         self.trained_reducers = reducer_entries(self.trained_reducers or [])
         if not 0.0 <= self.min_token_entropy <= 1.0:
             raise ValueError(f"`min_token_entropy` is {self.min_token_entropy}; allowed are 0 to 1.")
-        has_cls = VISION_TOWERS_WITH_CLS.get(self.vision_config.model_type)
-        if has_cls is None:
-            raise ValueError(
-                f"`vision_config.model_type` is {self.vision_config.model_type!r}; supported vision towers: "
-                f"{', '.join(VISION_TOWERS_WITH_CLS)}."
-            )
-        cls_is_a_visual_token = has_cls and self.vision_feature_select_strategy == "full"
-        if not has_cls and self.vision_feature_select_strategy == "default":
-            raise ValueError(
-                "`vision_feature_select_strategy` is 'default', which cuts off a CLS token, but a "
-                f"{self.vision_config.model_type!r} tower has none; use 'full'."
-            )
-        if self.keep_cls is None:
-            self.keep_cls = cls_is_a_visual_token
-        if self.keep_cls != cls_is_a_visual_token:
-            raise ValueError(
-                f"`keep_cls` is {self.keep_cls}, `vision_feature_select_strategy` is "
-                f"{self.vision_feature_select_strategy!r} and the tower has {'a' if has_cls else 'no'} CLS token; "
-                "keep_cls=True needs a CLS token and 'full', keep_cls=False needs 'default' or a tower without CLS."
-            )
         if not 0 < self.controller_temperature < math.inf:
             raise ValueError(
                 f"`controller_temperature` is {self.controller_temperature}; it must be above 0 and finite."
@@ -208,10 +184,78 @@ class AdaVTPConfig(LlavaConfig):
     def reducer(self, reducer: str | dict[str, Any] | list[Any]) -> None:
         self.reducers = chosen_entries(reducer)
 
+
+@with_value_errors
+@strict
+class AdaVTPConfig(BudgetFields, LlavaConfig):
+    r"""
+    Configuration of an AdaVTP model. Every field of [`LlavaConfig`] keeps its name and meaning, so the configuration
+    of a LLaVA-1.5-format checkpoint is a valid AdaVTP configuration. What a budget adds is said in [`BudgetFields`].
+
+    Args:
+        keep_cls (`bool`, *optional*):
+            Whether the tower's CLS token stands in front of the kept patches. It needs a tower with a CLS token and
+            `vision_feature_select_strategy="full"`, which is also what makes the processor leave room for it; by
+            default it follows from these two.
+
+    Raises:
+        ValueError: if a field has a value that is not allowed, or the vision tower is not a supported one.
+    """
+
+    model_type = "adavtp"
+
+    keep_cls: bool | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # A LLaVA folder's own model_type would become an instance attribute that hides the class's.
+        kwargs.pop("model_type", None)
+        super().__post_init__(**kwargs)
+        has_cls = VISION_TOWERS_WITH_CLS.get(self.vision_config.model_type)
+        if has_cls is None:
+            raise ValueError(
+                f"`vision_config.model_type` is {self.vision_config.model_type!r}; supported vision towers: "
+                f"{', '.join(VISION_TOWERS_WITH_CLS)}."
+            )
+        cls_is_a_visual_token = has_cls and self.vision_feature_select_strategy == "full"
+        if not has_cls and self.vision_feature_select_strategy == "default":
+            raise ValueError(
+                "`vision_feature_select_strategy` is 'default', which cuts off a CLS token, but a "
+                f"{self.vision_config.model_type!r} tower has none; use 'full'."
+            )
+        if self.keep_cls is None:
+            self.keep_cls = cls_is_a_visual_token
+        if self.keep_cls != cls_is_a_visual_token:
+            raise ValueError(
+                f"`keep_cls` is {self.keep_cls}, `vision_feature_select_strategy` is "
+                f"{self.vision_feature_select_strategy!r} and the tower has {'a' if has_cls else 'no'} CLS token; "
+                "keep_cls=True needs a CLS token and 'full', keep_cls=False needs 'default' or a tower without CLS."
+            )
+
     @property
     def has_cls(self) -> bool:
         """Whether the vision tower has a CLS token."""
         return VISION_TOWERS_WITH_CLS[self.vision_config.model_type]
+
+    @property
+    def visual_width(self) -> int:
+        """Width of a visual token where reducers see it: the tower's, times the number of feature layers."""
+        layers = self.vision_feature_layer
+        return self.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
+
+    @property
+    def budget_width(self) -> int:
+        """Width of the vector that carries the budget, and of what the controller compares."""
+        return self.vision_config.hidden_size
+
+    @property
+    def budget_heads(self) -> int:
+        """Attention heads with which that vector reads the image."""
+        return self.vision_config.num_attention_heads
+
+    @property
+    def num_tower_layers(self) -> int:
+        """Layers of the vision tower."""
+        return self.vision_config.num_hidden_layers
 
     @property
     def num_patches(self) -> int:

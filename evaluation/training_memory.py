@@ -19,7 +19,6 @@ from ..modeling.costs.training_step import Step, linear_maps, part_of
 from ..modeling.costs.weightless import weightless_model
 from ..modeling.families.llava import LLAVA
 from ..modeling.reducers.base import feature_layer_index
-from ..modeling.vision.budget_token import patch_width
 
 # Bytes of a trained and of a frozen weight; of a trained one's copy in half precision, its gradient, and AdamW's two
 # moments. DeepSpeed keeps the float32 weight with the moments.
@@ -206,7 +205,7 @@ def activations(
         tower = num_layers * rows * sequence * vision.hidden_size * b
         layers = depth * rows * length * text.hidden_size * b
     kept = patches if visual_tokens is None or in_attention else visual_tokens
-    projected = rows * kept * b * (patch_width(config) * step.trains("projector") + 2 * text.hidden_size)
+    projected = rows * kept * b * (config.visual_width * step.trains("projector") + 2 * text.hidden_size)
     # Normed patches, what enters GELU and score, and the features behind the gates.
     scored = 5 * rows * patches * vision.hidden_size * b if gates else 0.0
     bias = rows * length * length * b * (3 + text.num_attention_heads) if in_attention else 0.0

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedConfig
+from transformers import BatchFeature, Cache, GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.image_utils import ImageInput
 from transformers.masking_utils import create_masks_for_generate
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import ModelOutput
 
-from .budget.schedule import StackBudget
+from .budget.schedule import BudgetSchedule, StackBudget
 from .budget.token_budget import TokenBudget, budget_values, num_tokens_to_keep
 from .decoder.loop import layer_masks
 from .decoder.pruned_cache import (
@@ -33,6 +33,8 @@ from .prompt import PreparedInputs, Prompt, check_columns
 
 if TYPE_CHECKING:
     from transformers.generation.utils import GenerateOutput
+
+    from .prompt_reduction import PromptReductionMixin
 
 
 @dataclass
@@ -120,6 +122,11 @@ class AdaVTPGenerationMixin(GenerationMixin):
     trusts_remote_code = False
 
     @property
+    def prompt_reader(self) -> "PromptReductionMixin":
+        """The module that drops visual tokens from prompts."""
+        return self.model
+
+    @property
     def processor(self) -> ProcessorMixin:
         """
         The processor saved beside the checkpoint, loaded when it is first needed. It can be set.
@@ -133,11 +140,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
                     "`generate(image, prompt)` needs a processor and this model was not loaded from a checkpoint that "
                     "has one; set `model.processor = AdaVTPProcessor(...)` or pass `input_ids` and `pixel_values`."
                 )
-            from .processing_adavtp import AdaVTPProcessor
-
-            self._processor = AdaVTPProcessor.from_pretrained(
-                self.name_or_path, trust_remote_code=self.trusts_remote_code
-            )
+            self._processor = self._saved_processor()
         return self._processor
 
     @processor.setter
@@ -198,7 +201,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
                 "`return_dict_in_generate` is True, but `generate(image, prompt)` returns text; for scores and caches "
                 "pass `**model.processor(images=..., text=...)`."
             )
-        model_inputs = self.processor.of_questions(inputs, prompt).to(self._input_device)
+        model_inputs = self._inputs_of_questions(inputs, prompt).to(self._input_device)
         generated = super().generate(None, generation_config, *args, **model_inputs, **kwargs)
         answers = self.processor.batch_decode(
             generated[:, model_inputs["input_ids"].shape[1] :], skip_special_tokens=True
@@ -206,6 +209,16 @@ class AdaVTPGenerationMixin(GenerationMixin):
         answers = [answer.strip() for answer in answers]
         is_single = isinstance(prompt, str) and not isinstance(inputs, list | tuple) and len(answers) == 1
         return answers[0] if is_single else answers
+
+    def _saved_processor(self) -> ProcessorMixin:
+        """The processor beside the checkpoint."""
+        from .processing_adavtp import AdaVTPProcessor
+
+        return AdaVTPProcessor.from_pretrained(self.name_or_path, trust_remote_code=self.trusts_remote_code)
+
+    def _inputs_of_questions(self, images: Any, prompts: str | Sequence[str]) -> BatchFeature:
+        """See [`AdaVTPProcessor.of_questions`]."""
+        return self.processor.of_questions(images, prompts)
 
     @property
     def _input_device(self) -> torch.device | int | str:
@@ -242,7 +255,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
         """
         call = model_kwargs.pop("pruned_prompt", None)
         # In training a choice is drawn, and hides what it drops; here it is made, and what it drops leaves.
-        with evaluating(self.model):
+        with evaluating(self.prompt_reader):
             model_kwargs, pruned = self._prune_prompt(input_ids, model_kwargs)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
@@ -258,24 +271,24 @@ class AdaVTPGenerationMixin(GenerationMixin):
         self, input_ids: torch.LongTensor, model_kwargs: dict[str, Any]
     ) -> tuple[dict[str, Any], PrunedCache]:
         """Takes images and budget out of `model_kwargs`; what the model reads in place of the caller's prompt."""
-        pixel_values, token_budget, reducer, processors, selection_output = (
+        reader = self.prompt_reader
+        images = reader.images_in(model_kwargs)
+        token_budget, reducer, processors, selection_output = (
             model_kwargs.pop(name, None)
-            for name in ("pixel_values", "token_budget", "reducer", "budget_processor", "selection_output")
+            for name in ("token_budget", "reducer", "budget_processor", "selection_output")
         )
-        self.model.refuse_other_features(model_kwargs)
-        if pixel_values is not None and len(pixel_values) == 0:
-            pixel_values = None
-        schedule = self.model.resolve_budget(token_budget, reducer, len(input_ids))
+        reader.refuse_other_features(model_kwargs)
+        schedule = reader.resolve_budget(token_budget, reducer, len(input_ids))
         processors = BudgetProcessorList.of_argument(processors)
         _require_gather(selection_output)
         cache = model_kwargs.get("past_key_values")
         # A static cache counts in a tensor, which would be unreadable in error messages.
         past_length = 0 if cache is None else int(cache.get_seq_length())
         earlier = pruned_cache(cache).prompt if past_length else None
-        is_text = pixel_values is None and earlier is None
+        is_text = images is None and earlier is None
         if is_text and past_length == 0 and input_ids.shape[1] > 0:
             # A placeholder without an image is refused.
-            self.model.units_of(input_ids, 0)
+            reader.refuse_placeholders(input_ids)
         has_embeds = model_kwargs.get("inputs_embeds") is not None
         if is_text and (past_length or has_embeds or not _ends_in_padding(model_kwargs.get("attention_mask"))):
             return model_kwargs, PrunedCache()
@@ -285,17 +298,19 @@ class AdaVTPGenerationMixin(GenerationMixin):
                 "placeholder tokens in `input_ids`, so pass that."
             )
         new = new_columns(input_ids, model_kwargs, past_length, earlier)
+        new = reader.with_own_positions(new, images, model_kwargs) if past_length else new
         _require_whole_windows(self.config.get_text_config(), new)
-        prompt = self.model.padded_on_the_left(Prompt(new.input_ids, new.attention_mask, new.position_ids))
-        prepared = PreparedInputs(prompt)
-        if pixel_values is not None:
+        token_types = reader.token_types_of(model_kwargs, new.input_ids.shape[1])
+        prompt = Prompt(new.input_ids, new.attention_mask, new.position_ids, token_types=token_types)
+        prepared = PreparedInputs(reader.padded_on_the_left(prompt))
+        if images is not None:
             if processors:
-                state = self._budget_state(new, pixel_values)
+                state = self._budget_state(new, images, schedule)
                 token_budget = processors(new.input_ids, self._one_budget(token_budget), state)
-                schedule = self.model.resolve_budget(token_budget, reducer, len(input_ids))
+                schedule = reader.resolve_budget(token_budget, reducer, len(input_ids))
             # The mask form is for training; in a cache its hidden columns would cost what they cost unpruned.
-            prepared = self.model.prepare_inputs(prompt, pixel_values, schedule, "gather")
-        pruned = self.model.pruned_prompt(new, prepared, input_ids.shape[1])
+            prepared = reader.prepare_inputs(prepared.prompt, images, schedule, "gather")
+        pruned = reader.pruned_prompt(new, prepared, input_ids.shape[1])
         return model_kwargs, PrunedCache(pruned, policy=prepared.policy)
 
     def _one_budget(self, token_budget: StackBudget | None) -> TokenBudget:
@@ -307,14 +322,14 @@ class AdaVTPGenerationMixin(GenerationMixin):
             )
         return self.config.token_budget if token_budget is None else token_budget
 
-    def _budget_state(self, new: NewColumns, pixel_values: torch.Tensor) -> BudgetState:
-        units = self.model.units_of(new.input_ids, len(pixel_values))
+    def _budget_state(self, new: NewColumns, images: Any, schedule: BudgetSchedule) -> BudgetState:
+        units = self.prompt_reader.looked_at(new.input_ids, images, schedule.steps)[1]
         return BudgetState(
             step=0,
-            num_visual_tokens=self.family.tokens_per_image(self.config),
+            num_visual_tokens=int(units.sizes.max()),
             num_images=torch.bincount(units.sample, minlength=len(new.input_ids)).to(new.input_ids.device),
             prompt_length=new.attention_mask.sum(dim=-1),
-            pixel_values=pixel_values,
+            pixel_values=images if isinstance(images, torch.Tensor) else images.get("pixel_values"),
         )
 
     def _prepare_cache_for_generation(
@@ -407,8 +422,13 @@ class AdaVTPGenerationMixin(GenerationMixin):
             if is_first_iteration or past_key_values is None:
                 input_ids, next_sequence_length = torch.cat([pruned.input_ids, answer], dim=1), None
                 position_ids = torch.cat([pruned.position_ids, position_ids], dim=-1)
-                written = answer.masked_fill(~self.family.placeholders(self.config, answer), -1)
-                kwargs["mm_encoder_outputs"] = pruned.encoder_outputs(written, self.get_input_embeddings())
+                kinds = self.family.kinds(self.config, answer)
+                embed, as_tensor = self.get_input_embeddings(), self.family.takes_tensor
+                kwargs["mm_encoder_outputs"] = pruned.encoder_outputs(answer, kinds, embed, as_tensor)
+                # The loop's are those of the caller's prompt and of what was generated.
+                for name, columns in pruned.token_types.items():
+                    behind = kwargs[name][:, kwargs[name].shape[1] - answer.shape[1] :]
+                    kwargs[name] = torch.cat([columns, behind], dim=1)
             else:
                 input_ids = answer
             attention_mask = pruned.mask_with(answer.shape[1], needs_mask=past_key_values is None)

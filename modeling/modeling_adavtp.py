@@ -8,6 +8,7 @@ and the family's own forward reads what is left. The decoder is any Llama-shaped
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
+from os import PathLike
 from types import MethodType
 from typing import Any
 
@@ -31,7 +32,7 @@ from .decoder.pruned_cache import NewColumns, behind_cache, has_layer_columns, p
 from .families.base import Family
 from .generation_adavtp import AdaVTPGenerationMixin
 from .hub.custom_reducers import CustomReducersMixin
-from .hub.loading import CompleteLoadingMixin
+from .hub.loading import CompleteLoadingMixin, family_class
 from .hub.saving import SelfContainedMixin
 from .prompt import (
     Prompt,
@@ -215,7 +216,7 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
             input_ids, attention_mask = prepared.prompt.input_ids, prepared.prompt.attention_mask
             position_ids, labels = prepared.prompt.position_ids, prepared.prompt.labels
             column = prepared.prompt.column
-            encoded = BaseModelOutputWithPooling(pooler_output=[prepared.image_features])
+            encoded = prepared.visual.encoder_outputs()["image"]
             selection, policy = prepared.selection, prepared.policy
             pruned = self.pruned_prompt(new, prepared, new.num_columns)
         else:
@@ -356,6 +357,19 @@ class AdaVTPForConditionalGeneration(AdaVTPPreTrainedModel, AdaVTPGenerationMixi
     Args:
         config: the model's configuration.
     """
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike[str] | None, *model_args: Any, **kwargs: Any
+    ) -> PreTrainedModel | tuple[PreTrainedModel, dict[str, Any]]:
+        """
+        Loads a model from a folder or the Hub; from a checkpoint of another family than LLaVA its own class with a
+        budget. See [`CompleteLoadingMixin.from_pretrained`].
+        """
+        family = family_class(pretrained_model_name_or_path, kwargs) if cls.__module__ == __name__ else None
+        if family is not None:
+            return family.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     def __init__(self, config: AdaVTPConfig) -> None:
         # LlavaForConditionalGeneration's own would build a LlavaModel first, a whole model for nothing.

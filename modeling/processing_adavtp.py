@@ -163,20 +163,7 @@ class AdaVTPProcessor(LlavaProcessor):
             ValueError: if there are not as many images as prompts or as placeholders in a prompt, or there is no chat
                 template to put a question in.
         """
-        shown = list(images) if isinstance(images, list | tuple) else [images]
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if len(prompts) == 1 and shown:
-            prompts = prompts * len(shown)
-        if images is None:
-            shown = [None] * len(prompts)
-        if len(shown) != len(prompts) or not prompts:
-            raise ValueError(
-                f"`inputs` has {len(shown)} image(s) and `prompt` has {len(prompts)} prompt(s); pass one image, or a "
-                "list of images, for each prompt."
-            )
-        shown = [
-            [] if image is None else list(image) if isinstance(image, list | tuple) else [image] for image in shown
-        ]
+        shown, prompts = images_of_prompts(images, prompts)
         text = [self._in_chat_form(prompt, len(group)) for prompt, group in zip(prompts, shown, strict=True)]
         self._check_places(shown, text)
         images = shown if any(shown) else None
@@ -222,6 +209,30 @@ class AdaVTPProcessor(LlavaProcessor):
         # With `push_to_hub=True` transformers uploads only what it sees change after it began.
         save_code(type(self), Path(working_dir))
         return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+
+def images_of_prompts(
+    images: ImageInput | Sequence[ImageInput | Sequence[ImageInput] | None] | None, prompts: str | Sequence[str]
+) -> tuple[list[list[ImageInput]], list[str]]:
+    """
+    A list of images for each prompt, and the prompts; one prompt for several images is asked of each.
+
+    Raises:
+        ValueError: if there are not as many images as prompts.
+    """
+    shown = list(images) if isinstance(images, list | tuple) else [images]
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if len(prompts) == 1 and shown:
+        prompts = prompts * len(shown)
+    if images is None:
+        shown = [None] * len(prompts)
+    if len(shown) != len(prompts) or not prompts:
+        raise ValueError(
+            f"`inputs` has {len(shown)} image(s) and `prompt` has {len(prompts)} prompt(s); pass one image, or a list "
+            "of images, for each prompt."
+        )
+    shown = [[] if image is None else list(image) if isinstance(image, list | tuple) else [image] for image in shown]
+    return shown, prompts
 
 
 def readable_images(images: ImageInput | Sequence[ImageInput | Sequence[ImageInput]], any_range: bool = False) -> list:

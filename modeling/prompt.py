@@ -1,9 +1,11 @@
 """A prompt as columns: what stays, what leaves, and where labels and positions go with it."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .budget.selection import Selection
 from .decoder.policy import DecoderPolicy
@@ -27,6 +29,7 @@ class Prompt:
             units of the batch, -1 for every other column.
         column: `[batch, sequence]` int64 or `None`; where a column stood in the caller's prompt, -1 for padding and
             for what is hidden.
+        token_types: `[batch, sequence]` each, what else a family has for every column, by argument.
     """
 
     input_ids: torch.Tensor
@@ -35,6 +38,7 @@ class Prompt:
     labels: torch.Tensor | None = None
     visual_index: torch.Tensor | None = None
     column: torch.Tensor | None = None
+    token_types: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def with_caller_targets(self, labels: torch.Tensor) -> "Prompt":
         """The same prompt with labels of a loss that is computed elsewhere, where columns are the caller's."""
@@ -72,6 +76,7 @@ class Prompt:
             taken(self.labels, -100),
             taken(self.visual_index, -1),
             taken(self.column, -1),
+            {name: taken(columns, 0) for name, columns in self.token_types.items()},
         )
 
     def hiding(self, dropped: torch.Tensor) -> "Prompt":
@@ -122,19 +127,77 @@ class Prompt:
 
 
 @dataclass
+class VisualEmbeddings:
+    """
+    What stands at the placeholders of a prompt, in their order.
+
+    Attributes:
+        features: `[num_placeholders, hidden_size]`.
+        deepstack: what is added to them behind the first decoder layers, `[num_placeholders, hidden_size]` each.
+        kinds: `[num_placeholders]` int64, 0 for images and 1 for videos; by default all are images.
+    """
+
+    features: torch.Tensor
+    deepstack: Sequence[torch.Tensor] = ()
+    kinds: torch.Tensor | None = None
+
+    def at(self, chosen: torch.Tensor) -> "VisualEmbeddings":
+        """Only those at `chosen`, a bool mask or indices."""
+        kinds = None if self.kinds is None else self.kinds[chosen]
+        return VisualEmbeddings(self.features[chosen], [layer[chosen] for layer in self.deepstack], kinds)
+
+    def split(self, counts: Sequence[int]) -> list["VisualEmbeddings"]:
+        """Parts of so many placeholders, one after another."""
+        ends = torch.tensor(counts).cumsum(0).tolist()
+        return [self.at(slice(end - count, end)) for end, count in zip(ends, counts, strict=True)]
+
+    @classmethod
+    def joined(cls, parts: Sequence["VisualEmbeddings"]) -> "VisualEmbeddings":
+        """Parts one after another."""
+        deepstack = [torch.cat(layer) for layer in zip(*(part.deepstack for part in parts), strict=True)]
+        kinds = None if parts[0].kinds is None else torch.cat([part.kinds for part in parts])
+        return cls(torch.cat([part.features for part in parts]), deepstack, kinds)
+
+    def with_written(self, embeds: torch.Tensor, kinds: torch.Tensor) -> "VisualEmbeddings":
+        """
+        These, and behind them the embeddings `[n, hidden_size]` of tokens that are written like placeholders of
+        `kinds` `[n]` and show nothing.
+        """
+        none = [layer.new_zeros(len(embeds), layer.shape[-1]) for layer in self.deepstack]
+        own = None if self.kinds is None else kinds
+        return self.joined([self, VisualEmbeddings(embeds.to(self.features.dtype), none, own)])
+
+    def encoder_outputs(self, as_tensor: Collection[str] = ()) -> dict[str, BaseModelOutputWithPooling]:
+        """
+        As a family's forward takes what is encoded already: features in a list, or of the kinds in `as_tensor`
+        `[1, num_placeholders, hidden_size]`.
+        """
+        outputs = {}
+        for number, kind in enumerate(("image", "video")):
+            of_kind = self if self.kinds is None else self.at(self.kinds == number)
+            if len(of_kind.features) == 0 or (self.kinds is None and number > 0):
+                continue
+            features = of_kind.features[None] if kind in as_tensor else [of_kind.features]
+            outputs[kind] = BaseModelOutputWithPooling(pooler_output=features)
+            if self.deepstack:
+                outputs[kind]["deepstack_features"] = [[layer] for layer in of_kind.deepstack]
+        return outputs
+
+
+@dataclass
 class PreparedInputs:
     """
     A prompt with images as the family's own class reads it: fewer placeholders, and as many features.
 
     Attributes:
         prompt: the columns that are left.
-        image_features: `[placeholders left, hidden_size]`, what stands at them.
+        visual: what stands at the placeholders that are left.
         selection: the visual tokens that are left.
         policy: what leaves inside the decoder, or `None`.
     """
 
     prompt: Prompt
-    image_features: torch.Tensor | None = None
+    visual: VisualEmbeddings | None = None
     selection: Selection | None = None
     policy: DecoderPolicy | None = None
 

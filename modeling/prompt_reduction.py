@@ -34,11 +34,40 @@ class PromptReductionMixin:
     family: Family = LLAVA
 
     @property
+    def prompt_decoder(self) -> "PreTrainedModel":
+        """The text model."""
+        return self.language_model
+
+    @property
     def visual(self) -> VisualModel:
         """The visual half of the model."""
         return VisualModel(
             self.vision_tower, self.multi_modal_projector, self.budget_token, self.config, self.training
         )
+
+    def images_in(self, arguments: dict[str, Any]) -> torch.Tensor | None:
+        """The images among the arguments of a call, which are taken out of them; `None` if there are none."""
+        pixel_values = arguments.pop("pixel_values", None)
+        return None if pixel_values is None or len(pixel_values) == 0 else pixel_values
+
+    def looked_at(self, input_ids: torch.Tensor, images: torch.Tensor, steps: list[Step]) -> tuple[VisualModel, Units]:
+        """What makes visual tokens of these images, and the units that they make of this batch of prompts."""
+        return self.visual, self.units_of(input_ids, len(images))
+
+    def refuse_placeholders(self, input_ids: torch.Tensor) -> None:
+        """
+        Raises:
+            ValueError: if a prompt without images has placeholders.
+        """
+        self.units_of(input_ids, 0)
+
+    def token_types_of(self, arguments: Mapping[str, Any], num_columns: int) -> dict[str, torch.Tensor]:
+        """What the family has for every one of the last columns of a prompt, by argument."""
+        return {}
+
+    def with_own_positions(self, new: NewColumns, images: Any, arguments: Mapping[str, Any]) -> NewColumns:
+        """Columns behind a cache with the positions that their own images give them."""
+        return new
 
     def units_of(self, input_ids: torch.Tensor, num_images: int) -> Units:
         """
@@ -75,7 +104,7 @@ class PromptReductionMixin:
     def prepare_inputs(
         self,
         prompt: Prompt,
-        pixel_values: torch.Tensor,
+        images: Any,
         schedule: BudgetSchedule,
         selection_output: str | None = None,
     ) -> PreparedInputs:
@@ -84,7 +113,7 @@ class PromptReductionMixin:
 
         Args:
             prompt: with one placeholder for each visual token and separator of each image.
-            pixel_values: `[num_images, channels, height, width]`, in the order of their placeholders.
+            images: in the order of their placeholders, what [`images_in`] took from the arguments of a call.
             schedule: the stack and its budget.
             selection_output: `"gather"` or `"mask"`; by default the configuration's.
 
@@ -93,14 +122,14 @@ class PromptReductionMixin:
         """
         selection_output = self.checked_output(selection_output)
         placeholders = self.family.placeholders(self.config, prompt.input_ids)
-        units = self.family.units(self.config, placeholders, len(pixel_values))
+        visual, units = self.looked_at(prompt.input_ids, images, schedule.steps)
         question, question_ids = self._questions(schedule.steps, prompt, placeholders, units)
-        tokens = self.visual.encode_and_reduce(pixel_values, units, schedule, question, question_ids)
+        tokens = visual.encode_and_reduce(images, units, schedule, question, question_ids)
         selection = tokens.selection
         gates_attention = selection.gates is not None and self.config.gradient_gates == "attention"
         # Hidden columns would leave in the decoder, and with them the labels that stand at them.
         is_hidden = selection_output == "mask" and tokens.decoder is None and not gates_attention
-        features, stays = self.visual.embeddings(tokens, units, in_place=is_hidden)
+        embeddings, stays = visual.embeddings(tokens, units, in_place=is_hidden)
         keep = torch.ones_like(placeholders).masked_scatter(placeholders, stays)
         visual_index = torch.full_like(prompt.input_ids, -1).masked_scatter(placeholders, units.token)
         position_ids, labels = prompt.position_ids, prompt.labels
@@ -111,26 +140,27 @@ class PromptReductionMixin:
             labels = without_first_labels(labels, prompt.attention_mask)
         prompt = replace(prompt, position_ids=position_ids, labels=labels, visual_index=visual_index)
         if gates_attention:
-            _check_attention_takes_gates(self.language_model, prompt.input_ids.shape[1])
+            _check_attention_takes_gates(self.prompt_decoder, prompt.input_ids.shape[1])
             gates = self._at_columns(selection.gates, placeholders, units, 1.0)
             if not bool(keep.all()):
                 gates, prompt = gates.gather(1, left_padded(keep)), prompt.without(keep, self._pad_token_id)
-            prompt = prompt.gating(gates, self.language_model.dtype)
+            prompt = prompt.gating(gates, self.prompt_decoder.dtype)
         elif not bool(keep.all()):
             if is_hidden:
-                _check_window_takes_hidden_columns(self.language_model, prompt.input_ids.shape[1])
+                _check_window_takes_hidden_columns(self.prompt_decoder, prompt.input_ids.shape[1])
                 prompt = prompt.hiding(~keep)
             else:
                 is_real = keep if prompt.attention_mask.dim() == 4 else keep & prompt.attention_mask.bool()
                 prompt = prompt.without(is_real, self._pad_token_id)
         if tokens.decoder is not None:
             selection.depth = selection.keep * self.config.text_config.num_hidden_layers
-        return PreparedInputs(prompt, features, selection, self._decoder_policy(tokens, prompt, units))
+        return PreparedInputs(prompt, embeddings, selection, self._decoder_policy(tokens, prompt, units))
 
     @property
     def _pad_token_id(self) -> int:
         """An id that is no placeholder's."""
-        return int(self.config.image_token_id == 0)
+        placeholders = [getattr(self.config, f"{kind}_token_id", None) for kind in ("image", "video")]
+        return next(number for number in range(3) if number not in placeholders)
 
     def padded_on_the_left(self, prompt: Prompt) -> Prompt:
         """A prompt in whose rows padding stands in front: an answer that goes on behind padding is another one."""
@@ -152,7 +182,8 @@ class PromptReductionMixin:
             return None
         num_features = self.family.placeholders(self.config, prepared.prompt.input_ids).sum(dim=-1)
         is_compact = self.config.visual_position_ids == "compact"
-        return PrunedPrompt.of(new, prepared, num_features, num_ids, is_compact)
+        counted = prepared.prompt.position_ids if is_compact else new.position_ids
+        return PrunedPrompt.of(new, prepared, num_features, num_ids, self.family.next_positions(counted))
 
     def features_of_images(self, pixel_values: torch.Tensor, schedule: BudgetSchedule) -> list[torch.Tensor]:
         """What the decoder gets of each image, asked nothing: a list of `[K, text_hidden_size]`."""
@@ -160,8 +191,8 @@ class PromptReductionMixin:
         placeholders = torch.ones(len(pixel_values), size, dtype=torch.bool, device=pixel_values.device)
         units = self.family.units(self.config, placeholders, len(pixel_values))
         tokens = self.visual.encode_and_reduce(pixel_values, units, schedule)
-        features, stays = self.visual.embeddings(tokens, units, in_place=False)
-        return list(features.split(stays.view(placeholders.shape).sum(dim=-1).tolist()))
+        embeddings, stays = self.visual.embeddings(tokens, units, in_place=False)
+        return list(embeddings.features.split(stays.view(placeholders.shape).sum(dim=-1).tolist()))
 
     def checked_output(self, selection_output: str | None) -> str:
         """The form in which dropped tokens are gone: what was asked for, or the configuration's."""
@@ -237,8 +268,9 @@ class PromptReductionMixin:
         prompt = Prompt(input_ids[:1], torch.ones_like(input_ids[:1]), input_ids[:1])
         question, question_ids = self._questions(schedule.steps, prompt, none, units)
         tokens = self.visual.encode_and_reduce(pixels, units, schedule, question, question_ids)
-        used = [self.visual.embeddings(tokens, units, in_place=True)[0], tokens.selection.gates, tokens.selection.loss]
-        return 0.0 * sum(value.sum().to(self.language_model.dtype) for value in used if value is not None)
+        embeds = self.visual.embeddings(tokens, units, in_place=True)[0].features
+        used = [embeds, tokens.selection.gates, tokens.selection.loss]
+        return 0.0 * sum(value.sum().to(self.prompt_decoder.dtype) for value in used if value is not None)
 
     def _questions(
         self, steps: list[Step], prompt: Prompt, placeholders: torch.Tensor, units: Units

@@ -19,13 +19,28 @@ class LayerInputs:
 
     Attributes:
         attention_mask: as the layer takes it.
-        position_ids: `[batch, n]` int64.
+        position_ids: `[batch, n]` int64, where a family has several axes those of text.
         position_embeddings: their cosines and sines, `[batch, n, head_dim]`.
     """
 
     attention_mask: Any
     position_ids: torch.Tensor
     position_embeddings: tuple[torch.Tensor, torch.Tensor]
+
+
+def rotary_tables(
+    language_model: PreTrainedModel, hidden_states: torch.Tensor, position_ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Cosines and sines `[batch, n, head_dim]` of positions `[batch, n]`, or `[4, batch, n]`: of text, which only masks
+    are made of, time, row and column.
+    """
+    return language_model.rotary_emb(hidden_states, position_ids[1:] if position_ids.dim() == 3 else position_ids)
+
+
+def of_text(position_ids: torch.Tensor) -> torch.Tensor:
+    """`[batch, n]` of positions on any number of axes."""
+    return position_ids[0] if position_ids.dim() == 3 else position_ids
 
 
 class AnswerInputs:
@@ -36,7 +51,7 @@ class AnswerInputs:
         language_model: whose layers these are.
         new: `[batch, n, hidden_size]`, the columns.
         masks: of each layer, by its number.
-        position_ids: `[batch or 1, n]` int64, as in the whole prompt.
+        position_ids: `[..., batch or 1, n]` int64, as in the whole prompt.
         cached: what the layers hold.
         compact: whether positions are counted without what was dropped.
     """
@@ -52,8 +67,8 @@ class AnswerInputs:
     ) -> None:
         self.masks, self.places = masks, cached.of_layer
         if not compact:
-            tables = language_model.rotary_emb(new, position_ids)
-            self.positions = [(position_ids, tables)] * len(cached.columns)
+            tables = rotary_tables(language_model, new, position_ids)
+            self.positions = [(of_text(position_ids), tables)] * len(cached.columns)
             return
         # All tables in one go, as if what layers hold were one more batch dimension.
         dropped = torch.stack([held.num_dropped for held in cached.columns])
@@ -76,7 +91,7 @@ class PromptInputs:
         language_model: whose layers these are.
         past: what layers hold before.
         num_behind: columns that they hold behind those that are known.
-        position_ids: `[batch, sequence]` int64, as in the whole prompt.
+        position_ids: `[..., batch, sequence]` int64, as in the whole prompt.
         cache: what holds the columns.
         compact: whether the positions of what is left are counted anew behind every cut.
 
@@ -111,7 +126,8 @@ class PromptInputs:
         if self.prompt_rank is None:
             self.prompt_rank = rank
         self.num_dropped = self.prompt_rank[:, -1] - rank[:, -1]
-        self.position_ids = self.prompt_positions.gather(1, place)
+        axes = self.prompt_positions.shape[:-2]
+        self.position_ids = self.prompt_positions.gather(-1, place.expand(*axes, *place.shape))
         if self.compact:
             # As many columns closer to the beginning as left before it.
             self.position_ids = self.position_ids - self.prompt_rank.gather(1, place) + rank
@@ -139,4 +155,4 @@ class PromptInputs:
         position_ids = self.position_ids
         if self.compact:
             position_ids = (position_ids - self.past.columns[before].num_dropped[:, None]).clamp(min=0)
-        return position_ids, self.language_model.rotary_emb(hidden_states, position_ids)
+        return of_text(position_ids), rotary_tables(self.language_model, hidden_states, position_ids)

@@ -5,6 +5,7 @@ leave. From then on layers have masks, keys and values of their own, and, where 
 layers between two cuts share them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from .view import LayerView
 
 # Decoders whose forward is the loop below: embeddings go in as they are, attention and MLP follow one another, each
 # behind a norm, with rotary positions that are worked out once.
-RUNNABLE = ("llama", "mistral", "qwen2", "qwen3")
+RUNNABLE = ("llama", "mistral", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
 
 
 @dataclass
@@ -104,6 +105,7 @@ def run_decoder(
     use_cache: bool | None = None,
     policy: DecoderPolicy | None = None,
     compact: bool = False,
+    deepstack: Sequence[torch.Tensor] = (),
     **kwargs: Any,
 ) -> DecoderOutput:
     """
@@ -114,11 +116,12 @@ def run_decoder(
         inputs_embeds: `[batch, columns, hidden_size]`.
         attention_mask: `[batch, columns of layer 0's cache + columns]`, or `None` for ones; or what [`layer_masks`]
             made of it.
-        position_ids: `[batch, columns]` or `None`, as in the whole prompt.
+        position_ids: `[..., batch, columns]` or `None`, as in the whole prompt.
         past_key_values: whose layers may hold different columns.
         use_cache: whether to make a cache where there is none; by default what the model's configuration says.
         policy: what decides before each layer; without one nothing leaves.
         compact: whether the positions of what is left are counted anew behind every cut.
+        deepstack: what is added to the columns behind each of the first layers, `[batch, columns, hidden_size]`.
         kwargs: of the layers.
 
     Raises:
@@ -138,6 +141,8 @@ def run_decoder(
         columns, inputs = _prompt_inputs(
             language_model, inputs_embeds, attention_mask, position_ids, past_key_values, compact
         )
+        # What a cut takes along with the columns that stay.
+        columns.carried.update({f"deepstack {number}": added for number, added in enumerate(deepstack)})
     hidden_states, given, below = inputs_embeds, None, None
     for number, layer in enumerate(language_model.layers[: config.num_hidden_layers]):
         if policy is not None and number in policy.layers:
@@ -157,6 +162,8 @@ def run_decoder(
             use_cache=use_cache,
             **kwargs,
         )
+        if number < len(deepstack):
+            hidden_states = hidden_states + columns.carried.pop(f"deepstack {number}")
     if policy is not None:
         pruned_cache(past_key_values).layers = inputs.cached
     return DecoderOutput(
@@ -222,7 +229,8 @@ def _prompt_inputs(
         num_behind = past.note_changes(num_cached, 0, past_mask, batch_size)
     if position_ids is None:
         position_ids = _positions_behind(num_cached, inputs_embeds)
-    inputs = PromptInputs(language_model, past, num_behind, position_ids.expand(batch_size, -1), cache, compact)
+    position_ids = position_ids.expand(*position_ids.shape[:-2], batch_size, -1)
+    inputs = PromptInputs(language_model, past, num_behind, position_ids, cache, compact)
     inputs.enter(columns.index, columns.has_padding)
     return columns, inputs
 

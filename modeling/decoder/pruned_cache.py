@@ -4,8 +4,8 @@ The cache of a pruned turn is shorter than the ids that the caller has. What it 
 the next turn can then tell which ids are new, which columns are padding, and where positions go on.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..budget.selection import Selection
-from ..prompt import PreparedInputs, check_attention_mask, count_positions
+from ..prompt import PreparedInputs, VisualEmbeddings, check_attention_mask, count_positions
 from .cached_columns import CachedLayers
 from .policy import DecoderPolicy
 
@@ -75,7 +75,8 @@ class PrunedPrompt:
         selection: the visual tokens kept of the images that came last, or `None` if this turn had none.
         input_ids: `[batch, new columns]`, what the model reads of this turn.
         position_ids: `[..., batch, new columns]`, theirs.
-        image_features: `[placeholders left, hidden_size]`, what stands at them, or `None`.
+        token_types: `[batch, new columns]` each, what else a family has for every column, by argument.
+        visual: what stands at the placeholders that are left, or `None`.
         num_features: `[batch]` int64, how many of these are each row's.
     """
 
@@ -86,12 +87,18 @@ class PrunedPrompt:
     selection: Selection | None = None
     input_ids: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
-    image_features: torch.Tensor | None = None
+    token_types: dict[str, torch.Tensor] = field(default_factory=dict)
+    visual: VisualEmbeddings | None = None
     num_features: torch.Tensor | None = None
 
     @classmethod
     def of(
-        cls, new: "NewColumns", prepared: PreparedInputs, num_features: torch.Tensor, num_ids: int, is_compact: bool
+        cls,
+        new: "NewColumns",
+        prepared: PreparedInputs,
+        num_features: torch.Tensor,
+        num_ids: int,
+        next_position: torch.Tensor,
     ) -> "PrunedPrompt":
         """
         What the model reads in place of new columns, and what its cache then stands for.
@@ -101,20 +108,20 @@ class PrunedPrompt:
             prepared: as the model reads them.
             num_features: `[batch]` int64, placeholders that are left in each row.
             num_ids: columns of the caller's `input_ids`.
-            is_compact: whether positions behind the prompt are counted without dropped tokens.
+            next_position: `[..., batch]` int64, the first behind these columns.
         """
         prompt = prepared.prompt
-        counted = prompt.position_ids if is_compact else new.position_ids
         return cls(
             mask=torch.cat([new.past_mask, prompt.attention_mask], dim=1),
             num_columns=new.num_columns,
             num_ids=num_ids,
             # Behind the last column, whether it was kept or not; a row that ended early goes on where it was.
-            next_position=torch.maximum(counted.amax(dim=-1) + 1, new.begin),
+            next_position=torch.maximum(next_position, new.begin),
             selection=prepared.selection,
             input_ids=prompt.input_ids,
             position_ids=prompt.position_ids,
-            image_features=prepared.image_features,
+            token_types=prompt.token_types,
+            visual=prepared.visual,
             num_features=num_features,
         )
 
@@ -122,22 +129,26 @@ class PrunedPrompt:
         """Repeats every row, for beams and for several sequences per prompt."""
         if expand_size == 1:
             return self
-        features = self.image_features
-        if features is not None:
-            features = torch.cat([row for row in self.features_of_rows for _ in range(expand_size)])
+        visual = self.visual
+        if visual is not None:
+            rows = visual.split(self.num_features.tolist())
+            visual = VisualEmbeddings.joined([row for row in rows for _ in range(expand_size)])
         return replace(
             self,
             mask=self.mask.repeat_interleave(expand_size, dim=0),
             next_position=self.next_position.repeat_interleave(expand_size, dim=-1),
             input_ids=self.input_ids.repeat_interleave(expand_size, dim=0),
             position_ids=self.position_ids.repeat_interleave(expand_size, dim=-2),
-            image_features=features,
+            token_types={
+                name: columns.repeat_interleave(expand_size, dim=0) for name, columns in self.token_types.items()
+            },
+            visual=visual,
             num_features=self.num_features.repeat_interleave(expand_size),
         )
 
     def on_cache(self) -> "PrunedPrompt":
         """What a later turn has to know, without what only prefill reads."""
-        return replace(self, input_ids=None, position_ids=None, image_features=None, num_features=None)
+        return replace(self, input_ids=None, position_ids=None, token_types={}, visual=None, num_features=None)
 
     def mask_with(self, num_answer: int, needs_mask: bool) -> torch.Tensor | None:
         """
@@ -152,29 +163,32 @@ class PrunedPrompt:
         """Positions `[..., batch, num_answer]` of tokens behind the prompt."""
         return self.next_position[..., None] + torch.arange(num_answer, device=self.next_position.device)
 
-    @property
-    def features_of_rows(self) -> tuple[torch.Tensor, ...]:
-        """For each row what stands at its placeholders, `[its placeholders, hidden_size]`."""
-        return self.image_features.split(self.num_features.tolist())
-
     def encoder_outputs(
-        self, written: torch.Tensor, embed: Callable[[torch.Tensor], torch.Tensor]
+        self,
+        answer: torch.Tensor,
+        kinds: torch.Tensor,
+        embed: Callable[[torch.Tensor], torch.Tensor],
+        as_tensor: Collection[str] = (),
     ) -> dict[str, BaseModelOutputWithPooling] | None:
         """
         The features as a family's forward takes what is encoded already.
 
         Args:
-            written: `[batch, num_answer]` int64, tokens behind the prompt that are written like placeholders, -1 for
-                others. They are no images: a model wrote them, or prompt lookup proposes them.
+            answer: `[batch, num_answer]` int64, tokens behind the prompt.
+            kinds: `[batch, num_answer]` int64, whose placeholder each of them is written like, -1 for others. They
+                are no images: a model wrote them, or prompt lookup proposes them.
             embed: makes the embeddings of ids.
+            as_tensor: see [`VisualEmbeddings.encoder_outputs`].
         """
-        if self.image_features is None:
+        if self.visual is None:
             return None
-        rows = [self.image_features]
-        if written.numel() and bool((written >= 0).any()):
-            pairs = zip(self.features_of_rows, written, strict=True)
-            rows = [torch.cat([features, embed(ids[ids >= 0]).to(features.dtype)]) for features, ids in pairs]
-        return {"image": BaseModelOutputWithPooling(pooler_output=rows)}
+        visual = self.visual
+        if kinds.numel() and bool((kinds >= 0).any()):
+            rows = zip(visual.split(self.num_features.tolist()), answer, kinds, strict=True)
+            visual = VisualEmbeddings.joined(
+                [row.with_written(embed(ids[kind >= 0]), kind[kind >= 0]) for row, ids, kind in rows]
+            )
+        return visual.encoder_outputs(as_tensor)
 
     @cached_property
     def is_unpadded(self) -> bool:

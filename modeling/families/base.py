@@ -21,15 +21,20 @@ class Units:
     Attributes:
         sample: `[num_units]` int64 on the CPU, the prompt that shows each unit.
         sizes: `[num_units]` int64 on the CPU, visual tokens of each, N.
-        grids: rows and columns in which the tokens of each unit stand.
+        grids: rows and columns in which the tokens of each unit stand; of a video those of all frames, one below the
+            other.
         token: `[num_placeholders]` int64, the visual token that each placeholder shows; -1 for a separator (CLS, a
             newline between rows of tiles), which is no visual token and always stays.
+        frames: frames of each unit, 1 of an image; by default all are images.
+        order: `[num_units]` int64, the number of each unit when all images come before all videos; by default its own.
     """
 
     sample: torch.Tensor
     sizes: torch.Tensor
     grids: list[tuple[int, int]]
     token: torch.Tensor
+    frames: list[int] | None = None
+    order: torch.Tensor | None = None
 
     @property
     def is_token(self) -> torch.Tensor:
@@ -38,26 +43,23 @@ class Units:
 
 
 class Family(ABC):
-    """The adapter of a family: a few dozen lines in a file of its own."""
+    """
+    The adapter of a family: a few dozen lines in a file of its own.
 
-    @abstractmethod
-    def tokens_per_image(self, config: PreTrainedConfig) -> int:
-        """Visual tokens of an image in its usual size: what counting costs ahead of any image goes by."""
+    Attributes:
+        takes_tensor: the kinds, `"image"` or `"video"`, whose features the family wants as one tensor, not in a list.
+    """
+
+    takes_tensor: tuple[str, ...] = ()
 
     @abstractmethod
     def placeholders(self, config: PreTrainedConfig, input_ids: torch.Tensor) -> torch.Tensor:
         """`[batch, sequence]` bool, the columns that hold the place of visual tokens and separators."""
 
-    @abstractmethod
-    def units(self, config: PreTrainedConfig, placeholders: torch.Tensor, num_images: int) -> Units:
-        """
-        The units of a batch.
+    def kinds(self, config: PreTrainedConfig, input_ids: torch.Tensor) -> torch.Tensor:
+        """`[batch, sequence]` int64, whose placeholder each column is: 0 of an image, 1 of a video, -1 of neither."""
+        return self.placeholders(config, input_ids).long() - 1
 
-        Args:
-            config: the model's configuration.
-            placeholders: `[batch, sequence]` bool.
-            num_images: images that were given, in the order of their placeholders.
-
-        Raises:
-            ValueError: if placeholders and images do not agree.
-        """
+    def next_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """The first positions `[..., batch]` behind those of a prompt, `[..., batch, sequence]`."""
+        return position_ids.amax(dim=-1) + 1

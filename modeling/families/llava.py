@@ -18,7 +18,17 @@ class LlavaFamily(Family):
         return input_ids == config.image_token_id
 
     def units(self, config: AdaVTPConfig, placeholders: torch.Tensor, num_images: int) -> Units:
-        """See [`Family.units`]."""
+        """
+        The units of a batch.
+
+        Args:
+            config: the model's configuration.
+            placeholders: `[batch, sequence]` bool.
+            num_images: images that were given, in the order of their placeholders.
+
+        Raises:
+            ValueError: if placeholders and images do not agree.
+        """
         size, num_cls = self.tokens_per_image(config), int(config.keep_cls)
         of_prompt = placeholders.sum(dim=-1).cpu()
         if (of_prompt % (size + num_cls)).any() or int(of_prompt.sum()) != num_images * (size + num_cls):

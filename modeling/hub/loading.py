@@ -8,16 +8,16 @@ or the wrong one, and the model would answer nonsense, so here it is an error.
 import json
 from collections.abc import Iterable
 from copy import copy
+from importlib import import_module
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
 from .own_files import require_own_files
 
-READABLE_MODEL_TYPES = ("adavtp", "llava")
 TRAINED_TOGETHER = "budget_token and controller"
 NEW_MODULES = ("budget_token", "controller", "reducers")
 
@@ -25,7 +25,14 @@ _SHOWN = 5
 
 
 class CompleteLoadingMixin:
-    """Gives a model class a `from_pretrained` that loads everything or says what is wrong."""
+    """
+    Gives a model class a `from_pretrained` that loads everything or says what is wrong.
+
+    Attributes:
+        readable_model_types: of the configurations that it reads.
+    """
+
+    readable_model_types: tuple[str, ...] = ("adavtp", "llava")
 
     @classmethod
     def from_pretrained(
@@ -57,7 +64,9 @@ class CompleteLoadingMixin:
             OSError: if there is no configuration, there are no weights, or a weight file is cut off.
         """
         if not isinstance(config, PreTrainedConfig):
-            check_configuration(cls.config_class, config or pretrained_model_name_or_path, kwargs)
+            check_configuration(
+                cls.config_class, config or pretrained_model_name_or_path, kwargs, cls.readable_model_types
+            )
         kwargs.setdefault("use_safetensors", True)
         require_own_files(pretrained_model_name_or_path, **kwargs)
         if kwargs.get("quantization_config") is not None:
@@ -113,7 +122,10 @@ def new_module_of(name: str) -> str | None:
 
 
 def check_configuration(
-    config_class: type[PreTrainedConfig], source: str | PathLike[str] | None, kwargs: dict[str, Any]
+    config_class: type[PreTrainedConfig],
+    source: str | PathLike[str] | None,
+    kwargs: dict[str, Any],
+    readable: tuple[str, ...] = CompleteLoadingMixin.readable_model_types,
 ) -> None:
     """
     That a checkpoint's configuration is there and of a model that can be read.
@@ -131,11 +143,28 @@ def check_configuration(
         return  # A PEFT adapter says itself which checkpoint it belongs to, and that one is loaded.
     if not fields:
         raise OSError(f"There is no config.json in {str(source)!r}; a checkpoint needs one beside its weights.")
-    if fields.get("model_type") not in READABLE_MODEL_TYPES:
+    if fields.get("model_type") not in readable:
         raise ValueError(
             f"`model_type` is {fields.get('model_type')!r} in the configuration of {str(source)!r}; allowed are "
-            f"{' and '.join(map(repr, READABLE_MODEL_TYPES))}."
+            f"{' and '.join(map(repr, readable))}."
         )
+
+
+def family_class(source: str | PathLike[str] | None, kwargs: dict[str, Any]) -> type[PreTrainedModel] | None:
+    """The class for a checkpoint of another family than LLaVA; `None` for LLaVA's, and where no other is known."""
+    if source is None or isinstance(kwargs.get("config"), PreTrainedConfig):
+        return None
+    hub_kwargs = {key: value for key, value in kwargs.items() if key not in ("trust_remote_code", "model_type")}
+    fields = PreTrainedConfig.get_config_dict(kwargs.get("config") or source, **hub_kwargs)[0]
+    model_type = fields.get("model_type") if isinstance(fields, dict) else None
+    if model_type in (None, *CompleteLoadingMixin.readable_model_types):
+        return None
+    try:
+        # A LLaVA's folder has no code of other families with it.
+        families = import_module(f"{__name__.rsplit('.', 2)[0]}.modeling_families")
+    except ModuleNotFoundError:
+        return None
+    return families.model_class_of(model_type)
 
 
 def _check_shapes(mismatched: Iterable[tuple[str, Any, Any]], source: str | PathLike[str] | None) -> None:
@@ -151,8 +180,8 @@ def _check_nothing_is_lost(missing: set[str], parameters: set[str], source: str 
     lost = {name for name in missing if new_module_of(name) is None}
     if lost:
         raise ValueError(
-            f"{len(lost)} weight(s) that every LLaVA checkpoint has are missing in {str(source)!r}: "
-            f"{_first(sorted(lost))}. Expected are all of them, under these names or LLaVA's; get the complete "
+            f"{len(lost)} weight(s) that every checkpoint of this kind has are missing in {str(source)!r}: "
+            f"{_first(sorted(lost))}. Expected are all of them, under these names or older ones; get the complete "
             "checkpoint."
         )
     for module in sorted({str(new_module_of(name)) for name in missing}):
@@ -162,7 +191,7 @@ def _check_nothing_is_lost(missing: set[str], parameters: set[str], source: str 
             raise ValueError(
                 f"{len(absent)} of the {len(there) + len(absent)} weight(s) of {module} are missing in "
                 f"{str(source)!r}: {_first(sorted(absent))}. Expected are all (an AdaVTP checkpoint) or none of them "
-                "(a LLaVA checkpoint); load with the configuration that the checkpoint was trained with."
+                "(a checkpoint without a budget); load with the configuration that the checkpoint was trained with."
             )
 
 

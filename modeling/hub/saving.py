@@ -84,7 +84,7 @@ def own_class(cls: type) -> type:
 
     A subclass made on the spot, as sharding (FSDP) and notebooks do, has no file that could go into a folder.
     """
-    modules = {Path(reference.partition(".")[0]).name for reference in AUTO_MAP.values()}
+    modules = {Path(reference.partition(".")[0]).name for reference in AUTO_MAP.values()} | {"modeling_families"}
     return next(base for base in cls.__mro__ if base.__module__.rpartition(".")[2] in modules)
 
 
@@ -120,9 +120,7 @@ class SelfContainedMixin:
         that transformers writes for LLaVA by default, `Trainer` could not resume from them.
         """
         kwargs.setdefault("save_original_format", False)
-        self.config.auto_map = AUTO_MAP | {
-            "AutoModel": f"{CODE_FOLDER}/modeling_adavtp.{own_class(type(self)).__name__}"
-        }
+        self.config.auto_map = self.auto_map()
         if getattr(getattr(self, "generation_config", None), "token_budget", None) is not None:
             # Marked as derived from the model's configuration, it would be read without fields that are only ours.
             self.generation_config._from_model_config = False
@@ -130,6 +128,10 @@ class SelfContainedMixin:
             super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             self.save_code(Path(save_directory))
+
+    def auto_map(self) -> dict[str, str]:
+        """Where `AutoModel` and its kind find the classes in a saved folder."""
+        return AUTO_MAP | {"AutoModel": f"{CODE_FOLDER}/modeling_adavtp.{own_class(type(self)).__name__}"}
 
     def save_code(self, folder: Path) -> None:
         """Writes the model's code into `folder`."""

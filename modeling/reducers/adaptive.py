@@ -11,7 +11,6 @@ from torch import nn
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..budget.selection import Selection
 from ..budget.top_k import sample_top_k, top_k_mask
-from ..vision.budget_token import patch_width
 from ..vision.features import VisionFeatures
 from .base import ScoringReducer, register_reducer
 from .divprune import cosine_distances, farthest_first, first_picks
@@ -35,7 +34,7 @@ class VisionTokenController(ScoringReducer):
 
     def __init__(self, config: AdaVTPConfig) -> None:
         super().__init__(config)
-        hidden_size, width = config.vision_config.hidden_size, patch_width(config)
+        hidden_size, width = config.budget_width, config.visual_width
         head = config.controller_head
         # A patch alone says nothing of the budget, except where the patches themselves have seen it.
         patches_see_budget = config.budget_fusion == "encoder" and config.budget_attention == "mutual"

@@ -57,7 +57,7 @@ class AimMerge(TokenReducer):
     @property
     def attention_layers(self) -> tuple[int, ...]:
         """The tower layer above the one that made the features, or the top one."""
-        return (min(feature_layer_index(self.config), self.config.vision_config.num_hidden_layers - 1),)
+        return (min(feature_layer_index(self.config), self.config.num_tower_layers - 1),)
 
     def forward(self, features: VisionFeatures, num_keep: torch.Tensor | None) -> Selection:
         num_images, num_tokens, _ = features.patches.shape

@@ -130,6 +130,11 @@ class ReducerBank:
                     f"Reducer 'adaptive' takes no parameters, got {sorted(parameters)}; it has the configuration's."
                 )
             return self.controller
+        if name in REDUCERS and REDUCERS[name].stage == "encoder" and not self.config.opens_tower:
+            raise ValueError(
+                f"Reducer {name!r} acts inside a vision tower, and a {self.config.model_type!r} model's encoder runs "
+                "as a whole; use a reducer of another stage."
+            )
         known = dict(self.reducers.items()).get(name)
         has_weights = known is not None and bool(known.state_dict())
         # A name alone is what is there already, where that has learned something.

@@ -33,9 +33,11 @@ class TokenReducer(nn.Module):
             and projector; `"projector"`: on the projected tokens; `"decoder"`: before decoder layers (see
             [`DecoderReducer`]).
         needs: of the class or the instance, what it has to be given beside the tokens, of the fields of
-            [`VisionFeatures`] `"cls"`, `"budget"`, `"question"`, `"question_ids"`, `"pixel_values"`, `"tower_patches"`
+            [`VisionFeatures`] `"cls"`, `"budget"`, `"question"`, `"question_ids"`, `"pixel_values"`, `"fingerprint"`,
+            `"tower_patches"`
             and `"attention"` (of the tower layers in `attention_layers`).
-        ranks_by_cls: whether it reads the attention of the tower's CLS token.
+        ranks_by_cls: whether it reads the attention of the tower's CLS token, or in other families without one the
+            attention that tokens receive.
         trained: whether it has weights that have to be learned.
         has_own_rule: whether `forward` also takes `num_keep=None` and then decides by a rule of its own.
         one_count: whether `forward` wants images that all keep the same number; images that do not come in several
@@ -120,8 +122,8 @@ def raised_to_entropy(scores: torch.Tensor, num_keep: torch.Tensor, min_token_en
 
 def feature_layers(config: AdaVTPConfig) -> list[int]:
     """The feature layers in the order asked for, as indices of hidden states: 0 the embeddings, l of layer l - 1."""
-    layers = config.vision_feature_layer
-    num_states = config.vision_config.num_hidden_layers + 1
+    layers = getattr(config, "vision_feature_layer", -1)
+    num_states = config.num_tower_layers + 1
     return [index if index >= 0 else num_states + index for index in ([layers] if isinstance(layers, int) else layers)]
 
 
@@ -192,7 +194,7 @@ def build_reducer(name: str, config: AdaVTPConfig, **parameters: Any) -> TokenRe
     if unknown:
         takes = ", ".join(known) or "none"
         raise ValueError(f"Reducer {name!r} got the parameter(s) {', '.join(unknown)}; parameters it takes: {takes}.")
-    if REDUCERS[name].ranks_by_cls and not config.has_cls:
+    if REDUCERS[name].ranks_by_cls and not (config.has_cls or config.ranks_by_received):
         raise ValueError(
             f"Reducer {name!r} ranks patches by the attention of the CLS token, and a "
             f"{config.vision_config.model_type!r} tower has none; use a reducer that does without, such as 'divprune'."

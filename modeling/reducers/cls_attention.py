@@ -50,7 +50,7 @@ class CLSAttentionReducer(ScoringReducer):
     def __init__(self, config: AdaVTPConfig, layer: int | None = None) -> None:
         super().__init__(config)
         making = making_layer(config)
-        top = min(making + 1, config.vision_config.num_hidden_layers - 1)
+        top = min(making + 1, config.num_tower_layers - 1)
         if layer is not None and layer not in range(top + 1):
             raise ValueError(f"`layer` is {layer!r}; allowed are 0 to {top}, or None for the layer of the features.")
         self.layer = layer

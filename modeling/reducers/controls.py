@@ -24,7 +24,7 @@ class RandomReducer(TokenReducer):
         seed: of the draw in evaluation.
     """
 
-    needs = ("pixel_values",)
+    needs = ("fingerprint",)
 
     def __init__(self, config: AdaVTPConfig, seed: int = 0) -> None:
         super().__init__(config)
@@ -35,12 +35,10 @@ class RandomReducer(TokenReducer):
         if self.training:
             scores = torch.rand(num_images, num_tokens, device=features.patches.device)
         else:
-            scores = torch.stack([self._scores_of(image, num_tokens) for image in features.pixel_values])
+            scores = torch.stack([self._scores_of(image, num_tokens) for image in features.fingerprint.tolist()])
         return Selection.from_keep(top_k_mask(scores.to(features.patches.device), num_keep))
 
-    def _scores_of(self, image: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        # The sum of the bit patterns is exact, so that it does not depend on the order of addition.
-        fingerprint = int(image.float().contiguous().view(torch.int32).long().sum())
+    def _scores_of(self, fingerprint: int, num_tokens: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed((fingerprint + self.seed * 1_000_003) % 2**63)
         return torch.rand(num_tokens, generator=generator)
 

@@ -139,7 +139,7 @@ class PruMergeReducer(TokenReducer):
     @property
     def layer_above(self) -> int:
         """The layer whose keys say what is near: the one above the features, or the top one."""
-        return min(making_layer(self.config) + 1, self.config.vision_config.num_hidden_layers - 1)
+        return min(making_layer(self.config) + 1, self.config.num_tower_layers - 1)
 
     @property
     def attention_layers(self) -> tuple[int, ...]:

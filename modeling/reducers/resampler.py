@@ -13,7 +13,7 @@ from torch import nn
 
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..budget.selection import Selection
-from ..vision.budget_token import attended, patch_width
+from ..vision.budget_token import attended
 from ..vision.features import VisionFeatures
 from .base import TokenReducer, register_reducer
 from .controls import at_a_stride
@@ -41,8 +41,8 @@ class ResamplerReducer(TokenReducer):
 
     def __init__(self, config: AdaVTPConfig, num_layers: int = 2, num_heads: int | None = None) -> None:
         super().__init__(config)
-        width = patch_width(config)
-        num_heads = config.vision_config.num_attention_heads if num_heads is None else num_heads
+        width = config.visual_width
+        num_heads = config.budget_heads if num_heads is None else num_heads
         if num_layers < 1:
             raise ValueError(f"`num_layers` is {num_layers}; at least 1 is needed.")
         if num_heads < 1 or width % num_heads:

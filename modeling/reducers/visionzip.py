@@ -66,8 +66,8 @@ class VisionZipReducer(TokenReducer):
     features, and what is compared are the keys averaged over heads. For K = 1 only CLS is left, for K = 2 CLS and the
     best patch.
 
-    If the model keeps CLS anyway (`config.keep_cls`), it is not put in the place of a patch a second time, and there
-    is one more dominant patch.
+    If the model keeps CLS anyway (`config.keep_cls`) or its family shows none, it is not put in the place of a patch,
+    and there is one more dominant patch.
 
     Args:
         contextual: share of the tokens that are contextual, from 0 to 1; see [`num_contextual`].
@@ -95,7 +95,7 @@ class VisionZipReducer(TokenReducer):
         patches, attention = features.patches, features.attention[self.attention_layers[0]]
         num_images, num_tokens, hidden_size = patches.shape
         num_targets = num_contextual(int(num_keep[0]), self.contextual)
-        num_cls = 0 if self.config.keep_cls else 1
+        num_cls = 0 if self.config.keep_cls or features.cls is None else 1
         num_dominant = int(num_keep[0]) - num_targets - num_cls
         dominant, rest = split_by_score(cls_scores(attention), num_dominant)
         is_target = target_columns(rest.shape[1], num_targets, rest.device)

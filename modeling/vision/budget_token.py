@@ -34,7 +34,7 @@ class BudgetToken(nn.Module):
 
     def __init__(self, config: AdaVTPConfig) -> None:
         super().__init__()
-        hidden_size = config.vision_config.hidden_size
+        hidden_size = config.budget_width
         self.budget_embedding = BudgetEmbedding(hidden_size)
         self.question_proj = nn.Linear(config.text_config.hidden_size, hidden_size) if config.question_aware else None
         self.question_norm = config.question_norm
@@ -64,8 +64,8 @@ class BudgetCrossAttention(nn.Module):
 
     def __init__(self, config: AdaVTPConfig) -> None:
         super().__init__()
-        hidden_size, width = config.vision_config.hidden_size, patch_width(config)
-        self.num_heads = config.vision_config.num_attention_heads
+        hidden_size, width = config.budget_width, config.visual_width
+        self.num_heads = config.budget_heads
         self.query_norm = nn.LayerNorm(hidden_size)
         self.patch_norm = nn.LayerNorm(width)
         self.q_proj = nn.Linear(hidden_size, hidden_size)
@@ -73,21 +73,30 @@ class BudgetCrossAttention(nn.Module):
         self.v_proj = nn.Linear(width, hidden_size)
         self.out_proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, budget_token: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        """Budget tokens `[num_images, hidden_size]`, each plus what it read from its image's patches."""
+    def forward(
+        self, budget_token: torch.Tensor, patches: torch.Tensor, is_token: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        Budget tokens `[num_images, hidden_size]`, each plus what it read from its image's patches; from those that
+        are true in `is_token` `[num_images, num_patches]`, by default from all.
+        """
         patches = self.patch_norm(patches)
         query = self.q_proj(self.query_norm(budget_token)[:, None])
-        read = attended(query, self.k_proj(patches), self.v_proj(patches), self.num_heads)
+        read = attended(query, self.k_proj(patches), self.v_proj(patches), self.num_heads, is_token)
         return budget_token + self.out_proj(read[:, 0])
 
 
-def attended(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """What queries read, `[batch, num_queries, width]`; all three are `[batch, tokens, width]`, heads side by side."""
+def attended(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    num_heads: int,
+    is_token: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    What queries read, `[batch, num_queries, width]`; all three are `[batch, tokens, width]`, heads side by side, and
+    only what is true in `is_token` `[batch, tokens]` is read.
+    """
     query, key, value = (part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in (query, key, value))
-    return nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-
-
-def patch_width(config: AdaVTPConfig) -> int:
-    """Width of a patch feature: the tower's, times the number of feature layers."""
-    layers = config.vision_feature_layer
-    return config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
+    mask = None if is_token is None else is_token[:, None, None]
+    return nn.functional.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).flatten(2)

@@ -8,7 +8,7 @@ import torch
 from .tower import TowerAttention
 
 # Fields with one entry for each image, whatever its number of tokens.
-BY_IMAGE = ("cls", "budget", "question", "question_ids", "pixel_values", "sample", "grids")
+BY_IMAGE = ("cls", "budget", "question", "question_ids", "pixel_values", "fingerprint", "sample", "grids")
 
 
 @dataclass
@@ -29,6 +29,7 @@ class VisionFeatures:
         question: `[num_images, text_hidden_size]`, the mean embedding of the text of the prompt that shows the image.
         question_ids: `[num_images, sequence]` int64, the ids of that text, -1 in all other columns.
         pixel_values: `[num_images, channels, height, width]`.
+        fingerprint: `[num_images]` int64 on the CPU, a number that depends on an image's pixels alone.
         attention: of the tower layers that the reducer's `attention_layers` names.
         sample: `[num_images]` int64, the prompt that each image belongs to.
         num_patches: N of a whole image, of the largest where they differ.
@@ -44,6 +45,7 @@ class VisionFeatures:
     question: torch.Tensor | None = None
     question_ids: torch.Tensor | None = None
     pixel_values: torch.Tensor | None = None
+    fingerprint: torch.Tensor | None = None
     attention: dict[int, TowerAttention] = field(default_factory=dict)
     sample: torch.Tensor | None = None
     num_patches: int = 0
@@ -68,3 +70,11 @@ class VisionFeatures:
             attention={layer: attention.images(rows, num_tokens) for layer, attention in self.attention.items()},
             **{name: None if getattr(self, name) is None else getattr(self, name)[rows] for name in BY_IMAGE},
         )
+
+
+def fingerprint(pixels: torch.Tensor) -> int:
+    """
+    A number that depends on an image's pixels alone. It is the sum of their bit patterns, which is exact, so that it
+    does not depend on the order of addition.
+    """
+    return int(pixels.float().contiguous().view(torch.int32).long().sum())

@@ -90,11 +90,14 @@ class TowerAttention:
         query: `[num_images, heads, head_dim]`, of CLS; `None` for a tower without a CLS token.
         cls_key: `[num_images, heads, head_dim]`, or `None` likewise.
         keys: `[num_images, heads, num_tokens, head_dim]`, of the patches.
+        row: `[num_images, heads, num_tokens]` float32 where it is known already and not worked out from query and
+            keys: how much CLS attends to each token, or where there is no CLS, how much it receives.
     """
 
     query: torch.Tensor | None
     cls_key: torch.Tensor | None
     keys: torch.Tensor
+    row: torch.Tensor | None = None
 
     @classmethod
     def of_layer(cls, layer: nn.Module, hidden_states: torch.Tensor, has_cls: bool) -> "TowerAttention":
@@ -109,6 +112,8 @@ class TowerAttention:
         How much CLS attends to each patch in each head, `[num_images, heads, num_tokens]` float32: softmax(q k^T /
         sqrt(d)) over CLS and patches, the column of CLS left out.
         """
+        if self.row is not None:
+            return self.row
         keys = torch.cat([self.cls_key[:, :, None], self.keys], dim=2).float()
         logits = (keys @ self.query.float()[..., None])[..., 0] * self.query.shape[-1] ** -0.5
         return logits.softmax(dim=-1)[..., 1:]
@@ -117,12 +122,14 @@ class TowerAttention:
         """Only the patches at `index` `[num_images, num_tokens]`."""
         heads, head_dim = self.keys.shape[1], self.keys.shape[-1]
         keys = self.keys.gather(2, index[:, None, :, None].expand(-1, heads, -1, head_dim))
-        return TowerAttention(self.query, self.cls_key, keys)
+        row = None if self.row is None else self.row.gather(2, index[:, None].expand(-1, heads, -1))
+        return TowerAttention(self.query, self.cls_key, keys, row)
 
     def images(self, rows: torch.Tensor, num_tokens: int) -> "TowerAttention":
         """Only the images at `rows` `[num_rows]`, and of each the first `num_tokens` patches."""
         chosen = [None if tensor is None else tensor[rows] for tensor in (self.query, self.cls_key)]
-        return TowerAttention(*chosen, self.keys[rows, :, :num_tokens])
+        row = None if self.row is None else self.row[rows, :, :num_tokens]
+        return TowerAttention(*chosen, self.keys[rows, :, :num_tokens], row)
 
     @classmethod
     def joined(cls, parts: list["TowerAttention"], num_tokens: int, order: torch.Tensor) -> "TowerAttention":
@@ -133,4 +140,8 @@ class TowerAttention:
             None if getattr(parts[0], name) is None else torch.cat([getattr(part, name) for part in parts])[order]
             for name in ("query", "cls_key")
         )
-        return cls(query, cls_key, torch.cat(keys)[order])
+        row = None
+        if parts[0].row is not None:
+            rows = [nn.functional.pad(part.row, (0, num_tokens - part.row.shape[2])) for part in parts]
+            row = torch.cat(rows)[order]
+        return cls(query, cls_key, torch.cat(keys)[order], row)

@@ -13,10 +13,11 @@ from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..budget.schedule import BudgetOfUnits, BudgetSchedule
 from ..budget.selection import Selection
 from ..families.base import Units
+from ..prompt import VisualEmbeddings
 from ..reducers.bank import Step
 from .budget_token import BudgetToken
 from .encode import encode_image
-from .features import VisionFeatures
+from .features import VisionFeatures, fingerprint
 from .reduction import reduce_in_tower, reduce_tokens
 from .tower import input_device
 
@@ -80,12 +81,6 @@ class VisualModel:
             ValueError: if the images do not have the size that the model was made for, or a reducer cannot do what it
                 is asked to.
         """
-        size = self.config.vision_config.image_size
-        if tuple(pixel_values.shape[-2:]) != (size, size):
-            raise ValueError(
-                f"`pixel_values` has images of {tuple(pixel_values.shape[-2:])} pixels; this model's images have "
-                f"{size} pixels a side."
-            )
         steps, budget = schedule.steps, schedule.of_units(units.sample, units.sizes)
         needs = {need for step in steps for need in step.reducer.needs}
         num_keep = budget.of_step(steps[0], units.sizes)
@@ -95,6 +90,7 @@ class VisualModel:
         features.question = question if "question" in needs else None
         features.question_ids = question_ids if "question_ids" in needs else None
         features.pixel_values = pixel_values if "pixel_values" in needs else None
+        features.fingerprint = self.fingerprints(pixel_values) if "fingerprint" in needs else None
         is_projected = False
         for number, step in enumerate(steps):
             entering = (features.positions >= 0).sum(dim=-1).cpu()
@@ -112,20 +108,21 @@ class VisualModel:
         decoder = steps[-1] if steps[-1].reducer.stage == "decoder" else None
         return VisualTokens(features, selection, is_projected, decoder, num_keep if decoder else None)
 
-    def embeddings(self, tokens: VisualTokens, units: Units, in_place: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def fingerprints(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """A number for each image that depends on its pixels alone, `[num_units]` int64 on the CPU."""
+        return torch.tensor([fingerprint(image) for image in pixel_values])
+
+    def embeddings(self, tokens: VisualTokens, units: Units, in_place: bool) -> tuple[VisualEmbeddings, torch.Tensor]:
         """
         What stands at the placeholders of a prompt, in the decoder's space; `in_place`, whether every visual token of
         the whole images has its place, and those that left are zero.
 
         Returns:
-            The embeddings `[filled placeholders, text_hidden_size]` in the order of their placeholders, and for every
-            placeholder whether it stays, `[num_placeholders]` bool.
+            The embeddings of the filled placeholders, and for every placeholder whether it stays,
+            `[num_placeholders]` bool.
         """
         features, is_unit_token = tokens.features, units.is_token.to(tokens.features.positions.device)
-        is_left = features.positions >= 0
-        stays = torch.zeros(len(is_left), features.num_patches + 1, dtype=torch.bool, device=is_left.device)
-        stays = stays.scatter(1, features.positions.masked_fill(~is_left, features.num_patches), True)
-        stays = stays[:, :-1]
+        is_left, stays = features.positions >= 0, tokens_left(features)
         embeds = features.patches.masked_fill(~is_left[..., None], 0.0)
         if in_place:
             placed = embeds.new_zeros(*stays.shape, embeds.shape[-1])
@@ -137,7 +134,7 @@ class VisualModel:
             embeds = torch.cat([features.cls, embeds], dim=1)
             is_left = nn.functional.pad(is_left, (1, 0), value=True)
         embeds = embeds if tokens.is_projected else self.projector(embeds)
-        return embeds[is_left], column_stays
+        return VisualEmbeddings(embeds[is_left]), column_stays
 
     def _require_no_gates(self, selection: Selection, step: Step) -> None:
         if selection.gates is not None and self.config.gradient_gates == "attention":
@@ -168,13 +165,17 @@ class VisualModel:
         question: torch.Tensor | None,
     ) -> tuple[VisionFeatures, Selection]:
         """The tower's tokens, reduced on the way if the first step acts there."""
+        size = self.config.vision_config.image_size
+        if tuple(pixel_values.shape[-2:]) != (size, size):
+            raise ValueError(
+                f"`pixel_values` has images of {tuple(pixel_values.shape[-2:])} pixels; this model's images have "
+                f"{size} pixels a side."
+            )
         steps, first = schedule.steps, schedule.steps[0].reducer
         fraction, meets_budget = self._budget_fraction(schedule, units)
         if fraction is not None:
             fraction = fraction.to(input_device(self.tower, pixel_values))
-        attention_layers = sorted(
-            {layer for step in steps if "attention" in step.reducer.needs for layer in step.reducer.attention_layers}
-        )
+        attention_layers = wanted_layers(steps)
         if question is None and meets_budget and self.config.question_aware:
             question = fraction.new_zeros(len(fraction), self.config.text_config.hidden_size, dtype=self.tower.dtype)
         arguments = {
@@ -225,3 +226,16 @@ class VisualModel:
         return replace(
             features, patches=patches, cls=cls, tower_patches=features.patches if with_tower_patches else None
         )
+
+
+def wanted_layers(steps: list[Step]) -> list[int]:
+    """The tower layers whose attention a stack reads."""
+    reading = [step.reducer for step in steps if "attention" in step.reducer.needs]
+    return sorted({layer for reducer in reading for layer in reducer.attention_layers})
+
+
+def tokens_left(features: VisionFeatures) -> torch.Tensor:
+    """`[num_units, N]` bool, the places at which a token is left."""
+    is_left = features.positions >= 0
+    left = torch.zeros(len(is_left), features.num_patches + 1, dtype=torch.bool, device=is_left.device)
+    return left.scatter(1, features.positions.masked_fill(~is_left, features.num_patches), True)[:, :-1]

@@ -1,0 +1,112 @@
+"""LLaVA-NeXT and LLaVA-OneVision: a small view of the whole image, and tiles put together with their padding cut off.
+
+An image is two units: the whole view, a square, and the tiles, h rows of w tokens with a newline behind every row.
+Newlines are separators: they are not counted, and never chosen.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+from transformers.utils import ModelOutput
+
+from .encoded import KINDS, EncodingFamily, KindUnits
+
+
+class AnyResFamily(EncodingFamily):
+    """What a token is made of is found by sending marked values through the family's own packing."""
+
+    why_not_in_decoder = None
+
+    def units(self, model: PreTrainedModel, kind: str, output: ModelOutput, inputs: Mapping[str, Any]) -> KindUnits:
+        """See [`EncodingFamily.units`]."""
+        side = self._side(model)
+        ones = torch.ones(sum(self._num_tiles(model, inputs)) * side * side, 1)
+        grids, separators = [], []
+        for packed in self._packed(model, ones, inputs):
+            is_separator = packed[:, 0] == 0
+            rows, rest = int(is_separator.sum()), len(packed) - side * side
+            grids.append((1, side, side))
+            if rest > rows:
+                grids.append((1, rows, rest // rows - 1))
+            separators.append(is_separator)
+        return KindUnits(grids, torch.cat(separators))
+
+    def pixels(
+        self, model: PreTrainedModel, kind: str, inputs: Mapping[str, Any], num_units: int
+    ) -> list[torch.Tensor]:
+        """See [`EncodingFamily.pixels`]."""
+        if kind == "video":
+            return super().pixels(model, kind, inputs, num_units)
+        pairs = zip(self._tiles(model, inputs), self._num_tiles(model, inputs), strict=True)
+        return [part for tiles, number in pairs for part in (tiles[:1], tiles[1:number])[: 1 + (number > 1)]]
+
+    def pooled(
+        self, model: PreTrainedModel, kind: str, values: torch.Tensor, inputs: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """See [`EncodingFamily.pooled`]."""
+        if kind == "image":
+            return torch.cat(list(self._packed(model, values, inputs)))
+        videos = len(inputs[KINDS["video"]])
+        pooled = model.base_model.apply_pooling(values.unflatten(0, (-1, self._side(model) ** 2)))
+        pooled = pooled.reshape(videos, -1, values.shape[-1])
+        return torch.nn.functional.pad(pooled, (0, 0, 0, 1)).flatten(0, 1)
+
+    def _packed(self, model: PreTrainedModel, values: torch.Tensor, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Values of patches `[num_patches, channels]` packed image by image, newlines 0."""
+        tiles = values.unflatten(0, (-1, self._side(model) ** 2)).split(self._num_tiles(model, inputs))
+        newline = values.new_zeros(values.shape[-1])
+        return model.base_model.pack_image_features(
+            tiles, inputs["image_sizes"], image_newline=newline, **self._packing(model, inputs)
+        )[0]
+
+    def _packing(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        # Only read for a warning.
+        return {"vision_feature_select_strategy": "full"}
+
+    def _num_tiles(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int]:
+        config = model.config
+        return [
+            image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
+            for size in inputs["image_sizes"]
+        ]
+
+    def _tiles(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+        pixels = inputs[KINDS["image"]]
+        return list(pixels if pixels.dim() == 5 else pixels.split(self._num_tiles(model, inputs)))
+
+    @staticmethod
+    def _side(model: PreTrainedModel) -> int:
+        return model.config.vision_config.image_size // model.config.vision_config.patch_size
+
+
+class LlavaOnevisionFamily(AnyResFamily):
+    """Only the image of a prompt that has one is tiled; of videos frames are pooled two by two."""
+
+    takes_tensor = ("video",)
+
+    def units(self, model: PreTrainedModel, kind: str, output: ModelOutput, inputs: Mapping[str, Any]) -> KindUnits:
+        """See [`EncodingFamily.units`]: a video's frames are squares, and a newline stands at its end."""
+        if kind == "image":
+            return super().units(model, kind, output, inputs)
+        side = -(-self._side(model) // 2)
+        lengths = [len(entry) for entry in output.pooler_output]
+        is_separator = torch.zeros(sum(lengths), dtype=torch.bool)
+        is_separator[torch.tensor(lengths).cumsum(0) - 1] = True
+        return KindUnits([((length - 1) // side**2, side, side) for length in lengths], is_separator)
+
+    def _packing(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        given = inputs.get("vision_aspect_ratio")
+        return {"vision_aspect_ratio": model.config.vision_aspect_ratio if given is None else given}
+
+    def _num_tiles(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int]:
+        tiles, in_prompt = super()._num_tiles(model, inputs), inputs.get("batch_num_images")
+        if in_prompt is None:
+            return tiles
+        is_alone = [number == 1 for number in in_prompt.tolist() for _ in range(number)]
+        return [number if alone else 1 for number, alone in zip(tiles, is_alone, strict=True)]
+
+
+LLAVA_NEXT, LLAVA_ONEVISION = AnyResFamily(), LlavaOnevisionFamily()

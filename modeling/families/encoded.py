@@ -1,0 +1,196 @@
+"""A family whose own encoder makes the visual tokens of a prompt, and which takes them back as encoder outputs.
+
+That is the seam of transformers 5: `get_image_features` and `get_video_features` encode, `mm_encoder_outputs` takes
+what they made, and a placeholder stands in the prompt for every row of it. An adapter says what the rows are.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from ..prompt import count_positions
+from ..reducers.base import TokenReducer
+from .base import Family, Units
+
+KINDS = {"image": "pixel_values", "video": "pixel_values_videos"}
+
+
+@dataclass
+class KindUnits:
+    """
+    The units of one kind, images or videos, in the order of their placeholders.
+
+    Attributes:
+        grids: frames, rows and columns in which the tokens of each unit stand.
+        is_separator: `[rows of the encoder's output]` bool on the CPU; separators are no visual tokens.
+    """
+
+    grids: list[tuple[int, int, int]]
+    is_separator: torch.Tensor
+
+
+class EncodingFamily(Family):
+    """
+    The default adapter: every entry of the encoder's output is a unit, a square grid of tokens without separators, and
+    a token is a patch. A family overrides what is not so.
+
+    Attributes:
+        first_position: the position of a prompt's first token where the family's forward counts.
+        shares_placeholder: whether videos have the placeholders of images.
+        why_not_in_decoder: why the loop over decoder layers cannot stand in for the family's own, which may do more
+            with embeddings than to put features in the places of placeholders; `None` where it can.
+    """
+
+    first_position: int = 0
+    shares_placeholder: bool = False
+    why_not_in_decoder: str | None = "it acts inside the decoder, whose inputs are not known for this family."
+
+    def kinds(self, config: PreTrainedConfig, input_ids: torch.Tensor) -> torch.Tensor:
+        """See [`Family.kinds`]."""
+        kinds = torch.full_like(input_ids, -1)
+        for number, kind in enumerate(KINDS):
+            if (token := getattr(config, f"{kind}_token_id", None)) is not None:
+                kinds = kinds.masked_fill(input_ids == token, number)
+        return kinds
+
+    def placeholders(self, config: PreTrainedConfig, input_ids: torch.Tensor) -> torch.Tensor:
+        """See [`Family.placeholders`]."""
+        return self.kinds(config, input_ids) >= 0
+
+    def units(self, model: PreTrainedModel, kind: str, output: ModelOutput, inputs: Mapping[str, Any]) -> KindUnits:
+        """
+        The units of one kind.
+
+        Args:
+            model: with a head.
+            kind: `"image"` or `"video"`.
+            output: of the family's encoder; `pooler_output` has an entry for each image, `[rows, hidden_size]`.
+            inputs: of the call: pixels, grids, sizes.
+        """
+        sizes = [entry.reshape(-1, entry.shape[-1]).shape[0] for entry in output.pooler_output]
+        return KindUnits([square_or_row(size) for size in sizes], torch.zeros(sum(sizes), dtype=torch.bool))
+
+    def pixels(
+        self, model: PreTrainedModel, kind: str, inputs: Mapping[str, Any], num_units: int
+    ) -> list[torch.Tensor]:
+        """The pixels of each unit of a kind, in whatever shape."""
+        pixels, grids = inputs[KINDS[kind]], inputs.get(f"{kind}_grid_thw")
+        return list(pixels if grids is None else pixels.split(grids.prod(dim=-1).tolist()))
+
+    def positions(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        inputs: Mapping[str, Any],
+    ) -> torch.Tensor:
+        """Positions `[..., batch, sequence]` of a prompt by itself, from 0, as `generate` counts them."""
+        return count_positions(attention_mask)
+
+    def why_not(self, config: PreTrainedConfig, reducer: TokenReducer) -> str | None:
+        """Why a reducer cannot act on this family, or `None` if it can."""
+        if reducer.stage == "decoder" and self.why_not_in_decoder is not None:
+            return self.why_not_in_decoder
+        unknown = sorted({"pixel_values", "tower_patches"} & set(reducer.needs))
+        if unknown:
+            return f"it reads {' and '.join(unknown)}, which this family's encoder does not show."
+        if getattr(reducer, "attention", None) == "single_head":
+            return (
+                "`attention` is 'single_head', which compares CLS's query with the keys of all heads at once, and "
+                "this family shows attention head by head; use attention='per_head'."
+            )
+        return None
+
+    # What a tower's attention says, in terms of tokens.
+
+    def tower(self, model: PreTrainedModel) -> nn.Module:
+        """The vision tower."""
+        return model.get_encoder(modality="image")
+
+    def attention_module(self, model: PreTrainedModel, layer: int) -> nn.Module:
+        """The attention of the tower's layer `layer`, from 0."""
+        blocks = max((m for m in self.tower(model).modules() if isinstance(m, nn.ModuleList)), key=len)
+        return next(m for m in blocks[layer].modules() if type(m).__name__.endswith("Attention"))
+
+    def pooled(
+        self, model: PreTrainedModel, kind: str, values: torch.Tensor, inputs: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """
+        Values of patches as values of tokens, sent the way that the family sends features.
+
+        Args:
+            model: with a head.
+            kind: of the units.
+            values: `[num_patches, channels]`, in the order in which the tower's layer had them.
+            inputs: of the call.
+
+        Returns:
+            `[rows of the encoder's output, channels]`; whatever for separators.
+        """
+        return values
+
+    def images_of_attention(
+        self, model: PreTrainedModel, kind: str, query: torch.Tensor, key: torch.Tensor, inputs: Mapping[str, Any]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """One call of the tower's attention as calls for images that do not see each other."""
+        return [(query, key)]
+
+
+def square_or_row(size: int) -> tuple[int, int, int]:
+    """The grid of so many tokens: a square where they make one, and a row elsewhere."""
+    side = round(size**0.5)
+    return (1, side, side) if side * side == size else (1, 1, size)
+
+
+def units_of_kinds(kinds: torch.Tensor, found: Mapping[str, KindUnits]) -> Units:
+    """
+    The units of a batch, in the order of their first placeholders.
+
+    Args:
+        kinds: `[batch, sequence]`, see [`EncodingFamily.kinds`].
+        found: the units of each kind that there is.
+
+    Raises:
+        ValueError: if a kind has other than as many placeholders as its encoder made rows.
+    """
+    is_placeholder, at = kinds >= 0, kinds.cpu()
+    where = (at >= 0).nonzero()
+    of_place = at[at >= 0]
+    token, unit_of = torch.full_like(of_place, -1), torch.full_like(of_place, -1)
+    grids, number = [], 0
+    for index, kind in enumerate(KINDS):
+        places = (of_place == index).nonzero()[:, 0]
+        own = found.get(kind)
+        rows = 0 if own is None else len(own.is_separator)
+        if len(places) != rows:
+            raise ValueError(
+                f"`input_ids` has {len(places)} {kind} placeholder tokens, and the {kind}s that were given need "
+                f"{rows}; the processor writes as many as are needed."
+            )
+        if own is None:
+            continue
+        sizes = torch.tensor([frames * height * width for frames, height, width in own.grids])
+        unit_of[places[~own.is_separator]] = torch.arange(len(sizes)).repeat_interleave(sizes) + number
+        grids += own.grids
+        number += len(sizes)
+    is_token = unit_of >= 0
+    first = torch.full((number,), len(unit_of)).scatter_reduce(0, unit_of[is_token], is_token.nonzero()[:, 0], "amin")
+    order = first.argsort()
+    unit_of[is_token] = order.argsort()[unit_of[is_token]]
+    # Tokens are counted unit by unit; within one they stand in the order of their placeholders.
+    by_unit = unit_of.masked_fill(~is_token, number).argsort(stable=True)[: int(is_token.sum())]
+    token[by_unit] = torch.arange(len(by_unit))
+    grids = [grids[index] for index in order.tolist()]
+    return Units(
+        sample=where[first[order], 0],
+        sizes=torch.tensor([frames * height * width for frames, height, width in grids]),
+        grids=[(frames * height, width) for frames, height, width in grids],
+        token=token.to(is_placeholder.device),
+        frames=[frames for frames, _, _ in grids],
+        order=order,
+    )

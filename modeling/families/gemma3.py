@@ -1,0 +1,34 @@
+"""Gemma 3 and PaliGemma: images of one size, whose columns see each other in both directions."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .encoded import EncodingFamily
+
+
+class Gemma3Family(EncodingFamily):
+    """The projector takes the mean of the patches of a square."""
+
+    takes_tensor = ("image",)
+
+    def pooled(
+        self, model: PreTrainedModel, kind: str, values: torch.Tensor, inputs: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """See [`EncodingFamily.pooled`]."""
+        projector = model.base_model.multi_modal_projector
+        side = projector.patches_per_image
+        images = values.unflatten(0, (-1, side * side)).transpose(1, 2).unflatten(2, (side, side))
+        return projector.avg_pool(images).flatten(2).transpose(1, 2).flatten(0, 1)
+
+
+class PaliGemmaFamily(EncodingFamily):
+    """A token is a patch, and positions begin at 1."""
+
+    takes_tensor = ("image",)
+    first_position = 1
+
+
+GEMMA3, PALIGEMMA = Gemma3Family(), PaliGemmaFamily()

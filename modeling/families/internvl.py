@@ -1,0 +1,28 @@
+"""InternVL: every tile is a unit, and a token is made of the patches of a square."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .encoded import EncodingFamily
+
+
+class InternVLFamily(EncodingFamily):
+    """Frames of a video are images."""
+
+    why_not_in_decoder = None
+    takes_tensor = ("image",)
+
+    def pooled(
+        self, model: PreTrainedModel, kind: str, values: torch.Tensor, inputs: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """See [`EncodingFamily.pooled`]: the mean over what the family's pixel shuffle puts side by side."""
+        vision, channels = model.config.vision_config, values.shape[-1]
+        sides = [image // patch for image, patch in zip(vision.image_size, vision.patch_size, strict=True)]
+        shuffled = model.base_model.pixel_shuffle(values.view(-1, *sides, channels), model.config.downsample_ratio)
+        return shuffled.reshape(-1, shuffled.shape[-1] // channels, channels).mean(dim=1)
+
+
+INTERNVL = InternVLFamily()

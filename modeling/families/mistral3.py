@@ -1,0 +1,57 @@
+"""Mistral 3: images of any size, all of a call in one sequence of the tower, each seeing only itself."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .encoded import KINDS, EncodingFamily, KindUnits
+
+
+class Mistral3Family(EncodingFamily):
+    """Breaks between rows are text; a token is made of the patches of a square."""
+
+    why_not_in_decoder = None
+
+    def units(self, model: PreTrainedModel, kind: str, output: ModelOutput, inputs: Mapping[str, Any]) -> KindUnits:
+        """See [`EncodingFamily.units`]."""
+        merge = model.config.spatial_merge_size
+        grids = [(1, height // merge, width // merge) for height, width in self._patches(model, inputs)]
+        return KindUnits(grids, torch.zeros(sum(height * width for _, height, width in grids), dtype=torch.bool))
+
+    def pixels(
+        self, model: PreTrainedModel, kind: str, inputs: Mapping[str, Any], num_units: int
+    ) -> list[torch.Tensor]:
+        """See [`EncodingFamily.pixels`]: without the padding of smaller images."""
+        pairs = zip(inputs[KINDS[kind]], inputs["image_sizes"].tolist(), strict=True)
+        return [pixels[:, :height, :width] for pixels, (height, width) in pairs]
+
+    def images_of_attention(
+        self, model: PreTrainedModel, kind: str, query: torch.Tensor, key: torch.Tensor, inputs: Mapping[str, Any]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """See [`EncodingFamily.images_of_attention`]."""
+        lengths = [height * width for height, width in self._patches(model, inputs)]
+        return list(zip(query.split(lengths, dim=2), key.split(lengths, dim=2), strict=True))
+
+    def pooled(
+        self, model: PreTrainedModel, kind: str, values: torch.Tensor, inputs: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """See [`EncodingFamily.pooled`]."""
+        merge, sizes = model.config.spatial_merge_size, self._patches(model, inputs)
+        pooled = []
+        for own, (height, width) in zip(values.split([h * w for h, w in sizes]), sizes, strict=True):
+            image = own.T.reshape(1, -1, height, width)
+            pooled.append(nn.functional.avg_pool2d(image, merge).flatten(2)[0].T)
+        return torch.cat(pooled)
+
+    @staticmethod
+    def _patches(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
+        """Rows and columns of patches of each image."""
+        patch = model.config.vision_config.patch_size
+        return [(height // patch, width // patch) for height, width in inputs["image_sizes"].tolist()]
+
+
+MISTRAL3 = Mistral3Family()

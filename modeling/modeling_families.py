@@ -1,0 +1,589 @@
+"""The budget on other families: each class is the family's own with two mixins in front of it.
+
+`AdaVTPQwen2_5_VLForConditionalGeneration` is transformers' `Qwen2_5_VLForConditionalGeneration`, which sees a prompt
+with fewer placeholders and as many features. There is one class for each family, made when it is asked for by
+its name; what is particular about the family is said by its adapter.
+"""
+
+import inspect
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import (
+    AutoProcessor,
+    BatchFeature,
+    Cache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.utils import ModelOutput, can_return_tuple
+
+from ..configuration.configuration_families import PREFIX, family_config_class
+from .budget.schedule import StackBudget
+from .decoder.loop import layer_masks, run_decoder
+from .decoder.policy import DecoderPolicy
+from .decoder.pruned_cache import NewColumns, behind_cache, has_layer_columns, pending_policy, pruned_cache
+from .families.adapters import adapter_of
+from .families.base import Units
+from .families.encoded import KINDS, EncodingFamily
+from .generation_adavtp import AdaVTPGenerationMixin
+from .hub.custom_reducers import CustomReducersMixin
+from .hub.loading import CompleteLoadingMixin
+from .hub.saving import CODE_FOLDER, SelfContainedMixin, own_class, without_auto_class
+from .processing_adavtp import images_of_prompts, readable_images
+from .prompt import Prompt, check_columns, without_first_labels
+from .prompt_reduction import PromptReductionMixin
+from .reducers.adaptive import VisionTokenController
+from .reducers.bank import ReducerBank, ReducerSpec, Step, named
+from .reducers.published import PUBLISHED_REDUCERS
+from .reducers.token_fusion import ZeroLinear
+from .vision.budget_token import BudgetToken
+from .vision.family_visual import FamilyVisual
+
+HEAD = "ForConditionalGeneration"
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+_OWN_ARGUMENTS = ("token_budget", "reducer", "selection_output")
+
+
+class FamilyReductionMixin(PromptReductionMixin):
+    """Drops visual tokens from what a family's own encoder made, before its own forward reads them."""
+
+    family: EncodingFamily
+
+    @property
+    def prompt_decoder(self) -> PreTrainedModel:
+        """The family's text model."""
+        return self.get_decoder()
+
+    @property
+    def prompt_reader(self) -> "FamilyReductionMixin":
+        """See [`AdaVTPGenerationMixin.prompt_reader`]."""
+        return self
+
+    @property
+    def bank(self) -> ReducerBank:
+        """The reducers that this model has."""
+        return ReducerBank(self.config, self.controller, self.reducers, self._reducers_of_calls)
+
+    def set_reducer(self, reducer: ReducerSpec, **parameters: Any) -> None:
+        """See [`ReducerBank.set_reducer`]."""
+        self.bank.set_reducer(reducer, **parameters)
+
+    def steps(self, reducer: ReducerSpec | None = None) -> list[Step]:
+        """See [`ReducerBank.steps`]; a `ValueError` if one of them cannot act on this family, with the reason."""
+        steps = self.bank.steps(reducer)
+        for step in steps:
+            if (reason := self.family.why_not(self.config, step.reducer)) is not None:
+                raise ValueError(f"Reducer {step.name!r} cannot act on a {self.config.model_type!r} model: {reason}")
+        return steps
+
+    def images_in(self, arguments: dict[str, Any]) -> dict[str, Any] | None:
+        """Pixels, grids and sizes among the arguments of a call, taken out of them; `None` if there are no images."""
+        if all(arguments.get(pixels) is None or len(arguments[pixels]) == 0 for pixels in KINDS.values()):
+            return None
+        names = [name for kind in KINDS for name in self._encoder_arguments(kind)]
+        names += [name for name in ("second_per_grid_ts",) if name in arguments]
+        return {name: arguments.pop(name) for name in dict.fromkeys(names) if arguments.get(name) is not None}
+
+    def encoded(self, kind: str, images: Mapping[str, Any]) -> ModelOutput:
+        """What the family's encoder makes of the images, or the videos, of a call."""
+        arguments = {name: images[name] for name in self._encoder_arguments(kind) if name in images}
+        return getattr(self.base_model, f"get_{kind}_features")(**arguments, return_dict=True)
+
+    def looked_at(
+        self, input_ids: torch.Tensor, images: Mapping[str, Any], steps: list[Step]
+    ) -> tuple[FamilyVisual, Units]:
+        """See [`PromptReductionMixin.looked_at`]."""
+        kinds = self.family.kinds(self.config, input_ids)
+        if self.family.shares_placeholder and images.get(KINDS["image"]) is None:
+            kinds = kinds.clamp(max=0) + (kinds >= 0).long()
+        visual = FamilyVisual(self, kinds, images, steps)
+        return visual, visual.units
+
+    def refuse_placeholders(self, input_ids: torch.Tensor) -> None:
+        """See [`PromptReductionMixin.refuse_placeholders`]."""
+        count = int(self.family.placeholders(self.config, input_ids).sum())
+        if count:
+            raise ValueError(
+                f"`input_ids` has {count} placeholder tokens of images or videos and none were given; pass their "
+                "pixels, as the processor returns them."
+            )
+
+    def refuse_other_features(self, arguments: Mapping[str, Any]) -> None:
+        """What the family's encoder is asked for, it makes."""
+
+    def token_types_of(self, arguments: Mapping[str, Any], num_columns: int) -> dict[str, torch.Tensor]:
+        """See [`PromptReductionMixin.token_types_of`]."""
+        given = {name: arguments[name] for name in TOKEN_TYPES if arguments.get(name) is not None}
+        return {name: columns[:, -num_columns:] for name, columns in given.items()}
+
+    def with_own_positions(
+        self, new: NewColumns, images: Mapping[str, Any] | None, arguments: Mapping[str, Any]
+    ) -> NewColumns:
+        """See [`PromptReductionMixin.with_own_positions`]."""
+        given = dict(images or {}) | self.token_types_of(arguments, new.input_ids.shape[1])
+        own = self.family.positions(self, new.input_ids, new.attention_mask, given)
+        begin = new.begin
+        if begin.dim() < own.dim() - 1:
+            begin = begin.expand(own.shape[:-1])
+        position_ids = (begin[..., None] + own).masked_fill(new.attention_mask == 0, 0)
+        return replace(new, position_ids=position_ids, begin=begin)
+
+    def _encoder_arguments(self, kind: str) -> tuple[str, ...]:
+        encoder = getattr(self.base_model, f"get_{kind}_features", None)
+        names = () if encoder is None else inspect.signature(encoder).parameters
+        return tuple(name for name in names if name not in ("kwargs", "return_dict"))
+
+
+class FamilyGenerationMixin(AdaVTPGenerationMixin):
+    """Teaches a family's `generate` to prune the prompt, and to be called with an image and a question."""
+
+    def _saved_processor(self) -> ProcessorMixin:
+        return AutoProcessor.from_pretrained(self.name_or_path, trust_remote_code=self.trusts_remote_code)
+
+    def _inputs_of_questions(self, images: Any, prompts: str | Sequence[str]) -> BatchFeature:
+        """Inputs for `generate`: questions in the family's chat template, with their images before them."""
+        shown, prompts = images_of_prompts(images, prompts)
+        conversations = []
+        for group, prompt in zip(shown, prompts, strict=True):
+            pictures = [{"type": "image", "image": image} for image in (readable_images(group) if group else [])]
+            content = [*pictures, {"type": "text", "text": prompt}]
+            conversations.append([{"role": "user", "content": content}])
+        return self.processor.apply_chat_template(
+            conversations,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            padding=True,
+        )
+
+    def _prepare_position_ids_for_generation(
+        self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """Behind a cache positions are counted anew once it is known what the cache stands for."""
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and int(cache.get_seq_length()) > 0:
+            return GenerationMixin._prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs)
+        return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+
+
+class FamilyModelMixin(
+    CompleteLoadingMixin, CustomReducersMixin, SelfContainedMixin, FamilyReductionMixin, FamilyGenerationMixin
+):
+    """
+    A family's model with a budget. Stands before the family's class.
+
+    Args:
+        config: the family's configuration with a budget's fields.
+    """
+
+    is_sharded = False
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.budget_token = BudgetToken(config)
+        self.controller = VisionTokenController(config)
+        self.reducers = nn.ModuleDict()
+        self._reducers_of_calls: dict[tuple[Any, ...], nn.Module] = {}
+        self.bank.add(config.reducers)
+        in_use = {named(entry)[0] for entry in config.reducers}
+        for entry in config.trained_reducers:
+            if named(entry)[0] not in in_use:
+                self.bank.add([entry])
+        self.post_init()
+
+    @cached_property
+    def family(self) -> EncodingFamily:
+        """What is particular about the family."""
+        return adapter_of(self.config)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ZeroLinear):
+            module.reset_parameters()
+
+    def auto_map(self) -> dict[str, str]:
+        """See [`SelfContainedMixin.auto_map`]; the processor is the family's."""
+        model = f"{CODE_FOLDER}/modeling_families.{own_class(type(self)).__name__}"
+        configuration = f"{CODE_FOLDER}/configuration_families.{self.config_class.__name__}"
+        kinds = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+        return {"AutoConfig": configuration, **dict.fromkeys(kinds, model)}
+
+    def save_code(self, folder: Path) -> None:
+        """Writes the model's code into `folder`, and the family's own name where engines look for one."""
+        super().save_code(folder)
+        self.config.architectures = [own_class(type(self)).__name__.removeprefix(PREFIX)]
+        with without_auto_class(type(self.config)):
+            self.config.save_pretrained(folder)
+
+    @torch.no_grad()
+    def select_tokens(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        token_budget: StackBudget | None = None,
+        reducer: ReducerSpec | None = None,
+        **inputs: Any,
+    ) -> Any:
+        """
+        Chooses the visual tokens that `forward` and `generate` would keep.
+
+        Args:
+            input_ids, attention_mask, labels: see `forward`.
+            token_budget, reducer: see `forward`.
+            inputs: pixels, grids, sizes and token types, as the processor returns them.
+
+        Returns:
+            `Selection` for every unit.
+        """
+        images = self.images_in(inputs)
+        prompt = self._prompt(input_ids, attention_mask, None, labels, images, inputs)[1]
+        return self.prepare_inputs(
+            prompt, images, self.resolve_budget(token_budget, reducer, len(input_ids))
+        ).selection
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        token_budget: StackBudget | None = None,
+        reducer: ReducerSpec | None = None,
+        selection_output: str | None = None,
+        **inputs: Any,
+    ) -> ModelOutput:
+        """
+        The family's own forward, with three arguments more.
+
+        Args:
+            token_budget: a float in [0, 1] (fraction of each unit's visual tokens that are kept), an int >= 2 (their
+                number), one such value per sample, `{"prompt": n}` (a number for all units of a prompt), or for a
+                stack of reducers a dictionary with a budget for each by name.
+            reducer: what selects in this call, in the form of `set_reducer`; by default the configuration's.
+            selection_output: `"gather"` (dropped columns leave the sequence) or `"mask"` (they stay, hidden).
+            inputs: whatever else the family's forward takes.
+
+        Returns:
+            The family's output, with `selection`, the visual tokens that were kept, and `labels`, those of the kept
+            columns.
+
+        Raises:
+            ValueError: if an argument is not allowed; the message names it, its value and what is allowed.
+        """
+        if input_ids is not None:
+            check_columns(input_ids, labels, position_ids)
+        images = self.images_in(inputs)
+        if images is None:
+            self.checked_output(selection_output)
+            return self._forward_of_text(
+                input_ids,
+                attention_mask,
+                position_ids,
+                past_key_values,
+                inputs_embeds,
+                labels,
+                token_budget,
+                reducer,
+                inputs,
+            )
+        if input_ids is None or (past_key_values is not None and int(past_key_values.get_seq_length()) > 0):
+            raise ValueError(
+                "Images were given with `inputs_embeds`, or with a `past_key_values` that already holds tokens. They "
+                "are placed by the placeholder tokens in `input_ids`; to show one in a later turn call `generate`."
+            )
+        schedule = self.resolve_budget(token_budget, reducer, len(input_ids))
+        new, prompt = self._prompt(input_ids, attention_mask, position_ids, labels, images, inputs)
+        prepared = self.prepare_inputs(prompt, images, schedule, selection_output)
+        self.check_labels_of_choice(prompt, schedule, prepared)
+        pruned = self.pruned_prompt(new, prepared, new.num_columns)
+        columns = {
+            "input_ids": prepared.prompt.input_ids,
+            "attention_mask": prepared.prompt.attention_mask,
+            "position_ids": prepared.prompt.position_ids,
+            "labels": prepared.prompt.labels,
+        }
+        inputs = {name: value for name, value in inputs.items() if name not in TOKEN_TYPES}
+        encoded = prepared.visual.encoder_outputs(self.family.takes_tensor)
+        if prepared.policy is not None:
+            outputs, depth, columns["labels"] = self._run_layers(
+                prepared.policy, encoded, past_key_values=past_key_values, **columns, **inputs
+            )
+            prepared.selection.depth = prepared.policy.depth_of_tokens(prepared.selection.is_token, depth)
+        else:
+            outputs = super().forward(
+                **columns,
+                past_key_values=past_key_values,
+                mm_encoder_outputs=encoded,
+                **prepared.prompt.token_types,
+                **inputs,
+                return_dict=True,
+            )
+        if outputs.past_key_values is not None and pruned is not None:
+            pruned_cache(outputs.past_key_values).prompt = pruned.on_cache()
+        if self.training and outputs.get("loss") is not None and prepared.selection.loss is not None:
+            outputs["loss"] = outputs.loss + prepared.selection.loss.to(outputs.loss.dtype)
+        outputs["selection"], outputs["labels"] = prepared.selection, columns["labels"]
+        return outputs
+
+    def _run_layers(
+        self,
+        policy: DecoderPolicy | None,
+        encoded: dict[str, ModelOutput] | None,
+        input_ids: torch.LongTensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None,
+        past_key_values: Cache | None,
+        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[ModelOutput, torch.Tensor | None, torch.Tensor | None]:
+        """
+        Our loop over the decoder's layers, where they see different columns; and how many layers saw each column of
+        the prompt, and the labels of those that are left.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        deepstack = []
+        for number, kind in enumerate(KINDS):
+            if encoded is None or kind not in encoded:
+                continue
+            kinds = self.family.kinds(self.config, input_ids)
+            places = (kinds >= 0 if self.family.shares_placeholder else kinds == number)[..., None]
+            rows = torch.cat([entry.flatten(0, -2) for entry in encoded[kind].pooler_output]).to(inputs_embeds)
+            inputs_embeds = inputs_embeds.masked_scatter(places, rows)
+            layers = getattr(encoded[kind], "deepstack_features", None) or []
+            added = [torch.zeros_like(inputs_embeds).masked_scatter(places, torch.cat(layer)) for layer in layers]
+            deepstack = [sum(parts) for parts in zip(deepstack, added, strict=True)] if deepstack else added
+        outputs = run_decoder(
+            self.prompt_decoder,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            policy=policy,
+            compact=self.config.visual_position_ids == "compact",
+            deepstack=deepstack,
+            **kwargs,
+        )
+        rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits, loss = self.lm_head(outputs.last_hidden_state[:, rows, :]), None
+        if labels is not None:
+            if outputs.column_index is not None:
+                labels = labels.gather(1, outputs.column_index.clamp(min=0))
+                labels = labels.masked_fill(outputs.column_index < 0, -100)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.get_text_config().vocab_size, **kwargs
+            )
+        made = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return made, outputs.depth, labels
+
+    def _prompt(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None,
+        labels: torch.LongTensor | None,
+        images: Mapping[str, Any],
+        inputs: Mapping[str, Any],
+    ) -> tuple[NewColumns, Prompt]:
+        """A prompt's columns as a caller has them, and as what drops some of them takes them."""
+        token_types = self.token_types_of(inputs, input_ids.shape[1])
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if position_ids is None:
+            position_ids = self.family.positions(self, input_ids, attention_mask, {**images, **token_types})
+            position_ids = position_ids + self.family.first_position
+        new = NewColumns.of_prompt(input_ids, attention_mask, position_ids)
+        prompt = Prompt(input_ids, new.attention_mask, new.position_ids, labels, token_types=token_types)
+        return new, prompt
+
+    def _forward_of_text(
+        self,
+        input_ids: torch.LongTensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None,
+        past_key_values: Cache | None,
+        inputs_embeds: torch.Tensor | None,
+        labels: torch.LongTensor | None,
+        token_budget: StackBudget | None,
+        reducer: ReducerSpec | None,
+        inputs: dict[str, Any],
+    ) -> ModelOutput:
+        """The family's own forward of text, or of what was encoded and pruned already."""
+        if input_ids is not None and inputs.get("mm_encoder_outputs") is None:
+            if past_key_values is None and not torch.compiler.is_compiling():
+                self.refuse_placeholders(input_ids)
+            if token_budget is not None or reducer is not None:
+                self.resolve_budget(token_budget, reducer, len(input_ids))
+            attention_mask, position_ids = behind_cache(input_ids, attention_mask, position_ids, past_key_values)
+        if labels is not None and attention_mask is not None:
+            labels = without_first_labels(labels, attention_mask)
+        policy = pending_policy(past_key_values)
+        if policy is not None or has_layer_columns(past_key_values):
+            encoded = inputs.pop("mm_encoder_outputs", None)
+            for name in TOKEN_TYPES:
+                inputs.pop(name, None)
+            outputs, depth, _ = self._run_layers(
+                policy,
+                encoded,
+                input_ids=input_ids,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                labels=labels,
+                **inputs,
+            )
+            if policy is not None:
+                # In `generate` the prompt was pruned before this call, and its selection waits on the cache.
+                chosen = pruned_cache(past_key_values).prompt.selection
+                chosen.depth = policy.depth_of_tokens(chosen.is_token, depth)
+            return outputs
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            **inputs,
+            return_dict=True,
+        )
+
+
+@cache
+def family_model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """
+    The class of a family's model with a budget.
+
+    Args:
+        stock: the family's `...ForConditionalGeneration`.
+
+    Raises:
+        ValueError: if it does not take `mm_encoder_outputs`, which is where pruned features go in.
+    """
+    known = inspect.signature(stock.forward).parameters
+    if "mm_encoder_outputs" not in known:
+        raise ValueError(
+            f"{stock.__name__} of transformers {transformers.__version__} does not take `mm_encoder_outputs`, through "
+            "which a token budget acts. Use transformers 5.18 or newer, or a family that takes it."
+        )
+    config_class = family_config_class(stock.config_class)
+    name = f"{PREFIX}{stock.__name__}"
+    attributes = {
+        "__module__": __name__,
+        "__doc__": f"[`{stock.__name__}`] with a token budget: `model.generate(**inputs, token_budget=0.4)`.",
+        "__annotations__": {"config": config_class},
+        "config_class": config_class,
+        "readable_model_types": (config_class.model_type,),
+        "forward": _named_forward(stock),
+        "create_masks_for_generate": _masks(stock),
+    }
+    # LLaVA-like files hold names of an older layout, which are mapped by the name of the class.
+    mapping = get_checkpoint_conversion_mapping(stock.__name__) or get_checkpoint_conversion_mapping(
+        stock.config_class.model_type
+    )
+    if mapping is not None:
+        register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
+    return types.new_class(name, (FamilyModelMixin, stock), {}, lambda space: space.update(attributes))
+
+
+def _named_forward(stock: type[PreTrainedModel]) -> Callable[..., Any]:
+    """A forward that names what the family's names and what is ours: `generate` and `Trainer` read the names."""
+
+    def forward(self: FamilyModelMixin, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            kwargs |= dict(zip(list(inspect.signature(stock.forward).parameters)[1:], args, strict=False))
+        return FamilyModelMixin.forward(self, **kwargs)
+
+    signature = inspect.signature(stock.forward)
+    named = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in _OWN_ARGUMENTS]
+    rest = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
+    forward.__signature__ = inspect.Signature([*named, *own, rest])
+    forward.__doc__ = FamilyModelMixin.forward.__doc__
+    return forward
+
+
+def _masks(stock: type[PreTrainedModel]) -> Any:
+    """Ours where layers hold different columns, and elsewhere the family's own."""
+    own = getattr(stock, "create_masks_for_generate", create_masks_for_generate)
+
+    def masks(
+        config: PreTrainedConfig,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> Any:
+        if pruned_cache(past_key_values).policy is not None:
+            # The loop makes them.
+            return attention_mask
+        of_layers = layer_masks(config.get_text_config(), inputs_embeds, attention_mask, past_key_values)
+        if of_layers is not None:
+            return of_layers
+        return own(
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+
+    return staticmethod(masks)
+
+
+def model_class_of(model_type: str) -> type[PreTrainedModel]:
+    """
+    The class with a budget for checkpoints of a `model_type`.
+
+    Raises:
+        ValueError: if transformers has no model of it that reads images and text.
+    """
+    stock = getattr(transformers, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type, ""), None)
+    if stock is None:
+        raise ValueError(
+            f"`model_type` is {model_type!r}, and transformers {transformers.__version__} has no model of it that "
+            "reads images and text; allowed are 'adavtp', 'llava' and the families that `adavtp families` lists."
+        )
+    return family_model_class(stock)
+
+
+def __getattr__(name: str) -> type[PreTrainedModel]:
+    stock = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    if isinstance(stock, type) and issubclass(stock, PreTrainedModel):
+        return family_model_class(stock)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = ["PUBLISHED_REDUCERS"]

@@ -1,0 +1,168 @@
+"""The visual half of a family that encodes its images by itself: what it made is chosen from, and goes back to it."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.utils import ModelOutput
+
+from ..budget.schedule import BudgetSchedule
+from ..budget.selection import Selection
+from ..families.base import Units
+from ..families.encoded import KINDS, EncodingFamily, units_of_kinds
+from ..prompt import VisualEmbeddings
+from ..reducers.bank import Step
+from .attention_rows import noting_inputs, queries_and_keys, received, row_of_cls
+from .features import VisionFeatures, fingerprint
+from .tower import TowerAttention
+from .visual_model import VisualModel, VisualTokens, tokens_left, wanted_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class FamilyVisual(VisualModel):
+    """
+    The visual tokens that a family's encoder made of the images of one call.
+
+    Args:
+        model: the family's, with a head and a budget's modules.
+        kinds: `[batch, sequence]`, whose placeholder each column is.
+        images: pixels, grids and sizes, as the family's encoder takes them.
+        steps: the stack, for the attention that it reads.
+
+    Attributes:
+        units: what the tokens come in.
+        made: what stands at the placeholders of the whole prompt.
+    """
+
+    def __init__(
+        self, model: "PreTrainedModel", kinds: torch.Tensor, images: Mapping[str, Any], steps: list[Step]
+    ) -> None:
+        super().__init__(None, None, model.budget_token, model.config, model.training)
+        self.model, self.images = model, images
+        family: EncodingFamily = model.family
+        layers = wanted_layers(steps)
+        modules = [family.attention_module(model, layer) for layer in layers]
+        outputs, rows, self._found = {}, {layer: [] for layer in layers}, {}
+        for kind, pixels in KINDS.items():
+            if images.get(pixels) is None:
+                continue
+            with noting_inputs(modules) as noted:
+                outputs[kind] = model.encoded(kind, images)
+            self._found[kind] = family.units(model, kind, outputs[kind], images)
+            for layer, module, calls in zip(layers, modules, noted, strict=True):
+                rows[layer].append(self._attention(module, calls, kind))
+        self.units: Units = units_of_kinds(kinds, self._found)
+        self.made = _in_the_order_of_columns(kinds[kinds >= 0], outputs)
+        # The rows of attention come kind by kind.
+        order = _order_of_kinds(kinds[kinds >= 0])
+        self._rows = {layer: torch.cat(parts)[order] for layer, parts in rows.items()}
+        is_token = self.units.token >= 0
+        place = torch.empty(int(is_token.sum()), dtype=torch.long, device=is_token.device)
+        self._place = place.scatter(0, self.units.token[is_token], is_token.nonzero()[:, 0])
+
+    def embeddings(self, tokens: VisualTokens, units: Units, in_place: bool) -> tuple[VisualEmbeddings, torch.Tensor]:
+        """See [`VisualModel.embeddings`]."""
+        features, is_token = tokens.features, units.is_token.to(tokens.features.positions.device)
+        is_left, stays = features.positions >= 0, tokens_left(features)
+        start = (units.sizes.cumsum(0) - units.sizes).to(features.positions.device)
+        place = self._place[(features.positions + start[:, None])[is_left]]
+        column_stays = torch.ones_like(units.token, dtype=torch.bool)
+        column_stays = column_stays.masked_scatter(units.token >= 0, stays[is_token])
+        made = self.made.features
+        if in_place:
+            made = made.masked_fill(~column_stays[:, None], 0.0)
+        placed = made.index_copy(0, place, features.patches[is_left].to(made.dtype))
+        whole = replace(self.made, features=placed)
+        return (whole if in_place else whole.at(column_stays)), column_stays
+
+    def fingerprints(self, images: Mapping[str, Any]) -> torch.Tensor:
+        """See [`VisualModel.fingerprints`]."""
+        family = self.model.family
+        pixels = [
+            own
+            for kind, found in self._found.items()
+            for own in family.pixels(self.model, kind, images, len(found.grids))
+        ]
+        return torch.tensor([fingerprint(own) for own in pixels])[self.units.order]
+
+    def _encode(
+        self,
+        images: Mapping[str, Any],
+        schedule: BudgetSchedule,
+        units: Units,
+        num_keep: torch.Tensor | None,
+        question: torch.Tensor | None,
+    ) -> tuple[VisionFeatures, Selection]:
+        """The family's tokens, padded to the largest unit, and what the budget read of them."""
+        is_token = units.is_token.to(self._place.device)
+        patches = self._of_units(self.made.features, is_token)
+        positions = torch.arange(is_token.shape[1], device=is_token.device).expand(is_token.shape)
+        positions = positions.masked_fill(~is_token, -1)
+        fraction, meets_budget = self._budget_fraction(schedule, units)
+        budget = None
+        if meets_budget:
+            fraction = fraction.to(patches.device)
+            if not self.config.question_aware:
+                question = None
+            elif question is None:
+                question = patches.new_zeros(len(patches), self.config.get_text_config().hidden_size)
+            token = self.budget_token(fraction, question)
+            budget = self.budget_token.cross_attention(token, patches, is_token)
+        attention = {layer: self._attention_of_units(rows, is_token) for layer, rows in self._rows.items()}
+        features = VisionFeatures(
+            patches, positions, budget=budget, attention=attention, num_patches=is_token.shape[1]
+        )
+        return features, Selection(is_token, positions)
+
+    def _projected(self, features: VisionFeatures, with_tower_patches: bool) -> VisionFeatures:
+        """The tokens are in the decoder's space already."""
+        return features
+
+    def _of_units(self, at_placeholders: torch.Tensor, is_token: torch.Tensor) -> torch.Tensor:
+        """Values `[num_placeholders, ...]` as `[num_units, largest N, ...]`, zero behind the last of a unit."""
+        tokens = at_placeholders[self._place]
+        padded = tokens.new_zeros(*is_token.shape, *tokens.shape[1:])
+        return padded.masked_scatter(is_token.reshape(*is_token.shape, *[1] * (tokens.dim() - 1)), tokens)
+
+    def _attention(self, module: nn.Module, calls: list[tuple[tuple, dict[str, Any]]], kind: str) -> torch.Tensor:
+        """Attention and key of every row of the encoder's output in every head, `[rows, heads, 1 + head_dim]`."""
+        values, family = [], self.model.family
+        first = int(self.config.has_cls)
+        for query, key in queries_and_keys(module, calls):
+            for own_query, own_key in family.images_of_attention(self.model, kind, query, key, self.images):
+                row = row_of_cls(own_query, own_key) if first else received(own_query, own_key)
+                joined = torch.cat([row[..., None], own_key[:, :, first:]], dim=-1)
+                values.append(joined.transpose(1, 2).flatten(0, 1))
+        of_patches = torch.cat(values)
+        pooled = family.pooled(self.model, kind, of_patches.flatten(1), self.images)
+        return pooled.unflatten(1, of_patches.shape[1:])
+
+    def _attention_of_units(self, rows: torch.Tensor, is_token: torch.Tensor) -> TowerAttention:
+        padded = self._of_units(rows, is_token).transpose(1, 2)
+        return TowerAttention(None, None, padded[..., 1:], padded[..., 0].contiguous())
+
+
+def _order_of_kinds(kind: torch.Tensor) -> torch.Tensor:
+    """For each placeholder, where its row is when the rows of all images come before those of all videos."""
+    return kind.argsort(stable=True).argsort()
+
+
+def _in_the_order_of_columns(kind: torch.Tensor, outputs: Mapping[str, ModelOutput]) -> VisualEmbeddings:
+    """What encoders made, in the order of its placeholders, whose kinds are `kind` `[num_placeholders]`."""
+    given = [outputs[name] for name in KINDS if name in outputs]
+    features = torch.cat([_rows(output.pooler_output) for output in given])
+    layers = [getattr(output, "deepstack_features", None) or [] for output in given]
+    deepstack = [torch.cat([_rows(layer) for layer in parts]) for parts in zip(*layers, strict=True)]
+    if len(given) == 1:
+        return VisualEmbeddings(features, deepstack, kind)
+    order = _order_of_kinds(kind).to(features.device)
+    return VisualEmbeddings(features[order], [layer[order] for layer in deepstack], kind)
+
+
+def _rows(entries: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+    """The rows of an encoder's output, which may be a tensor or have one for each image."""
+    return torch.cat([entry.reshape(-1, entry.shape[-1]) for entry in entries])

@@ -1,0 +1,182 @@
+"""What a budget promises holds for every family: against the stock class, and against prompts pruned by hand."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from adavtp import AdaVTPForConditionalGeneration
+from adavtp.modeling.decoder.loop import RUNNABLE
+from pruned_by_hand import HandPruned
+from tiny_families import FAMILIES, VIDEO_FAMILIES, Writer, batch_of, budgeted, stock_model, with_budget
+
+TWO_IMAGES = ((2, 2), (1, 2))
+# OneVision tiles no image that comes with others.
+ALIKE = ((2, 2), (2, 2))
+IN_DECODER = [name for name in FAMILIES if stock_model(name).config.text_config.model_type in RUNNABLE]
+
+
+def prompts_of(name: str) -> list:
+    writer = Writer(name)
+    two = ALIKE if name == "llava_onevision" else TWO_IMAGES
+    return [writer.prompt(), writer.prompt(images=two), writer.prompt(images=())]
+
+
+def answers(name: str, prompts: list, side: str = "left", **arguments: object) -> list[list[int]]:
+    batch = batch_of(name, prompts, side)
+    written = budgeted(name).generate(**batch, max_new_tokens=4, do_sample=False, **arguments)
+    return written[:, batch["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_at_full_budget_logits_are_the_stock_class_s_to_the_bit(name: str) -> None:
+    # Without padding: behind it, some families' stock forward counts positions from the padding on.
+    batch = batch_of(name, prompts_of(name)[1:2])
+    with torch.no_grad():
+        assert torch.equal(budgeted(name)(**batch, token_budget=1.0).logits, stock_model(name)(**batch).logits)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_answer_is_the_stock_language_model_s_on_the_prompt_pruned_by_hand(name: str) -> None:
+    prompt = prompts_of(name)[1]
+    selection = budgeted(name).select_tokens(**batch_of(name, [prompt]), token_budget=0.4, reducer="divprune")
+    assert selection.num_keep.tolist() == [max(1, size * 2 // 5) for size in selection.sizes.tolist()]
+    by_hand = HandPruned(name, prompt, selection.keep[selection.is_token])
+    arguments = {"token_budget": 0.4, "reducer": "divprune"}
+    assert answers(name, [prompt], **arguments) == [by_hand.greedy()]
+    if name != "paligemma2":  # whose stock class raises with a static cache
+        assert answers(name, [prompt], cache_implementation="static", **arguments) == [by_hand.greedy()]
+    assert answers(name, [prompt], use_cache=False, **arguments) == [by_hand.greedy()]
+    best = by_hand.beams(2)[0][0]
+    assert answers(name, [prompt], num_beams=2, **arguments) == [best]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tokens_that_were_merged_are_read_where_their_targets_stood(name: str) -> None:
+    prompt = prompts_of(name)[0]
+    batch = batch_of(name, [prompt])
+    outputs = budgeted(name)(**batch, token_budget=0.5, reducer="pool")
+    selection = outputs.selection
+    merged = selection.features[selection.positions >= 0]
+    by_hand = HandPruned(name, prompt, selection.keep[selection.is_token], merged)
+    with torch.no_grad():
+        expected = by_hand.head(by_hand.hidden()[-1:])
+    assert torch.allclose(outputs.logits[0, -1:], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_batch_gives_what_its_prompts_give_alone(name: str, side: str) -> None:
+    prompts, budgets = prompts_of(name), [0.4, 0.7, 1.0]
+    together = answers(name, prompts, side, token_budget=budgets, reducer="cls_attention")
+    pairs = zip(prompts, budgets, strict=True)
+    alone = [answers(name, [prompt], token_budget=b, reducer="cls_attention")[0] for prompt, b in pairs]
+    assert together == alone
+
+
+@pytest.mark.parametrize("name", [name for name in VIDEO_FAMILIES if name != "glm4v"])
+def test_a_video_is_a_unit_beside_images(name: str) -> None:
+    prompt = Writer(name).prompt(images=((2, 2),), videos=((3, 2, 2),))
+    selection = budgeted(name).select_tokens(**batch_of(name, [prompt]), token_budget=0.5, reducer="grid")
+    assert selection.sizes.tolist()[-1] == 12
+    by_hand = HandPruned(name, prompt, selection.keep[selection.is_token])
+    assert answers(name, [prompt], token_budget=0.5, reducer="grid") == [by_hand.greedy()]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_later_turn_reads_what_was_pruned_before(name: str) -> None:
+    model, writer = budgeted(name), Writer(name)
+    first, later = writer.prompt(), writer.prompt(images=(), begins=False)
+    arguments = {"max_new_tokens": 3, "do_sample": False}
+    cut = model.select_tokens(**batch_of(name, [first]), token_budget=0.4, reducer="grid")
+    begun = model.generate(
+        **batch_of(name, [first]), token_budget=0.4, reducer="grid", return_dict_in_generate=True, **arguments
+    )
+    # Another conversation in between leaves nothing on the model.
+    model.generate(**batch_of(name, prompts_of(name)[1:2]), token_budget=0.6, reducer="grid", **arguments)
+    answer = begun.sequences[0, len(first.ids) :].tolist()
+    whole = first + answer + later
+    ids = torch.tensor([whole.ids])
+    types = {key: value for key, value in batch_of(name, [whole]).items() if key.endswith("token_type_ids")}
+    written = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=begun.past_key_values,
+        **types,
+        **arguments,
+    )
+    expected = HandPruned(name, whole, cut.keep[cut.is_token]).greedy(3)
+    assert written[0, len(whole.ids) :].tolist() == expected
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_both_forms_of_training_have_one_loss_and_every_trained_part_a_gradient(name: str) -> None:
+    model = with_budget(name).train()
+    batch = batch_of(name, prompts_of(name)[:2])
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    labels[:, :-4] = -100
+    losses = {}
+    for form in ("gather", "mask"):
+        torch.manual_seed(0)
+        outputs = model(**batch, labels=labels, token_budget=0.5, reducer="adaptive", selection_output=form)
+        losses[form] = outputs.loss
+    assert torch.allclose(losses["gather"], losses["mask"], atol=1e-6)
+    losses["gather"].backward()
+    for key, parameter in model.named_parameters():
+        if key.startswith(("budget_token", "controller")):
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+    assert model.controller.score.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", IN_DECODER)
+def test_fastv_leaves_in_the_decoder_what_it_leaves_alone(name: str) -> None:
+    prompts, arguments = prompts_of(name), {"reducer": {"name": "fastv", "layer": 2}}
+    selection = budgeted(name)(**batch_of(name, prompts[:1]), token_budget=0.75, **arguments).selection
+    depth = selection.depth[selection.is_token]
+    assert set(depth.tolist()) == {2, 4} and depth.sum() == int(0.75 * len(depth)) * 4
+    together = answers(name, prompts, token_budget=[0.75, 0.6, 1.0], **arguments)
+    alone = [
+        answers(name, [p], token_budget=b, **arguments)[0] for p, b in zip(prompts, (0.75, 0.6, 1.0), strict=True)
+    ]
+    assert together == alone
+    assert together == answers(
+        name, prompts, token_budget=[0.75, 0.6, 1.0], cache_implementation="static", **arguments
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in IN_DECODER])
+def test_where_the_loop_cannot_run_a_decoder_a_reducer_inside_it_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="'fastv' cannot act on a .* it acts inside the decoder"):
+        budgeted(name)(**batch_of(name, prompts_of(name)[:1]), token_budget=0.5, reducer="fastv")
+
+
+@pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl", "gemma3"])
+def test_a_stock_checkpoint_loads_saves_with_its_code_and_stays_its_family_s(name: str, tmp_path: Path) -> None:
+    stock_model(name).save_pretrained(tmp_path / "stock")
+    model = AdaVTPForConditionalGeneration.from_pretrained(tmp_path / "stock", dtype=torch.float64)
+    model.save_pretrained(tmp_path / "ours")
+    batch = batch_of(name, prompts_of(name)[:1])
+    with torch.no_grad():
+        pruned = model(**batch, token_budget=0.4, reducer="grid").logits
+        stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "ours", dtype=torch.float64)
+        assert type(stock) is type(stock_model(name))
+        assert torch.equal(stock(**batch).logits, model(**batch, token_budget=1.0).logits)
+    torch.save({"batch": batch, "pruned": pruned}, tmp_path / "expected.pt")
+    code = (
+        "import sys, torch\n"
+        "from transformers import AutoModelForImageTextToText\n"
+        f"folder = {str(tmp_path)!r}\n"
+        "model = AutoModelForImageTextToText.from_pretrained(\n"
+        "    folder + '/ours', trust_remote_code=True, dtype=torch.float64\n"
+        ")\n"
+        "expected = torch.load(folder + '/expected.pt')\n"
+        "logits = model(**expected['batch'], token_budget=0.4, reducer='grid').logits\n"
+        "assert torch.equal(logits, expected['pruned']) and 'adavtp' not in sys.modules\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment, timeout=120)
