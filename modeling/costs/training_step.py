@@ -141,7 +141,10 @@ def count_training_flops(
     changes = {"min_token_entropy": 0.0, "gradient_gates": step.gates, "image_token_id": 0, "trained_reducers": []}
     num_images = [1] * len(text_tokens) if num_images is None else num_images
     inputs = noise_prompts(config, text_tokens, num_images)
-    counted = _count(weightless_model(config, **changes).train(), inputs | {"token_budget": token_budget}, step)
+    # Text that counts is no answer.
+    labels = torch.full_like(inputs["input_ids"], -100)
+    asked = inputs | {"token_budget": token_budget, "labels": labels}
+    counted = _count(weightless_model(config, **changes).train(), asked, step)
     passes = {"distillation", "relevance"} & set(step.losses)
     if not passes or not sum(num_images):
         return counted

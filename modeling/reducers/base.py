@@ -123,7 +123,10 @@ def raised_to_entropy(scores: torch.Tensor, num_keep: torch.Tensor, min_token_en
 def feature_layers(config: AdaVTPConfig) -> list[int]:
     """The feature layers in the order asked for, as indices of hidden states: 0 the embeddings, l of layer l - 1."""
     layers = getattr(config, "vision_feature_layer", -1)
-    num_states = config.num_tower_layers + 1
+    # Stock LLaVA's configuration has only the tower's own.
+    num_states = 1 + (
+        config.num_tower_layers if hasattr(config, "num_tower_layers") else config.vision_config.num_hidden_layers
+    )
     return [index if index >= 0 else num_states + index for index in ([layers] if isinstance(layers, int) else layers)]
 
 
