@@ -8,7 +8,7 @@ import torch
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..budget.selection import Selection
 from ..budget.top_k import top_k_mask
-from ..vision.features import VisionFeatures
+from ..vision.features import VisionFeatures, fingerprint
 from .base import TokenReducer, register_reducer
 
 
@@ -35,11 +35,14 @@ class RandomReducer(TokenReducer):
         if self.training:
             scores = torch.rand(num_images, num_tokens, device=features.patches.device)
         else:
-            scores = torch.stack([self._scores_of(image, num_tokens) for image in features.fingerprint.tolist()])
+            numbers = features.fingerprint
+            if numbers is None:
+                numbers = torch.tensor([fingerprint(image) for image in features.pixel_values])
+            scores = torch.stack([self._scores_of(number, num_tokens) for number in numbers.tolist()])
         return Selection.from_keep(top_k_mask(scores.to(features.patches.device), num_keep))
 
-    def _scores_of(self, fingerprint: int, num_tokens: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed((fingerprint + self.seed * 1_000_003) % 2**63)
+    def _scores_of(self, number: int, num_tokens: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed((number + self.seed * 1_000_003) % 2**63)
         return torch.rand(num_tokens, generator=generator)
 
 
