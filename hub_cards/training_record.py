@@ -193,10 +193,9 @@ def check_stage(stage: dict[str, Any], where: str) -> None:
     """`ValueError` if a stage of a recipe, or of a log, has not what the card says of it."""
     check_record(stage, STAGE, where)
     check_types(stage, MORE_OF_STAGE, where)
-    if Path(stage["name"]).name != stage["name"]:
-        raise ValueError(
-            f"{where}: `name` is {stage['name']!r}, and files are called by it; expected is a plain name."
-        )
+    # Files are called by it.
+    if not re.fullmatch(r"[^/\\\0]{1,100}", stage["name"]) or set(stage["name"]) == {"."}:
+        raise ValueError(f"{where} has a stage named {stage['name']!r}; `name` has to be that of a file, no folder.")
 
 
 def _began_with(folder: Path) -> str | None:
