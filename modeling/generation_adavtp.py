@@ -273,20 +273,22 @@ class AdaVTPGenerationMixin(GenerationMixin):
         past_length = 0 if cache is None else int(cache.get_seq_length())
         earlier = pruned_cache(cache).prompt if past_length else None
         is_text = pixel_values is None and earlier is None
-        if is_text and past_length == 0 and input_ids.shape[1] > 0:
+        embeds = model_kwargs.get("inputs_embeds")
+        if is_text and past_length == 0 and input_ids.shape[1] > 0 and embeds is None:
             # A placeholder without an image is refused.
             self.model.units_of(input_ids, 0)
-        has_embeds = model_kwargs.get("inputs_embeds") is not None
-        if is_text and (past_length or has_embeds or not _ends_in_padding(model_kwargs.get("attention_mask"))):
+        if is_text and (past_length or not _ends_in_padding(model_kwargs.get("attention_mask"))):
             return model_kwargs, PrunedCache()
-        if has_embeds:
+        if embeds is not None and past_length:
             raise ValueError(
-                "`inputs_embeds` was given with images, in this turn or an earlier one; images are placed by the "
-                "placeholder tokens in `input_ids`, so pass that."
+                "`inputs_embeds` was given with a `past_key_values` that holds an image, or with an image for a later "
+                "turn; which columns of the conversation are new is told by `input_ids`, so pass that."
             )
-        new = new_columns(input_ids, model_kwargs, past_length, earlier)
+        ids = input_ids if embeds is None else self.model.ids_of_embeds(embeds)
+        new = new_columns(ids, model_kwargs, past_length, earlier)
         _require_whole_windows(self.config.get_text_config(), new)
-        prompt = self.model.padded_on_the_left(Prompt(new.input_ids, new.attention_mask, new.position_ids))
+        prompt = Prompt(new.input_ids, new.attention_mask, new.position_ids, inputs_embeds=embeds)
+        prompt = self.model.padded_on_the_left(prompt)
         prepared = PreparedInputs(prompt)
         if pixel_values is not None:
             if processors:
@@ -295,6 +297,8 @@ class AdaVTPGenerationMixin(GenerationMixin):
                 schedule = self.model.resolve_budget(token_budget, reducer, len(input_ids))
             # The mask form is for training; in a cache its hidden columns would cost what they cost unpruned.
             prepared = self.model.prepare_inputs(prompt, pixel_values, schedule, "gather")
+        if embeds is not None:
+            model_kwargs["inputs_embeds"] = prepared.prompt.inputs_embeds
         pruned = self.model.pruned_prompt(new, prepared, input_ids.shape[1])
         return model_kwargs, PrunedCache(pruned, policy=prepared.policy)
 
@@ -406,6 +410,8 @@ class AdaVTPGenerationMixin(GenerationMixin):
             position_ids = pruned.positions_with(answer.shape[1])
             if is_first_iteration or past_key_values is None:
                 input_ids, next_sequence_length = torch.cat([pruned.input_ids, answer], dim=1), None
+                if inputs_embeds is not None:
+                    inputs_embeds = torch.cat([inputs_embeds, self.get_input_embeddings()(answer)], dim=1)
                 position_ids = torch.cat([pruned.position_ids, position_ids], dim=-1)
                 written = answer.masked_fill(~self.family.placeholders(self.config, answer), -1)
                 kwargs["mm_encoder_outputs"] = pruned.encoder_outputs(written, self.get_input_embeddings())

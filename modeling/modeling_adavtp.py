@@ -6,7 +6,7 @@ and the family's own forward reads what is left. The decoder is any Llama-shaped
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from transformers.conversion_mapping import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
 from .budget.schedule import StackBudget
@@ -30,7 +30,7 @@ from .generation_adavtp import AdaVTPGenerationMixin
 from .hub.custom_reducers import CustomReducersMixin
 from .hub.loading import CompleteLoadingMixin
 from .hub.saving import SelfContainedMixin
-from .prompt import Prompt, additive_mask, check_columns, count_positions, without_first_labels
+from .prompt import Prompt, additive_mask, check_columns, count_positions, rows_to_keep, without_first_labels
 from .prompt_reduction import PromptReductionMixin
 from .reducers.adaptive import VisionTokenController
 from .reducers.bank import MissingWeightsError, ReducerBank, ReducerSpec, Step, named
@@ -144,12 +144,13 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
         """See [`ReducerBank.steps`]."""
         return self.bank.steps(reducer)
 
+    @can_return_tuple
     def get_image_features(
         self,
         pixel_values: torch.Tensor | BaseModelOutputWithPooling,
         token_budget: StackBudget | None = None,
         reducer: ReducerSpec | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """
         The visual features that the decoder gets of images without a question.
@@ -158,14 +159,31 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
             pixel_values: `[num_images, channels, height, width]`; or what this method returned, which it passes on:
                 the family's forward asks here for the features of images that were chosen from already.
             token_budget, reducer: see [`AdaVTPForConditionalGeneration.forward`]; one budget, or one per image.
+            kwargs: as in [`LlavaModel.get_image_features`]; `output_hidden_states` and `output_attentions` are those
+                of the tower for the whole images.
 
         Returns:
-            `BaseModelOutputWithPooling` with `pooler_output`, a list of `[K, text_hidden_size]` for each image.
+            `BaseModelOutputWithPooling` with `pooler_output`, a list of `[K, text_hidden_size]` for each image. Where
+            all tokens are kept it is what [`LlavaModel`] returns; otherwise the tower's own states are in it only if
+            they were asked for.
+
+        Raises:
+            ValueError: if the budget or the reducer is not allowed, or other features of the tower are asked for than
+                those that tokens are chosen by.
         """
         if isinstance(pixel_values, BaseModelOutputWithPooling):
             return pixel_values
         schedule = self.resolve_budget(token_budget, reducer, len(pixel_values))
-        return BaseModelOutputWithPooling(pooler_output=self.features_of_images(pixel_values, schedule))
+        if self.keeps_whole_images(len(pixel_values), schedule):
+            return super().get_image_features(pixel_values, **kwargs, return_dict=True)
+        self.refuse_other_features(kwargs)
+        fields, asked = self.config.vision_config, ("output_hidden_states", "output_attentions")
+        if any(kwargs.get(name, getattr(fields, name, False)) for name in asked):
+            outputs = super().get_image_features(pixel_values, **kwargs, return_dict=True)
+        else:
+            outputs = BaseModelOutputWithPooling()
+        outputs.pooler_output = self.features_of_images(pixel_values, schedule)
+        return outputs
 
     @can_return_tuple
     def forward(
@@ -181,22 +199,27 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
         selection_output: str | None = None,
         reducer: ReducerSpec | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> AdaVTPModelOutputWithPast:
         """See [`AdaVTPForConditionalGeneration.forward`]; returns hidden states in place of logits."""
         if pixel_values is not None and len(pixel_values) == 0:
             pixel_values = None
-        self._check_inputs(input_ids, pixel_values, position_ids, past_key_values, inputs_embeds, labels)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` has to be given.")
+        if pixel_values is not None and input_ids is None:
+            input_ids = self.ids_of_embeds(inputs_embeds)
+        self._check_inputs(input_ids, pixel_values, position_ids, past_key_values, labels, mm_encoder_outputs)
         self.refuse_other_features(kwargs)
         encoded = None if mm_encoder_outputs is None else mm_encoder_outputs.get("image")
         policy, selection, pruned = pending_policy(past_key_values), None, None
         if pixel_values is not None:
             schedule = self.resolve_budget(token_budget, reducer, len(input_ids))
             new = NewColumns.of_prompt(input_ids, attention_mask, position_ids)
-            prompt = Prompt(input_ids, new.attention_mask, new.position_ids, labels)
+            prompt = Prompt(input_ids, new.attention_mask, new.position_ids, labels, inputs_embeds=inputs_embeds)
             prepared = self.prepare_inputs(prompt, pixel_values, schedule, selection_output)
             input_ids, attention_mask = prepared.prompt.input_ids, prepared.prompt.attention_mask
             position_ids, labels = prepared.prompt.position_ids, prepared.prompt.labels
+            inputs_embeds = prepared.prompt.inputs_embeds
             encoded = BaseModelOutputWithPooling(pooler_output=[prepared.image_features])
             selection, policy = prepared.selection, prepared.policy
             pruned = self.pruned_prompt(new, prepared, new.num_columns)
@@ -207,8 +230,11 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
                 attention_mask, position_ids = behind_cache(input_ids, attention_mask, position_ids, past_key_values)
             if labels is not None and attention_mask is not None:
                 labels = without_first_labels(labels, attention_mask)
+        # Embeddings of a prompt with images hold the images' already.
+        placed = pixel_values is not None and inputs_embeds is not None
+        to_place = None if placed else encoded
         outputs = self._decode(
-            input_ids, encoded, inputs_embeds, policy, attention_mask, position_ids, past_key_values, kwargs
+            input_ids, to_place, inputs_embeds, policy, attention_mask, position_ids, past_key_values, kwargs
         )
         if pruned is not None and outputs.past_key_values is not None:
             pruned_cache(outputs.past_key_values).prompt = pruned.on_cache()
@@ -274,19 +300,19 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
         pixel_values: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         past_key_values: Cache | None,
-        inputs_embeds: torch.Tensor | None,
         labels: torch.Tensor | None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
     ) -> None:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` has to be given.")
         if input_ids is not None:
             check_columns(input_ids, labels, position_ids)
-        if pixel_values is not None and input_ids is None:
+        if pixel_values is None:
+            return
+        if mm_encoder_outputs is not None:
             raise ValueError(
-                "`pixel_values` was given with `inputs_embeds`; images are placed by the placeholder tokens in "
-                "`input_ids`, so pass that, or put the visual embeddings into `inputs_embeds` and leave images out."
+                "`pixel_values` and `mm_encoder_outputs` were both given; the second are the features of the first, "
+                "encoded already. Pass one of them."
             )
-        if pixel_values is not None and past_key_values is not None and past_key_values.get_seq_length() > 0:
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
             raise ValueError(
                 "`pixel_values` was given with a `past_key_values` that already holds tokens; to show an image in a "
                 "later turn call `generate`, which knows which columns the cache holds."
@@ -403,7 +429,7 @@ class AdaVTPForConditionalGeneration(AdaVTPPreTrainedModel, AdaVTPGenerationMixi
         pixel_values: torch.Tensor,
         token_budget: StackBudget | None = None,
         reducer: ReducerSpec | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """See [`AdaVTPModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, token_budget, reducer, **kwargs)
@@ -428,7 +454,7 @@ class AdaVTPForConditionalGeneration(AdaVTPPreTrainedModel, AdaVTPGenerationMixi
         selection_output: str | None = None,
         reducer: ReducerSpec | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> AdaVTPCausalLMOutputWithPast:
         """
         Args:
@@ -438,9 +464,12 @@ class AdaVTPForConditionalGeneration(AdaVTPPreTrainedModel, AdaVTPGenerationMixi
                 to a column, together with `position_ids`.
             position_ids: `[batch, sequence]`; by default counted from the attention mask.
             past_key_values: cache of earlier tokens, for text.
-            inputs_embeds: `[batch, sequence, text_hidden_size]` in place of `input_ids`, for text.
+            inputs_embeds: `[batch, sequence, text_hidden_size]` in place of `input_ids`. An image goes where the
+                embedding of its placeholder stands.
             labels: `[batch, sequence]`, -100 where there is no target.
-            logits_to_keep: compute logits of only the last so many positions, or of these positions.
+            logits_to_keep: compute logits of only the last so many of the kept columns; of those at these positions
+                `[num_positions]` or `[batch, num_positions]`; or of those that a bool mask `[batch, sequence]` marks,
+                which come out flat.
             token_budget: a float in [0, 1] (fraction of each image's patches that are kept), an int >= 2 (their
                 number), or one such value per sample; for a stack of reducers also a dictionary with a budget for
                 each by name, of the tokens that it gets. `None`: the reducer's own rule where it has one, else the
@@ -471,8 +500,7 @@ class AdaVTPForConditionalGeneration(AdaVTPPreTrainedModel, AdaVTPGenerationMixi
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
-        rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, rows, :])
+        logits = self.lm_head(rows_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
 from ..modeling.hub.custom_reducers import CUSTOM_FILES, is_custom, load_custom_reducers, save_custom_reducers
-from ..modeling.hub.loading import new_module_of
+from ..modeling.hub.loading import check_completeness, new_module_of
 from ..modeling.hub.saving import save_code
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
 from ..modeling.processing_adavtp import AdaVTPProcessor
@@ -104,6 +104,7 @@ def load_adapter(
         model, info = AdaVTPForConditionalGeneration.from_pretrained(
             base, trust_remote_code=trust_remote_code, output_loading_info=True, **kwargs
         )
+        check_completeness(model, info, base)
     except OSError as error:
         raise OSError(
             f"The adapter {str(adapter)!r} belongs to {base!r}, which could not be loaded; name its base checkpoint "

@@ -114,7 +114,8 @@ class PrunedPrompt:
             selection=prepared.selection,
             input_ids=prompt.input_ids,
             position_ids=prompt.position_ids,
-            image_features=prepared.image_features,
+            # Embeddings hold the images already.
+            image_features=prepared.image_features if prompt.inputs_embeds is None else None,
             num_features=num_features,
         )
 
