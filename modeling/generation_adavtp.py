@@ -7,6 +7,7 @@ an ordinary prompt with fewer placeholders and as many features.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -229,6 +230,11 @@ class AdaVTPGenerationMixin(GenerationMixin):
             model_kwargs.setdefault("token_budget", default)
         return generation_config, model_kwargs
 
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        # PEFT puts a `prepare_inputs_for_generation` of its own in the place of ours, whose names are not in it.
+        own = ("pruned_prompt", "budget_processor")
+        super()._validate_model_kwargs({name: value for name, value in model_kwargs.items() if name not in own})
+
     def _expand_inputs_for_generation(
         self,
         expand_size: int = 1,
@@ -274,7 +280,16 @@ class AdaVTPGenerationMixin(GenerationMixin):
         earlier = pruned_cache(cache).prompt if past_length else None
         is_text = pixel_values is None and earlier is None
         embeds = model_kwargs.get("inputs_embeds")
-        if is_text and past_length == 0 and input_ids.shape[1] > 0 and embeds is None:
+        encoded = model_kwargs.get("mm_encoder_outputs")
+        if encoded is not None and pixel_values is not None:
+            raise ValueError(
+                "`pixel_values` and `mm_encoder_outputs` were both given; the second are the features of the first, "
+                "encoded already. Pass one of them."
+            )
+        if encoded is not None:
+            # Expanding for beams, transformers would change the caller's.
+            model_kwargs["mm_encoder_outputs"] = {name: copy(output) for name, output in encoded.items()}
+        if is_text and past_length == 0 and input_ids.shape[1] > 0 and embeds is None and not encoded:
             # A placeholder without an image is refused.
             self.model.units_of(input_ids, 0)
         if is_text and (past_length or not _ends_in_padding(model_kwargs.get("attention_mask"))):
@@ -414,7 +429,8 @@ class AdaVTPGenerationMixin(GenerationMixin):
                     inputs_embeds = torch.cat([inputs_embeds, self.get_input_embeddings()(answer)], dim=1)
                 position_ids = torch.cat([pruned.position_ids, position_ids], dim=-1)
                 written = answer.masked_fill(~self.family.placeholders(self.config, answer), -1)
-                kwargs["mm_encoder_outputs"] = pruned.encoder_outputs(written, self.get_input_embeddings())
+                encoded = pruned.encoder_outputs(written, self.get_input_embeddings())
+                kwargs |= {} if encoded is None else {"mm_encoder_outputs": encoded}
             else:
                 input_ids = answer
             attention_mask = pruned.mask_with(answer.shape[1], needs_mask=past_key_values is None)

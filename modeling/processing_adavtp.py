@@ -196,12 +196,16 @@ class AdaVTPProcessor(LlavaProcessor):
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """Saves the processor's files and its code. See [`ProcessorMixin.save_pretrained`]."""
-        self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         save_code(type(self), Path(save_directory))
-        with without_auto_class(type(self)):
-            # As a string: for an upload transformers takes the path apart as one.
-            return super().save_pretrained(str(save_directory), push_to_hub=push_to_hub, **kwargs)
+        # In the file and not on the processor, which a save leaves as it was.
+        self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
+        try:
+            with without_auto_class(type(self)):
+                # As a string: for an upload transformers takes the path apart as one.
+                return super().save_pretrained(str(save_directory), push_to_hub=push_to_hub, **kwargs)
+        finally:
+            del self.auto_map
 
     def _upload_modified_files(self, working_dir: str | Path, *args: Any, **kwargs: Any) -> Any:
         # With `push_to_hub=True` transformers uploads only what it sees change after it began.

@@ -78,7 +78,8 @@ class CompleteLoadingMixin:
             raise
         if not ignore_mismatched_sizes:
             _check_shapes(info["mismatched_keys"], pretrained_model_name_or_path)
-        if not output_loading_info:
+        # Without a checkpoint there is none that could be half of one: the caller has the weights in hand.
+        if not output_loading_info and pretrained_model_name_or_path is not None:
             check_completeness(model, info, pretrained_model_name_or_path)
         # Whoever may run the folder's code now may run its processor's when that is first needed.
         model.trusts_remote_code = bool(kwargs.get("trust_remote_code"))

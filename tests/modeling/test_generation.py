@@ -987,16 +987,60 @@ def test_the_mask_form_is_refused() -> None:
     assert "`selection_output` is 'mask'" in message
 
 
-def test_embeddings_with_images_are_refused() -> None:
+@pytest.mark.parametrize("token_budget", [1.0, 0.4, [0.25, 1.0]], ids=str)
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"cache_implementation": "static"}], ids=str)
+def test_embeddings_with_images_are_answered_as_their_ids_are(options: dict[str, Any], token_budget: Any) -> None:
+    model = model_of()
+    batch = tiny_batch(model.config, (1, 2))
+    expected = generate(model, batch, token_budget=token_budget, **options)
+    embeds = model.get_input_embeddings()(batch["input_ids"]).detach()
+    assert torch.equal(generate(model, batch, inputs_embeds=embeds, token_budget=token_budget, **options), expected)
+    answers = new_tokens(expected, batch)
+    without_ids = {name: value for name, value in batch.items() if name != "input_ids"} | {"inputs_embeds": embeds}
+    assert torch.equal(generate(model, without_ids, token_budget=token_budget, **options), answers)
+
+
+def test_embeddings_padded_on_the_right_are_answered_like_any_other() -> None:
+    model = model_of()
+    batch = tiny_batch(model.config, (1, 2))
+    expected = new_tokens(generate(model, batch, token_budget=0.4), batch)
+    moved = padded_on_the_right(batch)
+    moved["inputs_embeds"] = model.get_input_embeddings()(moved.pop("input_ids")).detach()
+    assert torch.equal(generate(model, moved, token_budget=0.4), expected)
+
+
+def test_embeddings_that_hold_the_images_already_may_come_with_their_ids() -> None:
     model = model_of()
     batch = tiny_batch(model.config, (1, 1))
-    embeds = model.get_input_embeddings()(batch["input_ids"]).detach()
-    message = error_of(model, batch, inputs_embeds=embeds)
-    assert "`inputs_embeds`" in message
-    assert "`input_ids`" in message
-    batch.pop("input_ids")
-    with pytest.raises(ValueError, match="`inputs_embeds`"):
-        generate(model, batch, inputs_embeds=embeds)
+    expected = generate(model, batch)
+    ids, embeds = batch["input_ids"], model.get_input_embeddings()(batch["input_ids"]).detach()
+    visual = stock_visual_embeds(model, batch.pop("pixel_values")).detach()
+    embeds = embeds.masked_scatter((ids == IMAGE_TOKEN_ID)[..., None], visual)
+    assert torch.equal(generate(model, batch, inputs_embeds=embeds), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
+def test_images_that_are_encoded_already_are_answered_like_pixels(options: dict[str, Any]) -> None:
+    model = model_of()
+    batch = tiny_batch(model.config, (1, 2))
+    expected = generate(model, batch, **options)
+    encoded = {"image": model.get_image_features(batch["pixel_values"])}
+    with pytest.raises(ValueError, match="`pixel_values` and `mm_encoder_outputs` were both given"):
+        generate(model, batch, mm_encoder_outputs=encoded)
+    batch.pop("pixel_values")
+    assert torch.equal(generate(model, batch, mm_encoder_outputs=encoded, **options), expected)
+    moved = padded_on_the_right(batch)
+    again = generate(model, moved, mm_encoder_outputs=encoded, **options)
+    assert torch.equal(new_tokens(again, batch), new_tokens(expected, batch))
+
+
+def test_embeddings_of_a_later_turn_are_refused() -> None:
+    model = model_of()
+    _, outputs = finished_turn(model)
+    embeds = model.get_input_embeddings()(outputs.sequences).detach()
+    mask = torch.ones(embeds.shape[:2], dtype=torch.long)
+    with pytest.raises(ValueError, match="`inputs_embeds` was given with a `past_key_values`.*`input_ids`"):
+        model.generate(inputs_embeds=embeds, attention_mask=mask, past_key_values=outputs.past_key_values)
 
 
 @pytest.mark.parametrize("num_images", [1, 3])
