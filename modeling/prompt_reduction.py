@@ -31,7 +31,7 @@ class PromptReductionMixin:
     family: Family = LLAVA
 
     @property
-    def visual(self) -> VisualModel:
+    def visual_model(self) -> VisualModel:
         """The visual half of the model."""
         return VisualModel(
             self.vision_tower, self.multi_modal_projector, self.budget_token, self.config, self.training
@@ -99,12 +99,12 @@ class PromptReductionMixin:
         placeholders = self.family.placeholders(self.config, prompt.input_ids)
         units = self.family.units(self.config, placeholders, len(pixel_values))
         question, question_ids = self._questions(schedule.steps, prompt, placeholders, units)
-        tokens = self.visual.encode_and_reduce(pixel_values, units, schedule, question, question_ids)
+        tokens = self.visual_model.encode_and_reduce(pixel_values, units, schedule, question, question_ids)
         selection = tokens.selection
         gates_attention = selection.gates is not None and self.config.gradient_gates == "attention"
         # Hidden columns would leave in the decoder, and with them the labels that stand at them.
         is_hidden = selection_output == "mask" and tokens.decoder is None and not gates_attention
-        features, stays = self.visual.embeddings(tokens, units, in_place=is_hidden)
+        features, stays = self.visual_model.embeddings(tokens, units, in_place=is_hidden)
         keep = torch.ones_like(placeholders).masked_scatter(placeholders, stays)
         visual_index = torch.full_like(prompt.input_ids, -1).masked_scatter(placeholders, units.token)
         position_ids, labels = prompt.position_ids, prompt.labels
@@ -165,13 +165,13 @@ class PromptReductionMixin:
     def features_of_images(self, pixel_values: torch.Tensor, schedule: BudgetSchedule) -> list[torch.Tensor]:
         """What the decoder gets of each image, asked nothing: a list of `[K, text_hidden_size]`."""
         units = self._units_of_images(len(pixel_values), pixel_values.device)
-        tokens = self.visual.encode_and_reduce(pixel_values, units, schedule)
-        features, stays = self.visual.embeddings(tokens, units, in_place=False)
+        tokens = self.visual_model.encode_and_reduce(pixel_values, units, schedule)
+        features, stays = self.visual_model.embeddings(tokens, units, in_place=False)
         return list(features.split(stays.view(len(pixel_values), -1).sum(dim=-1).tolist()))
 
     def keeps_whole_images(self, num_images: int, schedule: BudgetSchedule) -> bool:
         """Whether the decoder gets of images what the tower and the projector alone make of them."""
-        return self.visual.keeps_whole_units(self._units_of_images(num_images), schedule)
+        return self.visual_model.keeps_whole_units(self._units_of_images(num_images), schedule)
 
     def _units_of_images(self, num_images: int, device: torch.device | None = None) -> Units:
         """The units of prompts that are an image each, and nothing else."""
@@ -213,8 +213,12 @@ class PromptReductionMixin:
         none = torch.zeros_like(input_ids[:1], dtype=torch.bool)
         prompt = Prompt(input_ids[:1], torch.ones_like(input_ids[:1]), input_ids[:1])
         question, question_ids = self._questions(schedule.steps, prompt, none, units)
-        tokens = self.visual.encode_and_reduce(pixels, units, schedule, question, question_ids)
-        used = [self.visual.embeddings(tokens, units, in_place=True)[0], tokens.selection.gates, tokens.selection.loss]
+        tokens = self.visual_model.encode_and_reduce(pixels, units, schedule, question, question_ids)
+        used = [
+            self.visual_model.embeddings(tokens, units, in_place=True)[0],
+            tokens.selection.gates,
+            tokens.selection.loss,
+        ]
         return 0.0 * sum(value.sum().to(self.language_model.dtype) for value in used if value is not None)
 
     def _questions(
