@@ -18,6 +18,10 @@ from ..reducers.base import TokenReducer
 from .base import Family, Units
 
 KINDS = {"image": "pixel_values", "video": "pixel_values_videos"}
+_NO_DIAL = (
+    "its model makes a token of whatever it is given. How many there are is the processor's to say, when it resizes and "
+    "tiles (min_pixels and max_pixels, size, the number of tiles); give it another setting."
+)
 
 
 @dataclass
@@ -42,10 +46,13 @@ class EncodingFamily(Family):
     Attributes:
         first_position: the position of a prompt's first token where the family's forward counts.
         shares_placeholder: whether videos have the placeholders of images.
+        has_dial: whether the model itself can make fewer tokens of the pixels that it is given, see
+            [`native_settings`].
     """
 
     first_position: int = 0
     shares_placeholder: bool = False
+    has_dial: bool = False
 
     def kinds(self, config: PreTrainedConfig, input_ids: torch.Tensor) -> torch.Tensor:
         """See [`Family.kinds`]."""
@@ -66,7 +73,8 @@ class EncodingFamily(Family):
         Args:
             model: with a head.
             kind: `"image"` or `"video"`.
-            output: of the family's encoder; `pooler_output` has an entry for each image, `[rows, hidden_size]`.
+            output: of the family's encoder; `pooler_output` has an entry for each image, `[rows, hidden_size]`. A
+                family with a dial answers without.
             inputs: of the call: pixels, grids, sizes.
         """
         sizes = [entry.reshape(-1, entry.shape[-1]).shape[0] for entry in output.pooler_output]
@@ -91,8 +99,15 @@ class EncodingFamily(Family):
 
     def why_not(self, config: PreTrainedConfig, reducer: TokenReducer) -> str | None:
         """Why a reducer cannot act on this family, or `None` if it can."""
+        if reducer.is_native:
+            return None if self.has_dial else _NO_DIAL
         if reducer.stage == "encoder":
             return "it acts inside a vision tower, which this family's encoder runs as a whole."
+        if reducer.stage == "decoder" and has_recurrent_layers(config):
+            return (
+                "it acts inside the decoder, and this one's linear attention keeps what it has read in a state: a "
+                "token that leaves behind such a layer has left its trace there. Use a reducer before the decoder."
+            )
         if reducer.stage == "decoder":
             return "it acts inside the decoder, which is not there yet for this family."
         unknown = sorted({"pixel_values", "tower_patches"} & set(reducer.needs))
@@ -138,6 +153,29 @@ class EncodingFamily(Family):
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """One call of the tower's attention as calls for images that do not see each other."""
         return [(query, key)]
+
+    # The dial that a family may have of its own.
+
+    def native_settings(
+        self, model: PreTrainedModel, kind: str, inputs: Mapping[str, Any]
+    ) -> list[dict[str, tuple[int, int, int]]]:
+        """
+        What the model itself could make of each unit of a kind: by setting of its dial the grid of tokens, frames, rows
+        and columns.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no dial.")
+
+    def encoded_natively(
+        self, model: PreTrainedModel, kind: str, inputs: Mapping[str, Any], setting: str, units: list[int]
+    ) -> list[torch.Tensor]:
+        """The tokens `[rows, hidden_size]` that one setting makes of some units of a kind, each by itself."""
+        raise NotImplementedError(f"{type(self).__name__} has no dial.")
+
+
+def has_recurrent_layers(config: PreTrainedConfig) -> bool:
+    """Whether the decoder has layers that keep a state of all that they have read, in place of its keys and values."""
+    layer_types = getattr(config.get_text_config(), "layer_types", None) or ()
+    return any(name in ("linear_attention", "conv", "mamba", "hybrid") for name in layer_types)
 
 
 def square_or_row(size: int) -> tuple[int, int, int]:
