@@ -97,7 +97,8 @@ def published_folder(
     (folder / CODE_FOLDER).mkdir()
     for kind, paths in files.items():
         for path in [] if kind in WRITTEN_ANEW else paths:
-            (place if kind == "weights" else shutil.copyfile)(path, folder / path.relative_to(checkpoint))
+            (folder / path.relative_to(checkpoint)).parent.mkdir(exist_ok=True)
+            (place if path.suffix == ".safetensors" else shutil.copyfile)(path, folder / path.relative_to(checkpoint))
     for path in [folder / "config.json", *folder.glob("processor_config.json")]:
         path.write_text(led_directly(path.read_text(encoding="utf-8")), encoding="utf-8")
     for path in folder.glob("tokenizer_config.json"):

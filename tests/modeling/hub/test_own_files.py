@@ -216,3 +216,10 @@ def test_a_space_has_no_example_from_outside(tmp_path: Path) -> None:
     (examples / "questions.json").write_text('[["scene.png", "what is it?"]]')
     with pytest.raises(ValueError, match="leads out of its folder"):
         space_folder(tmp_path / "space", "user/name", examples)
+
+
+def test_a_checkpoint_in_several_files_is_published(whole: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(whole, tmp_path / "checkpoint")
+    publish(folder)
+    names = {path.name for path in folder.glob("model*")}
+    assert len(names) > 2 and names <= {path.name for path in (tmp_path / "published").iterdir()}
