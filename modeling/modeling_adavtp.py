@@ -44,11 +44,9 @@ from .prompt import (
     without_first_labels,
 )
 from .prompt_reduction import PromptReductionMixin
-from .reducers.adaptive import VisionTokenController
-from .reducers.bank import MissingWeightsError, ReducerBank, ReducerSpec, Step, named
+from .reducers.bank import MissingWeightsError, ReducerSpec
 from .reducers.published import PUBLISHED_REDUCERS
 from .reducers.token_fusion import ZeroLinear
-from .vision.budget_token import BudgetToken
 
 # LLaVA's files hold the parameter names of an older layout. transformers renames them while loading, but for classes
 # outside its own package only where a mapping is registered under the class's name.
@@ -132,29 +130,8 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
 
     def __init__(self, config: AdaVTPConfig) -> None:
         super().__init__(config)
-        self.budget_token = BudgetToken(config)
-        self.controller = VisionTokenController(config)
-        self.reducers = nn.ModuleDict()
-        self._reducers_of_calls = {}
-        self.bank.add(config.reducers)
-        in_use = {named(entry)[0] for entry in config.reducers}
-        for entry in config.trained_reducers:
-            if named(entry)[0] not in in_use:
-                self.bank.add([entry])
+        self.add_budget_modules()
         self.post_init()
-
-    @property
-    def bank(self) -> ReducerBank:
-        """The reducers that this model has."""
-        return ReducerBank(self.config, self.controller, self.reducers, self._reducers_of_calls)
-
-    def set_reducer(self, reducer: ReducerSpec, **parameters: Any) -> None:
-        """See [`ReducerBank.set_reducer`]."""
-        self.bank.set_reducer(reducer, **parameters)
-
-    def steps(self, reducer: ReducerSpec | None = None) -> list[Step]:
-        """See [`ReducerBank.steps`]."""
-        return self.bank.steps(reducer)
 
     def get_image_features(
         self,

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers import (
     AutoProcessor,
     BatchFeature,
@@ -49,14 +48,10 @@ from .hub.saving import CODE_FOLDER, SelfContainedMixin, own_class, without_auto
 from .processing_adavtp import images_of_prompts, readable_images
 from .prompt import Prompt, check_columns, without_first_labels
 from .prompt_reduction import PromptReductionMixin
-from .reducers.adaptive import VisionTokenController
-from .reducers.bank import ReducerBank, ReducerSpec, Step, named
+from .reducers.bank import ReducerSpec, Step
 from .reducers.published import PUBLISHED_REDUCERS
-from .reducers.token_fusion import ZeroLinear
-from .vision.budget_token import BudgetToken
 from .vision.family_visual import FamilyVisual
 
-HEAD = "ForConditionalGeneration"
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 _OWN_ARGUMENTS = ("token_budget", "reducer", "selection_output")
 
@@ -76,18 +71,9 @@ class FamilyReductionMixin(PromptReductionMixin):
         """See [`AdaVTPGenerationMixin.prompt_reader`]."""
         return self
 
-    @property
-    def bank(self) -> ReducerBank:
-        """The reducers that this model has."""
-        return ReducerBank(self.config, self.controller, self.reducers, self._reducers_of_calls)
-
-    def set_reducer(self, reducer: ReducerSpec, **parameters: Any) -> None:
-        """See [`ReducerBank.set_reducer`]."""
-        self.bank.set_reducer(reducer, **parameters)
-
     def steps(self, reducer: ReducerSpec | None = None) -> list[Step]:
         """See [`ReducerBank.steps`]; a `ValueError` if one of them cannot act on this family, with the reason."""
-        steps = self.bank.steps(reducer)
+        steps = super().steps(reducer)
         for step in steps:
             if (reason := self.family.why_not(self.config, step.reducer)) is not None:
                 raise ValueError(f"Reducer {step.name!r} cannot act on a {self.config.model_type!r} model: {reason}")
@@ -198,26 +184,13 @@ class FamilyModelMixin(
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
-        self.budget_token = BudgetToken(config)
-        self.controller = VisionTokenController(config)
-        self.reducers = nn.ModuleDict()
-        self._reducers_of_calls: dict[tuple[Any, ...], nn.Module] = {}
-        self.bank.add(config.reducers)
-        in_use = {named(entry)[0] for entry in config.reducers}
-        for entry in config.trained_reducers:
-            if named(entry)[0] not in in_use:
-                self.bank.add([entry])
+        self.add_budget_modules()
         self.post_init()
 
     @cached_property
     def family(self) -> EncodingFamily:
         """What is particular about the family."""
         return adapter_of(self.config)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, ZeroLinear):
-            module.reset_parameters()
 
     def auto_map(self) -> dict[str, str]:
         """See [`SelfContainedMixin.auto_map`]; the processor is the family's."""

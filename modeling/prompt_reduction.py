@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers.utils import logging
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
@@ -18,7 +19,9 @@ from .decoder.pruned_cache import NewColumns, PrunedPrompt
 from .families.base import Family, Units
 from .families.llava import LLAVA
 from .prompt import PreparedInputs, Prompt, is_before_answer, left_padded, without_first_labels
-from .reducers.bank import ReducerSpec, Step
+from .reducers.adaptive import VisionTokenController
+from .reducers.bank import ReducerBank, ReducerSpec, Step, named
+from .vision.budget_token import BudgetToken
 from .vision.visual_model import VisualModel, VisualTokens
 
 if TYPE_CHECKING:
@@ -32,6 +35,31 @@ class PromptReductionMixin:
 
     config: AdaVTPConfig
     family: Family = LLAVA
+
+    def add_budget_modules(self) -> None:
+        """Gives the model what it has beyond its family's class: budget token, controller and reducers."""
+        self.budget_token = BudgetToken(self.config)
+        self.controller = VisionTokenController(self.config)
+        self.reducers = nn.ModuleDict()
+        self._reducers_of_calls: dict[tuple[Any, ...], nn.Module] = {}
+        self.bank.add(self.config.reducers)
+        in_use = {named(entry)[0] for entry in self.config.reducers}
+        for entry in self.config.trained_reducers:
+            if named(entry)[0] not in in_use:
+                self.bank.add([entry])
+
+    @property
+    def bank(self) -> ReducerBank:
+        """The reducers that this model has."""
+        return ReducerBank(self.config, self.controller, self.reducers, self._reducers_of_calls)
+
+    def set_reducer(self, reducer: ReducerSpec, **parameters: Any) -> None:
+        """See [`ReducerBank.set_reducer`]."""
+        self.bank.set_reducer(reducer, **parameters)
+
+    def steps(self, reducer: ReducerSpec | None = None) -> list[Step]:
+        """See [`ReducerBank.steps`]."""
+        return self.bank.steps(reducer)
 
     @property
     def prompt_decoder(self) -> "PreTrainedModel":

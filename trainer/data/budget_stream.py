@@ -11,8 +11,6 @@ from typing import Literal
 import torch
 from torch.utils.data import get_worker_info
 
-from ...tasks.field_types import is_of_type
-
 
 class BudgetStream:
     """
@@ -33,12 +31,13 @@ class BudgetStream:
         per: Literal["batch", "sample"] = "batch",
         seed: int = 0,
     ) -> None:
-        is_pair = is_of_type(budget_range, tuple[float, float])
+        is_pair = isinstance(budget_range, list | tuple) and len(budget_range) == 2
+        is_pair = is_pair and all(isinstance(end, int | float) and not isinstance(end, bool) for end in budget_range)
         if not is_pair or not 0.0 <= budget_range[0] <= budget_range[1] <= 1.0:
             raise ValueError(f"`budget_range` is {budget_range!r}; allowed are two fractions 0 <= low <= high <= 1.")
         if per not in ("batch", "sample"):
             raise ValueError(f"`per` is {per!r}; allowed are 'batch' and 'sample'.")
-        if not is_of_type(seed, int):
+        if type(seed) is not int:
             raise ValueError(f"`seed` is {seed!r}; allowed are whole numbers.")
         self.budget_range, self.per, self.seed = tuple(map(float, budget_range)), per, seed
         self._num_batches = self._num_samples = 0
