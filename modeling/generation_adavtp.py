@@ -192,7 +192,9 @@ class AdaVTPGenerationMixin(GenerationMixin):
                 check_columns(input_ids)
             # Whoever prunes the prompt leaves it here.
             pruned: list[PrunedPrompt] = []
-            outputs = super().generate(inputs, generation_config, *args, pruned_prompt=pruned, **kwargs)
+            if not self._has_other_preparation(input_ids):
+                kwargs["pruned_prompt"] = pruned
+            outputs = super().generate(inputs, generation_config, *args, **kwargs)
             if isinstance(outputs, ModelOutput):
                 outputs["selection"] = pruned[0].selection if pruned else None
             return outputs
@@ -209,6 +211,37 @@ class AdaVTPGenerationMixin(GenerationMixin):
         answers = [answer.strip() for answer in answers]
         is_single = isinstance(prompt, str) and not isinstance(inputs, list | tuple) and len(answers) == 1
         return answers[0] if is_single else answers
+
+    def generate_batch(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        """
+        See `GenerationMixin.generate_batch`: continuous batching, which takes ids and no images.
+
+        Raises:
+            ValueError: if a prompt has image placeholders.
+        """
+        for number, ids in enumerate(inputs):
+            if bool(self.family.placeholders(self.config, torch.tensor(ids)[None]).any()):
+                raise ValueError(
+                    f"`inputs[{number}]` has image placeholders, and continuous batching (`generate_batch`, "
+                    "cache_implementation='paged') takes no images. Use `generate` with another cache."
+                )
+        return super().generate_batch(inputs, *args, **kwargs)
+
+    def _has_other_preparation(self, input_ids: torch.Tensor | None) -> bool:
+        """
+        Whether somebody put a `prepare_inputs_for_generation` before ours, as PEFT's prompt learning does.
+
+        Raises:
+            ValueError: if so, and the prompt shows images.
+        """
+        if getattr(vars(self).get("prepare_inputs_for_generation"), "__self__", self) is self:
+            return False
+        if input_ids is not None and bool(self.family.placeholders(self.config, input_ids).any()):
+            raise ValueError(
+                "`input_ids` has image placeholders, and PEFT's prompt learning (prompt tuning, prefix tuning, "
+                "P-tuning) puts tokens of its own before a prompt that this model shortens. Use LoRA or IA3."
+            )
+        return True
 
     def _saved_processor(self) -> ProcessorMixin:
         """The processor beside the checkpoint."""

@@ -283,12 +283,14 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
         if pixel_values is not None and input_ids is None:
             raise ValueError(
                 "`pixel_values` was given with `inputs_embeds`; images are placed by the placeholder tokens in "
-                "`input_ids`, so pass that, or put the visual embeddings into `inputs_embeds` and leave images out."
+                "`input_ids`, so pass that, or put the visual embeddings into `inputs_embeds` and leave images out. "
+                "(PEFT's prompt tuning passes embeddings; use LoRA or IA3.)"
             )
         if pixel_values is not None and past_key_values is not None and past_key_values.get_seq_length() > 0:
             raise ValueError(
                 "`pixel_values` was given with a `past_key_values` that already holds tokens; to show an image in a "
-                "later turn call `generate`, which knows which columns the cache holds."
+                "later turn call `generate`, which knows which columns the cache holds. (PEFT's prefix tuning fills a "
+                "cache; use LoRA or IA3.)"
             )
 
     def _text_embeds(

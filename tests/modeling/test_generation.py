@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM, LogitsProcessor, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
@@ -968,6 +969,47 @@ def test_prefill_in_chunks_is_refused_with_images_and_works_for_text() -> None:
     assert "token_budget" in message
     text = tiny_batch(model.config, (0, 0), (9, 9))
     assert torch.equal(generate(model, text, prefill_chunk_size=4), generate(model, text))
+
+
+def test_continuous_batching_is_refused_with_images() -> None:
+    # transformers leaves images out of it without a word.
+    model = model_of()
+    batch = tiny_batch(model.config, (0, 1))
+    assert "`inputs[1]` has image placeholders" in error_of(model, batch, cache_implementation="paged")
+    with pytest.raises(ValueError, match=r"`inputs\[1\]` has image placeholders.*`generate`"):
+        model.generate_batch(batch["input_ids"].tolist())
+
+
+PROMPT_LEARNING = {
+    "prompt tuning": PromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=3, num_layers=2, token_dim=32, num_attention_heads=4
+    ),
+    "prefix tuning": PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=3, num_layers=2, token_dim=16, num_attention_heads=2
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PROMPT_LEARNING)
+def test_prompt_learning_is_refused_with_images_and_is_the_stock_models_for_text(kind: str) -> None:
+    # PEFT finds the embeddings by their size, which nothing else may have.
+    fields = {"text_config": tiny_text_config(vocab_size=70)}
+    ours, model = own_model(**fields), own_model(**fields)
+    stock = LlamaForCausalLM(model.config.text_config).eval()
+    stock.model, stock.lm_head = model.model.language_model, model.lm_head
+    stock.generation_config.eos_token_id = None
+    tuned = []
+    for each in (ours, stock):
+        torch.manual_seed(0)
+        tuned.append(get_peft_model(each, PROMPT_LEARNING[kind]).eval())
+    text, batch = tiny_batch(ours.config, (0, 0), (9, 9)), tiny_batch(ours.config, (1, 1))
+    assert torch.equal(generate(tuned[0], text), generate(tuned[1], text))
+    with pytest.raises(ValueError, match="`input_ids` has image placeholders.*prompt learning.*LoRA"):
+        generate(tuned[0], batch, token_budget=0.4)
+    with pytest.raises(ValueError, match="`pixel_values`.*PEFT's .*LoRA"):
+        tuned[0](**batch, token_budget=0.4)
+    # Without PEFT before it, the model answers as ever.
+    assert torch.equal(generate(ours, batch, token_budget=0.4), generate(own_model(**fields), batch, token_budget=0.4))
 
 
 @pytest.mark.parametrize("assistance", ["early exit", "with images"])
