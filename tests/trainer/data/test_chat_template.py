@@ -1,5 +1,6 @@
 """What a conversation becomes for training: the ids of the prompt, and targets where the assistant speaks."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -174,3 +175,13 @@ def test_placeholders_are_counted_as_the_processor_counts_them(strategy: str, ad
     pixel_values: torch.Tensor = inputs["pixel_values"]
     in_prompt = int((inputs["input_ids"] == processor.image_token_id).sum())
     assert image_tokens(processor, pixel_values).num_placeholders == in_prompt
+
+
+def test_a_system_prompt_that_the_template_leaves_out_is_an_error(processor: AdaVTPProcessor) -> None:
+    messages = [{"role": "system", "content": " be brief "}, user("is there a 3 ?"), assistant("no")]
+    ids = encode_conversation(processor, messages, 0).input_ids
+    assert len(ids) > len(encode_conversation(processor, messages[1:], 0).input_ids)
+    silent = copy.copy(processor)
+    silent.chat_template = "{% for m in messages if m.role != 'system' %}{{ m.content[0].text }} {% endfor %}"
+    with pytest.raises(ValueError, match="does not print the system prompt ' be brief '"):
+        encode_conversation(silent, messages, 0)

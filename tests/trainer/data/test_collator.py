@@ -236,3 +236,10 @@ def test_batches_come_through_the_workers_of_a_data_loader() -> None:
     # Every worker has a copy of the stream; the copies must not all draw the same.
     assert len(drawn.unique()) == len(rows)
     assert drawn.min() >= 0.2 and drawn.max() <= 1.0
+
+
+@pytest.mark.parametrize("image", ["/etc/hostname", "http://localhost:1/a.png", Path("a.png")], ids=str)
+def test_an_image_that_is_only_named_is_not_looked_for(image: Any) -> None:
+    (row,) = conversation_rows(1)
+    with pytest.raises(ValueError, match="expected are decoded images"):
+        BudgetCollator(digit_processor())([row | {"images": [image]}])

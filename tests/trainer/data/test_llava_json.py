@@ -142,6 +142,22 @@ def test_bytes_that_are_no_text_cost_their_own_record_alone(tmp_path: Path) -> N
     assert [row["problem"] is None for row in load_llava_instruct(path)] == [False, True]
 
 
+@pytest.mark.parametrize("first", ["{oops", "[" * 100_000 + "}", '{"id": ' + "[" * 100_000], ids=lambda text: text[:8])
+def test_a_line_that_is_no_json_costs_itself_alone_wherever_it_stands(tmp_path: Path, first: str) -> None:
+    lines = [json.dumps(record()), first, json.dumps(record())]
+    for order in (lines, [first.replace("[", "{"), *lines[::2]]):
+        rows = list(load_llava_instruct(written(tmp_path, "\n".join(order), "file.jsonl")))
+        assert sorted(row["problem"] is None for row in rows) == [False, True, True]
+
+
+def test_a_number_that_python_does_not_read_costs_nothing(tmp_path: Path) -> None:
+    content = json.dumps([record(), record(id=-1)]).replace("-1", "9" * 5000)
+    rows = list(load_llava_instruct(written(tmp_path, content)))
+    assert [row["id"] for row in rows] == ["000000033471", "9" * 5000]
+    with pytest.raises(ValueError, match="item 1 is nested too deeply"):
+        load_llava_instruct(written(tmp_path, content.replace("9" * 5000, "[" * 100_000)))
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 64, 2**20])
 def test_a_list_is_read_the_same_in_pieces_of_any_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int

@@ -183,6 +183,17 @@ def test_an_image_of_too_many_pixels_to_be_meant_is_rejected(
     assert "decompression bomb" in rejection(reader, row(stored(WHOLE_PNG))).reason
 
 
+def test_an_image_that_leaves_its_row_s_folder_is_rejected(reader: ConversationReader, tmp_path: Path) -> None:
+    path = tmp_path / "secret.png"
+    path.write_bytes(WHOLE_PNG)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/link.png").symlink_to(path)
+    for name in (str(path), "images/../secret.png", "images/link.png"):
+        given = row(stored(path=tmp_path / name))
+        assert len(reader.read(given | {"image_folder": str(tmp_path)})["images"]) == 1
+        assert "leads out of" in rejection(reader, given | {"image_folder": str(tmp_path / "images")}).reason
+
+
 def test_a_file_that_is_cut_off_or_empty_is_named(reader: ConversationReader, tmp_path: Path) -> None:
     path = tmp_path / "cut.jpg"
     for content in (WHOLE_JPEG[:300], b""):
@@ -213,6 +224,8 @@ BROKEN_CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], str]] = {
     "a system prompt in the middle": ([QUESTION, {**ANSWER, "role": "system"}, ANSWER], "the turns are user, system"),
     "an unknown role": ([QUESTION, {**ANSWER, "role": "tool"}], "the turns are user, tool"),
     "no answer": ([QUESTION], "nothing to learn"),
+    "an empty answer": ([QUESTION, assistant(" ")], "turn of the assistant's is empty"),
+    "many turns of one": ([QUESTION] * 1000, "^the turns are (user, ){8}...; user and"),
     "an image too many": ([user("is there a 3 ?", 1), ANSWER], "the messages show 1 image\\(s\\) and the row has 0"),
     "an image in the answer": (
         [QUESTION, {"role": "assistant", "content": [{"type": "image"}]}],

@@ -301,6 +301,46 @@ def test_broken_images_pass_through_every_source_and_are_the_readers_to_reject(t
                 reader.read(row)
 
 
+@pytest.mark.parametrize("kind", ["json", "parquet", "saved", "pattern"])
+@pytest.mark.parametrize("name", ["{outside}/secret.png", "../secret.png", "link.png"])
+def test_an_image_outside_its_folder_is_rejected_unless_paths_are_trusted(
+    tmp_path: Path, kind: str, name: str
+) -> None:
+    (tmp_path / "secret.png").write_bytes(png(0))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    (folder / "own.png").write_bytes(png(0))
+    names = [name.format(outside=tmp_path), "own.png", str(folder / "own.png")]
+    records = [{"id": f"r{n}", "image": own, "conversations": conversation(n)} for n, own in enumerate(names)]
+    path = folder / "a.json"
+    if kind == "json":
+        path.write_text(json.dumps(records))
+    elif kind == "saved":
+        Dataset.from_list(records).save_to_disk(folder / "saved")
+        path = folder / "saved"
+    else:
+        Dataset.from_list(records).to_parquet(folder / "a.parquet")
+        path = folder / ("*.parquet" if kind == "pattern" else "a.parquet")
+    images = {"images": str(folder)} if kind == "saved" else {}
+    reader = ConversationReader(digit_processor())
+    refused, *own = load_conversations([source(path, **images)])
+    assert [len(reader.read(row)["images"]) for row in own] == [1, 1]
+    with pytest.raises(RejectedSample, match="'r0': images\\[0\\] .*leads out of .*`trust_image_paths`"):
+        reader.read(refused)
+    trusted = load_conversations([source(path, trust_image_paths=True, **images)])
+    assert [len(reader.read(row)["images"]) for row in trusted] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"images": 5}, {"trust_image_paths": "yes"}, {"streaming": "yes"}, {"format": 3}], ids=str
+)
+def test_a_field_of_a_source_that_is_of_another_type_is_one_sentence(tmp_path: Path, fields: dict[str, Any]) -> None:
+    parquet_folder(tmp_path / "data")
+    with pytest.raises(ValueError, match="`sources\\[0\\]`: .*`"):
+        load_conversations([source(tmp_path / "data", **fields)])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Mixtures
 # ---------------------------------------------------------------------------------------------------------------------

@@ -77,6 +77,8 @@ def test_a_stage_leaves_an_adapter_and_the_next_starts_from_it_merged(
     ):
         folder.rename(tmp_path / f"away {folder.parent.name} {folder.name}")
     (tmp_path / "whole" / "checkpoint-2").rename(tmp_path / "away whole")
+    # What another adapter left there is not taken for this one's.
+    (tmp_path / "high" / "merged").mkdir()
     again = AdaVTPForConditionalGeneration.from_pretrained(run_recipe(recipe, tmp_path))
     assert differing(weights_of(again), weights_of(final)) == []
 

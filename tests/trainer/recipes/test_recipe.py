@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from typer.testing import CliRunner
 
 from adavtp import AdaVTPForConditionalGeneration, AdaVTPProcessor
@@ -268,6 +269,43 @@ def test_a_finished_stage_is_not_taken_for_one_with_other_settings(finished: Pat
         run_recipe(read(content, finished), finished / "run")
 
 
+@pytest.mark.parametrize("text", ["", "{", "[1]", "{}", '{"steps": 2}', '{"model": {}, "seed": 3, "stage": 5}'])
+@pytest.mark.parametrize("name", [BEGUN, FINISHED])
+def test_a_folder_that_does_not_say_what_it_was_trained_with_is_refused(
+    finished: Path, tmp_path: Path, name: str, text: str
+) -> None:
+    (tmp_path / "see").mkdir()
+    (tmp_path / "see" / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name} does not say what its folder was trained with"):
+        run_recipe(read(content_of(finished), finished), tmp_path)
+
+
+def test_checkpoints_of_another_run_are_not_gone_on_with(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "run" / "see" / "checkpoint-1", tmp_path / "see" / "checkpoint-1")
+    content = content_of(finished)
+    with pytest.raises(ValueError, match=f"has checkpoint-1 and no {BEGUN}"):
+        run_recipe(read(content, finished), tmp_path)
+    shutil.copy(finished / "run" / "see" / BEGUN, tmp_path / "see")
+    for change in ({"seed": 1234}, {"model": MODEL | {"selection_output": "gather"}}):
+        with pytest.raises(ValueError, match="see was begun with other settings"):
+            run_recipe(read(content | change, finished), tmp_path)
+    shutil.rmtree(tmp_path / "see")
+    (tmp_path / "see").touch()
+    with pytest.raises(ValueError, match="which is a file; choose another folder"):
+        run_recipe(read(content, finished), tmp_path)
+
+
+def test_data_that_load_dataset_takes_are_read_as_sources_are(finished: Path, tmp_path: Path) -> None:
+    rows = [{"id": "q7", "video": "a.mp4", "messages": [{"role": "user", "content": "a"}]}] * 2
+    Dataset.from_list(rows).save_to_disk(tmp_path / "data")
+    content = content_of(finished)
+    stage = content["stages"][2] | {"data": {"path": str(tmp_path / "data")}}
+    content |= {"model": {"checkpoint": str(finished / "run" / "speak")}, "stages": [without("eval_data", stage)]}
+    content["stages"][0]["training"] = TRAINING | {"train_parts": ["controller"]}
+    with pytest.raises(ValueError, match="Sample 'q7': the record has `video`"):
+        run_recipe(read(content, tmp_path), tmp_path / "run")
+
+
 def test_a_tower_that_one_stage_froze_sees_better_after_the_next(tmp_path: Path) -> None:
     content = content_of(tmp_path)
     see, speak, _ = content["stages"]
@@ -351,6 +389,54 @@ def test_a_recipe_that_cannot_be_carried_out_is_an_error_that_names_what_is_wron
 ) -> None:
     with pytest.raises(ValueError, match=message):
         read(content, tmp_path)
+
+
+# A recipe of one stage; what stands in it is put in the place of `%s`.
+WRITTEN = "model: {checkpoint: somewhere}\nstages: [{name: talk, kind: conversations, %s}]\n"
+HOSTILE = {
+    "broken": ("a: [1\n b: {", "is no YAML"),
+    "UTF-16": ("a: b".encode("utf-16"), "is no YAML"),
+    "zeros": (bytes(20), "is no YAML"),
+    "nested too deeply": ("a: " + "[" * 3000, "is no YAML"),
+    "a tag of Python's": (WRITTEN % "data: !!python/object/apply:os.system ['true']", "is no YAML"),
+    "a tag": (WRITTEN % "data: !env HOME", "is no YAML"),
+    "a name twice": (WRITTEN % "" + "seed: 1\nseed: 2\n", "'seed' comes twice"),
+    "a name twice in a stage": (WRITTEN % "data: {path: a, path: b}", "'path' comes twice"),
+    "more than memory holds": (
+        "a: &a [x, x]\n"
+        + "".join(f"{b}: &{b} [{', '.join(['*' + a] * 10)}]\n" for a, b in zip("abcdef", "bcdefg", strict=True)),
+        "more than 10000 values",
+    ),
+    "what holds itself": ("model: &m {checkpoint: *m}\nstages: []", "more than 10000 values"),
+    "a date": (WRITTEN % "data: {path: x, split: 2020-01-01}", "a date; write it in quotes"),
+    "a number for a name": (WRITTEN % "1: 2", "unknown field\\(s\\) 1"),
+    "a model in a word": (WRITTEN.replace("{checkpoint: somewhere}", "x") % "", "`model` is 'x'"),
+    "a seed in words": (WRITTEN % "" + "seed: x", "`seed` is 'x'"),
+    "a seed below 0": (WRITTEN % "" + "seed: -1", "`seed` is -1"),
+    "data in a word": (WRITTEN % "data: x", "`data` is 'x'"),
+    "sources in a word": (WRITTEN % "data: {sources: x}", "`sources` is 'x'"),
+    "data without a path": (WRITTEN % "data: {split: train}", "missing field\\(s\\) path"),
+    "a length in words": (WRITTEN % "data: {sources: [], max_length: x}", "`max_length` is 'x'"),
+    "digit scenes with more": (
+        WRITTEN % "data: {path: digit-scenes, split: train, num_questions: 3, shuffle: true}",
+        "unknown field\\(s\\) shuffle",
+    ),
+    "a range that is a number": (WRITTEN % "budgets: {budget_range: 5}", "`budget_range` is 5"),
+    "a range in words": (WRITTEN % "budgets: {budget_range: [a, b]}", "`budget_range` is \\['a', 'b'\\]"),
+    "training that is a list": (WRITTEN % "training: [a]", "`training` is \\['a'\\]"),
+    "steps in words": (WRITTEN % "training: {max_steps: x}", "`max_steps` is 'x'"),
+    "parts in a word": (WRITTEN % "training: {train_parts: controller}", "`train_parts` is 'controller'"),
+    "a rank in words": (WRITTEN % "adapters: {r: x}", "`r` is 'x'"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_what_a_file_says_in_another_form_is_one_sentence(case: str, tmp_path: Path) -> None:
+    content, message = HOSTILE[case]
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message):
+        Recipe.from_file(path)
 
 
 @pytest.mark.parametrize("written_as", ["1e-3", "1E-03", "1.0e-3", "0.001"])
