@@ -547,7 +547,7 @@ def model_class_of(model_type: str) -> type[PreTrainedModel]:
     if stock is None:
         raise ValueError(
             f"`model_type` is {model_type!r}, and transformers {transformers.__version__} has no model of it that "
-            "reads images and text; allowed are 'adavtp', 'llava' and the families that `adavtp families` lists."
+            "reads images and text; allowed are 'adavtp', 'llava', and models that take `mm_encoder_outputs`."
         )
     return family_model_class(stock)
 

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from PIL import Image
+from transformers import AutoModelForImageTextToText, LlavaNextProcessor
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from adavtp import AdaVTPForConditionalGeneration
+from adavtp import AdaVTPForConditionalGeneration, AdaVTPProcessor
 from adavtp.modeling.decoder.loop import RUNNABLE
 from pruned_by_hand import HandPruned
 from tiny_families import FAMILIES, VIDEO_FAMILIES, Writer, batch_of, budgeted, stock_model, with_budget
 
+REFERENCE = Path(__file__).parents[3] / "hub_cards/adavtp-digits"
 TWO_IMAGES = ((2, 2), (1, 2))
 # OneVision tiles no image that comes with others.
 ALIKE = ((2, 2), (2, 2))
@@ -180,3 +183,32 @@ def test_a_stock_checkpoint_loads_saves_with_its_code_and_stays_its_family_s(nam
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment, timeout=120)
+
+
+def test_an_image_and_a_question_go_into_the_family_s_own_chat_template() -> None:
+    processor_of_digits = AdaVTPProcessor.from_pretrained(REFERENCE)
+    tokenizer = processor_of_digits.tokenizer
+    model = with_budget("llava_next", image_token_index=tokenizer.convert_tokens_to_ids("<image>"))
+    model.generation_config.suppress_tokens = None
+    model.processor = LlavaNextProcessor(
+        LlavaNextImageProcessorPil(
+            size={"shortest_edge": 24},
+            crop_size={"height": 24, "width": 24},
+            image_grid_pinpoints=model.config.image_grid_pinpoints,
+        ),
+        tokenizer,
+        patch_size=6,
+        vision_feature_select_strategy="default",
+        chat_template=processor_of_digits.chat_template,
+        num_additional_image_tokens=1,
+    )
+    pictures = [Image.new("RGB", (40, 20), "red"), Image.effect_noise((24, 30), 80).convert("RGB")]
+    arguments = {"token_budget": 0.5, "reducer": "grid", "max_new_tokens": 4, "do_sample": False}
+    answers_of_both = model.generate(pictures, "what is it ?", **arguments)
+    alone = [model.generate(picture, "what is it ?", **arguments) for picture in pictures]
+    assert answers_of_both == alone and all(isinstance(answer, str) for answer in alone)
+    turn = [{"type": "image"}, {"type": "text", "text": "what is it ?"}]
+    text = model.processor.apply_chat_template([{"role": "user", "content": turn}], add_generation_prompt=True)
+    inputs = model.processor(images=[pictures[0]], text=[text], add_special_tokens=False, return_tensors="pt")
+    written = model.generate(**inputs, **arguments)[0, inputs["input_ids"].shape[1] :]
+    assert alone[0] == tokenizer.decode(written, skip_special_tokens=True).strip()
