@@ -46,7 +46,7 @@ from .hub.custom_reducers import CustomReducersMixin
 from .hub.loading import CompleteLoadingMixin
 from .hub.saving import CODE_FOLDER, SelfContainedMixin, own_class, without_auto_class
 from .processing_adavtp import images_of_prompts, readable_images
-from .prompt import Prompt, check_columns, without_first_labels
+from .prompt import PreparedInputs, Prompt, check_columns, without_first_labels
 from .prompt_reduction import PromptReductionMixin
 from .reducers.bank import ReducerSpec, Step
 from .reducers.published import PUBLISHED_REDUCERS
@@ -290,7 +290,16 @@ class FamilyModelMixin(
         new, prompt = self._prompt(input_ids, attention_mask, position_ids, labels, images, inputs)
         prepared = self.prepare_inputs(prompt, images, schedule, selection_output)
         self.check_labels_of_choice(prompt, schedule, prepared)
+        outputs = self._forward_of_prepared(prepared, past_key_values, inputs)
         pruned = self.pruned_prompt(new, prepared, new.num_columns)
+        if outputs.past_key_values is not None and pruned is not None:
+            pruned_cache(outputs.past_key_values).prompt = pruned.on_cache()
+        return outputs
+
+    def _forward_of_prepared(
+        self, prepared: PreparedInputs, past_key_values: Cache | None, inputs: dict[str, Any]
+    ) -> ModelOutput:
+        """The family's own forward of a pruned prompt, or our loop where more is to leave in the decoder."""
         columns = {
             "input_ids": prepared.prompt.input_ids,
             "attention_mask": prepared.prompt.attention_mask,
@@ -313,8 +322,6 @@ class FamilyModelMixin(
                 **inputs,
                 return_dict=True,
             )
-        if outputs.past_key_values is not None and pruned is not None:
-            pruned_cache(outputs.past_key_values).prompt = pruned.on_cache()
         if self.training and outputs.get("loss") is not None and prepared.selection.loss is not None:
             outputs["loss"] = outputs.loss + prepared.selection.loss.to(outputs.loss.dtype)
         outputs["selection"], outputs["labels"] = prepared.selection, columns["labels"]

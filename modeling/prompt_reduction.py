@@ -162,6 +162,11 @@ class PromptReductionMixin:
         visual_index = torch.full_like(prompt.input_ids, -1).masked_scatter(placeholders, units.token)
         position_ids, labels = prompt.position_ids, prompt.labels
         if self.config.visual_position_ids == "compact":
+            if position_ids.dim() > 2:
+                raise ValueError(
+                    "`visual_position_ids` is 'compact', and this family's positions have axes of rows and columns, "
+                    "where no gap can be closed; use 'original'."
+                )
             seen = keep if not gates_attention else self._at_columns(selection.keep, placeholders, units, True)
             position_ids = (position_ids - (~seen).long().cumsum(dim=-1)).clamp(min=0)
         if labels is not None:

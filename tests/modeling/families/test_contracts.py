@@ -13,7 +13,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 
 from adavtp import AdaVTPForConditionalGeneration, AdaVTPProcessor
 from adavtp.modeling.decoder.loop import RUNNABLE
-from pruned_by_hand import HandPruned
+from pruned_by_hand import HandPruned, language_inputs
 from tiny_families import FAMILIES, VIDEO_FAMILIES, Writer, batch_of, budgeted, stock_model, with_budget
 
 REFERENCE = Path(__file__).parents[3] / "hub_cards/adavtp-digits"
@@ -212,3 +212,21 @@ def test_an_image_and_a_question_go_into_the_family_s_own_chat_template() -> Non
     inputs = model.processor(images=[pictures[0]], text=[text], add_special_tokens=False, return_tensors="pt")
     written = model.generate(**inputs, **arguments)[0, inputs["input_ids"].shape[1] :]
     assert alone[0] == tokenizer.decode(written, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "internvl"])
+def test_gaps_are_closed_where_positions_have_one_axis_and_refused_elsewhere(name: str) -> None:
+    model, batch = with_budget(name, visual_position_ids="compact"), batch_of(name, prompts_of(name)[:1])
+    arguments = {"token_budget": 0.4, "reducer": "grid"}
+    if name == "qwen2_5_vl":
+        with pytest.raises(ValueError, match="'compact', and this family's positions have axes"):
+            model(**batch, **arguments)
+        return
+    selection = model.select_tokens(**batch, **arguments)
+    by_hand = HandPruned(name, prompts_of(name)[0], selection.keep[selection.is_token])
+    given = language_inputs(stock_model(name), batch)
+    with torch.no_grad():
+        embeds = given["inputs_embeds"][:, by_hand.keep]
+        hidden = stock_model(name).get_decoder()(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        expected = stock_model(name).lm_head(hidden[:, -1])
+        assert torch.allclose(model(**batch, **arguments).logits[:, -1], expected, atol=1e-6)
