@@ -19,6 +19,7 @@ from adavtp.tasks.digit_scenes import load_digit_questions
 from adavtp.trainer.recipes import recipe as recipe_module
 from adavtp.trainer.recipes.recipe import Recipe, Stage
 from adavtp.trainer.recipes.run import BEGUN, FINISHED, run_recipe
+from adavtp.trainer.recipes.stages import check_data
 from forked_processes import Forks, as_launched
 from tiny_trainers import differing, weights_in
 
@@ -415,11 +416,11 @@ HOSTILE = {
     "a seed below 0": (WRITTEN % "" + "seed: -1", "`seed` is -1"),
     "data in a word": (WRITTEN % "data: x", "`data` is 'x'"),
     "sources in a word": (WRITTEN % "data: {sources: x}", "`sources` is 'x'"),
-    "data without a path": (WRITTEN % "data: {split: train}", "missing field\\(s\\) path"),
+    "data without a path": (WRITTEN % "data: {split: train}", "has no 'path'"),
     "a length in words": (WRITTEN % "data: {sources: [], max_length: x}", "`max_length` is 'x'"),
     "digit scenes with more": (
         WRITTEN % "data: {path: digit-scenes, split: train, num_questions: 3, shuffle: true}",
-        "unknown field\\(s\\) shuffle",
+        "unexpected keyword argument 'shuffle'",
     ),
     "a range that is a number": (WRITTEN % "budgets: {budget_range: 5}", "`budget_range` is 5"),
     "a range in words": (WRITTEN % "budgets: {budget_range: [a, b]}", "`budget_range` is \\['a', 'b'\\]"),
@@ -436,7 +437,8 @@ def test_what_a_file_says_in_another_form_is_one_sentence(case: str, tmp_path: P
     path = tmp_path / "recipe.yaml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
-        Recipe.from_file(path)
+        for stage in Recipe.from_file(path).stages:
+            check_data(stage)
 
 
 @pytest.mark.parametrize("written_as", ["1e-3", "1E-03", "1.0e-3", "0.001"])
