@@ -201,8 +201,11 @@ def test_adapters_cost_what_torch_counts(others: list[str], checkpointing: bool)
 
 def test_relevance_alone_is_on_the_way_back_through_the_scores() -> None:
     model = training_model(["controller"], gradient_gates="features")
+    batch = tiny_batch(model.config, (1,), (9,))
+    # No text of it is an answer.
+    labels = torch.full_like(batch["input_ids"], -100)
     with recorded_scores(model.model.controller) as scores, counter() as flops:
-        model(**tiny_batch(model.config, (1,), (9,)), token_budget=0.5)
+        model(**batch, labels=labels, token_budget=0.5)
         forward = flops.get_total_flops()
         scores[0].sum().backward()
     seen = forward, flops.get_total_flops() - forward

@@ -311,7 +311,7 @@ DAMAGES = {
     "another kind of model": (
         lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'),
         ValueError,
-        "`model_type` is 'bert'.*'adavtp' and 'llava'",
+        "`model_type` is 'bert'.*'adavtp', 'llava'",
     ),
 }
 
