@@ -6,6 +6,7 @@ matches ids (maximum lengths, penalties, prompt lookup, streamers, stopping crit
 an ordinary prompt with fewer placeholders and as many features.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -427,9 +428,13 @@ class AdaVTPGenerationMixin(GenerationMixin):
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         # An assistant model reads the caller's ids; the pruned prompt is not its own.
-        model_kwargs = dict(kwargs["model_kwargs"])
+        model_kwargs, assistant = dict(kwargs["model_kwargs"]), kwargs.get("assistant_model")
         if model_kwargs.pop("pruned_prompt", None) is not None:
-            _require_text_assistant(kwargs["generation_config"], kwargs.get("assistant_model"))
+            _require_text_assistant(kwargs["generation_config"], assistant)
+        if assistant is not None:
+            # Positions and token types are a family's own.
+            known = set(inspect.signature(assistant.forward).parameters) - {"position_ids"}
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name in known}
         return super()._get_candidate_generator(*args, **kwargs | {"model_kwargs": model_kwargs})
 
     def prepare_inputs_for_generation(
@@ -458,9 +463,8 @@ class AdaVTPGenerationMixin(GenerationMixin):
                 kinds = self.family.kinds(self.config, answer)
                 embed, as_tensor = self.get_input_embeddings(), self.family.takes_tensor
                 kwargs["mm_encoder_outputs"] = pruned.encoder_outputs(answer, kinds, embed, as_tensor)
-                # The loop's are those of the caller's prompt and of what was generated.
                 for name, columns in pruned.token_types.items():
-                    behind = kwargs[name][:, kwargs[name].shape[1] - answer.shape[1] :]
+                    behind = torch.full_like(answer, self.family.token_type_of_answers, dtype=columns.dtype)
                     kwargs[name] = torch.cat([columns, behind], dim=1)
             else:
                 input_ids = answer
