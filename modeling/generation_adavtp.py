@@ -464,6 +464,8 @@ class AdaVTPGenerationMixin(GenerationMixin):
                 embed, as_tensor = self.get_input_embeddings(), self.family.takes_tensor
                 kwargs["mm_encoder_outputs"] = pruned.encoder_outputs(answer, kinds, embed, as_tensor)
                 for name, columns in pruned.token_types.items():
+                    # Gemma 3 reads them by the place in the whole sequence.
+                    columns = torch.nn.functional.pad(columns, (pruned.mask.shape[1] - columns.shape[1], 0))
                     behind = torch.full_like(answer, self.family.token_type_of_answers, dtype=columns.dtype)
                     kwargs[name] = torch.cat([columns, behind], dim=1)
             else:

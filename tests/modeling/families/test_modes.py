@@ -1,4 +1,4 @@
-"""Every mode of `generate` gives, below the full budget, what the stock language model says of a prompt pruned by hand."""
+"""Every mode of `generate` gives, below the full budget, what the stock language model says of hand-pruned prompts."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
