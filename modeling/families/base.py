@@ -48,9 +48,11 @@ class Family(ABC):
 
     Attributes:
         takes_tensor: the kinds, `"image"` or `"video"`, whose features the family wants as one tensor, not in a list.
+        token_type_of_answers: what the family's token types say of a token that was generated.
     """
 
     takes_tensor: tuple[str, ...] = ()
+    token_type_of_answers: int = 0
 
     @abstractmethod
     def placeholders(self, config: PreTrainedConfig, input_ids: torch.Tensor) -> torch.Tensor:

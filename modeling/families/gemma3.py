@@ -25,9 +25,10 @@ class Gemma3Family(EncodingFamily):
 
 
 class PaliGemmaFamily(EncodingFamily):
-    """A token is a patch, and positions begin at 1."""
+    """A token is a patch, positions begin at 1, and an answer does not belong to the prefix whose type is 0."""
 
     takes_tensor = ("image",)
+    token_type_of_answers = 1
     first_position = 1
 
 
