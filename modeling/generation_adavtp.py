@@ -27,6 +27,7 @@ from .decoder.pruned_cache import (
     has_layer_columns,
     new_columns,
     pruned_cache,
+    require_no_gaps,
 )
 from .evaluation_mode import evaluating
 from .prompt import PreparedInputs, Prompt, check_columns
@@ -332,7 +333,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
             )
         new = new_columns(input_ids, model_kwargs, past_length, earlier)
         new = reader.with_own_positions(new, images, model_kwargs) if past_length else new
-        _require_whole_windows(self.config.get_text_config(), new)
+        require_no_gaps(self.config.get_text_config(), new)
         token_types = reader.token_types_of(model_kwargs, new.input_ids.shape[1])
         prompt = Prompt(new.input_ids, new.attention_mask, new.position_ids, token_types=token_types)
         prepared = PreparedInputs(reader.padded_on_the_left(prompt))
@@ -479,20 +480,6 @@ class AdaVTPGenerationMixin(GenerationMixin):
 
 def _ends_in_padding(attention_mask: torch.Tensor | None) -> bool:
     return attention_mask is not None and attention_mask.dim() == 2 and not bool(attention_mask[:, -1].all())
-
-
-def _require_whole_windows(config: PreTrainedConfig, new: NewColumns) -> None:
-    """A window counts columns: padding between two turns would take the places of tokens."""
-    mask, window = torch.cat([new.past_mask, new.attention_mask], dim=1), getattr(config, "sliding_window", None)
-    if window is None or window >= mask.shape[1] or new.past_mask.shape[1] == 0:
-        return
-    is_gap = (mask == 0) & (mask.cumsum(dim=-1) > 0)
-    if bool(is_gap.any()):
-        raise ValueError(
-            "`input_ids` continues conversations of different lengths, which leaves padding within them, and this "
-            f"decoder attends to the last {window} columns of {mask.shape[1]}, padding counted. Continue each by "
-            "itself."
-        )
 
 
 def _require_gather(selection_output: str | None) -> None:

@@ -425,7 +425,9 @@ class FamilyModelMixin(
                 self.refuse_placeholders(input_ids)
             if token_budget is not None or reducer is not None:
                 self.resolve_budget(token_budget, reducer, len(input_ids))
-            attention_mask, position_ids = behind_cache(input_ids, attention_mask, position_ids, past_key_values)
+            attention_mask, position_ids = behind_cache(
+                self.config.get_text_config(), input_ids, attention_mask, position_ids, past_key_values
+            )
         if labels is not None and attention_mask is not None:
             labels = without_first_labels(labels, attention_mask)
         policy = pending_policy(past_key_values)

@@ -16,7 +16,7 @@ from ..configuration.configuration_adavtp import AdaVTPConfig
 from .budget.schedule import BudgetSchedule, StackBudget
 from .decoder.policy import VisualTokenPolicy
 from .decoder.pruned_cache import NewColumns, PrunedPrompt
-from .families.base import Family, Units
+from .families.base import Family, Units, has_recurrent_layers
 from .families.llava import LLAVA
 from .prompt import PreparedInputs, Prompt, is_before_answer, left_padded, without_first_labels
 from .reducers.adaptive import VisionTokenController
@@ -180,7 +180,7 @@ class PromptReductionMixin:
             prompt = prompt.gating(gates, self.prompt_decoder.dtype)
         elif not bool(keep.all()):
             if is_hidden:
-                _check_window_takes_hidden_columns(self.prompt_decoder, prompt.input_ids.shape[1])
+                _check_decoder_takes_hidden_columns(self.prompt_decoder, prompt.input_ids.shape[1])
                 prompt = prompt.hiding(~keep)
             else:
                 is_real = keep if prompt.attention_mask.dim() == 4 else keep & prompt.attention_mask.bool()
@@ -357,8 +357,13 @@ class PromptReductionMixin:
         )
 
 
-def _check_window_takes_hidden_columns(language_model: "PreTrainedModel", length: int) -> None:
-    """A window counts columns, so that hidden ones would take the places of others."""
+def _check_decoder_takes_hidden_columns(language_model: "PreTrainedModel", length: int) -> None:
+    """A window counts columns, so that hidden ones would take the places of others; a state fades at every column."""
+    if has_recurrent_layers(language_model.config):
+        raise ValueError(
+            "`selection_output` is 'mask', which leaves dropped tokens in the sequence, and this decoder's linear "
+            "attention moves its state on at every column, hidden or not. Use 'gather'."
+        )
     window = getattr(language_model.config, "sliding_window", None)
     if window is not None and window < length:
         raise ValueError(

@@ -42,6 +42,12 @@ class Units:
         return torch.arange(int(self.sizes.max())) < self.sizes[:, None]
 
 
+def has_recurrent_layers(config: PreTrainedConfig) -> bool:
+    """Whether a decoder has layers that keep one state of all that they have read, and not keys and values of each."""
+    kinds = getattr(config.get_text_config(), "layer_types", None) or ()
+    return any(kind.startswith(("linear_attention", "conv", "mamba", "hybrid")) for kind in kinds)
+
+
 class Family(ABC):
     """
     The adapter of a family: a few dozen lines in a file of its own.

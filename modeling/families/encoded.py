@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 
 from ..prompt import count_positions
 from ..reducers.base import TokenReducer
-from .base import Family, Units
+from .base import Family, Units, has_recurrent_layers
 
 KINDS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
@@ -94,6 +94,11 @@ class EncodingFamily(Family):
 
     def why_not(self, config: PreTrainedConfig, reducer: TokenReducer) -> str | None:
         """Why a reducer cannot act on this family, or `None` if it can."""
+        if reducer.stage == "decoder" and has_recurrent_layers(config):
+            return (
+                "it acts inside the decoder, whose linear attention keeps a state of all that it has read: a token "
+                "that leaves behind such a layer has left its trace there. Use a reducer before the decoder."
+            )
         if reducer.stage == "decoder" and self.why_not_in_decoder is not None:
             return self.why_not_in_decoder
         unknown = sorted({"pixel_values", "tower_patches"} & set(reducer.needs))
@@ -145,6 +150,18 @@ def square_or_row(size: int) -> tuple[int, int, int]:
     """The grid of so many tokens: a square where they make one, and a row elsewhere."""
     side = round(size**0.5)
     return (1, side, side) if side * side == size else (1, 1, size)
+
+
+def means_of_squares(values: torch.Tensor, sizes: list[tuple[int, int]], side: int) -> torch.Tensor:
+    """
+    Values `[num_patches, channels]` of images with so many rows and columns of patches, as the means of squares of
+    `side` patches a side, `[num_squares, channels]`.
+    """
+    pooled = []
+    for own, (height, width) in zip(values.split([h * w for h, w in sizes]), sizes, strict=True):
+        image = own.T.reshape(1, -1, height, width)
+        pooled.append(nn.functional.avg_pool2d(image, side).flatten(2)[0].T)
+    return torch.cat(pooled)
 
 
 def units_of_kinds(kinds: torch.Tensor, found: Mapping[str, KindUnits]) -> Units:
