@@ -71,14 +71,6 @@ class FamilyReductionMixin(PromptReductionMixin):
         """See [`AdaVTPGenerationMixin.prompt_reader`]."""
         return self
 
-    def steps(self, reducer: ReducerSpec | None = None) -> list[Step]:
-        """See [`ReducerBank.steps`]; a `ValueError` if one of them cannot act on this family, with the reason."""
-        steps = super().steps(reducer)
-        for step in steps:
-            if (reason := self.family.why_not(self.config, step.reducer)) is not None:
-                raise ValueError(f"Reducer {step.name!r} cannot act on a {self.config.model_type!r} model: {reason}")
-        return steps
-
     def images_in(self, arguments: dict[str, Any]) -> dict[str, Any] | None:
         """Pixels, grids and sizes among the arguments of a call, taken out of them; `None` if there are no images."""
         if all(arguments.get(pixels) is None or len(arguments[pixels]) == 0 for pixels in KINDS.values()):

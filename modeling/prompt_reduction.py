@@ -58,8 +58,12 @@ class PromptReductionMixin:
         self.bank.set_reducer(reducer, **parameters)
 
     def steps(self, reducer: ReducerSpec | None = None) -> list[Step]:
-        """See [`ReducerBank.steps`]."""
-        return self.bank.steps(reducer)
+        """See [`ReducerBank.steps`]; a `ValueError` if one of them cannot act on this family, with the reason."""
+        steps = self.bank.steps(reducer)
+        for step in steps:
+            if (reason := self.family.why_not(self.config, step.reducer)) is not None:
+                raise ValueError(f"Reducer {step.name!r} cannot act on a {self.config.model_type!r} model: {reason}")
+        return steps
 
     @property
     def prompt_decoder(self) -> "PreTrainedModel":

@@ -6,9 +6,13 @@ placeholders and as many visual features.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedConfig
+
+if TYPE_CHECKING:
+    from ..reducers.base import TokenReducer
 
 
 @dataclass
@@ -53,10 +57,21 @@ class Family(ABC):
     The adapter of a family: a few dozen lines in a file of its own.
 
     Attributes:
+        has_dial: whether the model itself can make fewer tokens of the pixels that it is given.
         takes_tensor: the kinds, `"image"` or `"video"`, whose features the family wants as one tensor, not in a list.
     """
 
+    has_dial: bool = False
     takes_tensor: tuple[str, ...] = ()
+
+    def why_not(self, config: PreTrainedConfig, reducer: "TokenReducer | type[TokenReducer]") -> str | None:
+        """Why a reducer, or all of a class, cannot act on this family; `None` if it can."""
+        if "native" in reducer.needs and not self.has_dial:
+            return (
+                "it turns a family's own dial, and this family's model makes as many tokens as the pixels that it is "
+                "given say. How many these are is the processor's to say, when it resizes and tiles."
+            )
+        return None
 
     @abstractmethod
     def placeholders(self, config: PreTrainedConfig, input_ids: torch.Tensor) -> torch.Tensor:

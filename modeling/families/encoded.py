@@ -69,7 +69,8 @@ class EncodingFamily(Family):
         Args:
             model: with a head.
             kind: `"image"` or `"video"`.
-            output: of the family's encoder; `pooler_output` has an entry for each image, `[rows, hidden_size]`.
+            output: of the family's encoder; `pooler_output` has an entry for each image, `[rows, hidden_size]`. A
+                family with a dial answers without.
             inputs: of the call: pixels, grids, sizes.
         """
         sizes = [entry.reshape(-1, entry.shape[-1]).shape[0] for entry in output.pooler_output]
@@ -92,8 +93,8 @@ class EncodingFamily(Family):
         """Positions `[..., batch, sequence]` of a prompt by itself, from 0, as `generate` counts them."""
         return count_positions(attention_mask)
 
-    def why_not(self, config: PreTrainedConfig, reducer: TokenReducer) -> str | None:
-        """Why a reducer cannot act on this family, or `None` if it can."""
+    def why_not(self, config: PreTrainedConfig, reducer: TokenReducer | type[TokenReducer]) -> str | None:
+        """See [`Family.why_not`]."""
         if reducer.stage == "decoder" and has_recurrent_layers(config):
             return (
                 "it acts inside the decoder, whose linear attention keeps a state of all that it has read: a token "
@@ -109,7 +110,7 @@ class EncodingFamily(Family):
                 "`attention` is 'single_head', which compares CLS's query with the keys of all heads at once, and "
                 "this family shows attention head by head; use attention='per_head'."
             )
-        return None
+        return super().why_not(config, reducer)
 
     # What a tower's attention says, in terms of tokens.
 
@@ -144,6 +145,23 @@ class EncodingFamily(Family):
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """One call of the tower's attention as calls for images that do not see each other."""
         return [(query, key)]
+
+    # The dial that a family may have of its own.
+
+    def native_settings(
+        self, model: PreTrainedModel, kind: str, inputs: Mapping[str, Any]
+    ) -> list[dict[str, tuple[int, int, int]]]:
+        """
+        What the model itself could make of each unit of a kind: by setting of its dial the frames, rows and columns of
+        the tokens.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no dial.")
+
+    def encoded_natively(
+        self, model: PreTrainedModel, kind: str, inputs: Mapping[str, Any], setting: str, units: list[int]
+    ) -> list[torch.Tensor]:
+        """The tokens `[num_tokens, hidden_size]` that one setting makes of some units of a kind, each by itself."""
+        raise NotImplementedError(f"{type(self).__name__} has no dial.")
 
 
 def square_or_row(size: int) -> tuple[int, int, int]:

@@ -15,7 +15,7 @@ from ..families.encoded import KINDS, EncodingFamily, units_of_kinds
 from ..prompt import VisualEmbeddings
 from ..reducers.bank import Step
 from .attention_rows import noting_inputs, queries_and_keys, received, row_of_cls
-from .features import VisionFeatures, fingerprint
+from .features import NativeDial, VisionFeatures, fingerprint
 from .tower import TowerAttention
 from .visual_model import VisualModel, VisualTokens, tokens_left, wanted_layers
 
@@ -78,6 +78,26 @@ class FamilyVisual(VisualModel):
         placed = made.index_copy(0, place, features.patches[is_left].to(made.dtype))
         whole = replace(self.made, features=placed)
         return (whole if in_place else whole.at(column_stays)), column_stays
+
+    def native_dial(self) -> NativeDial:
+        """See [`VisualModel.native_dial`]."""
+        family, of_kinds, grids = self.model.family, [], []
+        for kind in self._found:
+            settings = family.native_settings(self.model, kind, self.images)
+            of_kinds += [(kind, number) for number in range(len(settings))]
+            grids += [{name: (t * h, w) for name, (t, h, w) in own.items()} for own in settings]
+        order = self.units.order.tolist()
+
+        def encode(setting: str, units: list[int]) -> list[torch.Tensor]:
+            asked = [of_kinds[order[unit]] for unit in units]
+            made = {}
+            for kind in dict(asked):
+                own = [number for other, number in asked if other == kind]
+                tokens = family.encoded_natively(self.model, kind, self.images, setting, own)
+                made |= {(kind, number): rows for number, rows in zip(own, tokens, strict=True)}
+            return [made[place] for place in asked]
+
+        return NativeDial([grids[place] for place in order], encode)
 
     def fingerprints(self, images: Mapping[str, Any]) -> torch.Tensor:
         """See [`VisualModel.fingerprints`]."""

@@ -17,7 +17,7 @@ from ..prompt import VisualEmbeddings
 from ..reducers.bank import Step
 from .budget_token import BudgetToken
 from .encode import encode_image
-from .features import VisionFeatures, fingerprint
+from .features import NativeDial, VisionFeatures, fingerprint
 from .reduction import reduce_in_tower, reduce_tokens
 from .tower import input_device
 
@@ -85,11 +85,12 @@ class VisualModel:
         needs = {need for step in steps for need in step.reducer.needs}
         num_keep = budget.of_step(steps[0], units.sizes)
         features, selection = self._encode(pixel_values, schedule, units, num_keep, question)
-        features.sample = units.sample
+        features.sample, features.unit = units.sample, torch.arange(len(units.sample))
         features.grids = torch.tensor(units.grids) if units.grids else None
         features.question = question if "question" in needs else None
         features.question_ids = question_ids if "question_ids" in needs else None
         features.pixel_values = pixel_values if "pixel_values" in needs else None
+        features.native = self.native_dial() if "native" in needs else None
         features.fingerprint = self.fingerprints(pixel_values) if "fingerprint" in needs else None
         is_projected = False
         for number, step in enumerate(steps):
@@ -99,7 +100,8 @@ class VisualModel:
             if step.reducer.stage in ("encoder", "decoder"):
                 continue
             self._require_no_gates(selection, step)
-            if not self.training and num_keep is not None and bool((num_keep >= entering).all()):
+            keeps_all = num_keep is not None and bool((num_keep >= entering).all())
+            if not self.training and keeps_all and step.reducer.is_exact:
                 continue
             if step.reducer.stage == "projector" and not is_projected:
                 features, is_projected = self._projected(features, "tower_patches" in needs), True
@@ -107,6 +109,10 @@ class VisualModel:
         selection.sizes = units.sizes
         decoder = steps[-1] if steps[-1].reducer.stage == "decoder" else None
         return VisualTokens(features, selection, is_projected, decoder, num_keep if decoder else None)
+
+    def native_dial(self) -> NativeDial:
+        """The dial that the model has of its own; asked only where [`Family.has_dial`] says that there is one."""
+        raise NotImplementedError(f"{type(self).__name__} has no dial.")
 
     def fingerprints(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """A number for each image that depends on its pixels alone, `[num_units]` int64 on the CPU."""
@@ -150,6 +156,7 @@ class VisualModel:
         left, selection = reduce_tokens(step.name, step.reducer, features, num_keep)
         if selection.features is None and earlier.features is not None:
             selection.features = left.patches
+        selection.settings = selection.settings or earlier.settings
         losses = [loss for loss in (selection.loss, earlier.loss) if loss is not None]
         selection.loss = torch.stack(losses).sum() if losses else None
         gates_attention = selection.gates is not None and self.config.gradient_gates == "attention"
