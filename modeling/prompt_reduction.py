@@ -337,8 +337,8 @@ class PromptReductionMixin:
         self, of_tokens: torch.Tensor, placeholders: torch.Tensor, units: Units, other: float | bool
     ) -> torch.Tensor:
         """Values `[num_units, largest N]` of visual tokens in their columns `[batch, sequence]`; `other` elsewhere."""
-        is_token, flat = units.token >= 0, of_tokens[units.is_token.to(of_tokens.device)]
-        at_placeholders = torch.full_like(units.token, other, dtype=flat.dtype).masked_scatter(is_token, flat)
+        flat = of_tokens[units.is_token.to(of_tokens.device)]
+        at_placeholders = torch.where(units.token >= 0, flat[units.token], other)
         return torch.full_like(placeholders, other, dtype=flat.dtype).masked_scatter(placeholders, at_placeholders)
 
     def _decoder_policy(self, tokens: VisualTokens, prompt: Prompt, units: Units) -> VisualTokenPolicy | None:

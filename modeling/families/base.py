@@ -5,7 +5,7 @@ placeholders and as many visual features.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +30,8 @@ class Units:
         token: `[num_placeholders]` int64, the visual token that each placeholder shows; -1 for a separator (CLS, a
             newline between rows of tiles), which is no visual token and always stays.
         frames: frames of each unit, 1 of an image; by default all are images.
+        parts: for each unit that shows a whole picture of which others are tiles, the number of the tile in which the
+            centre of each of its tokens lies, `[N]` int64.
         order: `[num_units]` int64, the number of each unit when all images come before all videos; by default its own.
     """
 
@@ -38,6 +40,7 @@ class Units:
     grids: list[tuple[int, int]]
     token: torch.Tensor
     frames: list[int] | None = None
+    parts: dict[int, torch.Tensor] = field(default_factory=dict)
     order: torch.Tensor | None = None
 
     @property

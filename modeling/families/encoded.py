@@ -5,7 +5,7 @@ what they made, and a placeholder stands in the prompt for every row of it. An a
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,10 +28,14 @@ class KindUnits:
     Attributes:
         grids: frames, rows and columns in which the tokens of each unit stand.
         is_separator: `[rows of the encoder's output]` bool on the CPU; separators are no visual tokens.
+        unit: `[number of visual tokens]` int64, the unit of each; by default units stand one behind the other.
+        parts: see [`Units`].
     """
 
     grids: list[tuple[int, int, int]]
     is_separator: torch.Tensor
+    unit: torch.Tensor | None = None
+    parts: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 class EncodingFamily(Family):
@@ -42,12 +46,14 @@ class EncodingFamily(Family):
     Attributes:
         first_position: the position of a prompt's first token where the family's forward counts.
         shares_placeholder: whether videos have the placeholders of images.
+        knows_tiles: whether the inputs of a call say which part of a picture each tile shows.
         why_not_in_decoder: why the loop over decoder layers cannot stand in for the family's own, which may do more
             with embeddings than to put features in the places of placeholders; `None` where it can.
     """
 
     first_position: int = 0
     shares_placeholder: bool = False
+    knows_tiles: bool = False
     why_not_in_decoder: str | None = "it acts inside the decoder, whose inputs are not known for this family."
 
     def kinds(self, config: PreTrainedConfig, input_ids: torch.Tensor) -> torch.Tensor:
@@ -102,6 +108,11 @@ class EncodingFamily(Family):
             )
         if reducer.stage == "decoder" and self.why_not_in_decoder is not None:
             return self.why_not_in_decoder
+        if getattr(reducer, "tile_grid", None) is not None:
+            return (
+                "`tile_grid` tells apart the tiles of prompts that do not say which they are, and this family's units "
+                "are known; share by attention with token_budget={'prompt': n, 'unit_weights': 'attention'}."
+            )
         unknown = sorted({"pixel_values", "tower_patches"} & set(reducer.needs))
         if unknown:
             return f"it reads {' and '.join(unknown)}, which this family's encoder does not show."
@@ -197,7 +208,7 @@ def units_of_kinds(kinds: torch.Tensor, found: Mapping[str, KindUnits]) -> Units
     where = (at >= 0).nonzero()
     of_place = at[at >= 0]
     token, unit_of = torch.full_like(of_place, -1), torch.full_like(of_place, -1)
-    grids, number = [], 0
+    grids, parts, number = [], {}, 0
     for index, kind in enumerate(KINDS):
         places = (of_place == index).nonzero()[:, 0]
         own = found.get(kind)
@@ -210,13 +221,16 @@ def units_of_kinds(kinds: torch.Tensor, found: Mapping[str, KindUnits]) -> Units
         if own is None:
             continue
         sizes = torch.tensor([frames * height * width for frames, height, width in own.grids])
-        unit_of[places[~own.is_separator]] = torch.arange(len(sizes)).repeat_interleave(sizes) + number
+        of_token = torch.arange(len(sizes)).repeat_interleave(sizes) if own.unit is None else own.unit
+        unit_of[places[~own.is_separator]] = of_token + number
+        parts |= {whole + number: tile + number for whole, tile in own.parts.items()}
         grids += own.grids
         number += len(sizes)
     is_token = unit_of >= 0
     first = torch.full((number,), len(unit_of)).scatter_reduce(0, unit_of[is_token], is_token.nonzero()[:, 0], "amin")
     order = first.argsort()
-    unit_of[is_token] = order.argsort()[unit_of[is_token]]
+    place = order.argsort()
+    unit_of[is_token] = place[unit_of[is_token]]
     # Tokens are counted unit by unit; within one they stand in the order of their placeholders.
     by_unit = unit_of.masked_fill(~is_token, number).argsort(stable=True)[: int(is_token.sum())]
     token[by_unit] = torch.arange(len(by_unit))
@@ -227,5 +241,6 @@ def units_of_kinds(kinds: torch.Tensor, found: Mapping[str, KindUnits]) -> Units
         grids=[(frames * height, width) for frames, height, width in grids],
         token=token.to(is_placeholder.device),
         frames=[frames for frames, _, _ in grids],
+        parts={int(place[whole]): place[tile] for whole, tile in parts.items()},
         order=order,
     )

@@ -70,8 +70,8 @@ class FamilyVisual(VisualModel):
         is_left, stays = features.positions >= 0, tokens_left(features)
         start = (units.sizes.cumsum(0) - units.sizes).to(features.positions.device)
         place = self._place[(features.positions + start[:, None])[is_left]]
-        column_stays = torch.ones_like(units.token, dtype=torch.bool)
-        column_stays = column_stays.masked_scatter(units.token >= 0, stays[is_token])
+        # A separator stays; tokens are counted unit by unit, which need not be the order of columns.
+        column_stays = (units.token < 0) | stays[is_token][units.token]
         made = self.made.features
         if in_place:
             made = made.masked_fill(~column_stays[:, None], 0.0)
