@@ -357,7 +357,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
         return self.config.token_budget if token_budget is None else token_budget
 
     def _budget_state(self, new: NewColumns, images: Any, schedule: BudgetSchedule) -> BudgetState:
-        units = self.prompt_reader.looked_at(new.input_ids, images, schedule.steps)[1]
+        units = self.prompt_reader.looked_at(new.input_ids, images, schedule)[1]
         return BudgetState(
             step=0,
             num_visual_tokens=int(units.sizes.max()),

@@ -82,7 +82,9 @@ class PromptReductionMixin:
         pixel_values = arguments.pop("pixel_values", None)
         return None if pixel_values is None or len(pixel_values) == 0 else pixel_values
 
-    def looked_at(self, input_ids: torch.Tensor, images: torch.Tensor, steps: list[Step]) -> tuple[VisualModel, Units]:
+    def looked_at(
+        self, input_ids: torch.Tensor, images: torch.Tensor, schedule: BudgetSchedule
+    ) -> tuple[VisualModel, Units]:
         """What makes visual tokens of these images, and the units that they make of this batch of prompts."""
         return self.visual, self.units_of(input_ids, len(images))
 
@@ -131,7 +133,8 @@ class PromptReductionMixin:
         has_own_rule = len({step.name for step in steps}) == 1 and (steps[0].divides or steps[0].reducer).has_own_rule
         if token_budget is None and not has_own_rule:
             token_budget = self.config.token_budget
-        return BudgetSchedule(token_budget, steps, batch_size, self.config.text_config.num_hidden_layers)
+        num_layers = self.config.text_config.num_hidden_layers
+        return BudgetSchedule(token_budget, steps, batch_size, num_layers, self.config.unit_weights)
 
     def prepare_inputs(
         self,
@@ -154,7 +157,7 @@ class PromptReductionMixin:
         """
         selection_output = self.checked_output(selection_output)
         placeholders = self.family.placeholders(self.config, prompt.input_ids)
-        visual, units = self.looked_at(prompt.input_ids, images, schedule.steps)
+        visual, units = self.looked_at(prompt.input_ids, images, schedule)
         question, question_ids = self._questions(schedule.steps, prompt, placeholders, units)
         tokens = visual.encode_and_reduce(images, units, schedule, question, question_ids)
         selection = tokens.selection

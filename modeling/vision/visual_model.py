@@ -81,7 +81,7 @@ class VisualModel:
             ValueError: if the images do not have the size that the model was made for, or a reducer cannot do what it
                 is asked to.
         """
-        steps, budget = schedule.steps, schedule.of_units(units.sample, units.sizes)
+        steps, budget = schedule.steps, self.budget_of_units(schedule, units)
         needs = {need for step in steps for need in step.reducer.needs}
         num_keep = budget.of_step(steps[0], units.sizes)
         features, selection = self._encode(pixel_values, schedule, units, num_keep, question)
@@ -109,6 +109,20 @@ class VisualModel:
         selection.sizes = units.sizes
         decoder = steps[-1] if steps[-1].reducer.stage == "decoder" else None
         return VisualTokens(features, selection, is_projected, decoder, num_keep if decoder else None)
+
+    def budget_of_units(self, schedule: BudgetSchedule, units: Units) -> BudgetOfUnits:
+        """
+        What the budget leaves of each unit.
+
+        Raises:
+            ValueError: if the units of a prompt are to share by something that is not known of them.
+        """
+        if schedule.is_shared and schedule.unit_weights != "size":
+            raise ValueError(
+                f"`unit_weights` is {schedule.unit_weights!r}, and images of a {self.config.model_type!r} model are "
+                "neither tiles nor frames; use 'size'."
+            )
+        return schedule.of_units(units.sample, units.sizes)
 
     def native_dial(self) -> NativeDial:
         """The dial that the model has of its own; asked only where [`Family.has_dial`] says that there is one."""
@@ -216,7 +230,7 @@ class VisualModel:
         if not asking:
             return None, False
         # Steps before it are taken to leave what they are told to; a rule of their own may differ a little.
-        planned: BudgetOfUnits = schedule.of_units(units.sample, units.sizes)
+        planned = self.budget_of_units(schedule, units)
         left = units.sizes
         for step in schedule.steps[: asking[0] + 1]:
             count = planned.of_step(step, left)
