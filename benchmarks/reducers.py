@@ -37,6 +37,7 @@ from adavtp import AdaVTPConfig, TokenReducer, VisionFeatures
 from adavtp.modeling.budget.token_budget import num_tokens_to_keep
 from adavtp.modeling.decoder.reducer import DecoderReducer
 from adavtp.modeling.decoder.view import DecoderView
+from adavtp.modeling.families.llava import LLAVA
 from adavtp.modeling.reducers.base import REDUCERS, STAGES, build_reducer
 from adavtp.modeling.vision.encode import BudgetToken, TowerPass, encode_image
 from adavtp.modeling.vision.tower import TowerAttention, tower_layers
@@ -46,7 +47,9 @@ from interleaved import CLOCKS, Spread, interleaved_medians, paired_ratio
 PATCH_SIZE = 14
 TARGET, TARGET_OF_GREEDY = 0.02, 0.05
 GREEDY = ("divprune", "cdpruner")
-METHODS = sorted(set(REDUCERS) - {"aim"})
+METHODS = sorted(
+    name for name, reducer in REDUCERS.items() if name != "aim" and LLAVA.why_not(AdaVTPConfig(), reducer) is None
+)
 TOWER, LAYER, TOLD = "the tower", "a decoder layer", "{}, told"
 
 

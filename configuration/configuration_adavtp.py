@@ -72,6 +72,11 @@ class BudgetFields:
         token_budget (`float` or `int`, *optional*, defaults to 1.0):
             The budget where a call names none: a float in [0, 1] is the fraction of an image's visual tokens that the
             decoder sees, an int >= 2 is a number of tokens.
+        unit_weights (`"size"`, `"attention"` or `"novelty"`, *optional*, defaults to `"size"`):
+            By what images, tiles and frames share the tokens of `token_budget={"prompt": n}` where it does not say.
+            `"size"`: their numbers of tokens. `"attention"`: half of a picture's tokens for the whole view, the rest
+            for its tiles by how many of the whole view's most attended tokens lie in each (HiRED, arXiv 2408.10945).
+            `"novelty"`: what is not in the frame before.
         reducers (`list`, *optional*, defaults to `["adaptive"]`):
             The registered reducers that choose the tokens, one after another: names, or dictionaries of a name and
             parameters, `{"name": "fastv", "layer": 2}`. `"adaptive"` is the learned controller. `reducer="fastv"` says
@@ -137,6 +142,7 @@ class BudgetFields:
     opens_tower = True
 
     token_budget: float | int = 1.0
+    unit_weights: Literal["size", "attention", "novelty"] = "size"
     reducers: list[Any] | None = None
     trained_reducers: list[Any] | None = None
     min_token_entropy: float | int = 0.0

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 
 from ..configuration.configuration_adavtp import AdaVTPConfig, reducer_entries
+from ..modeling.families.adapters import adapter_of
+from ..modeling.families.llava import LLAVA
 from ..modeling.modeling_adavtp import ReducerSpec
 from ..modeling.reducers.base import REDUCERS, STAGES, reducer_parameters
 from .settings import parts_of_label
@@ -12,7 +14,7 @@ from .settings import parts_of_label
 CONTROLLER = "adaptive"
 
 # These look at nothing; a method that chooses has to be better than the best of them.
-CONTROLS = ("random", "grid", "downsample")
+CONTROLS = ("random", "grid", "downsample", "native")
 
 
 def is_control(reducer: str) -> bool:
@@ -58,10 +60,12 @@ def known_of_label(label: str, rows: list[dict[str, Any]], column: str) -> str:
 
 def reducers_to_compare(config: AdaVTPConfig) -> list[ReducerSpec]:
     """
-    All registered reducers but those that are parts of another, the controller first. Reducers whose weights are in
-    the checkpoint come with the parameters that they were trained with.
+    All registered reducers but those that are parts of another or that the family cannot have, the controller first.
+    Reducers whose weights are in the checkpoint come with the parameters that they were trained with.
     """
+    family = LLAVA if isinstance(config, AdaVTPConfig) else adapter_of(config)
     names = [row["name"] for row in reducer_table() if row["part_of"] is None]
+    names = [name for name in names if family.why_not(config, REDUCERS[name]) is None]
     return [as_trained(config, name) for name in sorted(names, key=lambda name: name != CONTROLLER)]
 
 

@@ -29,6 +29,7 @@ from .decoder.pruned_cache import (
     has_layer_columns,
     new_columns,
     pruned_cache,
+    require_no_gaps,
 )
 from .evaluation_mode import evaluating
 from .prompt import PreparedInputs, Prompt, check_columns
@@ -348,7 +349,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
         ids = input_ids if embeds is None else reader.ids_of_embeds(embeds)
         new = new_columns(ids, model_kwargs, past_length, earlier)
         new = reader.with_own_positions(new, images, model_kwargs) if past_length else new
-        _require_whole_windows(self.config.get_text_config(), new)
+        require_no_gaps(self.config.get_text_config(), new)
         token_types = reader.token_types_of(model_kwargs, new.input_ids.shape[1])
         prompt = Prompt(
             new.input_ids, new.attention_mask, new.position_ids, token_types=token_types, inputs_embeds=embeds
@@ -376,7 +377,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
         return self.config.token_budget if token_budget is None else token_budget
 
     def _budget_state(self, new: NewColumns, images: Any, schedule: BudgetSchedule) -> BudgetState:
-        units = self.prompt_reader.looked_at(new.input_ids, images, schedule.steps)[1]
+        units = self.prompt_reader.looked_at(new.input_ids, images, schedule)[1]
         return BudgetState(
             step=0,
             num_visual_tokens=int(units.sizes.max()),
@@ -507,20 +508,6 @@ class AdaVTPGenerationMixin(GenerationMixin):
 
 def _ends_in_padding(attention_mask: torch.Tensor | None) -> bool:
     return attention_mask is not None and attention_mask.dim() == 2 and not bool(attention_mask[:, -1].all())
-
-
-def _require_whole_windows(config: PreTrainedConfig, new: NewColumns) -> None:
-    """A window counts columns: padding between two turns would take the places of tokens."""
-    mask, window = torch.cat([new.past_mask, new.attention_mask], dim=1), getattr(config, "sliding_window", None)
-    if window is None or window >= mask.shape[1] or new.past_mask.shape[1] == 0:
-        return
-    is_gap = (mask == 0) & (mask.cumsum(dim=-1) > 0)
-    if bool(is_gap.any()):
-        raise ValueError(
-            "`input_ids` continues conversations of different lengths, which leaves padding within them, and this "
-            f"decoder attends to the last {window} columns of {mask.shape[1]}, padding counted. Continue each by "
-            "itself."
-        )
 
 
 def _require_gather(selection_output: str | None) -> None:

@@ -34,7 +34,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import ModelOutput, can_return_tuple
 
 from ..configuration.configuration_families import PREFIX, family_config_class
-from .budget.schedule import StackBudget
+from .budget.schedule import BudgetSchedule, StackBudget
 from .decoder.loop import layer_masks, run_decoder
 from .decoder.policy import DecoderPolicy
 from .decoder.pruned_cache import NewColumns, behind_cache, has_layer_columns, pending_policy, pruned_cache
@@ -48,7 +48,7 @@ from .hub.saving import CODE_FOLDER, SelfContainedMixin, own_class, without_auto
 from .processing_adavtp import images_of_prompts, readable_images
 from .prompt import PreparedInputs, Prompt, check_columns, without_first_labels
 from .prompt_reduction import PromptReductionMixin
-from .reducers.bank import ReducerSpec, Step
+from .reducers.bank import ReducerSpec
 from .reducers.published import PUBLISHED_REDUCERS
 from .vision.family_visual import FamilyVisual
 
@@ -71,14 +71,6 @@ class FamilyReductionMixin(PromptReductionMixin):
         """See [`AdaVTPGenerationMixin.prompt_reader`]."""
         return self
 
-    def steps(self, reducer: ReducerSpec | None = None) -> list[Step]:
-        """See [`ReducerBank.steps`]; a `ValueError` if one of them cannot act on this family, with the reason."""
-        steps = super().steps(reducer)
-        for step in steps:
-            if (reason := self.family.why_not(self.config, step.reducer)) is not None:
-                raise ValueError(f"Reducer {step.name!r} cannot act on a {self.config.model_type!r} model: {reason}")
-        return steps
-
     def images_in(self, arguments: dict[str, Any]) -> dict[str, Any] | None:
         """Pixels, grids and sizes among the arguments of a call, taken out of them; `None` if there are no images."""
         given = [pixels for pixels in KINDS.values() if arguments.get(pixels) is not None and len(arguments[pixels])]
@@ -99,13 +91,13 @@ class FamilyReductionMixin(PromptReductionMixin):
         return getattr(self.base_model, f"get_{kind}_features")(**arguments, return_dict=True)
 
     def looked_at(
-        self, input_ids: torch.Tensor, images: Mapping[str, Any], steps: list[Step]
+        self, input_ids: torch.Tensor, images: Mapping[str, Any], schedule: BudgetSchedule
     ) -> tuple[FamilyVisual, Units]:
         """See [`PromptReductionMixin.looked_at`]."""
         kinds = self.family.kinds(self.config, input_ids)
         if self.family.shares_placeholder and images.get(KINDS["image"]) is None:
             kinds = kinds.clamp(max=0) + (kinds >= 0).long()
-        visual = FamilyVisual(self, kinds, images, steps)
+        visual = FamilyVisual(self, kinds, images, schedule)
         return visual, visual.units
 
     def refuse_placeholders(self, input_ids: torch.Tensor) -> None:
@@ -442,7 +434,9 @@ class FamilyModelMixin(
                 self.refuse_placeholders(input_ids)
             if token_budget is not None or reducer is not None:
                 self.resolve_budget(token_budget, reducer, len(input_ids))
-            attention_mask, counted = behind_cache(input_ids, attention_mask, position_ids, past_key_values)
+            attention_mask, counted = behind_cache(
+                self.config.get_text_config(), input_ids, attention_mask, position_ids, past_key_values
+            )
             if position_ids is None and counted is not None:
                 position_ids = counted + self.family.first_position
         if labels is not None and attention_mask is not None:

@@ -16,7 +16,7 @@ from ..configuration.configuration_adavtp import AdaVTPConfig
 from .budget.schedule import BudgetSchedule, StackBudget
 from .decoder.policy import VisualTokenPolicy
 from .decoder.pruned_cache import NewColumns, PrunedPrompt
-from .families.base import Family, Units
+from .families.base import Family, Units, has_recurrent_layers
 from .families.llava import LLAVA
 from .prompt import PreparedInputs, Prompt, is_before_answer, left_padded, without_first_labels
 from .reducers.adaptive import VisionTokenController
@@ -58,8 +58,12 @@ class PromptReductionMixin:
         self.bank.set_reducer(reducer, **parameters)
 
     def steps(self, reducer: ReducerSpec | None = None) -> list[Step]:
-        """See [`ReducerBank.steps`]."""
-        return self.bank.steps(reducer)
+        """See [`ReducerBank.steps`]; a `ValueError` if one of them cannot act on this family, with the reason."""
+        steps = self.bank.steps(reducer)
+        for step in steps:
+            if (reason := self.family.why_not(self.config, step.reducer)) is not None:
+                raise ValueError(f"Reducer {step.name!r} cannot act on a {self.config.model_type!r} model: {reason}")
+        return steps
 
     @property
     def prompt_decoder(self) -> "PreTrainedModel":
@@ -78,7 +82,9 @@ class PromptReductionMixin:
         pixel_values = arguments.pop("pixel_values", None)
         return None if pixel_values is None or len(pixel_values) == 0 else pixel_values
 
-    def looked_at(self, input_ids: torch.Tensor, images: torch.Tensor, steps: list[Step]) -> tuple[VisualModel, Units]:
+    def looked_at(
+        self, input_ids: torch.Tensor, images: torch.Tensor, schedule: BudgetSchedule
+    ) -> tuple[VisualModel, Units]:
         """What makes visual tokens of these images, and the units that they make of this batch of prompts."""
         return self.visual_model, self.units_of(input_ids, len(images))
 
@@ -133,7 +139,8 @@ class PromptReductionMixin:
         has_own_rule = len({step.name for step in steps}) == 1 and (steps[0].divides or steps[0].reducer).has_own_rule
         if token_budget is None and not has_own_rule:
             token_budget = self.config.token_budget
-        return BudgetSchedule(token_budget, steps, batch_size, self.config.text_config.num_hidden_layers)
+        num_layers = self.config.text_config.num_hidden_layers
+        return BudgetSchedule(token_budget, steps, batch_size, num_layers, self.config.unit_weights)
 
     def prepare_inputs(
         self,
@@ -157,7 +164,7 @@ class PromptReductionMixin:
         """
         selection_output = self.checked_output(selection_output)
         placeholders = self.family.placeholders(self.config, prompt.input_ids)
-        visual, units = self.looked_at(prompt.input_ids, images, schedule.steps)
+        visual, units = self.looked_at(prompt.input_ids, images, schedule)
         question, question_ids = self._questions(schedule.steps, prompt, placeholders, units)
         tokens = visual.encode_and_reduce(images, units, schedule, question, question_ids)
         selection = tokens.selection
@@ -187,7 +194,7 @@ class PromptReductionMixin:
             prompt = prompt.gating(gates, self.prompt_decoder.dtype)
         elif not bool(keep.all()):
             if is_hidden:
-                _check_window_takes_hidden_columns(self.prompt_decoder, prompt.input_ids.shape[1])
+                _check_decoder_takes_hidden_columns(self.prompt_decoder, prompt.input_ids.shape[1])
                 prompt = prompt.hiding(~keep)
             else:
                 is_real = keep if prompt.attention_mask.dim() == 4 else keep & prompt.attention_mask.bool()
@@ -360,8 +367,8 @@ class PromptReductionMixin:
         self, of_tokens: torch.Tensor, placeholders: torch.Tensor, units: Units, other: float | bool
     ) -> torch.Tensor:
         """Values `[num_units, largest N]` of visual tokens in their columns `[batch, sequence]`; `other` elsewhere."""
-        is_token, flat = units.token >= 0, of_tokens[units.is_token.to(of_tokens.device)]
-        at_placeholders = torch.full_like(units.token, other, dtype=flat.dtype).masked_scatter(is_token, flat)
+        flat = of_tokens[units.is_token.to(of_tokens.device)]
+        at_placeholders = torch.where(units.token >= 0, flat[units.token], other)
         return torch.full_like(placeholders, other, dtype=flat.dtype).masked_scatter(placeholders, at_placeholders)
 
     def _decoder_policy(self, tokens: VisualTokens, prompt: Prompt, units: Units) -> VisualTokenPolicy | None:
@@ -384,8 +391,13 @@ class PromptReductionMixin:
         )
 
 
-def _check_window_takes_hidden_columns(language_model: "PreTrainedModel", length: int) -> None:
-    """A window counts columns, so that hidden ones would take the places of others."""
+def _check_decoder_takes_hidden_columns(language_model: "PreTrainedModel", length: int) -> None:
+    """A window counts columns, so that hidden ones would take the places of others; a state fades at every column."""
+    if has_recurrent_layers(language_model.config):
+        raise ValueError(
+            "`selection_output` is 'mask', which leaves dropped tokens in the sequence, and this decoder's linear "
+            "attention moves its state on at every column, hidden or not. Use 'gather'."
+        )
     window = getattr(language_model.config, "sliding_window", None)
     if window is not None and window < length:
         raise ValueError(

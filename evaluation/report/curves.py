@@ -25,7 +25,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#8C6D31")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 AGAINST_COLOUR = "#D55E00"
 CONTROL_COLOUR = "#808080"
-CONTROL_MARKERS = dict(zip(CONTROLS, ("x", "+", "1"), strict=True))
+CONTROL_MARKERS = dict(zip(CONTROLS, ("x", "+", "1", "2"), strict=True))
 
 # Text stays text in SVG; the salt and the missing date make the same report the same file.
 STYLE = {

@@ -10,7 +10,12 @@ from collections.abc import Mapping
 import torch
 
 from ..reducers.bank import Step
+from ..reducers.base import require_choice
 from .token_budget import TokenBudget, budget_values, num_tokens_to_keep, shared_by_units
+
+# By what the units of a prompt can share its tokens.
+UNIT_WEIGHTS = ("size", "attention", "novelty")
+_OF_PROMPT = {"prompt", "unit_weights"}
 
 StackBudget = TokenBudget | Mapping[str, TokenBudget | None]
 
@@ -22,26 +27,38 @@ class BudgetSchedule:
     Args:
         token_budget: one budget for the whole stack; or a mapping: from reducers' names to theirs, where a reducer
             that is not named leaves everything, or `{"prompt": n}`, at most n visual tokens for all units of a prompt
-            together. `None`, alone or for a reducer, lets a reducer decide by its own rule.
+            together, which may say `"unit_weights"` too. `None`, alone or for a reducer, lets a reducer decide by its
+            own rule.
         steps: of the stack.
         batch_size: number of prompts.
         num_layers: of the decoder.
+        unit_weights: by what units share a prompt's tokens where the budget does not say, one of `UNIT_WEIGHTS`.
 
     Raises:
         ValueError: if a budget is not allowed, is `None` for a reducer without a rule of its own, or names a reducer
             that is not in the stack.
     """
 
-    def __init__(self, token_budget: StackBudget | None, steps: list[Step], batch_size: int, num_layers: int) -> None:
+    def __init__(
+        self,
+        token_budget: StackBudget | None,
+        steps: list[Step],
+        batch_size: int,
+        num_layers: int,
+        unit_weights: str = "size",
+    ) -> None:
         self.steps, self.batch_size, self.num_layers = steps, batch_size, num_layers
         self.names = list(dict.fromkeys(step.name for step in steps))
-        self.is_shared = isinstance(token_budget, Mapping) and set(token_budget) == {"prompt"}
+        self.is_shared = isinstance(token_budget, Mapping) and {"prompt"} <= set(token_budget) <= _OF_PROMPT
+        self.unit_weights = unit_weights
         self.total: torch.Tensor | None = None
         self.own: dict[str, torch.Tensor | None] = dict.fromkeys(self.names)
         if self.is_shared:
             self.total = budget_values(token_budget["prompt"], batch_size)
             if self.total.is_floating_point():
                 raise ValueError(f"`token_budget` is {token_budget!r}; for a whole prompt it is a number of tokens.")
+            self.unit_weights = token_budget.get("unit_weights", unit_weights)
+            require_choice("unit_weights", self.unit_weights, UNIT_WEIGHTS)
         elif isinstance(token_budget, Mapping):
             self.own = self._own_budgets(token_budget)
         elif token_budget is not None:
@@ -52,14 +69,19 @@ class BudgetSchedule:
         if self.total is None:
             self._require_own_rules()
 
-    def of_units(self, sample: torch.Tensor, sizes: torch.Tensor) -> "BudgetOfUnits":
+    def of_units(
+        self, sample: torch.Tensor, sizes: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> "BudgetOfUnits":
         """
-        The budget of the units of a batch, for one pass through the stack: of each, on the CPU, its prompt and its
-        number of visual tokens, `[num_units]` int64.
+        The budget of the units of a batch, for one pass through the stack.
+
+        Args:
+            sample, sizes: of each unit, on the CPU, its prompt and its number of visual tokens, `[num_units]` int64.
+            weights: `[num_units]` float64, by what units share the tokens of a prompt; by default their sizes.
         """
         total = None
         if self.is_shared:
-            total = shared_by_units(self.total, sample, sizes)
+            total = shared_by_units(self.total, sample, sizes, weights)
         elif self.total is not None:
             total = num_tokens_to_keep(self.total[sample], sizes, len(sizes))
         return BudgetOfUnits(self, total, sample, sizes)

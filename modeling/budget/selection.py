@@ -26,6 +26,7 @@ class Selection:
             reducer acts inside the decoder.
         sizes: `[num_images]` int64 on the CPU, visual tokens of each unit before reduction, N; by default as many as
             `keep` has columns.
+        settings: of the family's own dial, one for each unit, where reducer `"native"` chose; otherwise `None`.
     """
 
     keep: torch.Tensor
@@ -35,6 +36,7 @@ class Selection:
     loss: torch.Tensor | None = None
     depth: torch.Tensor | None = None
     sizes: torch.Tensor | None = None
+    settings: list[str] | None = None
 
     def __post_init__(self) -> None:
         if self.sizes is None:

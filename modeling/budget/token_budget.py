@@ -103,16 +103,19 @@ def num_tokens_to_keep(token_budget: TokenBudget, num_tokens: int | torch.Tensor
     return torch.tensor(keep, dtype=torch.int64)
 
 
-def shared_by_units(total: torch.Tensor, sample: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+def shared_by_units(
+    total: torch.Tensor, sample: torch.Tensor, sizes: torch.Tensor, weights: torch.Tensor | None = None
+) -> torch.Tensor:
     """
     Shares the tokens of each prompt among its units by Webster's method: unit i's j-th token has priority
-    N_i / (j - 1/2), and every unit gets its first token before any gets a second. With a larger total no unit gets
+    w_i / (j - 1/2), and every unit gets its first token before any gets a second. With a larger total no unit gets
     fewer.
 
     Args:
         total: `[batch]` int64, at most so many visual tokens of each prompt.
         sample: `[num_units]` int64, the prompt of each unit.
         sizes: `[num_units]` int64, visual tokens of each unit, N.
+        weights: `[num_units]` float64, 0 or more; by default N.
 
     Returns:
         `[num_units]` int64, in [1, N].
@@ -120,7 +123,7 @@ def shared_by_units(total: torch.Tensor, sample: torch.Tensor, sizes: torch.Tens
     Raises:
         ValueError: if a prompt has more units than tokens.
     """
-    counts = torch.ones_like(sizes)
+    counts, weights = torch.ones_like(sizes), sizes if weights is None else weights
     for prompt in sample.unique().tolist():
         units = (sample == prompt).nonzero()[:, 0]
         if len(units) > int(total[prompt]):
@@ -130,7 +133,7 @@ def shared_by_units(total: torch.Tensor, sample: torch.Tensor, sizes: torch.Tens
             )
         own = sizes[units]
         slot = torch.arange(2, int(own.max()) + 1)
-        priority = (own[:, None] / (slot - 0.5)).masked_fill(slot > own[:, None], -1.0).flatten()
+        priority = (weights[units][:, None].double() / (slot - 0.5)).masked_fill(slot > own[:, None], -1.0).flatten()
         more = min(int(total[prompt]), int(own.sum())) - len(units)
         best = priority.sort(descending=True, stable=True).indices[:more]
         counts[units] += torch.bincount(best // max(len(slot), 1), minlength=len(units))

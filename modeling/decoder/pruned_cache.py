@@ -10,10 +10,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import Cache
+from transformers import Cache, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..budget.selection import Selection
+from ..families.base import has_recurrent_layers
 from ..prompt import PreparedInputs, VisualEmbeddings, check_attention_mask, count_positions
 from .cached_columns import CachedLayers
 from .policy import DecoderPolicy
@@ -240,6 +241,7 @@ class NewColumns:
 
 
 def behind_cache(
+    config: PreTrainedConfig,
     input_ids: torch.LongTensor,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
@@ -254,6 +256,7 @@ def behind_cache(
         num_columns = earlier.num_columns + past_length - earlier.mask.shape[1] + input_ids.shape[1]
         attention_mask = input_ids.new_ones(len(input_ids), num_columns)
     new = new_columns(input_ids, {"attention_mask": attention_mask}, past_length, earlier)
+    require_no_gaps(config, new)
     return torch.cat([new.past_mask, new.attention_mask], dim=1), new.position_ids
 
 
@@ -287,6 +290,28 @@ def new_columns(
         begin = earlier.next_position + answer_mask.sum(dim=-1)
         position_ids = (begin[..., None] + count_positions(new_mask)).masked_fill(new_mask == 0, 0)
     return NewColumns(new_ids, new_mask, position_ids, begin, past_mask, num_columns)
+
+
+def require_no_gaps(config: PreTrainedConfig, new: NewColumns) -> None:
+    """
+    A window counts columns, and a state moves on at every one: padding between two turns would take the places of
+    tokens.
+    """
+    mask, window = torch.cat([new.past_mask, new.attention_mask], dim=1), getattr(config, "sliding_window", None)
+    keeps_state = has_recurrent_layers(config)
+    if new.past_mask.shape[1] == 0 or not (keeps_state or (window is not None and window < mask.shape[1])):
+        return
+    is_gap = (mask == 0) & (mask.cumsum(dim=-1) > 0)
+    if bool(is_gap.any()):
+        reason = (
+            "decoder's linear attention moves its state on at every column"
+            if keeps_state
+            else f"decoder attends to the last {window} columns of {mask.shape[1]}"
+        )
+        raise ValueError(
+            "`input_ids` continues conversations of different lengths, which leaves padding within them, and this "
+            f"{reason}, padding counted. Continue each by itself."
+        )
 
 
 def _columns_behind_cache(earlier: PrunedPrompt, past_length: int, batch_size: int) -> int:

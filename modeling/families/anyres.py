@@ -1,7 +1,8 @@
 """LLaVA-NeXT and LLaVA-OneVision: a small view of the whole image, and tiles put together with their padding cut off.
 
-An image is two units: the whole view, a square, and the tiles, h rows of w tokens with a newline behind every row.
-Newlines are separators: they are not counted, and never chosen.
+The whole view and every tile are units, a tile without its padding. Behind every row of tokens of the tiles, and
+behind the whole view of an image that has none, stands a newline. Newlines are separators: they are not counted, and
+never chosen.
 """
 
 from collections.abc import Mapping
@@ -9,7 +10,10 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+from transformers.models.llava_next.modeling_llava_next import (
+    get_anyres_image_grid_shape,
+    image_size_to_num_patches,
+)
 from transformers.utils import ModelOutput
 
 from .encoded import KINDS, EncodingFamily, KindUnits
@@ -18,21 +22,28 @@ from .encoded import KINDS, EncodingFamily, KindUnits
 class AnyResFamily(EncodingFamily):
     """What a token is made of is found by sending marked values through the family's own packing."""
 
+    knows_tiles = True
     why_not_in_decoder = None
 
     def units(self, model: PreTrainedModel, kind: str, output: ModelOutput, inputs: Mapping[str, Any]) -> KindUnits:
         """See [`EncodingFamily.units`]."""
-        side = self._side(model)
-        ones = torch.ones(sum(self._num_tiles(model, inputs)) * side * side, 1)
-        grids, separators = [], []
-        for packed in self._packed(model, ones, inputs):
-            is_separator = packed[:, 0] == 0
-            rows, rest = int(is_separator.sum()), len(packed) - side * side
+        side, grids, units, parts = self._side(model), [], [], {}
+        tiles = self._tile_of_tokens(model, inputs)
+        for tile in tiles:
+            number = len(grids)
+            # A tile of whose tokens all are padding has none.
+            shown, of_token = tile[tile >= 0].unique(return_inverse=True)
+            units.append(number + of_token)
             grids.append((1, side, side))
-            if rest > rows:
-                grids.append((1, rows, rest // rows - 1))
-            separators.append(is_separator)
-        return KindUnits(grids, torch.cat(separators))
+            if len(shown) == 1:
+                continue
+            in_grid = of_token[side**2 :].view(int((tile < 0).sum()), -1)
+            is_own = in_grid == torch.arange(1, len(shown))[:, None, None]
+            rows, columns = is_own.any(dim=2).sum(dim=1), is_own.any(dim=1).sum(dim=1)
+            grids += [(1, *size) for size in torch.stack([rows, columns], dim=1).tolist()]
+            row, column = ((2 * torch.arange(side) + 1) * size // (2 * side) for size in in_grid.shape)
+            parts[number] = number + in_grid[row[:, None], column].flatten()
+        return KindUnits(grids, torch.cat(tiles) < 0, torch.cat(units), parts)
 
     def pixels(
         self, model: PreTrainedModel, kind: str, inputs: Mapping[str, Any], num_units: int
@@ -40,8 +51,27 @@ class AnyResFamily(EncodingFamily):
         """See [`EncodingFamily.pixels`]."""
         if kind == "video":
             return super().pixels(model, kind, inputs, num_units)
-        pairs = zip(self._tiles(model, inputs), self._num_tiles(model, inputs), strict=True)
-        return [part for tiles, number in pairs for part in (tiles[:1], tiles[1:number])[: 1 + (number > 1)]]
+        pairs = zip(self._tiles(model, inputs), self._tile_of_tokens(model, inputs), strict=True)
+        return [tiles[number] for tiles, tile in pairs for number in tile[tile >= 0].unique().tolist()]
+
+    def _tile_of_tokens(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """
+        Of each image for all that the encoder makes of it, `[rows]` int64: 0 for the whole view, then the number of
+        the tile, row by row from 1; -1 for newlines.
+        """
+        config, marks, widths = model.config, [], []
+        for size, number in zip(inputs["image_sizes"], self._num_tiles(model, inputs), strict=True):
+            side = config.vision_config.image_size
+            widths.append(get_anyres_image_grid_shape(size, config.image_grid_pinpoints, side)[1])
+            tile = torch.arange(number) - 1
+            # Packing may interpolate a tile's row and column; what comes third is 0 for newlines alone.
+            mark = torch.stack([tile // widths[-1], tile % widths[-1], torch.ones(number)], dim=-1)
+            marks.append(mark.repeat_interleave(self._side(model) ** 2, dim=0))
+        packed = [values.round().long() for values in self._packed(model, torch.cat(marks), inputs)]
+        return [
+            (values[:, 0] * width + values[:, 1] + 1).masked_fill(values[:, 2] == 0, -1)
+            for values, width in zip(packed, widths, strict=True)
+        ]
 
     def pooled(
         self, model: PreTrainedModel, kind: str, values: torch.Tensor, inputs: Mapping[str, Any]

@@ -5,10 +5,14 @@ placeholders and as many visual features.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedConfig
+
+if TYPE_CHECKING:
+    from ..reducers.base import TokenReducer
 
 
 @dataclass
@@ -26,6 +30,8 @@ class Units:
         token: `[num_placeholders]` int64, the visual token that each placeholder shows; -1 for a separator (CLS, a
             newline between rows of tiles), which is no visual token and always stays.
         frames: frames of each unit, 1 of an image; by default all are images.
+        parts: for each unit that shows a whole picture of which others are tiles, the number of the tile in which the
+            centre of each of its tokens lies, `[N]` int64.
         order: `[num_units]` int64, the number of each unit when all images come before all videos; by default its own.
     """
 
@@ -34,6 +40,7 @@ class Units:
     grids: list[tuple[int, int]]
     token: torch.Tensor
     frames: list[int] | None = None
+    parts: dict[int, torch.Tensor] = field(default_factory=dict)
     order: torch.Tensor | None = None
 
     @property
@@ -42,17 +49,34 @@ class Units:
         return torch.arange(int(self.sizes.max())) < self.sizes[:, None]
 
 
+def has_recurrent_layers(config: PreTrainedConfig) -> bool:
+    """Whether a decoder has layers that keep one state of all that they have read, and not keys and values of each."""
+    kinds = getattr(config.get_text_config(), "layer_types", None) or ()
+    return any(kind.startswith(("linear_attention", "conv", "mamba", "hybrid")) for kind in kinds)
+
+
 class Family(ABC):
     """
     The adapter of a family: a few dozen lines in a file of its own.
 
     Attributes:
+        has_dial: whether the model itself can make fewer tokens of the pixels that it is given.
         takes_tensor: the kinds, `"image"` or `"video"`, whose features the family wants as one tensor, not in a list.
         token_type_of_answers: what the family's token types say of a token that was generated.
     """
 
+    has_dial: bool = False
     takes_tensor: tuple[str, ...] = ()
     token_type_of_answers: int = 0
+
+    def why_not(self, config: PreTrainedConfig, reducer: "TokenReducer | type[TokenReducer]") -> str | None:
+        """Why a reducer, or all of a class, cannot act on this family; `None` if it can."""
+        if "native" in reducer.needs and not self.has_dial:
+            return (
+                "it turns a family's own dial, and this family's model makes as many tokens as the pixels that it is "
+                "given say. How many these are is the processor's to say, when it resizes and tiles."
+            )
+        return None
 
     @abstractmethod
     def placeholders(self, config: PreTrainedConfig, input_ids: torch.Tensor) -> torch.Tensor:

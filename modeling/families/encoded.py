@@ -5,7 +5,7 @@ what they made, and a placeholder stands in the prompt for every row of it. An a
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 
 from ..prompt import count_positions
 from ..reducers.base import TokenReducer
-from .base import Family, Units
+from .base import Family, Units, has_recurrent_layers
 
 KINDS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
@@ -28,10 +28,14 @@ class KindUnits:
     Attributes:
         grids: frames, rows and columns in which the tokens of each unit stand.
         is_separator: `[rows of the encoder's output]` bool on the CPU; separators are no visual tokens.
+        unit: `[number of visual tokens]` int64, the unit of each; by default units stand one behind the other.
+        parts: see [`Units`].
     """
 
     grids: list[tuple[int, int, int]]
     is_separator: torch.Tensor
+    unit: torch.Tensor | None = None
+    parts: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 class EncodingFamily(Family):
@@ -42,12 +46,14 @@ class EncodingFamily(Family):
     Attributes:
         first_position: the position of a prompt's first token where the family's forward counts.
         shares_placeholder: whether videos have the placeholders of images.
+        knows_tiles: whether the inputs of a call say which part of a picture each tile shows.
         why_not_in_decoder: why the loop over decoder layers cannot stand in for the family's own, which may do more
             with embeddings than to put features in the places of placeholders; `None` where it can.
     """
 
     first_position: int = 0
     shares_placeholder: bool = False
+    knows_tiles: bool = False
     why_not_in_decoder: str | None = "it acts inside the decoder, whose inputs are not known for this family."
 
     def kinds(self, config: PreTrainedConfig, input_ids: torch.Tensor) -> torch.Tensor:
@@ -69,7 +75,8 @@ class EncodingFamily(Family):
         Args:
             model: with a head.
             kind: `"image"` or `"video"`.
-            output: of the family's encoder; `pooler_output` has an entry for each image, `[rows, hidden_size]`.
+            output: of the family's encoder; `pooler_output` has an entry for each image, `[rows, hidden_size]`. A
+                family with a dial answers without.
             inputs: of the call: pixels, grids, sizes.
         """
         sizes = [entry.reshape(-1, entry.shape[-1]).shape[0] for entry in output.pooler_output]
@@ -92,10 +99,20 @@ class EncodingFamily(Family):
         """Positions `[..., batch, sequence]` of a prompt by itself, from 0, as `generate` counts them."""
         return count_positions(attention_mask)
 
-    def why_not(self, config: PreTrainedConfig, reducer: TokenReducer) -> str | None:
-        """Why a reducer cannot act on this family, or `None` if it can."""
+    def why_not(self, config: PreTrainedConfig, reducer: TokenReducer | type[TokenReducer]) -> str | None:
+        """See [`Family.why_not`]."""
+        if reducer.stage == "decoder" and has_recurrent_layers(config):
+            return (
+                "it acts inside the decoder, whose linear attention keeps a state of all that it has read: a token "
+                "that leaves behind such a layer has left its trace there. Use a reducer before the decoder."
+            )
         if reducer.stage == "decoder" and self.why_not_in_decoder is not None:
             return self.why_not_in_decoder
+        if getattr(reducer, "tile_grid", None) is not None:
+            return (
+                "`tile_grid` tells apart the tiles of prompts that do not say which they are, and this family's units "
+                "are known; share by attention with token_budget={'prompt': n, 'unit_weights': 'attention'}."
+            )
         unknown = sorted({"pixel_values", "tower_patches"} & set(reducer.needs))
         if unknown:
             return f"it reads {' and '.join(unknown)}, which this family's encoder does not show."
@@ -104,7 +121,7 @@ class EncodingFamily(Family):
                 "`attention` is 'single_head', which compares CLS's query with the keys of all heads at once, and "
                 "this family shows attention head by head; use attention='per_head'."
             )
-        return None
+        return super().why_not(config, reducer)
 
     # What a tower's attention says, in terms of tokens.
 
@@ -140,11 +157,40 @@ class EncodingFamily(Family):
         """One call of the tower's attention as calls for images that do not see each other."""
         return [(query, key)]
 
+    # The dial that a family may have of its own.
+
+    def native_settings(
+        self, model: PreTrainedModel, kind: str, inputs: Mapping[str, Any]
+    ) -> list[dict[str, tuple[int, int, int]]]:
+        """
+        What the model itself could make of each unit of a kind: by setting of its dial the frames, rows and columns of
+        the tokens.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no dial.")
+
+    def encoded_natively(
+        self, model: PreTrainedModel, kind: str, inputs: Mapping[str, Any], setting: str, units: list[int]
+    ) -> list[torch.Tensor]:
+        """The tokens `[num_tokens, hidden_size]` that one setting makes of some units of a kind, each by itself."""
+        raise NotImplementedError(f"{type(self).__name__} has no dial.")
+
 
 def square_or_row(size: int) -> tuple[int, int, int]:
     """The grid of so many tokens: a square where they make one, and a row elsewhere."""
     side = round(size**0.5)
     return (1, side, side) if side * side == size else (1, 1, size)
+
+
+def means_of_squares(values: torch.Tensor, sizes: list[tuple[int, int]], side: int) -> torch.Tensor:
+    """
+    Values `[num_patches, channels]` of images with so many rows and columns of patches, as the means of squares of
+    `side` patches a side, `[num_squares, channels]`.
+    """
+    pooled = []
+    for own, (height, width) in zip(values.split([h * w for h, w in sizes]), sizes, strict=True):
+        image = own.T.reshape(1, -1, height, width)
+        pooled.append(nn.functional.avg_pool2d(image, side).flatten(2)[0].T)
+    return torch.cat(pooled)
 
 
 def units_of_kinds(kinds: torch.Tensor, found: Mapping[str, KindUnits]) -> Units:
@@ -162,7 +208,7 @@ def units_of_kinds(kinds: torch.Tensor, found: Mapping[str, KindUnits]) -> Units
     where = (at >= 0).nonzero()
     of_place = at[at >= 0]
     token, unit_of = torch.full_like(of_place, -1), torch.full_like(of_place, -1)
-    grids, number = [], 0
+    grids, parts, number = [], {}, 0
     for index, kind in enumerate(KINDS):
         places = (of_place == index).nonzero()[:, 0]
         own = found.get(kind)
@@ -175,13 +221,16 @@ def units_of_kinds(kinds: torch.Tensor, found: Mapping[str, KindUnits]) -> Units
         if own is None:
             continue
         sizes = torch.tensor([frames * height * width for frames, height, width in own.grids])
-        unit_of[places[~own.is_separator]] = torch.arange(len(sizes)).repeat_interleave(sizes) + number
+        of_token = torch.arange(len(sizes)).repeat_interleave(sizes) if own.unit is None else own.unit
+        unit_of[places[~own.is_separator]] = of_token + number
+        parts |= {whole + number: tile + number for whole, tile in own.parts.items()}
         grids += own.grids
         number += len(sizes)
     is_token = unit_of >= 0
     first = torch.full((number,), len(unit_of)).scatter_reduce(0, unit_of[is_token], is_token.nonzero()[:, 0], "amin")
     order = first.argsort()
-    unit_of[is_token] = order.argsort()[unit_of[is_token]]
+    place = order.argsort()
+    unit_of[is_token] = place[unit_of[is_token]]
     # Tokens are counted unit by unit; within one they stand in the order of their placeholders.
     by_unit = unit_of.masked_fill(~is_token, number).argsort(stable=True)[: int(is_token.sum())]
     token[by_unit] = torch.arange(len(by_unit))
@@ -192,5 +241,6 @@ def units_of_kinds(kinds: torch.Tensor, found: Mapping[str, KindUnits]) -> Units
         grids=[(frames * height, width) for frames, height, width in grids],
         token=token.to(is_placeholder.device),
         frames=[frames for frames, _, _ in grids],
+        parts={int(place[whole]): place[tile] for whole, tile in parts.items()},
         order=order,
     )

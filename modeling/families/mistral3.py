@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .encoded import KINDS, EncodingFamily, KindUnits
+from .encoded import KINDS, EncodingFamily, KindUnits, means_of_squares
 
 
 class Mistral3Family(EncodingFamily):
@@ -40,12 +39,7 @@ class Mistral3Family(EncodingFamily):
         self, model: PreTrainedModel, kind: str, values: torch.Tensor, inputs: Mapping[str, Any]
     ) -> torch.Tensor:
         """See [`EncodingFamily.pooled`]."""
-        merge, sizes = model.config.spatial_merge_size, self._patches(model, inputs)
-        pooled = []
-        for own, (height, width) in zip(values.split([h * w for h, w in sizes]), sizes, strict=True):
-            image = own.T.reshape(1, -1, height, width)
-            pooled.append(nn.functional.avg_pool2d(image, merge).flatten(2)[0].T)
-        return torch.cat(pooled)
+        return means_of_squares(values, self._patches(model, inputs), model.config.spatial_merge_size)
 
     @staticmethod
     def _patches(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL, GLM-4V: grids of merged patches, and rotary positions on several axes."""
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5, GLM-4V: grids of merged patches, and rotary positions on several axes."""
 
 from collections.abc import Mapping
 from typing import Any

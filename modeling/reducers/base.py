@@ -34,8 +34,7 @@ class TokenReducer(nn.Module):
             [`DecoderReducer`]).
         needs: of the class or the instance, what it has to be given beside the tokens, of the fields of
             [`VisionFeatures`] `"cls"`, `"budget"`, `"question"`, `"question_ids"`, `"pixel_values"`, `"fingerprint"`,
-            `"tower_patches"`
-            and `"attention"` (of the tower layers in `attention_layers`).
+            `"tower_patches"`, `"native"` and `"attention"` (of the tower layers in `attention_layers`).
         ranks_by_cls: whether it reads the attention of the tower's CLS token, or in other families without one the
             attention that tokens receive.
         trained: whether it has weights that have to be learned.
@@ -43,6 +42,7 @@ class TokenReducer(nn.Module):
         one_count: whether `forward` wants images that all keep the same number; images that do not come in several
             calls.
         redistributes: whether it may move tokens between the images of a batch; their sum is then what is exact.
+        is_exact: whether it keeps exactly as many tokens as it is told, which all do but the families' own dials.
         paper: where it was published, `"Name (arXiv id)"`, or empty.
     """
 
@@ -53,6 +53,7 @@ class TokenReducer(nn.Module):
     has_own_rule: ClassVar[bool] = False
     one_count: bool = False
     redistributes: bool = False
+    is_exact: ClassVar[bool] = True
     paper: ClassVar[str] = ""
 
     def __init__(self, config: AdaVTPConfig) -> None:

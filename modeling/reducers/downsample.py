@@ -26,16 +26,17 @@ def smallest_grid(num_keep: int) -> tuple[int, int]:
     return (side, side + 1) if side * (side + 1) >= num_keep else (side + 1, side + 1)
 
 
-def patches_under_cells(rows: int, columns: int, side: int) -> torch.Tensor:
+def patches_under_cells(rows: int, columns: int, grid: tuple[int, int]) -> torch.Tensor:
     """
-    The patch of the full, square grid in which each cell of a smaller grid has its centre, ascending.
+    The patch of the full grid, rows and columns, in which each cell of a smaller grid has its centre, ascending.
 
-    Cell i of n has its centre at (i + 1/2) / n of the image, in patch floor((i + 1/2) side / n) of a row. Neighbouring
-    centres are a patch or more apart, so no two cells share one.
+    Cell i of n has its centre at (i + 1/2) / n of the image, in patch floor((i + 1/2) width / n) of a row.
+    Neighbouring centres are a patch or more apart, so no two cells share one.
     """
-    row = torch.tensor([(2 * index + 1) * side // (2 * rows) for index in range(rows)])
-    column = torch.tensor([(2 * index + 1) * side // (2 * columns) for index in range(columns)])
-    return (row[:, None] * side + column).flatten()
+    height, width = grid
+    row = torch.tensor([(2 * index + 1) * height // (2 * rows) for index in range(rows)])
+    column = torch.tensor([(2 * index + 1) * width // (2 * columns) for index in range(columns)])
+    return (row[:, None] * width + column).flatten()
 
 
 def evenly_thinned(num_cells: int, num_keep: int) -> torch.Tensor:
@@ -79,5 +80,5 @@ class DownsampleReducer(EncoderReducer):
             sequence = tower.run_layer(layer, sequence)
         cells = evenly_thinned(rows * columns, count).to(sequence.device)
         patches = take_tokens(tower.patches(sequence), cells.expand(len(sequence), -1))
-        positions = patches_under_cells(rows, columns, side).to(sequence.device)[cells]
+        positions = patches_under_cells(rows, columns, (side, side)).to(sequence.device)[cells]
         return EncodedTokens(tower.with_patches(sequence, patches), positions.expand(len(sequence), -1))

@@ -14,11 +14,12 @@ import torch
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..budget.selection import Selection
 from ..budget.top_k import top_k_mask
+from ..families.base import Units
 from ..vision.features import VisionFeatures
 from .base import ScoringReducer, making_layer, register_reducer, require_choice, require_share
 from .cls_attention import cls_log_scores, cls_scores
 
-_FIRST_LAYER = 0
+FIRST_LAYER = 0
 
 
 def tiled_prompts(sample: torch.Tensor, num_tiles: int) -> torch.Tensor:
@@ -35,6 +36,34 @@ def tiled_prompts(sample: torch.Tensor, num_tiles: int) -> torch.Tensor:
         )
     by_prompt = prompt.argsort(stable=True)
     return by_prompt[num_images[prompt[by_prompt]] > 1].view(-1, 1 + num_tiles)
+
+
+def shares_of_tiles(attention: torch.Tensor, units: Units, alpha: float = 0.5) -> torch.Tensor:
+    """
+    By what the units of a prompt share its tokens where wholes and tiles are known. A picture, the whole view and its
+    tiles, weighs as much as it has tokens. The share alpha of that is the whole view's; the tiles have the rest by how
+    many of its floor((1 - alpha) N) most attended tokens have their centre in each.
+
+    Args:
+        attention: `[num_units, largest N]`, what the tokens of each unit get in the tower's first layer.
+        units: with `parts`.
+        alpha: in [0, 1].
+
+    Returns:
+        `[num_units]` float64.
+    """
+    weights = units.sizes.double()
+    for whole, tile in units.parts.items():
+        tiles = tile.unique()
+        num_best = math.floor((1 - alpha) * len(tile) + 1e-9)
+        best = top_k_mask(attention[whole, None, : len(tile)], num_best)[0]
+        counts = (tile[best] == tiles[:, None]).sum(dim=-1).double()
+        total = weights[whole] + weights[tiles].sum()
+        weights[whole] = alpha * total
+        # Where none is most attended the tiles share equally.
+        counts = counts if counts.sum() > 0 else torch.ones_like(counts)
+        weights[tiles] = (1 - alpha) * total * counts / counts.sum()
+    return weights
 
 
 def tile_of(positions: torch.Tensor, grid: tuple[int, int], tile_grid: Sequence[int]) -> torch.Tensor:
@@ -153,7 +182,7 @@ class HiREDReducer(ScoringReducer):
     def attention_layers(self) -> tuple[int, ...]:
         """The layer that made the features and, to share among tiles, the first."""
         making = making_layer(self.config)
-        return (making,) if self.tile_grid is None else tuple(sorted({_FIRST_LAYER, making}))
+        return (making,) if self.tile_grid is None else tuple(sorted({FIRST_LAYER, making}))
 
     def scores(self, features: VisionFeatures) -> torch.Tensor:
         return cls_log_scores(features.attention[making_layer(self.config)])
@@ -184,7 +213,7 @@ class HiREDReducer(ScoringReducer):
 
     def tile_weights(self, whole: VisionFeatures) -> torch.Tensor:
         """What the tiles share by, `[num_prompts, num_tiles]` float32, from the whole pictures."""
-        attention = cls_scores(whole.attention[_FIRST_LAYER])
+        attention = cls_scores(whole.attention[FIRST_LAYER])
         if self.share == "count":
             num_best = math.floor((1 - self.alpha) * attention.shape[1] + 1e-9)
             attention = top_k_mask(attention, num_best).float()

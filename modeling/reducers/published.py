@@ -12,6 +12,7 @@ from .dynamicvit import DynamicViTReducer
 from .fastv import FastVReducer
 from .head_threshold import HeadThresholdReducer
 from .hired import HiREDReducer
+from .native import NativeReducer
 from .pool import PoolReducer
 from .prumerge import PruMergePlusReducer, PruMergeReducer
 from .pyramiddrop import PyramidDropReducer
@@ -39,6 +40,7 @@ PUBLISHED_REDUCERS = (
     FastVReducer,
     HeadThresholdReducer,
     HiREDReducer,
+    NativeReducer,
     PoolReducer,
     PruMergePlusReducer,
     PruMergeReducer,

@@ -8,14 +8,16 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
-from ..budget.schedule import BudgetSchedule
+from ..budget.schedule import BudgetOfUnits, BudgetSchedule
 from ..budget.selection import Selection
 from ..families.base import Units
 from ..families.encoded import KINDS, EncodingFamily, units_of_kinds
 from ..prompt import VisualEmbeddings
-from ..reducers.bank import Step
+from ..reducers.cls_attention import cls_scores
+from ..reducers.hired import FIRST_LAYER, shares_of_tiles
 from .attention_rows import noting_inputs, queries_and_keys, received, row_of_cls
-from .features import VisionFeatures, fingerprint
+from .features import NativeDial, VisionFeatures, fingerprint
+from .novelty import novelty_of_units
 from .tower import TowerAttention
 from .visual_model import VisualModel, VisualTokens, tokens_left, wanted_layers
 
@@ -31,7 +33,7 @@ class FamilyVisual(VisualModel):
         model: the family's, with a head and a budget's modules.
         kinds: `[batch, sequence]`, whose placeholder each column is.
         images: pixels, grids and sizes, as the family's encoder takes them.
-        steps: the stack, for the attention that it reads.
+        schedule: the stack and its budget, for the attention that they read.
 
     Attributes:
         units: what the tokens come in.
@@ -39,12 +41,19 @@ class FamilyVisual(VisualModel):
     """
 
     def __init__(
-        self, model: "PreTrainedModel", kinds: torch.Tensor, images: Mapping[str, Any], steps: list[Step]
+        self, model: "PreTrainedModel", kinds: torch.Tensor, images: Mapping[str, Any], schedule: BudgetSchedule
     ) -> None:
         super().__init__(None, None, model.budget_token, model.config, model.training)
         self.model, self.images = model, images
         family: EncodingFamily = model.family
-        layers = wanted_layers(steps)
+        shares_by_attention = schedule.is_shared and schedule.unit_weights == "attention"
+        if shares_by_attention and not family.knows_tiles:
+            raise ValueError(
+                "`unit_weights` is 'attention', which shares among the tiles of a picture by what its whole view "
+                f"looks at, and a call of a {self.config.model_type!r} model does not say which tile shows what; use "
+                "'size' or 'novelty'."
+            )
+        layers = sorted({*wanted_layers(schedule.steps), *([FIRST_LAYER] if shares_by_attention else [])})
         modules = [family.attention_module(model, layer) for layer in layers]
         outputs, rows, self._found = {}, {layer: [] for layer in layers}, {}
         for kind, pixels in KINDS.items():
@@ -70,14 +79,46 @@ class FamilyVisual(VisualModel):
         is_left, stays = features.positions >= 0, tokens_left(features)
         start = (units.sizes.cumsum(0) - units.sizes).to(features.positions.device)
         place = self._place[(features.positions + start[:, None])[is_left]]
-        column_stays = torch.ones_like(units.token, dtype=torch.bool)
-        column_stays = column_stays.masked_scatter(units.token >= 0, stays[is_token])
+        # A separator stays; tokens are counted unit by unit, which need not be the order of columns.
+        column_stays = (units.token < 0) | stays[is_token][units.token]
         made = self.made.features
         if in_place:
             made = made.masked_fill(~column_stays[:, None], 0.0)
         placed = made.index_copy(0, place, features.patches[is_left].to(made.dtype))
         whole = replace(self.made, features=placed)
         return (whole if in_place else whole.at(column_stays)), column_stays
+
+    def budget_of_units(self, schedule: BudgetSchedule, units: Units) -> BudgetOfUnits:
+        """See [`VisualModel.budget_of_units`]."""
+        weights = None
+        if schedule.is_shared and schedule.unit_weights == "attention":
+            attention = self._attention_of_units(self._rows[FIRST_LAYER], units.is_token.to(self._place.device))
+            weights = shares_of_tiles(cls_scores(attention).cpu(), units)
+        elif schedule.is_shared and schedule.unit_weights == "novelty":
+            weights = novelty_of_units(
+                self._of_units(self.made.features, units.is_token.to(self._place.device)), units
+            )
+        return schedule.of_units(units.sample, units.sizes, weights)
+
+    def native_dial(self) -> NativeDial:
+        """See [`VisualModel.native_dial`]."""
+        family, of_kinds, grids = self.model.family, [], []
+        for kind in self._found:
+            settings = family.native_settings(self.model, kind, self.images)
+            of_kinds += [(kind, number) for number in range(len(settings))]
+            grids += [{name: (t * h, w) for name, (t, h, w) in own.items()} for own in settings]
+        order = self.units.order.tolist()
+
+        def encode(setting: str, units: list[int]) -> list[torch.Tensor]:
+            asked = [of_kinds[order[unit]] for unit in units]
+            made = {}
+            for kind in dict(asked):
+                own = [number for other, number in asked if other == kind]
+                tokens = family.encoded_natively(self.model, kind, self.images, setting, own)
+                made |= {(kind, number): rows for number, rows in zip(own, tokens, strict=True)}
+            return [made[place] for place in asked]
+
+        return NativeDial([grids[place] for place in order], encode)
 
     def fingerprints(self, images: Mapping[str, Any]) -> torch.Tensor:
         """See [`VisualModel.fingerprints`]."""

@@ -1,6 +1,7 @@
 """What a reducer is shown of an image."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -8,7 +9,21 @@ import torch
 from .tower import TowerAttention
 
 # Fields with one entry for each image, whatever its number of tokens.
-BY_IMAGE = ("cls", "budget", "question", "question_ids", "pixel_values", "fingerprint", "sample", "grids")
+BY_IMAGE = ("cls", "budget", "question", "question_ids", "pixel_values", "fingerprint", "sample", "unit", "grids")
+
+
+@dataclass
+class NativeDial:
+    """
+    The dial that a family's model has of its own, on the units of one call.
+
+    Attributes:
+        grids: for each unit, by setting, the rows and columns in which its tokens would stand.
+        encode: what a setting makes of the units of some numbers: tokens `[num_tokens, hidden_size]` of each.
+    """
+
+    grids: list[dict[str, tuple[int, int]]]
+    encode: Callable[[str, list[int]], list[torch.Tensor]]
 
 
 @dataclass
@@ -32,6 +47,8 @@ class VisionFeatures:
         fingerprint: `[num_images]` int64 on the CPU, a number that depends on an image's pixels alone.
         attention: of the tower layers that the reducer's `attention_layers` names.
         sample: `[num_images]` int64, the prompt that each image belongs to.
+        unit: `[num_images]` int64, the number of each image among the units of the call.
+        native: the family's own dial on the units of the call.
         num_patches: N of a whole image, of the largest where they differ.
         grids: `[num_images, 2]` int64 on the CPU, rows and columns in which the N patches of each image stand; by
             default those of a square.
@@ -48,6 +65,8 @@ class VisionFeatures:
     fingerprint: torch.Tensor | None = None
     attention: dict[int, TowerAttention] = field(default_factory=dict)
     sample: torch.Tensor | None = None
+    unit: torch.Tensor | None = None
+    native: NativeDial | None = None
     num_patches: int = 0
     grids: torch.Tensor | None = None
 

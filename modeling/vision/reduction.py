@@ -46,7 +46,7 @@ def reduce_tokens(
     num_tokens = (features.positions >= 0).sum(dim=-1).cpu()
     # An image that keeps everything is as it was, whatever the others keep. In training every image goes through.
     keeps_all = torch.zeros_like(num_tokens, dtype=torch.bool)
-    if num_keep is not None and not reducer.training and not reducer.redistributes:
+    if num_keep is not None and not reducer.training and not reducer.redistributes and reducer.is_exact:
         keeps_all = num_keep >= num_tokens
     shapes = [] if features.grids is None else features.grids.unbind(dim=1)
     groups, results = image_groups(num_tokens, keeps_all, num_keep if reducer.one_count else None, *shapes), []
@@ -120,6 +120,8 @@ def image_groups(*keys: torch.Tensor | None) -> list[torch.Tensor]:
 
 
 def _require_count(name: str, reducer: TokenReducer, selection: Selection, num_keep: torch.Tensor) -> None:
+    if not reducer.is_exact:
+        return
     kept, wanted = selection.num_keep.cpu(), num_keep.cpu()
     may_add = isinstance(reducer, ScoringReducer) and reducer.config.min_token_entropy > 0
     if reducer.redistributes:
@@ -141,13 +143,22 @@ def _result(features: VisionFeatures, selection: Selection) -> tuple[VisionFeatu
         gates = selection.gates.new_zeros(keep.shape).scatter(1, features.positions, selection.gates)
     patches = selection.gather(features.patches)
     merged = selection.features is not None
-    whole = Selection(keep, positions, gates, patches if merged else None, selection.loss)
+    features_left = patches if merged else None
+    whole = Selection(keep, positions, gates, features_left, selection.loss, settings=selection.settings)
     tower_patches = features.tower_patches
     if tower_patches is not None:
         tower_patches = take_tokens(tower_patches, index)
     attention = {} if merged else {layer: view.take(index) for layer, view in features.attention.items()}
     left = replace(features, patches=patches, positions=positions, tower_patches=tower_patches, attention=attention)
     return left, whole
+
+
+def _in_order(parts: list[list[str] | None], order: torch.Tensor) -> list[str] | None:
+    """Lists of all groups as one, in the order of the images."""
+    if None in parts:
+        return None
+    joined = [value for part in parts for value in part]
+    return [joined[place] for place in order.tolist()]
 
 
 def _joined(
@@ -181,6 +192,7 @@ def _joined(
         joined([selection.gates for selection in selections]),
         patches if merged else None,
         torch.stack(losses).sum() / len(order) if losses else None,
+        settings=_in_order([selection.settings for selection in selections], order),
     )
     attention = (
         {}

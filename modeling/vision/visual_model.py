@@ -17,7 +17,7 @@ from ..prompt import VisualEmbeddings
 from ..reducers.bank import Step
 from .budget_token import BudgetToken
 from .encode import encode_image
-from .features import VisionFeatures, fingerprint
+from .features import NativeDial, VisionFeatures, fingerprint
 from .reduction import reduce_in_tower, reduce_tokens
 from .tower import input_device
 
@@ -81,15 +81,16 @@ class VisualModel:
             ValueError: if the images do not have the size that the model was made for, or a reducer cannot do what it
                 is asked to.
         """
-        steps, budget = schedule.steps, schedule.of_units(units.sample, units.sizes)
+        steps, budget = schedule.steps, self.budget_of_units(schedule, units)
         needs = {need for step in steps for need in step.reducer.needs}
         num_keep = budget.of_step(steps[0], units.sizes)
         features, selection = self._encode(pixel_values, schedule, units, num_keep, question)
-        features.sample = units.sample
+        features.sample, features.unit = units.sample, torch.arange(len(units.sample))
         features.grids = torch.tensor(units.grids) if units.grids else None
         features.question = question if "question" in needs else None
         features.question_ids = question_ids if "question_ids" in needs else None
         features.pixel_values = pixel_values if "pixel_values" in needs else None
+        features.native = self.native_dial() if "native" in needs else None
         features.fingerprint = self.fingerprints(pixel_values) if "fingerprint" in needs else None
         is_projected = False
         for number, step in enumerate(steps):
@@ -99,7 +100,8 @@ class VisualModel:
             if step.reducer.stage in ("encoder", "decoder"):
                 continue
             self._require_no_gates(selection, step)
-            if not self.training and num_keep is not None and bool((num_keep >= entering).all()):
+            keeps_all = num_keep is not None and bool((num_keep >= entering).all())
+            if not self.training and keeps_all and step.reducer.is_exact:
                 continue
             if step.reducer.stage == "projector" and not is_projected:
                 features, is_projected = self._projected(features, "tower_patches" in needs), True
@@ -107,6 +109,24 @@ class VisualModel:
         selection.sizes = units.sizes
         decoder = steps[-1] if steps[-1].reducer.stage == "decoder" else None
         return VisualTokens(features, selection, is_projected, decoder, num_keep if decoder else None)
+
+    def budget_of_units(self, schedule: BudgetSchedule, units: Units) -> BudgetOfUnits:
+        """
+        What the budget leaves of each unit.
+
+        Raises:
+            ValueError: if the units of a prompt are to share by something that is not known of them.
+        """
+        if schedule.is_shared and schedule.unit_weights != "size":
+            raise ValueError(
+                f"`unit_weights` is {schedule.unit_weights!r}, and images of a {self.config.model_type!r} model are "
+                "neither tiles nor frames; use 'size'."
+            )
+        return schedule.of_units(units.sample, units.sizes)
+
+    def native_dial(self) -> NativeDial:
+        """The dial that the model has of its own; asked only where [`Family.has_dial`] says that there is one."""
+        raise NotImplementedError(f"{type(self).__name__} has no dial.")
 
     def fingerprints(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """A number for each image that depends on its pixels alone, `[num_units]` int64 on the CPU."""
@@ -164,6 +184,7 @@ class VisualModel:
         left, selection = reduce_tokens(step.name, step.reducer, features, num_keep)
         if selection.features is None and earlier.features is not None:
             selection.features = left.patches
+        selection.settings = selection.settings or earlier.settings
         losses = [loss for loss in (selection.loss, earlier.loss) if loss is not None]
         selection.loss = torch.stack(losses).sum() if losses else None
         gates_attention = selection.gates is not None and self.config.gradient_gates == "attention"
@@ -223,7 +244,7 @@ class VisualModel:
         if not asking:
             return None, False
         # Steps before it are taken to leave what they are told to; a rule of their own may differ a little.
-        planned: BudgetOfUnits = schedule.of_units(units.sample, units.sizes)
+        planned = self.budget_of_units(schedule, units)
         left = units.sizes
         for step in schedule.steps[: asking[0] + 1]:
             count = planned.of_step(step, left)

@@ -34,7 +34,7 @@ def test_by_default_all_but_parts_are_compared_with_the_parameters_they_were_tra
     assert as_trained(config, ["resampler", "vtw"]) == [{"name": "resampler", "num_layers": 1}, "vtw"]
     assert as_trained(config, {"name": "resampler", "num_layers": 2}) == {"name": "resampler", "num_layers": 2}
     labels = {reducer_label(reducer).partition(":")[0] for reducer in reducers}
-    assert labels == set(REDUCERS) - {"aim_merge", "aim_prune"}
+    assert labels == set(REDUCERS) - {"aim_merge", "aim_prune", "native"}
 
 
 def test_the_hash_is_of_configuration_and_weights(tmp_path: Path) -> None:

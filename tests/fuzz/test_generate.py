@@ -12,9 +12,9 @@ from transformers import DynamicCache
 
 from adavtp import AdaVTPForConditionalGeneration
 from adavtp.modeling.evaluation_mode import evaluating
-from adavtp.modeling.reducers.base import REDUCERS
 from layered_reader import LayeredReader, as_conversation
 from tiny_models import (
+    OF_LLAVA,
     TEXT_CONFIGS,
     WITH_WEIGHTS,
     alone,
@@ -81,7 +81,7 @@ def calls(draw: st.DrawFn) -> Call:
     option = draw(st.sampled_from(options))
     # A cache is handed on from turn to turn, and only a growing one can be.
     num_turns = draw(st.integers(1, 3)) if option in ({}, {"min_new_tokens": 2}) else 1
-    names = sorted(set(REDUCERS) - set(WITH_WEIGHTS))
+    names = sorted(OF_LLAVA - set(WITH_WEIGHTS))
     return Call(
         text=draw(st.sampled_from(sorted(TEXT_CONFIGS))),
         positions=draw(st.sampled_from(["original", "compact"])),

@@ -14,11 +14,11 @@ import torch
 from adavtp import AdaVTPForConditionalGeneration
 from adavtp.modeling.reducers.base import REDUCERS, ScoringReducer
 from layered_reader import LayeredReader, as_conversation
-from tiny_models import NUM_PATCHES, WITH_WEIGHTS, alone, targets, tiny_batch, tiny_model, tiny_text_config
+from tiny_models import NUM_PATCHES, OF_LLAVA, WITH_WEIGHTS, alone, targets, tiny_batch, tiny_model, tiny_text_config
 
 NUM_LAYERS = 4
 DECODER_STAGE = sorted(name for name, reducer in REDUCERS.items() if reducer.stage == "decoder")
-BEFORE_DECODER = sorted(name for name in REDUCERS if name not in (*DECODER_STAGE, "aim"))
+BEFORE_DECODER = sorted(OF_LLAVA - {*DECODER_STAGE, "aim"})
 SCORING = sorted(name for name, reducer in REDUCERS.items() if issubclass(reducer, ScoringReducer))
 
 Model = AdaVTPForConditionalGeneration

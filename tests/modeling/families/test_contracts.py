@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from pruned_by_hand import HandPruned, language_inputs
 from tiny_families import (
     FAMILIES,
     QWEN,
+    STATEFUL,
     VIDEO_FAMILIES,
     Writer,
     batch_of,
@@ -78,11 +81,12 @@ def test_a_batch_gives_what_its_prompts_give_alone(name: str, side: str) -> None
 
 
 @pytest.mark.parametrize("name", VIDEO_FAMILIES)
-def test_a_video_is_a_unit_beside_images(name: str) -> None:
+def test_a_video_is_a_unit_or_its_frames_are_beside_images(name: str) -> None:
     images = ((2, 2),) if name != "glm4v" else ()
     prompt = Writer(name).prompt(images=images, videos=((3, 2, 2),))
     selection = budgeted(name).select_tokens(**batch_of(name, [prompt]), token_budget=0.5, reducer="grid")
-    assert selection.sizes.tolist()[-1] == 12
+    frames = [4, 4, 4] if name == "minicpmv4_6" else [12]
+    assert selection.sizes.tolist()[-len(frames) :] == frames
     by_hand = HandPruned(name, prompt, selection.keep[selection.is_token])
     assert answers(name, [prompt], token_budget=0.5, reducer="grid") == [by_hand.greedy()]
 
@@ -105,18 +109,49 @@ def test_fewer_images_than_a_prompt_shows_are_an_error_in_words(name: str) -> No
         budgeted(name)(**batch, token_budget=0.5)
 
 
+@pytest.mark.parametrize("name", STATEFUL)
+def test_where_a_decoder_keeps_a_state_turns_of_a_batch_are_right_or_refused(name: str) -> None:
+    model, writer = budgeted(name), Writer(name)
+    first = [writer.prompt(), writer.prompt(images=())]
+    arguments = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+    batch = batch_of(name, first)
+    begun = model.generate(**batch, token_budget=0.4, reducer="grid", **arguments)
+    mask = torch.cat([batch["attention_mask"], torch.ones(2, 3, dtype=torch.long)], dim=1)
+    later = [writer.words(4), writer.words(4)]
+
+    def goes_on(cache: Any, new_mask: torch.Tensor) -> list[list[int]]:
+        ids = torch.cat([begun.sequences, torch.tensor(later)], dim=1)
+        given = {"input_ids": ids, "attention_mask": torch.cat([mask, new_mask], dim=1)}
+        return model.generate(**given, past_key_values=cache, **arguments).sequences[:, ids.shape[1] :].tolist()
+
+    ones = torch.ones(2, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match="different lengths.*linear attention moves its state on.*by itself"):
+        goes_on(deepcopy(begun.past_key_values), ones.index_put((torch.tensor(0), torch.tensor(0)), torch.tensor(0)))
+    together = goes_on(begun.past_key_values, ones)
+    for row, prompt in enumerate(first):
+        cache = model.generate(**batch_of(name, [prompt]), token_budget=0.4, reducer="grid", **arguments)
+        ids = torch.tensor([prompt.ids + begun.sequences[row, -3:].tolist() + later[row]])
+        alone = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache.past_key_values, **arguments
+        )
+        assert alone.sequences[0, ids.shape[1] :].tolist() == together[row]
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_both_forms_of_training_have_one_loss_and_every_trained_part_a_gradient(name: str) -> None:
     model = with_budget(name).train()
     batch = batch_of(name, ragged_prompts(name)[:2])
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     labels[:, :-4] = -100
-    losses = {}
-    for form in ("gather", "mask"):
+    arguments, losses = {"labels": labels, "token_budget": 0.5, "reducer": "adaptive"}, {}
+    for form in ("gather",) if name in STATEFUL else ("gather", "mask"):
         torch.manual_seed(0)
-        outputs = model(**batch, labels=labels, token_budget=0.5, reducer="adaptive", selection_output=form)
-        losses[form] = outputs.loss
-    assert torch.allclose(losses["gather"], losses["mask"], atol=1e-6)
+        losses[form] = model(**batch, **arguments, selection_output=form).loss
+    if name in STATEFUL:
+        with pytest.raises(ValueError, match="`selection_output` is 'mask'.*linear attention.*Use 'gather'"):
+            model(**batch, **arguments, selection_output="mask")
+    else:
+        assert torch.allclose(losses["gather"], losses["mask"], atol=1e-6)
     losses["gather"].backward()
     for key, parameter in model.named_parameters():
         if key.startswith(("budget_token", "controller")):

@@ -25,7 +25,7 @@ def test_the_grid_is_the_smallest_square_or_nearly_square_one_with_k_cells() -> 
 def test_a_cell_stands_at_the_patch_under_its_centre_and_no_two_at_one(side: int) -> None:
     for rows in range(1, side + 1):
         for columns in {rows, min(rows + 1, side)}:
-            places = patches_under_cells(rows, columns, side).tolist()
+            places = patches_under_cells(rows, columns, (side, side)).tolist()
             expected = [
                 math.floor(Fraction(2 * row + 1, 2 * rows) * side) * side
                 + math.floor(Fraction(2 * column + 1, 2 * columns) * side)

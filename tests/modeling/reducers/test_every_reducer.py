@@ -15,10 +15,10 @@ from adavtp import TokenReducer
 from adavtp.modeling.reducers.base import REDUCERS, build_reducer, reducer_parameters
 from adavtp.modeling.vision.tower import TowerAttention
 from tiny_features import features_of, one_image, tiny_features
-from tiny_models import tiny_config, tiny_text_config, tiny_vision_config
+from tiny_models import OF_LLAVA, tiny_config, tiny_text_config, tiny_vision_config
 
 # AIM is two reducers, which are here by their own names.
-BEHIND_THE_TOWER = sorted(name for name in {*REDUCERS} - {"aim"} if REDUCERS[name].stage in ("vision", "projector"))
+BEHIND_THE_TOWER = sorted(name for name in OF_LLAVA - {"aim"} if REDUCERS[name].stage in ("vision", "projector"))
 TOLERANCE = {torch.float32: {"atol": 1e-5, "rtol": 1e-5}, torch.bfloat16: {"atol": 2e-2, "rtol": 2e-2}}
 READS_CLS = ["cls_attention", "hired", "prumerge", "prumerge+", "vispruner", "visionzip"]
 

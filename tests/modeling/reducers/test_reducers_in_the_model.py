@@ -25,6 +25,7 @@ from tiny_models import (
     GATES,
     IMAGE_TOKEN_ID,
     NUM_PATCHES,
+    OF_LLAVA,
     WITH_WEIGHTS,
     alone,
     padded_on_the_right,
@@ -35,7 +36,7 @@ from tiny_models import (
 )
 
 NUM_LAYERS, NUM_NEW_TOKENS = 4, 5
-NAMES = sorted(REDUCERS)
+NAMES = sorted(OF_LLAVA)
 INSIDE_THE_DECODER = [name for name in NAMES if REDUCERS[name].stage == "decoder"]
 OWN_RULE = [name for name in NAMES if REDUCERS[name].has_own_rule]
 TRAINED = [name for name in NAMES if REDUCERS[name].trained]

@@ -1,0 +1,80 @@
+"""MiniCPM-V 4.6: tiles of any size in one row of patches, merged 16 to a token or, by the family's own dial, 4."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .encoded import KINDS, EncodingFamily, KindUnits, means_of_squares
+
+_SIZES = {"image": "target_sizes", "video": "target_sizes_videos"}
+
+
+class MiniCPMVFamily(EncodingFamily):
+    """
+    Every tile and every frame of a video is a unit: which of them belong together is not among what the model gets.
+    """
+
+    has_dial = True
+
+    def units(
+        self, model: PreTrainedModel, kind: str, output: ModelOutput | None, inputs: Mapping[str, Any]
+    ) -> KindUnits:
+        """See [`EncodingFamily.units`]."""
+        grids = self._grids(model, kind, inputs, self._mode(model, inputs))
+        return KindUnits(grids, torch.zeros(sum(height * width for _, height, width in grids), dtype=torch.bool))
+
+    def pixels(
+        self, model: PreTrainedModel, kind: str, inputs: Mapping[str, Any], num_units: int
+    ) -> list[torch.Tensor]:
+        """See [`EncodingFamily.pixels`]."""
+        columns = inputs[_SIZES[kind]].prod(dim=-1) * model.config.vision_config.patch_size
+        return list(inputs[KINDS[kind]].split(columns.tolist(), dim=-1))
+
+    def pooled(
+        self, model: PreTrainedModel, kind: str, values: torch.Tensor, inputs: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """
+        See [`EncodingFamily.pooled`]. Behind the tower's own merger its layers see a quarter of the patches, row by
+        row as before.
+        """
+        grids = self._grids(model, kind, inputs, self._mode(model, inputs))
+        num_tokens = sum(height * width for _, height, width in grids)
+        side = round((len(values) / num_tokens) ** 0.5)
+        return means_of_squares(values, [(height * side, width * side) for _, height, width in grids], side)
+
+    def native_settings(
+        self, model: PreTrainedModel, kind: str, inputs: Mapping[str, Any]
+    ) -> list[dict[str, tuple[int, int, int]]]:
+        """See [`EncodingFamily.native_settings`]: modes of downsampling."""
+        grids = {mode: self._grids(model, kind, inputs, mode) for mode in ("4x", "16x")}
+        return [dict(zip(grids, own, strict=True)) for own in zip(*grids.values(), strict=True)]
+
+    def encoded_natively(
+        self, model: PreTrainedModel, kind: str, inputs: Mapping[str, Any], setting: str, units: list[int]
+    ) -> list[torch.Tensor]:
+        """See [`EncodingFamily.encoded_natively`]."""
+        pixels = self.pixels(model, kind, inputs, len(inputs[_SIZES[kind]]))
+        given = {
+            KINDS[kind]: torch.cat([pixels[unit] for unit in units], dim=-1),
+            _SIZES[kind]: inputs[_SIZES[kind]][units],
+            "downsample_mode": setting,
+        }
+        return list(model.encoded(kind, given).pooler_output)
+
+    @staticmethod
+    def _mode(model: PreTrainedModel, inputs: Mapping[str, Any]) -> str:
+        return inputs.get("downsample_mode") or model.config.downsample_mode
+
+    @staticmethod
+    def _grids(model: PreTrainedModel, kind: str, inputs: Mapping[str, Any], mode: str) -> list[tuple[int, int, int]]:
+        config = model.config
+        rows, columns = (size**config.merger_times for size in config.merge_kernel_size)
+        if mode != "4x":
+            rows, columns = rows * 2, columns * 2
+        return [(1, height // rows, width // columns) for height, width in inputs[_SIZES[kind]].tolist()]
+
+
+MINICPMV = MiniCPMVFamily()
