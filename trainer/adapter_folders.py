@@ -16,7 +16,7 @@ from ..configuration.configuration_adavtp import AdaVTPConfig
 from ..hub_cards.training_record import check_types, read_record
 from ..modeling.hub.custom_reducers import CUSTOM_FILES, is_custom, load_custom_reducers, save_custom_reducers
 from ..modeling.hub.loading import new_module_of
-from ..modeling.hub.own_files import require_own_files
+from ..modeling.hub.own_files import failures_in_words, require_own_files
 from ..modeling.hub.saving import save_code
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
 from ..modeling.processing_adavtp import AdaVTPProcessor
@@ -96,7 +96,8 @@ def load_adapter(
     base = base_of(adapter) if base is None else base
     require_own_files(adapter)
     if (adapter / ADAPTED_CONFIG).is_file():
-        config = AdaVTPConfig(**json.loads((adapter / ADAPTED_CONFIG).read_text(encoding="utf-8")))
+        with failures_in_words("adapter", adapter):
+            config = AdaVTPConfig(**read_record(adapter / ADAPTED_CONFIG, {}))
         if any((adapter / file).is_file() for file in CUSTOM_FILES):
             entries = [*config.reducers, *config.trained_reducers]
             names = [entry if isinstance(entry, str) else entry["name"] for entry in entries]
@@ -114,12 +115,13 @@ def load_adapter(
             f"(`--base`). {error}"
         ) from error
     try:
-        adapted = PeftModel.from_pretrained(model, str(adapter))
-    except SafetensorError as error:
-        raise OSError(
-            f"{str(adapter / ADAPTER_WEIGHTS)!r} is not whole; copy or download it again. {error}"
-        ) from error
-    except (ValueError, RuntimeError, KeyError) as error:
+        with failures_in_words("adapter", adapter):
+            adapted = PeftModel.from_pretrained(model, str(adapter))
+    except ValueError as error:
+        if isinstance(error.__cause__, SafetensorError):
+            raise OSError(
+                f"{str(adapter / ADAPTER_WEIGHTS)!r} is not whole; copy or download it again. {error}"
+            ) from error
         raise ValueError(f"The adapter {str(adapter)!r} does not fit {base!r}: {error}") from error
     _require_fit(adapted, adapter, base, set(info["missing_keys"]))
     return adapted

@@ -23,6 +23,7 @@ from transformers import GenerationConfig
 
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ...modeling.hub.loading import new_module_of
+from ...modeling.hub.own_files import failures_in_words
 from ...modeling.hub.saving import AUTO_MAP, without_auto_class
 from ...modeling.modeling_adavtp import AdaVTPForConditionalGeneration
 from ..output_folder import folder_beside, require_output_folder
@@ -131,8 +132,9 @@ def convert_checkpoint(
         raise ValueError(f"`output_dir` is '{output_dir}', the current folder; allowed: another, new or empty.")
     folder = checkpoint_folder(str(source), revision=revision)
     base_folder = None if base is None else checkpoint_folder(str(base))
-    llava = _read_source(folder, fields or {}, vision_tower, base_folder, _own_name(str(source)), chat_template)
-    model = _empty_model(llava)
+    with failures_in_words("checkpoint", str(source)):
+        llava = _read_source(folder, fields or {}, vision_tower, base_folder, _own_name(str(source)), chat_template)
+        model = _empty_model(llava)
     shards, dropped = _plan(llava, model)
     with folder_beside(output_dir) as temporary:
         folder = temporary / output_dir.name
@@ -252,6 +254,8 @@ def _plan(llava: LlavaSource, model: AdaVTPForConditionalGeneration) -> tuple[li
                     f"{where}, and `{filled[target][0]}` is the same tensor of the model; expected is one of them."
                 )
             shape = of_words.get(target, expected[target])
+            if not tensor.is_floating_point():
+                raise ValueError(f"{where} of {tensor.dtype}; weights are floating-point numbers.")
             if tensor.shape != shape:
                 raise ValueError(f"{where} of shape {tuple(tensor.shape)}; its configuration asks for {shape}.")
             filled[target], names[name] = (name, layout), target
