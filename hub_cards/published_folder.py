@@ -19,6 +19,7 @@ from .curve_picture import save_curve
 from .licence import Origin
 from .model_card import curve_names, model_card
 from .reference_code import led_directly
+from .sound_weights import require_sound_weights
 from .training_record import CONVERSION, RECIPE, TrainingRecord
 
 # Kind -> patterns of the names that published files have. The last two kinds are written anew each time.
@@ -89,13 +90,14 @@ def published_folder(
         Names in the checkpoint's folder that are not published.
 
     Raises:
-        ValueError: if the checkpoint is not whole, is not of AdaVTP in safetensors form with its own code, or has
-            files that lie elsewhere.
+        ValueError: if the checkpoint is not whole, is not of AdaVTP in safetensors form with its own code, has files
+            that lie elsewhere, or weights that do not fit its configuration or are not finite.
     """
     checkpoint = Path(checkpoint).absolute()
     with failures_in_words("checkpoint", checkpoint):
         _require_whole(checkpoint, files_by_kind(checkpoint))
     require_own_files(checkpoint)
+    require_sound_weights(checkpoint)
     files = own_files_by_kind(checkpoint)
     for kind, paths in files.items():
         for path in [] if kind in WRITTEN_ANEW else paths:

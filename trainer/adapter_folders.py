@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
+from ..hub_cards.sound_weights import require_finite
 from ..hub_cards.training_record import check_types, read_record
 from ..modeling.hub.custom_reducers import CUSTOM_FILES, is_custom, load_custom_reducers, save_custom_reducers
 from ..modeling.hub.loading import new_module_of
@@ -204,7 +205,8 @@ def merge_adapter(
         or else the base's, and the training log of the former.
 
     Raises:
-        ValueError: if `output_dir` has something in it; and as [`load_adapter`] does.
+        ValueError: if `output_dir` has something in it, or a merged weight is not finite; and as [`load_adapter`]
+            does.
         OSError: if there is no base.
     """
     adapter, output_dir = Path(adapter), Path(output_dir)
@@ -212,7 +214,8 @@ def merge_adapter(
         raise ValueError(f"`output_dir` is {str(output_dir)!r}, which has something in it; name a new folder.")
     base = base_of(adapter) if base is None else base
     adapted = load_adapter(adapter, base, trust_remote_code)
-    merged = adapted.merge_and_unload(safe_merge=True)
+    merged = adapted.merge_and_unload()
+    require_finite(merged.state_dict(), f"The sum of {base!r} and the adapter {str(adapter)!r}")
     has_processor = (adapter / "processor_config.json").is_file()
     source = str(adapter) if has_processor else base
     processor = AdaVTPProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)

@@ -27,6 +27,7 @@ from ...modeling.hub.own_files import failures_in_words
 from ...modeling.hub.saving import AUTO_MAP, without_auto_class
 from ...modeling.modeling_adavtp import AdaVTPForConditionalGeneration
 from ..output_folder import folder_beside, require_output_folder
+from ..sound_weights import require_finite
 from .llava_files import checkpoint_folder, read_json, tensors_of
 from .llava_names import LANGUAGE, Dropped, Layout, target_name
 from .llava_original import ORIGINAL_MODEL_TYPES, read_original_checkpoint
@@ -122,7 +123,7 @@ def convert_checkpoint(
 
     Raises:
         ValueError: if `output_dir` is not empty, or the source has a field or a tensor that the target cannot take, or
-            lacks one that it needs; the message names it.
+            lacks one that it needs, or has one with values that are not finite; the message names it.
         OSError: if the source is not there, or one of its files is damaged.
     """
     output_dir, memory = Path(output_dir).absolute(), _begin_peak()
@@ -306,6 +307,7 @@ def _write_weights(
             tensors[target] = llava.changes[target].added_to(tensors[target])
         for target in rows.keys() & tensors.keys():
             tensors[target] = torch.cat([tensors[target], rows[target].to(tensors[target].dtype)])
+        require_finite(tensors, f"{shard.path.name!r} of the source")
         if number == len(shards):
             tensors |= new
         name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"

@@ -21,7 +21,7 @@ INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _CONFIGURATIONS = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 _SUFFIXES = (".jinja", ".json", ".md", ".model", ".py", ".txt", ".yaml")
 _OF_WEIGHTS = (".bin", ".safetensors")
-_FOLDERS = (CODE_FOLDER, "additional_chat_templates")
+_FOLDERS = (CODE_FOLDER, "additional_chat_templates", "chat_templates")
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 

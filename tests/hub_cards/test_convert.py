@@ -525,6 +525,10 @@ OWN_TEMPLATES: dict[str, Callable[[Path], None]] = {
     "a folder of files": _in_files(
         chat_template_dot_jinja=OWN, additional_chat_templates__tool_use_dot_jinja="{{ 'tools' }}" + OWN
     ),
+    "a file of JSON with a folder": _in_files(
+        chat_template_dot_json=json.dumps({"chat_template": OWN}),
+        chat_templates__tool_use_dot_jinja="{{ 'tools' }}" + OWN,
+    ),
     "a file of JSON": _in_files(chat_template_dot_json=json.dumps({"chat_template": OWN})),
 }
 
@@ -543,7 +547,7 @@ def test_a_checkpoint_keeps_its_own_template_and_can_show_it_images(
     processor = AdaVTPProcessor.from_pretrained(tmp_path / "out")
     assert processor.apply_chat_template(TURNS, add_generation_prompt=True) == IN_OWN
     assert processor.tokenizer.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=True) == IN_OWN
-    if place in ("a list", "a folder of files"):
+    if place in ("a list", "a folder of files", "a file of JSON with a folder"):
         assert "tool_use.jinja" in [path.name for path in files_by_kind(tmp_path / "out")["processor"]]
         assert processor.apply_chat_template(
             TURNS, chat_template="tool_use"
@@ -742,6 +746,11 @@ REFUSED: dict[str, tuple[str, Callable[[Folder], Any], str]] = {
         ONE_FILE,
         _tensors(lambda all_: all_.update({NORM: torch.ones(32, dtype=torch.int32)})),
         "norm.weight` of torch.int32",
+    ),
+    "weights that are NaN": (
+        ONE_FILE,
+        _tensors(lambda all_: all_[NORM][3:].fill_(torch.nan)),
+        "'model.safetensors' of the source has 1 weight.s. with values that are NaN or infinite, .*norm.weight",
     ),
     "an unknown field": (ORIGINAL, _field(mm_spatial_pool=2), "`mm_spatial_pool` \\(2\\)"),
     "pictures in rows": (ORIGINAL, _field(image_aspect_ratio="highres"), "`image_aspect_ratio` is 'highres'"),
