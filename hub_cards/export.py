@@ -9,6 +9,7 @@ from ..modeling.processing_adavtp import AdaVTPProcessor
 from .licence import origin_of
 from .output_folder import folder_beside, require_output_folder
 from .published_folder import CARRIED, FORMER, KINDS, add_card, model_type_in, own_files_by_kind, require_no_adapter
+from .sound_weights import require_finite
 from .training_record import TrainingRecord, is_hub_id
 
 
@@ -45,7 +46,7 @@ def export_checkpoint(
         `output_dir`.
 
     Raises:
-        ValueError: if `output_dir` holds something else, or a file is not what it should be.
+        ValueError: if `output_dir` holds something else, a file is not what it should be, or a weight is not finite.
         OSError: if there is no checkpoint, or a file does not exist.
     """
     checkpoint, output_dir = str(checkpoint), Path(output_dir)
@@ -54,6 +55,7 @@ def export_checkpoint(
     record = TrainingRecord.found_in(checkpoint, recipe, training_logs, evaluations)
     origin = origin_of(checkpoint, record, base_model or (checkpoint if is_hub_id(checkpoint) else None), license)
     model = AdaVTPForConditionalGeneration.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    require_finite(model.state_dict(), f"`checkpoint` is {checkpoint!r}, which")
     processor = AdaVTPProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     with folder_beside(output_dir) as folder:
         model.save_pretrained(folder)

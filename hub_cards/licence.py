@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import ModelCard
+from yaml import YAMLError
 
 from .training_record import TrainingRecord, is_hub_id
 
@@ -84,7 +85,10 @@ def _origin_on_card(folder: str | Path) -> Origin:
     path = Path(folder) / "README.md"
     if not path.is_file():
         return Origin(None, None)
-    data = ModelCard.load(path, ignore_metadata_errors=True).data
+    try:
+        data = ModelCard.load(path, ignore_metadata_errors=True).data
+    except YAMLError as error:
+        raise ValueError(f"The metadata of {str(path)!r} are not YAML: {error}") from error
     base = data.get("base_model")
     base = base[0] if isinstance(base, list) and len(base) == 1 else base
     return Origin(base if is_hub_id(base) else None, data.get("license"))

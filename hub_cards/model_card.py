@@ -4,7 +4,6 @@ Every number on a card comes from the configuration, the weights' headers, a tra
 that a card cannot promise what was not measured.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, get_local_safe
 from huggingface_hub.errors import SafetensorsParsingError
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
+from ..evaluation.records import read_record
 from ..evaluation.settings import FULL
 from ..modeling.families.llava import LLAVA
+from ..modeling.hub.own_files import failures_in_words
 from ..modeling.processing_adavtp import AdaVTPProcessor
 from .licence import Origin
 from .training_record import DIGIT_SCENES, TrainingRecord, data_names, is_hub_id
@@ -45,7 +46,9 @@ def model_card(folder: str | Path, name: str, record: TrainingRecord, origin: Or
         OSError: if the folder has no configuration or processor.
     """
     folder = Path(folder)
-    config = AdaVTPConfig.from_pretrained(folder)
+    with failures_in_words("configuration", name):
+        config = AdaVTPConfig.from_pretrained(folder)
+        num_visual_tokens = LLAVA.tokens_per_image(config)
     tokenizer = AdaVTPProcessor.from_pretrained(folder).tokenizer
     # From the headers of the weight files: the number of parameters of each data type.
     try:
@@ -59,7 +62,7 @@ def model_card(folder: str | Path, name: str, record: TrainingRecord, origin: Or
         template_path=str(TEMPLATE),
         name=name,
         config=config,
-        num_visual_tokens=LLAVA.tokens_per_image(config),
+        num_visual_tokens=num_visual_tokens,
         num_parameters=f"{sum(numbers.values()):,}",
         dtype=_DTYPES.get(dtype, dtype),
         question="What colour is the largest digit?" if digit_scenes else "What is in the picture?",
@@ -218,7 +221,7 @@ def _example_budget(results: list[dict[str, Any]]) -> float | int:
 def _default_budget(folder: Path, config: AdaVTPConfig) -> float | int:
     """What `generate` keeps when nobody says how much."""
     path = folder / "generation_config.json"
-    of_generation = json.loads(path.read_text(encoding="utf-8")).get("token_budget") if path.is_file() else None
+    of_generation = read_record(path, {}).get("token_budget") if path.is_file() else None
     return config.token_budget if of_generation is None else of_generation
 
 

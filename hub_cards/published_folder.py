@@ -12,12 +12,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from ..modeling.hub.own_files import indexed_files, require_own_file, require_own_files
+from ..modeling.hub.loading import damaged_file
+from ..modeling.hub.own_files import failures_in_words, indexed_files, require_own_file, require_own_files
 from ..modeling.hub.saving import CODE_FOLDER
 from .curve_picture import save_curve
 from .licence import Origin
 from .model_card import curve_names, model_card
 from .reference_code import led_directly
+from .sound_weights import require_sound_weights
 from .training_record import CONVERSION, RECIPE, TrainingRecord
 
 # Kind -> patterns of the names that published files have. The last two kinds are written anew each time.
@@ -26,6 +28,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "configuration": ("config.json", "generation_config.json"),
     "processor": (
         *("processor_config.json", "preprocessor_config.json", "chat_template.jinja", "chat_template.json"),
+        "additional_chat_templates/*.jinja",
         *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
         *("tokenizer.model", "vocab.json", "merges.txt"),
     ),
@@ -87,14 +90,15 @@ def published_folder(
         Names in the checkpoint's folder that are not published.
 
     Raises:
-        ValueError: if the checkpoint is not whole, is not of AdaVTP in safetensors form with its own code, or has
-            files that lie elsewhere.
+        ValueError: if the checkpoint is not whole, is not of AdaVTP in safetensors form with its own code, has files
+            that lie elsewhere, or weights that do not fit its configuration or are not finite.
     """
     checkpoint = Path(checkpoint).absolute()
-    _require_whole(checkpoint, files_by_kind(checkpoint))
+    with failures_in_words("checkpoint", checkpoint):
+        _require_whole(checkpoint, files_by_kind(checkpoint))
     require_own_files(checkpoint)
+    require_sound_weights(checkpoint)
     files = own_files_by_kind(checkpoint)
-    (folder / CODE_FOLDER).mkdir()
     for kind, paths in files.items():
         for path in [] if kind in WRITTEN_ANEW else paths:
             (folder / path.relative_to(checkpoint)).parent.mkdir(exist_ok=True)
@@ -102,7 +106,8 @@ def published_folder(
     for path in [folder / "config.json", *folder.glob("processor_config.json")]:
         path.write_text(led_directly(path.read_text(encoding="utf-8")), encoding="utf-8")
     for path in folder.glob("tokenizer_config.json"):
-        path.write_text(padded_left(path.read_text(encoding="utf-8")), encoding="utf-8")
+        with failures_in_words("processor", checkpoint):
+            path.write_text(padded_left(path.read_text(encoding="utf-8")), encoding="utf-8")
     add_card(folder, name, record, origin)
     known = {path.relative_to(checkpoint).parts[0] for paths in files.values() for path in paths}
     return sorted(path.name for path in checkpoint.iterdir() if path.name not in known)
@@ -162,6 +167,8 @@ def _require_whole(checkpoint: Path, files: dict[str, list[Path]]) -> None:
     if (checkpoint / INDEX).is_file():
         shards = indexed_files(checkpoint / INDEX).values()
         missing += sorted(shard for shard in set(shards) if not (checkpoint / shard).is_file())
+    if damage := damaged_file(checkpoint):
+        raise ValueError(damage)
     if missing:
         raise ValueError(
             f"{named} no {', '.join(missing)}; a published folder needs weights in safetensors form "

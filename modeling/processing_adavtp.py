@@ -16,7 +16,7 @@ from transformers.image_utils import PIL, ImageInput, is_pil_image, is_valid_ima
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
 from .budget.token_budget import TokenBudget, budget_values, num_tokens_to_keep
-from .hub.own_files import require_own_files
+from .hub.own_files import failures_in_words, require_own_files
 from .hub.saving import AUTO_MAP, save_code, without_auto_class
 
 
@@ -64,14 +64,8 @@ class AdaVTPProcessor(LlavaProcessor):
         """
         if os.path.isdir(pretrained_model_name_or_path):
             require_own_files(pretrained_model_name_or_path, weights=False, **kwargs)
-        try:
+        with failures_in_words("processor", pretrained_model_name_or_path):
             processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        # Where a file holds a list and should hold fields, transformers stumbles as it may.
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"The processor in {str(pretrained_model_name_or_path)!r} cannot be read ({error}); copy or download "
-                "its files again."
-            ) from error
         if processor.patch_size is None:
             of_hub = {name: kwargs[name] for name in ("cache_dir", "revision", "subfolder", "token") if name in kwargs}
             fields, _ = AdaVTPConfig.get_config_dict(pretrained_model_name_or_path, **of_hub)
@@ -178,7 +172,11 @@ class AdaVTPProcessor(LlavaProcessor):
                 f"as the model was trained on it, with {self.image_token!r} where the image goes."
             )
         content = [{"type": "image"}] * num_images + [{"type": "text", "text": prompt}]
-        text = self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        try:
+            text = self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        # Templates are code of the checkpoint's, and raise what they like.
+        except Exception as error:
+            raise ValueError(f"The processor's chat template cannot be used: {error}. Give it another.") from error
         bos = self.tokenizer.bos_token
         # Where the tokenizer begins every text with BOS, a template that writes it too would make it two.
         adds_bos = bos is not None and self.tokenizer("").input_ids[:1] == [self.tokenizer.bos_token_id]

@@ -65,7 +65,7 @@ _VIDEO_PLACEHOLDERS = re.compile(r"<(video|audio)>(?!.*</\1>)", re.DOTALL)
 UNDERSTOOD = (
     "'conversations' (LLaVA: turns of 'from' and 'value') with 'image' or 'images'; 'messages' (turns of 'role' and "
     "'content') with 'image' or 'images', or images in the parts of 'content'; 'texts' (pairs of 'user' and "
-    "'assistant') with 'images'"
+    "'assistant'), 'query' and 'response' (texts), or 'prompt' and 'completion' (messages) with 'image' or 'images'"
 )
 
 
@@ -86,11 +86,14 @@ def row_features() -> "Features":
 
 
 TURNS = ("messages", "conversations", "texts")
+# What is asked and what is answered, each in a field of its own: ms-swift's and TRL's names.
+PAIRS = {"query": "response", "prompt": "completion"}
 
 
 def turns_column(columns: Collection[str]) -> str | None:
-    """Which of the columns has the turns: `"messages"`, `"conversations"`, `"texts"`, or `None` if none has."""
-    return next((name for name in TURNS if name in columns), None)
+    """Which of the columns has the turns, or the first of them; `None` if none has."""
+    pairs = (asked for asked, answered in PAIRS.items() if {asked, answered} <= set(columns))
+    return next((name for name in (*TURNS, *pairs) if name in columns), None)
 
 
 def common_row(
@@ -251,8 +254,8 @@ def _messages(record: dict[str, Any], num_images: int) -> tuple[list[dict[str, A
         raise UnreadableRecord(
             f"the record has {' and '.join(f'`{name}`' for name in given)}; expected is one of them"
         )
-    column = turns_column(given)
-    turns = record[column] if column else None
+    column = turns_column(given or [name for name in record if record[name] is not None])
+    turns = _turns_of_pair(record, column) if column in PAIRS else record[column] if column else None
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         found = f"`{column}` is {_shown(turns)}" if column else f"the record has the fields {_shown(list(record))}"
         raise UnreadableRecord(f"{found}; understood are {UNDERSTOOD}")
@@ -265,6 +268,31 @@ def _messages(record: dict[str, Any], num_images: int) -> tuple[list[dict[str, A
     if column != "conversations" and not shown:
         messages = _with_images_first(messages, num_images)
     return messages, shown
+
+
+def _turns_of_pair(record: dict[str, Any], asked: str) -> list[Any]:
+    """The turns of what is asked and answered, of which the answer alone is learned."""
+    answered = PAIRS[asked]
+    question, answer = record[asked], record[answered]
+    if asked == "query":
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    if not isinstance(question, list) or not isinstance(answer, list):
+        raise UnreadableRecord(
+            f"`{asked}` is {_shown(question)} and `{answered}` {_shown(answer)}; understood are lists of messages. "
+            "Texts are learned without a chat template, which is not done here: put them into messages of a 'user' "
+            "and an 'assistant'"
+        )
+    roles = [
+        {ROLES.get(turn.get("role")) if isinstance(turn.get("role"), str) else None for turn in turns}
+        for turns in (question, answer)
+        if all(isinstance(turn, dict) for turn in turns)
+    ]
+    if len(roles) < 2 or "assistant" in roles[0] or roles[1] != {"assistant"}:
+        raise UnreadableRecord(
+            f"`{asked}` is {_shown(question)} and `{answered}` {_shown(answer)}; understood are messages of which the "
+            "'assistant' has all in the latter and none in the former, where they would not be learned"
+        )
+    return [*question, *answer]
 
 
 def _with_system_prompt(record: dict[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

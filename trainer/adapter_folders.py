@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
+from ..hub_cards.sound_weights import require_finite
 from ..hub_cards.training_record import check_types, read_record
 from ..modeling.hub.custom_reducers import CUSTOM_FILES, is_custom, load_custom_reducers, save_custom_reducers
 from ..modeling.hub.loading import check_completeness, new_module_of
-from ..modeling.hub.own_files import require_own_files
+from ..modeling.hub.own_files import failures_in_words, require_own_files
 from ..modeling.hub.saving import save_code
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
 from ..modeling.processing_adavtp import AdaVTPProcessor
@@ -96,7 +97,8 @@ def load_adapter(
     base = base_of(adapter) if base is None else base
     require_own_files(adapter)
     if (adapter / ADAPTED_CONFIG).is_file():
-        config = AdaVTPConfig(**json.loads((adapter / ADAPTED_CONFIG).read_text(encoding="utf-8")))
+        with failures_in_words("adapter", adapter):
+            config = AdaVTPConfig(**read_record(adapter / ADAPTED_CONFIG, {}))
         if any((adapter / file).is_file() for file in CUSTOM_FILES):
             entries = [*config.reducers, *config.trained_reducers]
             names = [entry if isinstance(entry, str) else entry["name"] for entry in entries]
@@ -115,12 +117,13 @@ def load_adapter(
             f"(`--base`). {error}"
         ) from error
     try:
-        adapted = PeftModel.from_pretrained(model, str(adapter))
-    except SafetensorError as error:
-        raise OSError(
-            f"{str(adapter / ADAPTER_WEIGHTS)!r} is not whole; copy or download it again. {error}"
-        ) from error
-    except (ValueError, RuntimeError, KeyError) as error:
+        with failures_in_words("adapter", adapter):
+            adapted = PeftModel.from_pretrained(model, str(adapter))
+    except ValueError as error:
+        if isinstance(error.__cause__, SafetensorError):
+            raise OSError(
+                f"{str(adapter / ADAPTER_WEIGHTS)!r} is not whole; copy or download it again. {error}"
+            ) from error
         raise ValueError(f"The adapter {str(adapter)!r} does not fit {base!r}: {error}") from error
     _require_fit(adapted, adapter, base, set(info["missing_keys"]))
     return adapted
@@ -203,7 +206,8 @@ def merge_adapter(
         or else the base's, and the training log of the former.
 
     Raises:
-        ValueError: if `output_dir` has something in it; and as [`load_adapter`] does.
+        ValueError: if `output_dir` has something in it, or a merged weight is not finite; and as [`load_adapter`]
+            does.
         OSError: if there is no base.
     """
     adapter, output_dir = Path(adapter), Path(output_dir)
@@ -211,7 +215,8 @@ def merge_adapter(
         raise ValueError(f"`output_dir` is {str(output_dir)!r}, which has something in it; name a new folder.")
     base = base_of(adapter) if base is None else base
     adapted = load_adapter(adapter, base, trust_remote_code)
-    merged = adapted.merge_and_unload(safe_merge=True)
+    merged = adapted.merge_and_unload()
+    require_finite(merged.state_dict(), f"The sum of {base!r} and the adapter {str(adapter)!r}")
     has_processor = (adapter / "processor_config.json").is_file()
     source = str(adapter) if has_processor else base
     processor = AdaVTPProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)

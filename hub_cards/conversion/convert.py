@@ -23,9 +23,11 @@ from transformers import GenerationConfig
 
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ...modeling.hub.loading import new_module_of
+from ...modeling.hub.own_files import failures_in_words
 from ...modeling.hub.saving import AUTO_MAP, without_auto_class
 from ...modeling.modeling_adavtp import AdaVTPForConditionalGeneration
 from ..output_folder import folder_beside, require_output_folder
+from ..sound_weights import require_finite
 from .llava_files import checkpoint_folder, read_json, tensors_of
 from .llava_names import LANGUAGE, Dropped, Layout, target_name
 from .llava_original import ORIGINAL_MODEL_TYPES, read_original_checkpoint
@@ -121,7 +123,7 @@ def convert_checkpoint(
 
     Raises:
         ValueError: if `output_dir` is not empty, or the source has a field or a tensor that the target cannot take, or
-            lacks one that it needs; the message names it.
+            lacks one that it needs, or has one with values that are not finite; the message names it.
         OSError: if the source is not there, or one of its files is damaged.
     """
     output_dir, memory = Path(output_dir).absolute(), _begin_peak()
@@ -131,8 +133,9 @@ def convert_checkpoint(
         raise ValueError(f"`output_dir` is '{output_dir}', the current folder; allowed: another, new or empty.")
     folder = checkpoint_folder(str(source), revision=revision)
     base_folder = None if base is None else checkpoint_folder(str(base))
-    llava = _read_source(folder, fields or {}, vision_tower, base_folder, _own_name(str(source)), chat_template)
-    model = _empty_model(llava)
+    with failures_in_words("checkpoint", str(source)):
+        llava = _read_source(folder, fields or {}, vision_tower, base_folder, _own_name(str(source)), chat_template)
+        model = _empty_model(llava)
     shards, dropped = _plan(llava, model)
     with folder_beside(output_dir) as temporary:
         folder = temporary / output_dir.name
@@ -252,6 +255,8 @@ def _plan(llava: LlavaSource, model: AdaVTPForConditionalGeneration) -> tuple[li
                     f"{where}, and `{filled[target][0]}` is the same tensor of the model; expected is one of them."
                 )
             shape = of_words.get(target, expected[target])
+            if not tensor.is_floating_point():
+                raise ValueError(f"{where} of {tensor.dtype}; weights are floating-point numbers.")
             if tensor.shape != shape:
                 raise ValueError(f"{where} of shape {tuple(tensor.shape)}; its configuration asks for {shape}.")
             filled[target], names[name] = (name, layout), target
@@ -302,6 +307,7 @@ def _write_weights(
             tensors[target] = llava.changes[target].added_to(tensors[target])
         for target in rows.keys() & tensors.keys():
             tensors[target] = torch.cat([tensors[target], rows[target].to(tensors[target].dtype)])
+        require_finite(tensors, f"{shard.path.name!r} of the source")
         if number == len(shards):
             tensors |= new
         name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"

@@ -5,6 +5,7 @@ rest is the base's, the language model or the LLaVA that training began with.
 """
 
 import re
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def _scaling(fields: dict[str, Any], name: str, rank: int, path: Path) -> float:
         _own(fields.get(f"{what}_pattern"), module, fields.get(key))
         for what, key in (("rank", "r"), ("alpha", "lora_alpha"))
     )
-    if own_rank != rank or isinstance(alpha, bool) or not isinstance(alpha, int | float):
+    if own_rank != rank or isinstance(alpha, bool) or not isinstance(alpha, int | float) or not isfinite(alpha):
         raise ValueError(
             f"The source's {ADAPTER_CONFIG} has rank {own_rank!r} and alpha {alpha!r} for `{module}`, which has rank "
             f"{rank} in {path.name!r}; expected are numbers, and the same rank."

@@ -36,7 +36,7 @@ _WEIGHTS = (
     ["pytorch_model*.bin"],
     ["adapter_model.*", "non_lora_trainables.bin", "mm_projector.bin"],
 )
-_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "chat_templates/*"]
+_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "*chat_templates/*.jinja"]
 _SHOWN = 5
 
 

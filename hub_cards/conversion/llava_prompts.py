@@ -189,6 +189,10 @@ def chat_template_of(
     if said is not None and not isinstance(said, str):
         raise ValueError(f"`chat_template` in {str(file)!r} is a {type(said).__name__}; expected is a text.")
     own = said or tokenizer.chat_template
+    # transformers reads these from one of the folders that have been their place, and not beside a file of JSON.
+    named = {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*chat_templates/*.jinja"))}
+    if named:
+        own = named | (own if isinstance(own, dict) else {"default": own} if own else {})
     return _with_images(own, tokenizer, image_token) if own else otherwise()
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from transformers import AutoProcessor, LlavaConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -176,6 +177,17 @@ def fit_processor(processor: AdaVTPProcessor, config: AdaVTPConfig) -> None:
             "are images of that size."
         )
     processor.count_placeholders_as(config)
+    layers, chosen = config.vision_config.num_hidden_layers, config.vision_feature_layer
+    for layer in chosen if isinstance(chosen, list | tuple) else [chosen]:
+        if not -layers - 1 <= layer <= layers:
+            raise ValueError(f"`vision_feature_layer` is {layer}, and the vision tower has {layers} layers.")
+    try:
+        processor(images=Image.new("RGB", (size, size)), text=processor.image_token)
+    # Whatever its fields hold is only read when it is used.
+    except Exception as error:
+        raise ValueError(
+            f"The source's processor cannot read an image ({error}); correct its files, or download them again."
+        ) from error
 
 
 def one_tile(fields: dict[str, Any], image_size: int) -> CLIPImageProcessorPil:

@@ -24,6 +24,7 @@ from ..reducers.base import REDUCERS, TokenReducer, register_reducer
 from ..reducers.custom import CUSTOM_REDUCERS
 from ..reducers.published import PUBLISHED_REDUCERS
 from .class_source import FlatSource
+from .own_files import failures_in_words
 from .saving import CODE_FOLDER, PACKAGE, code_paths, module_name
 
 CUSTOM = "reducers_custom"
@@ -52,7 +53,8 @@ class CustomReducersMixin:
         Raises:
             ValueError: if the configuration names a reducer that is registered neither here nor there.
         """
-        names = _names_in_use(cls.config_class, pretrained_model_name_or_path, config, kwargs)
+        with failures_in_words("checkpoint", config or pretrained_model_name_or_path):
+            names = _names_in_use(cls.config_class, pretrained_model_name_or_path, config, kwargs)
         load_custom_reducers(pretrained_model_name_or_path, names, **kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
 

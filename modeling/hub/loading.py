@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
-from .own_files import require_own_files
+from .own_files import failures_in_words, require_own_files
 
 TRAINED_TOGETHER = "budget_token and controller"
 NEW_MODULES = ("budget_token", "controller", "reducers")
@@ -66,25 +66,27 @@ class CompleteLoadingMixin:
             OSError: if there is no configuration, there are no weights, or a weight file is cut off.
         """
         if not isinstance(config, PreTrainedConfig):
-            check_configuration(
-                cls.config_class, config or pretrained_model_name_or_path, kwargs, cls.readable_model_types
-            )
+            with failures_in_words("checkpoint", config or pretrained_model_name_or_path):
+                check_configuration(
+                    cls.config_class, config or pretrained_model_name_or_path, kwargs, cls.readable_model_types
+                )
         kwargs.setdefault("use_safetensors", True)
         require_own_files(pretrained_model_name_or_path, **kwargs)
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = _sparing_new_modules(kwargs["quantization_config"])
         try:
             # Left to transformers, weights of another shape are an error that does not say which they are.
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path,
-                *model_args,
-                config=config,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **kwargs,
-            )
+            with failures_in_words("checkpoint", pretrained_model_name_or_path):
+                model, info = super().from_pretrained(
+                    pretrained_model_name_or_path,
+                    *model_args,
+                    config=config,
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                    **kwargs,
+                )
         except Exception as error:
-            damage = _damaged_file(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
+            damage = damaged_file(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
             if damage is not None:
                 raise OSError(damage) from error
             raise
@@ -157,7 +159,8 @@ def family_class(source: str | PathLike[str] | None, kwargs: dict[str, Any]) -> 
     if source is None or isinstance(kwargs.get("config"), PreTrainedConfig):
         return None
     hub_kwargs = {key: value for key, value in kwargs.items() if key not in ("trust_remote_code", "model_type")}
-    fields = PreTrainedConfig.get_config_dict(kwargs.get("config") or source, **hub_kwargs)[0]
+    with failures_in_words("checkpoint", source):
+        fields = PreTrainedConfig.get_config_dict(kwargs.get("config") or source, **hub_kwargs)[0]
     model_type = fields.get("model_type") if isinstance(fields, dict) else None
     if model_type in (None, *CompleteLoadingMixin.readable_model_types):
         return None
@@ -229,7 +232,7 @@ def _first(items: list[str], separator: str = ", ") -> str:
     return separator.join(items[:_SHOWN]) + (f"{separator}and {len(items) - _SHOWN} more" * (len(items) > _SHOWN))
 
 
-def _damaged_file(source: str | PathLike[str] | None, subfolder: str) -> str | None:
+def damaged_file(source: str | PathLike[str] | None, subfolder: str = "") -> str | None:
     """What is wrong with the first safetensors file of a local folder that is not whole, or `None`."""
     if source is None or not Path(source).is_dir():
         return None
@@ -240,7 +243,7 @@ def _damaged_file(source: str | PathLike[str] | None, subfolder: str) -> str | N
             header = file.read(min(header_size, size))
         try:
             ends = [entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"]
-        except (ValueError, AttributeError, KeyError, TypeError):
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
             return f"{str(path)!r} has {size} bytes and no readable safetensors header; copy or download it again."
         if size != (expected := 8 + header_size + max(ends, default=0)):
             return f"{str(path)!r} has {size} bytes, expected {expected}; it was cut off, copy or download it again."

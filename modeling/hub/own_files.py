@@ -6,10 +6,13 @@ link names what it likes. Followed anywhere, such names would read, and publish,
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+import torch
 from transformers.utils import cached_file
 
 from .saving import CODE_FOLDER
@@ -18,7 +21,7 @@ INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _CONFIGURATIONS = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 _SUFFIXES = (".jinja", ".json", ".md", ".model", ".py", ".txt", ".yaml")
 _OF_WEIGHTS = (".bin", ".safetensors")
-_FOLDERS = (CODE_FOLDER, "chat_templates")
+_FOLDERS = (CODE_FOLDER, "additional_chat_templates", "chat_templates")
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -53,6 +56,24 @@ def require_own_files(source: str | PathLike[str] | None, weights: bool = True, 
             require_own_file(folder / name, source)
     for name in _CONFIGURATIONS:
         _check_auto_map(folder / name)
+
+
+@contextmanager
+def failures_in_words(what: str, source: str | PathLike[str] | None) -> Iterator[None]:
+    """Whatever a reader stumbles over in a checkpoint's files is a `ValueError` that says whose they are."""
+    try:
+        yield
+    # Readers raise what they like where a file holds a list and should hold fields, or a size is none.
+    except Exception as error:
+        in_words = isinstance(error, (ValueError, OSError, ImportError, torch.OutOfMemoryError))
+        # Parsers do not say which file they read.
+        if in_words and not isinstance(error, (json.JSONDecodeError, UnicodeError)):
+            raise
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"The {what} in {str(source)!r} cannot be read ({said}); correct its files, or copy or download "
+            "them again."
+        ) from error
 
 
 def require_own_file(path: Path, folder: str | PathLike[str]) -> None:
@@ -113,5 +134,5 @@ def _json_of(file: Path) -> Any:
     """What a file holds; nothing where it is none. Whoever needs it says so."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None

@@ -147,6 +147,15 @@ def test_what_is_no_whole_adapter_is_an_error(place: Path, tmp_path: Path) -> No
     assert not (tmp_path / "merged").exists()
 
 
+def test_weights_that_are_no_numbers_are_not_merged(place: Path, tmp_path: Path) -> None:
+    diverged = copy_of_adapter(place, tmp_path / "diverged")
+    weights = load_file(diverged / "adapter_model.safetensors")
+    next(tensor for name, tensor in sorted(weights.items()) if "lora_B" in name)[0] = torch.nan
+    save_file(weights, diverged / "adapter_model.safetensors", metadata={"format": "pt"})
+    assert "has 1 weight(s) with values that are NaN or infinite" in refused(diverged, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_llava_base_will_do_if_the_adapter_brings_the_rest(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "base", tmp_path / "llava")
     config = json.loads((tmp_path / "llava" / "config.json").read_text()) | {"model_type": "llava"}

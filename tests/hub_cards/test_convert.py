@@ -25,6 +25,7 @@ from adavtp import AdaVTPForConditionalGeneration, AdaVTPProcessor
 from adavtp.command_line import app
 from adavtp.hub_cards.conversion.convert import Conversion, convert_checkpoint
 from adavtp.hub_cards.conversion.llava_tokens import new_rows
+from adavtp.hub_cards.published_folder import files_by_kind
 from adavtp.trainer.data.chat_template import encode_conversation
 from llava_folders import (
     Folder,
@@ -521,6 +522,13 @@ OWN_TEMPLATES: dict[str, Callable[[Path], None]] = {
     "a list": _in_tokenizer_config(NAMED),
     "a list of one": _in_tokenizer_config([{"name": "chat", "template": OWN}]),
     "a file": _in_files(chat_template_dot_jinja=OWN),
+    "a folder of files": _in_files(
+        chat_template_dot_jinja=OWN, additional_chat_templates__tool_use_dot_jinja="{{ 'tools' }}" + OWN
+    ),
+    "a file of JSON with a folder": _in_files(
+        chat_template_dot_json=json.dumps({"chat_template": OWN}),
+        chat_templates__tool_use_dot_jinja="{{ 'tools' }}" + OWN,
+    ),
     "a file of JSON": _in_files(chat_template_dot_json=json.dumps({"chat_template": OWN})),
 }
 
@@ -539,7 +547,8 @@ def test_a_checkpoint_keeps_its_own_template_and_can_show_it_images(
     processor = AdaVTPProcessor.from_pretrained(tmp_path / "out")
     assert processor.apply_chat_template(TURNS, add_generation_prompt=True) == IN_OWN
     assert processor.tokenizer.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=True) == IN_OWN
-    if place == "a list":
+    if place in ("a list", "a folder of files", "a file of JSON with a folder"):
+        assert "tool_use.jinja" in [path.name for path in files_by_kind(tmp_path / "out")["processor"]]
         assert processor.apply_chat_template(
             TURNS, chat_template="tool_use"
         ) == "tools" + processor.apply_chat_template(TURNS)
@@ -720,6 +729,29 @@ REFUSED: dict[str, tuple[str, Callable[[Folder], Any], str]] = {
     ),
     "pictures cut up": (ORIGINAL, _field(image_aspect_ratio="crop_split"), "`image_aspect_ratio` is 'crop_split'"),
     "another conversation": (ORIGINAL, _field(version="v0_mmtag"), "`version` is 'v0_mmtag'.*'chatml_direct'"),
+    "a vision tower that is a number": (LLAVA, _field(vision_config=3), "The checkpoint in .* cannot be read"),
+    "a size in words": (ORIGINAL, _field(hidden_size="x"), "The checkpoint in .*hidden_size.*expected int"),
+    "a selection in a list": (ORIGINAL, _field(mm_vision_select_feature=[1]), "The checkpoint in .* cannot be read"),
+    "a layer that is not there": (ORIGINAL, _field(mm_vision_select_layer=99), "`vision_feature_layer` is 99"),
+    "a processor that cannot process": (
+        ONE_FILE,
+        lambda folder: (folder.path / "preprocessor_config.json").write_text(
+            (folder.path / "preprocessor_config.json")
+            .read_text()
+            .replace('"image_mean": [', '"image_mean": "x", "y": [')
+        ),
+        "The source's processor cannot read an image",
+    ),
+    "whole numbers as weights": (
+        ONE_FILE,
+        _tensors(lambda all_: all_.update({NORM: torch.ones(32, dtype=torch.int32)})),
+        "norm.weight` of torch.int32",
+    ),
+    "weights that are NaN": (
+        ONE_FILE,
+        _tensors(lambda all_: all_[NORM][3:].fill_(torch.nan)),
+        "'model.safetensors' of the source has 1 weight.s. with values that are NaN or infinite, .*norm.weight",
+    ),
     "an unknown field": (ORIGINAL, _field(mm_spatial_pool=2), "`mm_spatial_pool` \\(2\\)"),
     "pictures in rows": (ORIGINAL, _field(image_aspect_ratio="highres"), "`image_aspect_ratio` is 'highres'"),
     "another tower's width": (ORIGINAL, _field(mm_hidden_size=64), "`mm_hidden_size` is 64.*have 32"),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from adavtp import AdaVTPForConditionalGeneration
 from adavtp.hub_cards.export import export_checkpoint
@@ -214,6 +215,16 @@ def test_an_evaluation_file_that_is_not_whole_is_refused_by_name(
     with pytest.raises(ValueError, match=message):
         _export(run, tmp_path / "tiny", evaluations=[tmp_path / "results.json"])
     assert not (tmp_path / "tiny").exists()
+
+
+def test_weights_that_are_no_numbers_are_not_exported(run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run / "checkpoint", tmp_path / "diverged")
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"][0, 0] = torch.inf
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="'.*diverged', which has 1 weight.*NaN or infinite, lm_head.weight:"):
+        export_checkpoint(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_that_does_not_exist_is_refused(run: Path, tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ answers as it did; and nothing goes that should not, or to where it should not.
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from huggingface_hub import HfApi, constants, metadata_load
 from huggingface_hub.errors import RepositoryNotFoundError
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 from typer.testing import CliRunner, Result
 
@@ -303,7 +305,29 @@ def _without_a_shard(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model-00002-of-00002.safetensors"}}')
 
 
+def _tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return apply
+
+
+NORM = "model.language_model.norm.weight"
+
 REFUSED = {
+    "a weight that is NaN": (_tensors(lambda all_: all_[NORM][3:].fill_(nan)), f"NaN or infinite, {NORM}"),
+    "a weight that is infinite": (_tensors(lambda all_: all_[NORM][:1].fill_(-inf)), f"NaN or infinite, {NORM}"),
+    "another shape": (
+        _tensors(lambda all_: all_.update({NORM: torch.ones(31)})),
+        f"`{NORM}` has (31,), expected (32,)",
+    ),
+    "a weight that is missing": (_tensors(lambda all_: all_.pop(NORM)), f": {NORM}. Expected are all of them"),
+    "no controller": (
+        _tensors(lambda all_: [all_.pop(name) for name in list(all_) if "controller" in name or "budget_" in name]),
+        "weight(s) that its configuration asks for, model.budget_token",
+    ),
     "a pickle": (_only_a_pickle, "has no weights; a published folder needs weights in safetensors form"),
     "LLaVA": (_llava, "has a 'llava' model; expected is an 'adavtp' model; `adavtp convert` makes"),
     "an adapter": (lambda folder: (folder / "adapter_config.json").write_text("{}"), "`adavtp merge` makes a whole"),

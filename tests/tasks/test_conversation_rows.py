@@ -90,6 +90,20 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         IN_FOLDER,
     ),
+    "ms-swift, query and response": (
+        {"query": "<image>What is this?", "response": "A bus.", "images": ["a.png"], "history": [], "system": None},
+        IN_FOLDER,
+    ),
+    "ms-swift, without a place": ({"query": "What is this?", "response": "A bus.", "images": "a.png"}, IN_FOLDER),
+    "TRL, prompt and completion": (
+        {"prompt": asking({"type": "image"})["messages"][:1], "completion": [ANSWER], "images": ["a.png"]},
+        IN_FOLDER,
+    ),
+    "messages with a query beside them": (
+        {"messages": [{"role": "user", "content": "<image>What is this?"}, ANSWER], "query": 3, "response": "x"}
+        | {"image": "a.png"},
+        IN_FOLDER,
+    ),
     "the Cauldron": (
         {"texts": [{"user": "What is this?", "assistant": "A bus.", "source": "vqa"}], "images": ["a.png"]},
         IN_FOLDER,
@@ -206,6 +220,23 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a path of half characters": (llava(image="\ud83d.png"), "is no Unicode text"),
     "an id of half characters": (llava(id="\ud83d"), "is no Unicode text"),
     "turns that are an object": (llava(conversations={"from": "human"}), "`conversations` is"),
+    "a query with earlier turns": ({"query": "a", "response": "b", "history": [["c", "d"]]}, "`history`"),
+    "a query without its response": ({"query": "a", "response": None}, "the record has the fields"),
+    "a response that is a number": ({"query": "a", "response": 5}, "a turn says 5"),
+    "a prompt and a completion that are texts": (
+        {"prompt": "USER: a ASSISTANT:", "completion": "b"},
+        "`prompt` is 'USER: a ASSISTANT:' and `completion` 'b'; understood are lists of messages",
+    ),
+    "a prompt with an answer": (
+        {"prompt": [{"role": "user", "content": "a"}, ANSWER], "completion": [ANSWER]},
+        "none in the former",
+    ),
+    "a completion of the user's": (
+        {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "user", "content": "b"}]},
+        "all in the latter",
+    ),
+    "a completion that is empty": ({"prompt": [{"role": "user", "content": "a"}], "completion": []}, "all in the"),
+    "a prompt of words": ({"prompt": ["a"], "completion": [ANSWER]}, "all in the latter"),
     "fields that are numbers": ({1: "a", "b": 2}, "the record has the fields"),
 }
 

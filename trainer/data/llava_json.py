@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 # Part of what the cache is keyed by: to be raised whenever the same file would give other rows.
-ROW_VERSION = 2
+ROW_VERSION = 3
 # Characters read at once.
 CHUNK = 2**20
 # Digits of a number that Python reads.
@@ -104,13 +104,14 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
     """
     # Bytes that are no UTF-8 become characters that `common_row` rejects, so that they cost their own record alone.
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+        begin = 1
         while (first := file.read(1)).isspace():
-            pass
+            begin += 1
         if not first:
             raise ValueError(f"`path` is '{path}', which is empty; expected are records of conversations.")
         if first != "[":
             file.seek(0)
-        for number, record in (_list_records if first == "[" else _line_records)(file, path):
+        for number, record in _list_records(file, path, begin) if first == "[" else _line_records(file, path):
             yield f"{path.name}:{number}", record
 
 
@@ -135,10 +136,10 @@ def _whole_number(digits: str) -> int | str:
     return int(digits) if len(digits) <= _LONGEST_NUMBER else digits
 
 
-def _list_records(file: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
+def _list_records(file: TextIO, path: Path, begin: int) -> Iterator[tuple[int, Any]]:
     """
-    The items of a list whose opening bracket has been read. An item that the text in memory cuts off is parsed again
-    with more of the file.
+    The items of a list whose opening bracket, character number `begin`, has been read. An item that the text in memory
+    cuts off is parsed again with more of the file.
     """
     decoder, number, chunk = json.JSONDecoder(parse_int=_whole_number), 0, CHUNK
     text, place, is_end = "", 0, False
@@ -153,7 +154,7 @@ def _list_records(file: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
             is_whole = text[end : end + 1] in (",", "]")
             problem = f"after item {number} there is {text[end : end + 20]!r}, expected is ',' or ']'"
         except json.JSONDecodeError as error:
-            is_whole, problem = False, f"item {number}: {error.msg}"
+            is_whole, problem, end = False, f"item {number}: {error.msg}", error.pos
         except RecursionError as error:
             raise ValueError(f"`path` is '{path}', in which item {number} is nested too deeply to be read.") from error
         if is_whole:
@@ -162,11 +163,19 @@ def _list_records(file: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
             number, chunk = number + 1, CHUNK
             continue
         if is_end:
-            raise ValueError(f"`path` is '{path}', which is no whole JSON list; {problem}.")
+            raise ValueError(f"`path` is '{path}', which is no whole JSON list; {problem}{_at(path, begin + end)}.")
+        begin += place
         more = file.read(chunk)
         # A broken item is found broken only when the whole rest has been looked at: in growing chunks, so that the
         # time stays in proportion to the file.
         text, place, is_end, chunk = text[place:] + more, 0, not more, 2 * chunk
+
+
+def _at(path: Path, place: int) -> str:
+    """Line and column, from 1, of the character behind so many."""
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+        before = file.read(place)
+    return f" (line {before.count(chr(10)) + 1}, column {place - before.rfind(chr(10))})"
 
 
 def _require_end(text: str, file: TextIO, path: Path, number: int) -> None:

@@ -1,5 +1,7 @@
 """Loading in the ways that people load any model: quantised, offloaded, by any Auto class, with code or without."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from transformers import AutoModelForMultimodalLM, BitsAndBytesConfig, LlavaForC
 
 from adavtp import AdaVTPForConditionalGeneration
 from armed_folders import armed_folder
+from tiny_conversations import digit_processor
 from tiny_models import tiny_batch, tiny_model, tiny_text_config, tiny_vision_config
 
 Model = AdaVTPForConditionalGeneration
@@ -84,3 +87,66 @@ def test_code_of_a_processor_runs_only_with_the_consent_that_the_model_was_loade
         with pytest.raises(ValueError, match="trust_remote_code=True"):
             model.generate(Image.new("RGB", (32, 32)), QUESTION, max_new_tokens=2)
     assert (armed / "ran").exists() == bool(consent)
+
+
+def _text(name: str, text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(text) and None
+
+
+def _fields(name: str, part: str | None = None, **fields: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        (content if part is None else content[part]).update(fields)
+        (folder / name).write_text(json.dumps(content))
+
+    return change
+
+
+def _linked_to_itself(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).symlink_to(folder / name)
+
+    return change
+
+
+DEEP = "[" * 3000 + "]" * 3000
+DAMAGES = {
+    "a configuration too deep": _text("config.json", DEEP),
+    "a configuration that links to itself": _linked_to_itself("config.json"),
+    "a text model in words": _fields("config.json", text_config="x"),
+    "a negative size": _fields("config.json", "text_config", hidden_size=-32),
+    "a size beyond all memory": _fields("config.json", "text_config", hidden_size=2**40),
+    "a size in words": _fields("config.json", "text_config", num_hidden_layers="2"),
+    "no heads": _fields("config.json", "text_config", num_attention_heads=0),
+    "patches of nothing": _fields("config.json", "vision_config", patch_size=0),
+    "an unknown activation": _fields("config.json", projector_hidden_act="nope"),
+    "an unknown dtype": _fields("config.json", dtype="float99"),
+    "defaults that are a number": _text("generation_config.json", "3"),
+    "defaults that are nothing": _text("generation_config.json", "null"),
+    "weights without a header": lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 99),
+    "weights with a header that is a list": lambda folder: (folder / "model.safetensors").write_bytes(
+        (2).to_bytes(8, "little") + b"[]"
+    ),
+    "an index without metadata": _text("model.safetensors.index.json", '{"weight_map": {"x": "model.safetensors"}}'),
+    "an index that is a list": _text("model.safetensors.index.json", "[1]"),
+    "a tokenizer too deep": _text("tokenizer.json", DEEP),
+    "a tokenizer cut off": _text("tokenizer.json", '{"added_tokens": []'),
+    "a tokenizer of nothing": _text("tokenizer.json", '{"added_tokens": [], "model": {}}'),
+    "a processor that is a number": _text("processor_config.json", "3"),
+    "a template cut off": _text("chat_template.jinja", "{% for"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_a_sentence_that_names_it(damage: str, tmp_path: Path) -> None:
+    processor, folder = digit_processor(), tmp_path / "checkpoint"
+    tiny_model(image_token_index=processor.image_token_id).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    if "index" in damage:
+        (folder / "model.safetensors").rename(folder / "elsewhere.safetensors")
+    DAMAGES[damage](folder)
+    with pytest.raises((ValueError, OSError), match="checkpoint|chat template|`text_config` is 'x'") as said:
+        model = Model.from_pretrained(folder)
+        model.generate(Image.new("RGB", (32, 32)), QUESTION, max_new_tokens=1)
+    assert "Traceback" not in str(said.value)

@@ -180,7 +180,9 @@ def test_a_list_is_read_the_same_in_pieces_of_any_size(
         ('[{"id": 1}', "after item 0"),
         ('[{"id": 1} {"id": 2}]', "after item 0"),
         ('[{"id": 1}, {"id": 2', "item 1"),
-        ('[{"id": 1}, {"id" 2}, {"id": 3}]', "item 1"),
+        ('[{"id": 1}, {"id" 2}, {"id": 3}]', "item 1: Expecting ':' delimiter .line 1, column 19."),
+        ('\ufeff\n [\n{"id": 1},\n\n {"id": 2,\n  "x": y}]', "item 1: .*line 6, column 8"),
+        ('[\n{"id": 1}\n  {"id": 2}]', "after item 0 there is .*line 3, column 3"),
         ('[{"id": 1}]\n \n[{"id": 2}]', "stands behind a list of 1"),
     ],
 )
