@@ -5,17 +5,17 @@ modules in the same order; one that does not lets the others wait forever. Whate
 batch does: texts look at a blank image, and every image goes through the reducer. Some reducers cannot promise that.
 """
 
-from ..modeling.modeling_adavtp import AdaVTPModel
-from ..modeling.vision.tower import tower_layers
+from ..modeling.parts import layers_of
+from ..modeling.prompt_reduction import PromptReductionMixin
 
 
-def layer_classes(model: AdaVTPModel) -> list[str]:
+def layer_classes(model: PromptReductionMixin) -> list[str]:
     """Class names of the decoder's and of the tower's layers, which FSDP puts together one at a time."""
-    layers = [*model.language_model.layers, *tower_layers(model.vision_tower)]
+    layers = [*layers_of(model.prompt_decoder), *layers_of(model.get_encoder(modality="image"))]
     return sorted({type(layer).__name__ for layer in layers})
 
 
-def require_same_modules(model: AdaVTPModel, is_fsdp: bool) -> None:
+def require_same_modules(model: PromptReductionMixin, is_fsdp: bool) -> None:
     """
     Raises `ValueError` for a model whose chosen reducers do not run the same modules for every batch. With FSDP
     (`is_fsdp`) layers are whole only when they run as a whole; with ZeRO-3 their parts are, too.
