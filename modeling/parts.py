@@ -56,7 +56,8 @@ def never_run_in_tower(model: PreTrainedModel) -> tuple[str, ...]:
         model: see [`parts_of_names`].
     """
     places = {id(module): f"{name}." for name, module in model.named_modules()}
-    tower, layers = places[id(model.get_encoder(modality="image"))], getattr(model.config, "vision_feature_layer", None)
+    tower = places[id(model.get_encoder(modality="image"))]
+    layers = getattr(model.config, "vision_feature_layer", None)
     # DINOv2's mask token stands for patches that its own pretraining hides.
     unused = [f"{tower}{name}" for name in ("head.", "embeddings.mask_token")]
     if layers is None:

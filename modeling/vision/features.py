@@ -8,7 +8,7 @@ import torch
 from .tower import TowerAttention
 
 # Fields with one entry for each image, whatever its number of tokens.
-BY_IMAGE = ("cls", "budget", "question", "question_ids", "pixel_values", "fingerprint", "sample", "grids")
+BY_IMAGE = ("cls", "budget", "question", "question_ids", "pixel_values", "fingerprint", "sample", "unit", "grids")
 
 
 @dataclass
@@ -32,6 +32,7 @@ class VisionFeatures:
         fingerprint: `[num_images]` int64 on the CPU, a number that depends on an image's pixels alone.
         attention: of the tower layers that the reducer's `attention_layers` names.
         sample: `[num_images]` int64, the prompt that each image belongs to.
+        unit: `[num_images]` int64 on the CPU, the number of each image in the batch.
         num_patches: N of a whole image, of the largest where they differ.
         grids: `[num_images, 2]` int64 on the CPU, rows and columns in which the N patches of each image stand; by
             default those of a square.
@@ -48,6 +49,7 @@ class VisionFeatures:
     fingerprint: torch.Tensor | None = None
     attention: dict[int, TowerAttention] = field(default_factory=dict)
     sample: torch.Tensor | None = None
+    unit: torch.Tensor | None = None
     num_patches: int = 0
     grids: torch.Tensor | None = None
 
