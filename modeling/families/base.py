@@ -48,9 +48,11 @@ class Family(ABC):
 
     Attributes:
         takes_tensor: the kinds, `"image"` or `"video"`, whose features the family wants as one tensor, not in a list.
+        units_differ: whether images, or their tiles, differ in how many tokens they are.
     """
 
     takes_tensor: tuple[str, ...] = ()
+    units_differ: bool = True
 
     @abstractmethod
     def placeholders(self, config: PreTrainedConfig, input_ids: torch.Tensor) -> torch.Tensor:

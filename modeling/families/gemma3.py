@@ -13,6 +13,7 @@ class Gemma3Family(EncodingFamily):
     """The projector takes the mean of the patches of a square."""
 
     takes_tensor = ("image",)
+    units_differ = False
 
     def pooled(
         self, model: PreTrainedModel, kind: str, values: torch.Tensor, inputs: Mapping[str, Any]
@@ -28,6 +29,7 @@ class PaliGemmaFamily(EncodingFamily):
     """A token is a patch, and positions begin at 1."""
 
     takes_tensor = ("image",)
+    units_differ = False
     first_position = 1
 
 

@@ -14,6 +14,7 @@ class Idefics3Family(EncodingFamily):
     """All tiles have equally many tokens, and a token is made of the patches of a square."""
 
     why_not_in_decoder = None
+    units_differ = False
 
     def image_inputs(self, config: PreTrainedConfig, height: int, width: int) -> dict[str, torch.Tensor]:
         """See [`EncodingFamily.image_inputs`]: tiles, and a view of the whole image behind several."""

@@ -14,6 +14,7 @@ class InternVLFamily(EncodingFamily):
 
     why_not_in_decoder = None
     takes_tensor = ("image",)
+    units_differ = False
 
     def image_inputs(self, config: PreTrainedConfig, height: int, width: int) -> dict[str, torch.Tensor]:
         """See [`EncodingFamily.image_inputs`]: tiles, and a view of the whole image behind several."""
