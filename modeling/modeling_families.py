@@ -100,6 +100,15 @@ class FamilyReductionMixin(PromptReductionMixin):
         visual = FamilyVisual(self, kinds, images, schedule)
         return visual, visual.units
 
+    def look_at_blank(
+        self, device: torch.device, schedule: BudgetSchedule
+    ) -> tuple[FamilyVisual, Units, dict[str, Any]]:
+        """See [`PromptReductionMixin.look_at_blank`]: at the smallest image that the family knows."""
+        images = {name: value.to(device) for name, value in self.family.image_inputs(self.config, 1, 1).items()}
+        images["pixel_values"] = images["pixel_values"].to(self.dtype)
+        visual = FamilyVisual(self, None, images, schedule)
+        return visual, visual.units, images
+
     def refuse_placeholders(self, input_ids: torch.Tensor) -> None:
         """See [`PromptReductionMixin.refuse_placeholders`]."""
         count = int(self.family.placeholders(self.config, input_ids).sum())
@@ -186,6 +195,9 @@ class FamilyModelMixin(
 
     Args:
         config: the family's configuration with a budget's fields.
+
+    Attributes:
+        is_sharded: see [`AdaVTPModel`].
     """
 
     is_sharded = False
@@ -429,11 +441,16 @@ class FamilyModelMixin(
         inputs: dict[str, Any],
     ) -> ModelOutput:
         """The family's own forward of text, or of what was encoded and pruned already."""
+        zero = None
         if input_ids is not None and inputs.get("mm_encoder_outputs") is None:
             if past_key_values is None and not torch.compiler.is_compiling():
                 self.refuse_placeholders(input_ids)
-            if token_budget is not None or reducer is not None:
-                self.resolve_budget(token_budget, reducer, len(input_ids))
+            is_begin = past_key_values is None or int(past_key_values.get_seq_length()) == 0
+            has_to_look = (self.training or self.is_sharded) and is_begin
+            if has_to_look or token_budget is not None or reducer is not None:
+                schedule = self.resolve_budget(token_budget, reducer, len(input_ids))
+            if has_to_look:
+                zero = self.zero_of_a_blank_image(input_ids, schedule)
             attention_mask, counted = behind_cache(
                 self.config.get_text_config(), input_ids, attention_mask, position_ids, past_key_values
             )
@@ -462,7 +479,7 @@ class FamilyModelMixin(
                 chosen = pruned_cache(past_key_values).prompt.selection
                 chosen.depth = policy.depth_of_tokens(chosen.is_token, depth)
             return outputs
-        return super().forward(
+        outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -472,6 +489,11 @@ class FamilyModelMixin(
             **inputs,
             return_dict=True,
         )
+        if zero is not None:
+            learned = "logits" if labels is None else "loss"
+            outputs[learned] = outputs[learned] + zero.to(outputs[learned])
+        outputs["labels"] = labels
+        return outputs
 
 
 @cache

@@ -319,17 +319,21 @@ class PromptReductionMixin:
         that a batch with images runs, in their order: where parameters are sharded, ranks whose modules differ wait
         for each other forever.
         """
-        vision, size = self.config.vision_config, self.family.tokens_per_image(self.config)
-        pixels = torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size, device=input_ids.device)
-        one = torch.zeros(1, dtype=torch.long)
-        units = Units(one, one + size, [], torch.arange(size, device=input_ids.device))
+        visual, units, images = self.look_at_blank(input_ids.device, schedule)
         none = torch.zeros_like(input_ids[:1], dtype=torch.bool)
         prompt = Prompt(input_ids[:1], torch.ones_like(input_ids[:1]), input_ids[:1])
         question, question_ids = self._questions(schedule.steps, prompt, none, units)
-        tokens = self.visual_model.encode_and_reduce(pixels, units, schedule, question, question_ids)
-        embeds = self.visual_model.embeddings(tokens, units, in_place=True)[0].features
-        used = [embeds, tokens.selection.gates, tokens.selection.loss]
+        tokens = visual.encode_and_reduce(images, units, schedule, question, question_ids)
+        embeddings = visual.embeddings(tokens, units, in_place=True)[0]
+        used = [embeddings.features, *embeddings.deepstack, tokens.selection.gates, tokens.selection.loss]
         return 0.0 * sum(value.sum().to(self.prompt_decoder.dtype) for value in used if value is not None)
+
+    def look_at_blank(self, device: torch.device, schedule: BudgetSchedule) -> tuple[VisualModel, Units, Any]:
+        """The visual half of the model looking at a blank image, the units of that, and the image."""
+        vision, size = self.config.vision_config, self.family.tokens_per_image(self.config)
+        pixels = torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size, device=device)
+        one = torch.zeros(1, dtype=torch.long)
+        return self.visual_model, Units(one, one + size, [], torch.arange(size, device=device)), pixels
 
     def _questions(
         self, steps: list[Step], prompt: Prompt, placeholders: torch.Tensor, units: Units

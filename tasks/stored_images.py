@@ -13,7 +13,7 @@ from base64 import b64decode
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ..modeling.processing_adavtp import readable_images
 
@@ -116,6 +116,15 @@ def decoded_image(image: Any, folder: str | Path | None = None) -> Image.Image:
     return readable_images([opened])[0]
 
 
+def image_size(image: Any, folder: str | Path | None = None) -> tuple[int, int]:
+    """Width and height of what [`decoded_image`] gives, of which only the head is read. Raises as it does."""
+    if isinstance(image, Image.Image):
+        return ImageOps.exif_transpose(image).size
+    opened = opened_image(_content(image, folder), load=False)
+    is_lying = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return opened.size[::-1] if is_lying else opened.size
+
+
 def _content(image: Any, folder: str | Path | None) -> bytes:
     if not isinstance(image, dict):
         raise ValueError(f"is a {type(image).__name__}; expected is a dictionary of `bytes` and `path`")
@@ -135,11 +144,12 @@ def _content(image: Any, folder: str | Path | None) -> bytes:
 
 
 # Pillow's decoders raise what they like for a broken file: OSError, SyntaxError, struct.error.
-def opened_image(content: bytes) -> Image.Image:
-    """An encoded image, loaded, in its own mode; `ValueError` if it is broken."""
+def opened_image(content: bytes, load: bool = True) -> Image.Image:
+    """An encoded image in its own mode, loaded, or only its head read; `ValueError` if it is broken."""
     try:
         image = Image.open(io.BytesIO(content))
-        image.load()
+        if load:
+            image.load()
         return image
     except UnidentifiedImageError as error:
         raise ValueError("it is of no image format that Pillow knows") from error

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
+from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from ..configuration.configuration_adavtp import AdaVTPConfig
 from ..hub_cards.sound_weights import require_finite
 from ..hub_cards.training_record import check_types, read_record
 from ..modeling.hub.custom_reducers import CUSTOM_FILES, is_custom, load_custom_reducers, save_custom_reducers
-from ..modeling.hub.loading import check_completeness, new_module_of
+from ..modeling.hub.loading import check_completeness, family_class, new_module_of
 from ..modeling.hub.own_files import failures_in_words, require_own_files
 from ..modeling.hub.saving import save_code
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
@@ -53,7 +53,7 @@ def save_beside_adapter(model: "PeftModel", folder: str | Path) -> None:
     _correct_card(folder / "README.md", model.active_peft_config.base_model_name_or_path)
 
 
-def _config_to_keep(config: AdaVTPConfig) -> dict[str, Any]:
+def _config_to_keep(config: PreTrainedConfig) -> dict[str, Any]:
     """Without what is a matter of how the base was loaded."""
     content = config.to_dict()
     for fields in (content, content["text_config"], content["vision_config"]):
@@ -96,9 +96,13 @@ def load_adapter(
     adapter = Path(adapter)
     base = base_of(adapter) if base is None else base
     require_own_files(adapter)
+    try:
+        model_class = family_class(base, {}) or AdaVTPForConditionalGeneration
+    except OSError as error:
+        raise _no_base(adapter, base, error) from error
     if (adapter / ADAPTED_CONFIG).is_file():
         with failures_in_words("adapter", adapter):
-            config = AdaVTPConfig(**read_record(adapter / ADAPTED_CONFIG, {}))
+            config = model_class.config_class(**read_record(adapter / ADAPTED_CONFIG, {}))
         if any((adapter / file).is_file() for file in CUSTOM_FILES):
             entries = [*config.reducers, *config.trained_reducers]
             names = [entry if isinstance(entry, str) else entry["name"] for entry in entries]
@@ -106,16 +110,13 @@ def load_adapter(
         kwargs |= {"config": config}
     try:
         if "config" in kwargs:
-            _require_same_sizes(kwargs["config"], AdaVTPConfig.from_pretrained(base), adapter, base)
-        model, info = AdaVTPForConditionalGeneration.from_pretrained(
+            _require_same_sizes(kwargs["config"], model_class.config_class.from_pretrained(base), adapter, base)
+        model, info = model_class.from_pretrained(
             base, trust_remote_code=trust_remote_code, output_loading_info=True, **kwargs
         )
         check_completeness(model, info, base)
     except OSError as error:
-        raise OSError(
-            f"The adapter {str(adapter)!r} belongs to {base!r}, which could not be loaded; name its base checkpoint "
-            f"(`--base`). {error}"
-        ) from error
+        raise _no_base(adapter, base, error) from error
     try:
         with failures_in_words("adapter", adapter):
             adapted = PeftModel.from_pretrained(model, str(adapter))
@@ -127,6 +128,13 @@ def load_adapter(
         raise ValueError(f"The adapter {str(adapter)!r} does not fit {base!r}: {error}") from error
     _require_fit(adapted, adapter, base, set(info["missing_keys"]))
     return adapted
+
+
+def _no_base(adapter: Path, base: str, error: OSError) -> OSError:
+    return OSError(
+        f"The adapter {str(adapter)!r} belongs to {base!r}, which could not be loaded; name its base checkpoint "
+        f"(`--base`). {error}"
+    )
 
 
 def base_of(adapter: str | Path) -> str:
@@ -151,7 +159,7 @@ def base_of(adapter: str | Path) -> str:
     return next((str(folder / base) for folder in folders if (folder / base).is_dir()), base)
 
 
-def _require_same_sizes(adapted: AdaVTPConfig, config: AdaVTPConfig, adapter: Path, base: str) -> None:
+def _require_same_sizes(adapted: PreTrainedConfig, config: PreTrainedConfig, adapter: Path, base: str) -> None:
     """That an adapter is not one of another model, of which a part would fit."""
     for part in ("text_config", "vision_config"):
         for name in SIZES:
@@ -187,6 +195,12 @@ def _require_fit(model: "PeftModel", adapter: Path, base: str, missing_in_base: 
         )
 
 
+def processor_for(model: PreTrainedModel, source: str, **kwargs: Any) -> ProcessorMixin:
+    """The processor in a folder, for a model: AdaVTP's for LLaVA, and for other families their own."""
+    kind = AdaVTPProcessor if isinstance(model, AdaVTPForConditionalGeneration) else AutoProcessor
+    return kind.from_pretrained(source, **kwargs)
+
+
 def merge_adapter(
     adapter: str | Path, output_dir: str | Path, base: str | None = None, trust_remote_code: bool = False
 ) -> Path:
@@ -219,7 +233,7 @@ def merge_adapter(
     require_finite(merged.state_dict(), f"The sum of {base!r} and the adapter {str(adapter)!r}")
     has_processor = (adapter / "processor_config.json").is_file()
     source = str(adapter) if has_processor else base
-    processor = AdaVTPProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+    processor = processor_for(merged, source, trust_remote_code=trust_remote_code)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     # Beside it, so that it moves into place by renaming.
     with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as temporary:

@@ -14,16 +14,18 @@ import torch
 from torch import nn
 
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
-from .trained_parts import adavtp_model_of, never_run_prefixes, part_prefixes
-from .training_arguments import TRAIN_PARTS
+from ..modeling.parts import PARTS, parts_of_names
+from .trained_parts import never_run_prefixes
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import BitsAndBytesConfig
 
 # Where adapters go; the other parts train whole.
-ADAPTED_PARTS: dict[str, str] = {"decoder": "model.language_model.layers.", "vision": "model.vision_tower.encoder."}
+ADAPTED_PARTS: tuple[str, ...] = ("decoder", "vision")
 QUANTIZATIONS: tuple[str, ...] = ("nf4",)
+# What families have beside their text model.
+_NO_DECODER = ("vision_tower", "multi_modal_projector", "visual", "vision_model", "connector")
 
 
 def add_adapters(
@@ -59,17 +61,17 @@ def add_adapters(
     """
     from peft import LoraConfig, get_peft_model
 
-    unknown = set(train_parts) - set(TRAIN_PARTS)
+    unknown = set(train_parts) - set(PARTS)
     if unknown or not set(train_parts) & set(ADAPTED_PARTS):
         raise ValueError(
-            f"`train_parts` is {list(train_parts)}; of {list(TRAIN_PARTS)} it needs at least one that gets adapters: "
+            f"`train_parts` is {list(train_parts)}; of {list(PARTS)} it needs at least one that gets adapters: "
             f"{' or '.join(ADAPTED_PARTS)}. The other parts train whole without any."
         )
     if r < 1 or not 0 <= lora_dropout < 1:
         raise ValueError(f"`r` is {r} and `lora_dropout` {lora_dropout}; allowed are 1 or more, and 0.0 to below 1.0.")
-    never_run = never_run_prefixes(adavtp_model_of(model))
+    never_run, part_of = never_run_prefixes(model), parts_of_names(model)
     whole = [part for part in train_parts if part not in ADAPTED_PARTS]
-    modules = [name for name in _own_parameter_modules(model, "") if f"{name}.".startswith(part_prefixes(whole))]
+    modules = [name for name in _own_parameter_modules(model, "") if part_of(name) in whole]
     config = LoraConfig(
         r=r,
         lora_alpha=lora_alpha,
@@ -113,11 +115,13 @@ def _linear_layers(
     model: nn.Module, train_parts: Sequence[str], target_modules: Sequence[str] | None, never_run: tuple[str, ...]
 ) -> str:
     """The linear layers that get adapters, as a pattern of their names for PEFT."""
-    prefixes = tuple(prefix for part, prefix in ADAPTED_PARTS.items() if part in train_parts)
+    part_of = parts_of_names(model)
     there = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith(prefixes) and not f"{name}.".startswith(never_run)
+        # Of a layer: the head that makes logits gets none.
+        if isinstance(module, nn.Linear) and re.search(r"\.\d+\.", name)
+        if part_of(name) in {*train_parts} & {*ADAPTED_PARTS} and not f"{name}.".startswith(never_run)
     ]
     last_names = sorted({name.rpartition(".")[2] for name in there})
     wanted = last_names if target_modules is None else list(target_modules)
@@ -171,6 +175,6 @@ def quantization(quantize: str, compute_dtype: torch.dtype = torch.bfloat16) -> 
         bnb_4bit_quant_type=quantize,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
-        # `from_pretrained` adds what LLaVA does not have.
-        llm_int8_skip_modules=["lm_head", "model.vision_tower", "model.multi_modal_projector"],
+        # `from_pretrained` adds what a budget has. Of the other names every family has one or two.
+        llm_int8_skip_modules=["lm_head", *(f"model.{name}" for name in _NO_DECODER)],
     )

@@ -8,13 +8,17 @@ both need prompts with one question each: only then is what matters for the answ
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ..modeling.evaluation_mode import evaluating
+from ..modeling.prompt import PreparedInputs
+from ..modeling.prompt_reduction import PromptReductionMixin
 from ..modeling.reducers.adaptive import VisionTokenController
+from ..modeling.vision.features import VisionFeatures
 from .data.chat_template import IGNORED
 from .trained_parts import adavtp_model_of
 
@@ -22,9 +26,10 @@ FULL_BUDGET = 1.0
 
 
 @contextmanager
-def recorded_scores(controller: VisionTokenController) -> Iterator[list[torch.Tensor]]:
+def recorded_scores(controller: VisionTokenController) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
     """
-    Notes what the controller's `scores` returns, `[num_images, num_patches]` per call, with its gradient.
+    Notes of each call of the controller's `scores` which images of the batch it is for, `[num_images]`, and what it
+    returns, `[num_images, num_patches]`, with its gradient. Images that differ in size have calls of their own.
 
     Selections carry what was chosen and not by which scores.
     """
@@ -34,15 +39,25 @@ def recorded_scores(controller: VisionTokenController) -> Iterator[list[torch.Te
     recorded = []
     scores_of = controller.scores
 
-    def scores(*args: Any, **kwargs: Any) -> torch.Tensor:
-        recorded.append(scores_of(*args, **kwargs))
-        return recorded[-1]
+    def scores(features: VisionFeatures) -> torch.Tensor:
+        recorded.append((features.unit, scores_of(features)))
+        return recorded[-1][1]
 
     controller.scores = scores
     try:
         yield recorded
     finally:
         del controller.scores
+
+
+def scores_of_images(recorded: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """
+    Recorded scores in the order of images, `[num_images, largest N]` float32; behind the last patch of a smaller image
+    as low as a number can be.
+    """
+    widest, lowest = max(scores.shape[1] for _, scores in recorded), torch.finfo(torch.float32).min
+    rows = [nn.functional.pad(own.float(), (0, widest - own.shape[1]), value=lowest) for _, own in recorded]
+    return torch.cat(rows)[torch.cat([unit for unit, _ in recorded]).argsort()]
 
 
 def target_logits(outputs: Any) -> torch.Tensor:
@@ -78,7 +93,19 @@ def distillation_loss(
     return divergence / (max(len(student), 1) if num_items_in_batch is None else num_items_in_batch)
 
 
-def visual_relevance(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+class Relevance(NamedTuple):
+    """
+    Attributes:
+        of_patches: `[num_images, largest N]` float32, each row non-negative with sum 1, or all 0 where nothing
+            matters; 0 behind the last patch of a smaller image.
+        num_targets: `[num_images]`, targets of the prompt that shows each image.
+    """
+
+    of_patches: torch.Tensor
+    num_targets: torch.Tensor
+
+
+def visual_relevance(model: nn.Module, inputs: dict[str, Any]) -> Relevance:
     """
     How much the full-budget model's answer depends on each patch.
 
@@ -89,39 +116,53 @@ def visual_relevance(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     decoders, which normalise what they read, never see.
 
     Args:
-        model: an [`AdaVTPForConditionalGeneration`], not wrapped. Its parameters get no gradient.
-        inputs: its arguments, with `labels` and `pixel_values`; their `token_budget` is put aside.
-
-    Returns:
-        `[num_images, num_patches]` float32, each row non-negative with sum 1, or all 0 where nothing matters.
+        model: an [`AdaVTPForConditionalGeneration`] of any family, not wrapped. Its parameters get no gradient.
+        inputs: its arguments, with `labels` and images; their `token_budget` is put aside.
     """
-    visual = []
+    inner = adavtp_model_of(model)
+    with evaluating(model), torch.enable_grad(), _features_as_leaf(inner) as prepared:
+        outputs = model(**inputs | {"token_budget": FULL_BUDGET})
+        targets = outputs.labels[:, 1:][outputs.labels[:, 1:] != IGNORED]
+        log_probability = -nn.functional.cross_entropy(target_logits(outputs), targets, reduction="sum")
+        (of_prompt,) = prepared
+        features = of_prompt.visual.features
+        (gradient,) = torch.autograd.grad(log_probability, features)
+    # Which visual token stands at each placeholder; -1 for one that is none, such as CLS.
+    columns = inner.family.placeholders(inner.config, of_prompt.prompt.input_ids)
+    token = of_prompt.prompt.visual_index[columns]
+    order = token.argsort()[(token < 0).sum() :]
+    is_token, sizes = of_prompt.selection.is_token, of_prompt.selection.sizes
 
-    def as_leaf(_: nn.Module, __: Any, projected: torch.Tensor) -> torch.Tensor:
-        visual.append(projected.detach().requires_grad_())
-        return visual[0]
+    def by_image(at_placeholders: torch.Tensor) -> torch.Tensor:
+        rows = at_placeholders.new_zeros(*is_token.shape, at_placeholders.shape[-1])
+        return rows.masked_scatter(is_token[..., None], at_placeholders[order])
 
-    adavtp_model = adavtp_model_of(model)
-    hook = adavtp_model.multi_modal_projector.register_forward_hook(as_leaf)
+    patches, gradient = by_image(features.detach().float()), by_image(gradient.float())
+    mean = patches.sum(dim=1, keepdim=True) / sizes.to(patches.device)[:, None, None]
+    relevance = (gradient * (patches - mean)).sum(dim=-1).abs()
+    first = order[(sizes.cumsum(0) - sizes).to(order.device)]
+    return Relevance(
+        relevance / relevance.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(relevance.dtype).tiny),
+        (outputs.labels != IGNORED).sum(dim=-1)[columns.nonzero()[first, 0]],
+    )
+
+
+@contextmanager
+def _features_as_leaf(model: PromptReductionMixin) -> Iterator[list[PreparedInputs]]:
+    """What the decoder gets of images comes from nowhere, and is noted."""
+    prepare, noted = model.prepare_inputs, []
+
+    def prepare_inputs(*args: Any, **kwargs: Any) -> PreparedInputs:
+        prepared = prepare(*args, **kwargs)
+        leaf = prepared.visual.features.detach().requires_grad_()
+        noted.append(replace(prepared, visual=replace(prepared.visual, features=leaf)))
+        return noted[0]
+
+    model.prepare_inputs = prepare_inputs
     try:
-        with evaluating(model), torch.enable_grad():
-            outputs = model(**inputs | {"token_budget": FULL_BUDGET})
-            targets = outputs.labels[:, 1:][outputs.labels[:, 1:] != IGNORED]
-            log_probability = -nn.functional.cross_entropy(target_logits(outputs), targets, reduction="sum")
-            (gradient,) = torch.autograd.grad(log_probability, visual)
+        yield noted
     finally:
-        hook.remove()
-    first = int(adavtp_model.config.keep_cls)
-    patches, gradient = visual[0].detach()[:, first:].float(), gradient[:, first:].float()
-    relevance = (gradient * (patches - patches.mean(dim=1, keepdim=True))).sum(dim=-1).abs()
-    return relevance / relevance.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(relevance.dtype).tiny)
-
-
-def targets_per_image(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-    """How many targets the prompt has that shows each image, `[num_images]`."""
-    of_prompt = (inputs["labels"] != IGNORED).sum(dim=-1)
-    sample = adavtp_model_of(model).units_of(inputs["input_ids"], len(inputs["pixel_values"])).sample
-    return of_prompt[sample.to(of_prompt.device)]
+        del model.prepare_inputs
 
 
 def relevance_loss(

@@ -5,17 +5,17 @@ modules in the same order; one that does not lets the others wait forever. Whate
 batch does: texts look at a blank image, and every image goes through the reducer. Some reducers cannot promise that.
 """
 
-from ..modeling.modeling_adavtp import AdaVTPModel
-from ..modeling.vision.tower import tower_layers
+from ..modeling.parts import layers_of
+from ..modeling.prompt_reduction import PromptReductionMixin
 
 
-def layer_classes(model: AdaVTPModel) -> list[str]:
+def layer_classes(model: PromptReductionMixin) -> list[str]:
     """Class names of the decoder's and of the tower's layers, which FSDP puts together one at a time."""
-    layers = [*model.language_model.layers, *tower_layers(model.vision_tower)]
+    layers = [*layers_of(model.prompt_decoder), *layers_of(model.get_encoder(modality="image"))]
     return sorted({type(layer).__name__ for layer in layers})
 
 
-def require_same_modules(model: AdaVTPModel, is_fsdp: bool) -> None:
+def require_same_modules(model: PromptReductionMixin, is_fsdp: bool) -> None:
     """
     Raises `ValueError` for a model whose chosen reducers do not run the same modules for every batch. With FSDP
     (`is_fsdp`) layers are whole only when they run as a whole; with ZeRO-3 their parts are, too.
@@ -27,6 +27,8 @@ def require_same_modules(model: AdaVTPModel, is_fsdp: bool) -> None:
             reason = "acts inside the decoder, for prompts with images only"
         elif len(steps) > 1 or reducer.one_count:
             reason = "runs once for every number of tokens that the images of a batch have or keep"
+        elif not is_fsdp and model.family.units_differ and any(True for _ in reducer.parameters()):
+            reason = "runs once for every size of image in a batch, and ZeRO-3 puts its weights together each time"
         elif is_fsdp and "attention" in reducer.needs:
             reason = "reads the queries and keys of a layer that does not run, which FSDP has only while it does"
         if reason is not None:

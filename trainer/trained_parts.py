@@ -5,17 +5,23 @@ copies of modules that it trains whole.
 """
 
 from torch import nn
+from transformers import PreTrainedModel
 
-from ..modeling.modeling_adavtp import AdaVTPModel
-from .training_arguments import TRAIN_PARTS
+from ..modeling.parts import never_run_in_tower, parts_of_names
+from ..modeling.prompt_reduction import PromptReductionMixin
 
 # What PEFT puts before the names that parameters have in the model that it wraps.
 _PEFT_PREFIX = "base_model.model."
 
 
-def adavtp_model_of(model: nn.Module) -> AdaVTPModel:
-    """The [`AdaVTPModel`] inside whatever wraps it: a language-modelling head, adapters, distribution."""
-    return next(module for module in model.modules() if isinstance(module, AdaVTPModel))
+def adavtp_model_of(model: nn.Module) -> PromptReductionMixin:
+    """The model that has the budget inside whatever wraps it: for LLaVA a head, adapters, distribution."""
+    return next(module for module in model.modules() if isinstance(module, PromptReductionMixin))
+
+
+def model_with_head(model: nn.Module) -> PreTrainedModel:
+    """The same with its language-modelling head, inside whatever wraps it."""
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
 def choose_trained_parts(model: nn.Module, train_parts: list[str]) -> None:
@@ -30,25 +36,20 @@ def choose_trained_parts(model: nn.Module, train_parts: list[str]) -> None:
     be among it.
 
     Args:
-        model: an [`AdaVTPForConditionalGeneration`], or a PEFT model around one.
-        train_parts: names from `TRAIN_PARTS`.
+        model: an [`AdaVTPForConditionalGeneration`] of any family, or a PEFT model around one.
+        train_parts: names from `PARTS`.
 
     Raises:
         ValueError: if the model has adapters and nothing of a named part can train, or its adapters were loaded
             without `is_trainable=True`.
     """
-    never_run = never_run_prefixes(adavtp_model_of(model))
+    never_run = never_run_prefixes(model)
     if has_adapters(model):
         _let_adapters_train(model, train_parts, never_run)
         return
-    prefixes = part_prefixes(train_parts)
+    part_of = parts_of_names(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(prefixes) and not name.startswith(never_run))
-
-
-def part_prefixes(train_parts: list[str]) -> tuple[str, ...]:
-    """What the names of the parameters of some parts start with."""
-    return tuple(prefix for part in train_parts for prefix in TRAIN_PARTS[part])
+        parameter.requires_grad_(part_of(name) in train_parts and not name.startswith(never_run))
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -65,14 +66,13 @@ def _let_adapters_train(model: nn.Module, train_parts: list[str], never_run: tup
         )
     # Makes them train again that an earlier run with another reducer has frozen.
     model.set_adapter(active[0] if len(active) == 1 else active)
-    can_run, trained = set(), set()
+    can_run, trained, part_of = set(), set(), parts_of_names(model_with_head(model))
     for name, parameter in model.named_parameters():
         name = name.removeprefix(_PEFT_PREFIX)
         runs = not name.startswith(never_run)
         parameter.requires_grad_(parameter.requires_grad and runs)
-        parts = {part for part in TRAIN_PARTS if name.startswith(part_prefixes([part]))}
-        can_run |= parts if runs else set()
-        trained |= parts if parameter.requires_grad else set()
+        can_run |= {part_of(name)} if runs else set()
+        trained |= {part_of(name)} if parameter.requires_grad else set()
     if missing := [part for part in train_parts if part in can_run - trained]:
         raise ValueError(
             f"`train_parts` is {train_parts}, and nothing of {', '.join(map(repr, missing))} can train: the model has "
@@ -82,21 +82,16 @@ def _let_adapters_train(model: nn.Module, train_parts: list[str], never_run: tup
         )
 
 
-def never_run_prefixes(model: AdaVTPModel) -> tuple[str, ...]:
+def never_run_prefixes(model: nn.Module) -> tuple[str, ...]:
     """What the names of parameters start with, in the model with its head, that no forward uses."""
-    feature_layers = model.config.vision_feature_layer
-    feature_layers = [feature_layers] if isinstance(feature_layers, int) else feature_layers
-    num_layers = model.config.vision_config.num_hidden_layers
-    num_run = max(layer if layer >= 0 else num_layers + 1 + layer for layer in feature_layers)
-    tower = "model.vision_tower."
-    # DINOv2's mask token stands for patches that its own pretraining hides.
-    beside = [f"{tower}{name}" for name in ("post_layernorm.", "layernorm.", "head.", "embeddings.mask_token")]
-    above = [f"{tower}encoder.{name}.{index}." for name in ("layers", "layer") for index in range(num_run, num_layers)]
-    steps = model.steps()
+    inner = adavtp_model_of(model)
+    # LLaVA's budget is below its head.
+    below = "" if hasattr(inner, "lm_head") else "model."
+    steps = inner.steps()
     chosen = {step.name for step in steps}
-    idle = [f"model.reducers.{name}." for name in model.reducers if name not in chosen]
+    idle = [f"{below}reducers.{name}." for name in inner.reducers if name not in chosen]
     if "adaptive" not in chosen:
-        idle.append("model.controller.")
+        idle.append(f"{below}controller.")
     if not any("budget" in step.reducer.needs for step in steps):
-        idle.append("model.budget_token.")
-    return (*beside, *above, *idle)
+        idle.append(f"{below}budget_token.")
+    return (*never_run_in_tower(model_with_head(model)), *idle)

@@ -16,8 +16,8 @@ from .losses import (
     full_budget_logits,
     recorded_scores,
     relevance_loss,
+    scores_of_images,
     target_logits,
-    targets_per_image,
     visual_relevance,
 )
 from .sharded_models import layer_classes, require_same_modules
@@ -37,7 +37,7 @@ class AdaVTPTrainer(WholeCheckpointsMixin, HubPushMixin, StreamedTraining):
     weights, of one that never stopped. The samples of a [`ConversationStream`] bring their budgets with them.
 
     Args:
-        model: an [`AdaVTPForConditionalGeneration`].
+        model: an [`AdaVTPForConditionalGeneration`] of any family.
         args: [`AdaVTPTrainingArguments`].
         data_collator: a [`BudgetCollator`], or another collator with a [`BudgetStream`] as `budgets`.
         kwargs: see `transformers.Trainer` and [`StreamedTraining`].
@@ -131,15 +131,14 @@ class AdaVTPTrainer(WholeCheckpointsMixin, HubPushMixin, StreamedTraining):
             outputs = model(**inputs)
         # A prompt without an image has nothing to choose. The zero keeps the loss a function of what trains.
         losses = {"lm": outputs.loss} | dict.fromkeys(("distillation", "relevance"), 0.0 * outputs.loss)
-        if "pixel_values" in inputs:
+        if adavtp_model_of(inner).images_in(dict(inputs)) is not None:
             num_items = inputs.get("num_items_in_batch")
             if "distillation" in weights:
                 teacher = full_budget_logits(inner, inputs)
                 losses["distillation"] = distillation_loss(target_logits(outputs), teacher, num_items)
             if "relevance" in weights:
-                num_targets = targets_per_image(inner, inputs)
                 losses["relevance"] = relevance_loss(
-                    scores[0], visual_relevance(inner, inputs), num_targets, num_items
+                    scores_of_images(scores), *visual_relevance(inner, inputs), num_items
                 )
         outputs["loss"] = sum(weight * losses[name] for name, weight in weights.items())
         return outputs

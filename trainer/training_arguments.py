@@ -6,13 +6,8 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from ..modeling.budget.token_budget import num_tokens_to_keep
+from ..modeling.parts import PARTS
 
-TRAIN_PARTS: dict[str, tuple[str, ...]] = {
-    "controller": ("model.budget_token.", "model.controller.", "model.reducers."),
-    "projector": ("model.multi_modal_projector.",),
-    "vision": ("model.vision_tower.",),
-    "decoder": ("model.language_model.", "lm_head."),
-}
 LOSSES: tuple[str, ...] = ("lm", "distillation", "relevance")
 
 
@@ -42,7 +37,7 @@ class AdaVTPTrainingArguments(TrainingArguments):
 
     train_parts: list[str] = field(
         default_factory=lambda: ["controller", "projector", "decoder"],
-        metadata={"help": f"Parts of the model that train: {', '.join(TRAIN_PARTS)}."},
+        metadata={"help": f"Parts of the model that train: {', '.join(PARTS)}."},
     )
     eval_budgets: list[float] = field(
         default_factory=lambda: [1.0, 0.6, 0.4, 0.2], metadata={"help": "Token budgets that evaluation runs at."}
@@ -59,9 +54,9 @@ class AdaVTPTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        unknown = set(self.train_parts) - set(TRAIN_PARTS)
+        unknown = set(self.train_parts) - set(PARTS)
         if unknown or not self.train_parts:
-            raise ValueError(f"`train_parts` is {self.train_parts}; allowed are one or more of {list(TRAIN_PARTS)}.")
+            raise ValueError(f"`train_parts` is {self.train_parts}; allowed are one or more of {list(PARTS)}.")
         if set(self.loss_weights) - set(LOSSES) or not self.loss_weights:
             raise ValueError(f"`loss_weights` is {self.loss_weights}; allowed are one or more of {list(LOSSES)}.")
         if not all(0 < weight < math.inf for weight in self.loss_weights.values()):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.llava_next.modeling_llava_next import (
     get_anyres_image_grid_shape,
     image_size_to_num_patches,
@@ -24,6 +24,12 @@ class AnyResFamily(EncodingFamily):
 
     knows_tiles = True
     why_not_in_decoder = None
+
+    def image_inputs(self, config: PreTrainedConfig, height: int, width: int) -> dict[str, torch.Tensor]:
+        """See [`EncodingFamily.image_inputs`]: the whole view and the tiles, and the size before that."""
+        side, size = config.vision_config.image_size, [max(height, 1), max(width, 1)]
+        tiles = image_size_to_num_patches(size, config.image_grid_pinpoints, side)
+        return {"pixel_values": torch.ones(1, tiles, 3, side, side), "image_sizes": torch.tensor([size])}
 
     def units(self, model: PreTrainedModel, kind: str, output: ModelOutput, inputs: Mapping[str, Any]) -> KindUnits:
         """See [`EncodingFamily.units`]."""

@@ -47,6 +47,7 @@ class EncodingFamily(Family):
         first_position: the position of a prompt's first token where the family's forward counts.
         shares_placeholder: whether videos have the placeholders of images.
         knows_tiles: whether the inputs of a call say which part of a picture each tile shows.
+        projector_in_tower: modules of the tower that join patches into tokens of the decoder's width, by name.
         why_not_in_decoder: why the loop over decoder layers cannot stand in for the family's own, which may do more
             with embeddings than to put features in the places of placeholders; `None` where it can.
     """
@@ -54,6 +55,7 @@ class EncodingFamily(Family):
     first_position: int = 0
     shares_placeholder: bool = False
     knows_tiles: bool = False
+    projector_in_tower: tuple[str, ...] = ()
     why_not_in_decoder: str | None = "it acts inside the decoder, whose inputs are not known for this family."
 
     def kinds(self, config: PreTrainedConfig, input_ids: torch.Tensor) -> torch.Tensor:
@@ -81,6 +83,21 @@ class EncodingFamily(Family):
         """
         sizes = [entry.reshape(-1, entry.shape[-1]).shape[0] for entry in output.pooler_output]
         return KindUnits([square_or_row(size) for size in sizes], torch.zeros(sum(sizes), dtype=torch.bool))
+
+    def image_inputs(self, config: PreTrainedConfig, height: int, width: int) -> dict[str, torch.Tensor]:
+        """
+        What the family's processor makes of a grey image, given a size in pixels that it leaves as it is; of one that
+        is smaller than the smallest, an image of that size.
+
+        Args:
+            config: the model's.
+            height, width: multiples of the side of a token, or where images are cut into tiles, of a tile.
+
+        Returns:
+            The arguments of the family's `get_image_features`. Pixels are not 0, which fills up prompts in some.
+        """
+        side = config.vision_config.image_size
+        return {"pixel_values": torch.ones(1, 3, side, side)}
 
     def pixels(
         self, model: PreTrainedModel, kind: str, inputs: Mapping[str, Any], num_units: int
@@ -173,6 +190,12 @@ class EncodingFamily(Family):
     ) -> list[torch.Tensor]:
         """The tokens `[num_tokens, hidden_size]` that one setting makes of some units of a kind, each by itself."""
         raise NotImplementedError(f"{type(self).__name__} has no dial.")
+
+
+def num_tiles(height: int, width: int, tile_height: int, tile_width: int) -> int:
+    """Tiles of an image, with the view of the whole that stands beside several."""
+    tiles = max(height // tile_height, 1) * max(width // tile_width, 1)
+    return tiles + (tiles > 1)
 
 
 def square_or_row(size: int) -> tuple[int, int, int]:

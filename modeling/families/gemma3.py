@@ -13,6 +13,7 @@ class Gemma3Family(EncodingFamily):
     """The projector takes the mean of the patches of a square."""
 
     takes_tensor = ("image",)
+    units_differ = False
 
     def pooled(
         self, model: PreTrainedModel, kind: str, values: torch.Tensor, inputs: Mapping[str, Any]
@@ -29,6 +30,7 @@ class PaliGemmaFamily(EncodingFamily):
 
     takes_tensor = ("image",)
     token_type_of_answers = 1
+    units_differ = False
     first_position = 1
 
 

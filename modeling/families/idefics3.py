@@ -4,16 +4,22 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .encoded import KINDS, EncodingFamily, KindUnits
+from .encoded import KINDS, EncodingFamily, KindUnits, num_tiles
 
 
 class Idefics3Family(EncodingFamily):
     """All tiles have equally many tokens, and a token is made of the patches of a square."""
 
     why_not_in_decoder = None
+    units_differ = False
+
+    def image_inputs(self, config: PreTrainedConfig, height: int, width: int) -> dict[str, torch.Tensor]:
+        """See [`EncodingFamily.image_inputs`]: tiles, and a view of the whole image behind several."""
+        side = config.vision_config.image_size
+        return {"pixel_values": torch.ones(1, num_tiles(height, width, side, side), 3, side, side)}
 
     def units(self, model: PreTrainedModel, kind: str, output: ModelOutput, inputs: Mapping[str, Any]) -> KindUnits:
         """See [`EncodingFamily.units`]."""

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from .encoded import EncodingFamily
+from .encoded import EncodingFamily, num_tiles
 
 
 class InternVLFamily(EncodingFamily):
@@ -14,6 +14,12 @@ class InternVLFamily(EncodingFamily):
 
     why_not_in_decoder = None
     takes_tensor = ("image",)
+    units_differ = False
+
+    def image_inputs(self, config: PreTrainedConfig, height: int, width: int) -> dict[str, torch.Tensor]:
+        """See [`EncodingFamily.image_inputs`]: tiles, and a view of the whole image behind several."""
+        sides = config.vision_config.image_size
+        return {"pixel_values": torch.ones(num_tiles(height, width, *sides), 3, *sides)}
 
     def pooled(
         self, model: PreTrainedModel, kind: str, values: torch.Tensor, inputs: Mapping[str, Any]

@@ -9,6 +9,8 @@ from .base import Family, Units
 class LlavaFamily(Family):
     """One tower for images of one size, so that all of them have equally many tokens."""
 
+    units_differ = False
+
     def tokens_per_image(self, config: AdaVTPConfig) -> int:
         """Patches of an image, N."""
         return self._side(config) ** 2

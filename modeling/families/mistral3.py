@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .encoded import KINDS, EncodingFamily, KindUnits, means_of_squares
@@ -14,6 +14,13 @@ class Mistral3Family(EncodingFamily):
     """Breaks between rows are text; a token is made of the patches of a square."""
 
     why_not_in_decoder = None
+
+    def image_inputs(self, config: PreTrainedConfig, height: int, width: int) -> dict[str, torch.Tensor]:
+        """See [`EncodingFamily.image_inputs`]."""
+        token = config.vision_config.patch_size * config.spatial_merge_size
+        # Of an image of one token alone the family's encoder loses the axis of tokens.
+        size = [max(height, token), max(width, 2 * token)]
+        return {"pixel_values": torch.ones(1, 3, *size), "image_sizes": torch.tensor([size])}
 
     def units(self, model: PreTrainedModel, kind: str, output: ModelOutput, inputs: Mapping[str, Any]) -> KindUnits:
         """See [`EncodingFamily.units`]."""

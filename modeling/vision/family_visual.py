@@ -31,7 +31,7 @@ class FamilyVisual(VisualModel):
 
     Args:
         model: the family's, with a head and a budget's modules.
-        kinds: `[batch, sequence]`, whose placeholder each column is.
+        kinds: `[batch, sequence]`, whose placeholder each column is; `None` for a prompt of nothing but its images.
         images: pixels, grids and sizes, as the family's encoder takes them.
         schedule: the stack and its budget, for the attention that they read.
 
@@ -41,7 +41,11 @@ class FamilyVisual(VisualModel):
     """
 
     def __init__(
-        self, model: "PreTrainedModel", kinds: torch.Tensor, images: Mapping[str, Any], schedule: BudgetSchedule
+        self,
+        model: "PreTrainedModel",
+        kinds: torch.Tensor | None,
+        images: Mapping[str, Any],
+        schedule: BudgetSchedule,
     ) -> None:
         super().__init__(None, None, model.budget_token, model.config, model.training)
         self.model, self.images = model, images
@@ -64,6 +68,8 @@ class FamilyVisual(VisualModel):
             self._found[kind] = family.units(model, kind, outputs[kind], images)
             for layer, module, calls in zip(layers, modules, noted, strict=True):
                 rows[layer].append(self._attention(module, calls, kind))
+        if kinds is None:
+            kinds = model.get_input_embeddings().weight.new_zeros(1, len(self._found["image"].is_separator)).long()
         self.units: Units = units_of_kinds(kinds, self._found)
         self.made = _in_the_order_of_columns(kinds[kinds >= 0], outputs)
         # The rows of attention come kind by kind.

@@ -47,7 +47,7 @@ class VisionFeatures:
         fingerprint: `[num_images]` int64 on the CPU, a number that depends on an image's pixels alone.
         attention: of the tower layers that the reducer's `attention_layers` names.
         sample: `[num_images]` int64, the prompt that each image belongs to.
-        unit: `[num_images]` int64, the number of each image among the units of the call.
+        unit: `[num_images]` int64 on the CPU, the number of each image among the units of the call.
         native: the family's own dial on the units of the call.
         num_patches: N of a whole image, of the largest where they differ.
         grids: `[num_images, 2]` int64 on the CPU, rows and columns in which the N patches of each image stand; by

@@ -85,7 +85,7 @@ class VisualModel:
         needs = {need for step in steps for need in step.reducer.needs}
         num_keep = budget.of_step(steps[0], units.sizes)
         features, selection = self._encode(pixel_values, schedule, units, num_keep, question)
-        features.sample, features.unit = units.sample, torch.arange(len(units.sample))
+        features.sample, features.unit = units.sample, torch.arange(len(units.sizes))
         features.grids = torch.tensor(units.grids) if units.grids else None
         features.question = question if "question" in needs else None
         features.question_ids = question_ids if "question_ids" in needs else None

@@ -16,7 +16,6 @@ from adavtp.trainer.losses import (
     recorded_scores,
     relevance_loss,
     target_logits,
-    targets_per_image,
     visual_relevance,
 )
 from adavtp.trainer.trained_parts import choose_trained_parts
@@ -76,16 +75,17 @@ def test_relevance_is_what_replacing_a_patch_by_the_mean_changes_to_first_order(
         expected[:, patch] = (difference / (2 * step)).abs()
     expected /= expected.sum(dim=-1, keepdim=True)
     # Norms inside decoders compute in float32, so that a smaller step would measure their rounding.
-    torch.testing.assert_close(visual_relevance(model, batch).double(), expected, atol=2e-4, rtol=1e-2)
+    torch.testing.assert_close(visual_relevance(model, batch).of_patches.double(), expected, atol=2e-4, rtol=1e-2)
 
 
 def test_relevance_depends_on_neither_the_budget_nor_what_shares_the_batch() -> None:
     model = tiny_model()
     batch = labelled_batch(model, (2, 1))
-    relevance = visual_relevance(model, batch)
-    torch.testing.assert_close(visual_relevance(model, batch | {"token_budget": [0.1, 0.6]}), relevance)
+    relevance, num_targets = visual_relevance(model, batch)
+    assert num_targets.tolist() == [3, 3, 3]
+    torch.testing.assert_close(visual_relevance(model, batch | {"token_budget": [0.1, 0.6]}).of_patches, relevance)
     alone = {name: value[1:] for name, value in batch.items()} | {"pixel_values": batch["pixel_values"][2:]}
-    torch.testing.assert_close(visual_relevance(model, alone), relevance[2:], atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(visual_relevance(model, alone).of_patches, relevance[2:], atol=1e-6, rtol=1e-4)
     assert relevance.shape == (3, NUM_PATCHES) and (relevance >= 0).all()
     torch.testing.assert_close(relevance.sum(dim=-1), torch.ones(3))
 
@@ -94,9 +94,9 @@ def test_nothing_is_relevant_where_nothing_is_asked() -> None:
     model = tiny_model()
     batch = labelled_batch(model)
     batch["labels"][0] = -100
-    relevance = visual_relevance(model, batch)
+    relevance, num_targets = visual_relevance(model, batch)
     assert (relevance[0] == 0).all() and relevance[1].sum() > 0.99
-    assert targets_per_image(model, batch).tolist() == [0, 3]
+    assert num_targets.tolist() == [0, 3]
 
 
 def test_a_pass_at_full_budget_leaves_no_trace() -> None:
@@ -109,7 +109,7 @@ def test_a_pass_at_full_budget_leaves_no_trace() -> None:
     logits = full_budget_logits(model, batch)
     assert [module.training for module in model.modules()] == modes
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert not model.model.multi_modal_projector._forward_hooks
+    assert "prepare_inputs" not in vars(model.model)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert not logits.requires_grad
 
@@ -169,7 +169,7 @@ def test_scores_are_recorded_with_their_gradient() -> None:
     batch["labels"] = targets(batch)
     with recorded_scores(model.model.controller) as recorded:
         model(**batch, token_budget=0.5)
-    (scores,) = recorded
+    ((_, scores),) = recorded
     assert scores.shape == (3, NUM_PATCHES) and scores.requires_grad
     model(**batch, token_budget=0.5)
     assert len(recorded) == 1
@@ -232,7 +232,7 @@ def test_a_trained_controller_keeps_the_patch_that_the_answer_depends_on(tmp_pat
         return keep[torch.arange(64), places].float().mean().item()
 
     # A neighbour is now and then as relevant, because a decoder's tokens see those before them.
-    assert (visual_relevance(model, batch).argmax(dim=-1) == places).float().mean() > 0.8
+    assert (visual_relevance(model, batch).of_patches.argmax(dim=-1) == places).float().mean() > 0.8
     # Random weights happen to like what stands out; turned round, they have to unlearn it.
     model.model.controller.score.weight.data.neg_()
     before = share_kept()

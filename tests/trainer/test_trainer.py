@@ -19,7 +19,6 @@ from adavtp import (
 from adavtp.tasks.digit_scenes import load_digit_questions
 from adavtp.tasks.digit_scenes.processor import build_digit_processor
 from adavtp.trainer.trained_parts import choose_trained_parts
-from adavtp.trainer.training_arguments import TRAIN_PARTS
 from tiny_conversations import conversation_rows, digit_model, digit_processor
 from tiny_models import tiny_text_config, tiny_vision_config
 from tiny_trainers import (
@@ -36,6 +35,13 @@ from tiny_trainers import (
 from training_process import modules_run_by
 
 MIXED = (1, 0, 2)
+# What the names of parameters of each part start with.
+OF_PARTS = {
+    "controller": ("model.budget_token.", "model.controller.", "model.reducers."),
+    "projector": ("model.multi_modal_projector.",),
+    "vision": ("model.vision_tower.",),
+    "decoder": ("model.language_model.", "lm_head."),
+}
 
 
 def are_equal(first: Any, second: Any) -> bool:
@@ -116,7 +122,7 @@ def test_a_step_changes_the_named_parts_and_no_others(tmp_path: Path, vision: st
         trainer.data_collator.processor.num_additional_image_tokens = 0
     trainer.train()
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    prefixes = tuple(prefix for part in train_parts for prefix in TRAIN_PARTS[part])
+    prefixes = tuple(prefix for part in train_parts for prefix in OF_PARTS[part])
     named = {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
     # Three layers, of which the last is above the feature layer, -2; and what stands behind all layers, or is never
     # called. A key's bias adds the same to all scores of a query, the controller's to those of all patches: neither

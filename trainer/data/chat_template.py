@@ -3,13 +3,22 @@
 from bisect import bisect_right
 from typing import Any, NamedTuple
 
-from transformers import BatchEncoding
-
-from ...modeling.processing_adavtp import AdaVTPProcessor
+from transformers import BatchEncoding, ProcessorMixin
 
 IGNORED = -100
 
 Message = dict[str, Any]
+
+
+class ConversationText(NamedTuple):
+    """
+    Attributes:
+        text: a conversation in the chat template, an image as one placeholder.
+        turns: of every answer, its first character in the text and the one behind its last.
+    """
+
+    text: str
+    turns: list[tuple[int, int]]
 
 
 class EncodedConversation(NamedTuple):
@@ -23,29 +32,43 @@ class EncodedConversation(NamedTuple):
     labels: list[int]
 
 
-def encode_conversation(
-    processor: AdaVTPProcessor, messages: list[Message], num_image_tokens: int
-) -> EncodedConversation:
+def conversation_text(processor: ProcessorMixin, messages: list[Message]) -> ConversationText:
     """
-    Puts a conversation into the processor's chat template and finds the assistant's turns in it. No image is needed.
+    Puts a conversation into the processor's chat template and finds the assistant's turns in it.
 
-    A turn is what the template adds when the assistant's message follows the prompt that asks for it. A template that
-    writes no end of sequence behind the last turn gets one here: without it a model does not learn to stop. Where the
-    template writes no beginning of sequence either, the tokenizer adds its own, as it does for a prompt.
+    A turn is what the template adds when the assistant's message follows the prompt that asks for it, up to the last
+    mark that it writes; where its answers do not begin as the prompt ends (LLaVA-OneVision's), from the first word on.
+    Markers of generation in the template are not asked: of many they leave out the end, without which a model does not
+    learn to stop, and most templates have none. One that writes no end of sequence behind the last turn gets one here.
 
     Args:
         processor: with a chat template and a fast tokenizer.
         messages: `[{"role": "user" | "assistant" | "system", "content": [...]}, ...]`; a string is one text.
-        num_image_tokens: placeholder tokens of one image, 0 where there are no images.
 
     Raises:
-        ValueError: if the conversation is empty or begins with the assistant, shows images without placeholder tokens,
-            or has a template that rewrites earlier turns when later ones are added, so that turns cannot be told
-            apart.
+        ValueError: if the conversation is empty or begins with the assistant, or has a template that leaves out a
+            system prompt, or rewrites earlier turns when later ones are added, so that turns cannot be told apart.
     """
     messages = _in_parts(messages)
     text = _text(processor, messages)
-    turns = _turns(processor, messages, text)
+    return ConversationText(text, _turns(processor, messages, text))
+
+
+def encode_conversation(
+    processor: ProcessorMixin, messages: list[Message], num_image_tokens: int
+) -> EncodedConversation:
+    """
+    The tokens of [`conversation_text`], with the assistant's turns as targets. No image is needed. Where the template
+    writes no beginning of sequence, the tokenizer adds its own, as it does for a prompt.
+
+    Args:
+        processor, messages: see [`conversation_text`].
+        num_image_tokens: placeholder tokens of one image, 0 where there are no images.
+
+    Raises:
+        ValueError: see [`conversation_text`]; or if images are shown that have no placeholder tokens.
+    """
+    text, turns = conversation_text(processor, messages)
     if processor.image_token in text and num_image_tokens < 1:
         raise ValueError(f"`messages` shows an image and none was given with it: {text!r}.")
     tokens = _tokens(processor, text, return_offsets_mapping=True)
@@ -62,7 +85,7 @@ def encode_conversation(
     return EncodedConversation(input_ids, labels)
 
 
-def count_tokens(processor: AdaVTPProcessor, messages: list[Message]) -> tuple[int, int]:
+def count_tokens(processor: ProcessorMixin, messages: list[Message]) -> tuple[int, int]:
     """
     How long a conversation is, in less time than [`encode_conversation`] takes, with the same arguments.
 
@@ -92,7 +115,7 @@ def _in_parts(messages: list[Message]) -> list[Message]:
     return [{"role": message["role"], "content": content_parts(message)} for message in messages]
 
 
-def _text(processor: AdaVTPProcessor, messages: list[Message]) -> str:
+def _text(processor: ProcessorMixin, messages: list[Message]) -> str:
     """The conversation in the chat template, an image as one placeholder, with an end behind a last answer."""
     text, end = processor.apply_chat_template(messages), processor.tokenizer.eos_token or ""
     prompts = [part for message in messages if message["role"] == "system" for part in message["content"]]
@@ -105,7 +128,7 @@ def _text(processor: AdaVTPProcessor, messages: list[Message]) -> str:
     return text[: len(prompt)] + text[len(prompt) :].rstrip() + end
 
 
-def _turns(processor: AdaVTPProcessor, messages: list[Message], text: str) -> list[tuple[int, int]]:
+def _turns(processor: ProcessorMixin, messages: list[Message], text: str) -> list[tuple[int, int]]:
     """Of every answer, its first character in the text and the one behind its last."""
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
@@ -115,16 +138,31 @@ def _turns(processor: AdaVTPProcessor, messages: list[Message], text: str) -> li
     through = processor.apply_chat_template([messages[: index + 1] for index in answers])
     if answers[-1] == len(messages) - 1:
         through[-1] = text
-    if not all(text.startswith(to) and to.startswith(prompt) for prompt, to in zip(before, through, strict=True)):
-        raise ValueError(
-            "`processor.chat_template` rewrites earlier turns when later ones are added, so the assistant's turns "
-            "cannot be found; use a template that only appends."
-        )
-    return [(len(prompt), len(to)) for prompt, to in zip(before, through, strict=True)]
+    turns = []
+    for index, prompt, to in zip(answers, before, through, strict=True):
+        begin = len(prompt) if to.startswith(prompt) else _first_word(processor, messages[: index + 1], to)
+        if begin < 0 or not text.startswith(to):
+            raise ValueError(
+                "`processor.chat_template` rewrites earlier turns when later ones are added, so the assistant's turns "
+                "cannot be found; use a template that only appends."
+            )
+        turns.append((begin, len(to.rstrip())))
+    return turns
 
 
-def _tokens(processor: AdaVTPProcessor, text: str, **options: Any) -> BatchEncoding:
+def _first_word(processor: ProcessorMixin, messages: list[Message], text: str) -> int:
+    """Where the words of the last message begin in the text, behind those of the others; -1 if they are not there."""
+    earlier = processor.apply_chat_template(messages[:-1])
+    words = "".join(part.get("text", "") for part in messages[-1]["content"]).strip()
+    return text.find(words, len(earlier)) if text.startswith(earlier) else -1
+
+
+def _tokens(processor: ProcessorMixin, text: str, **options: Any) -> BatchEncoding:
     """Token ids with one beginning of sequence: the template's, or where it writes none the tokenizer's."""
-    tokenizer = processor.tokenizer
-    has_begin = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    return tokenizer(text, add_special_tokens=not has_begin, **options)
+    return processor.tokenizer(text, add_special_tokens=not has_begin(processor, text), **options)
+
+
+def has_begin(processor: ProcessorMixin, text: str) -> bool:
+    """Whether the template writes the beginning of sequence, so that the tokenizer must not."""
+    bos = processor.tokenizer.bos_token
+    return bos is not None and text.startswith(bos)

@@ -9,11 +9,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers import ProcessorMixin
 
 from ...modeling.processing_adavtp import AdaVTPProcessor, readable_images
 from .budget_stream import BudgetStream
-from .chat_template import IGNORED, EncodedConversation, encode_conversation
+from .chat_template import (
+    IGNORED,
+    ConversationText,
+    EncodedConversation,
+    conversation_text,
+    encode_conversation,
+)
 from .image_tokens import image_tokens
+from .processed import processed_batch
 
 
 @dataclass
@@ -22,14 +30,14 @@ class BudgetCollator:
     Batches conversational data in the Hugging Face form, and draws the batch's token budgets where rows have none.
 
     Attributes:
-        processor: tokenizer, image processor and chat template.
+        processor: tokenizer, image processor and chat template; of AdaVTP, or of another family.
         budget_range, per, seed: see [`BudgetStream`].
 
     Raises:
         ValueError: if the range is empty or leaves [0, 1], or `per` is neither.
     """
 
-    processor: AdaVTPProcessor
+    processor: ProcessorMixin
     budget_range: tuple[float, float] = (0.2, 1.0)
     per: Literal["batch", "sample"] = "batch"
     seed: int = 0
@@ -41,15 +49,15 @@ class BudgetCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """
         Args:
-            rows: with `messages`, and `images`, decoded, in the order of the messages' image entries; or encoded, with
-                `input_ids` and `labels` and the same images, as a [`ConversationStream`] gives them. Other columns are
-                ignored.
+            rows: with `messages`, and `images`, decoded, in the order of the messages' image entries; or read, as a
+                [`ConversationReader`] gives them, with the same images. Other columns are ignored.
 
         Returns:
             `input_ids`, `attention_mask` and `labels` `[batch, sequence]`, padded on the right, with labels -100
-            except on the assistant's turns; `token_budget` `[batch]`, the rows' own if they have any; and
-            `pixel_values` `[num_images, channels, height, width]` if the batch has images. Of a stream's rows also
-            what is not for the model: `rejected`, a list, and `stream_position`, the last row's.
+            except on the assistant's turns; `token_budget` `[batch]`, the rows' own if they have any; and if the batch
+            has images `pixel_values` `[num_images, channels, height, width]`, or whatever else the family's processor
+            makes of them. Of a stream's rows also what is not for the model: `rejected`, a list, and
+            `stream_position`, the last row's.
 
         Raises:
             ValueError: if a row has another number of images than it shows, or the name of an image in place of one,
@@ -62,12 +70,7 @@ class BudgetCollator:
                 f"`images` of a row has {str(named)[:100]!r}; expected are decoded images. `load_conversations` reads "
                 "data sets that name files."
             )
-        batch, num_image_tokens = {}, 0
-        if images:
-            pixel_values = self.processor.image_processor(readable_images(images), return_tensors="pt")["pixel_values"]
-            batch["pixel_values"] = pixel_values
-            num_image_tokens = image_tokens(self.processor, pixel_values).num_placeholders
-        batch |= _padded([self._encoded(row, num_image_tokens) for row in rows], self.processor.tokenizer.pad_token_id)
+        batch = self._of_llava(rows, images) if isinstance(self.processor, AdaVTPProcessor) else self._of_family(rows)
         if "token_budget" in rows[0]:
             batch["token_budget"] = torch.tensor([row["token_budget"] for row in rows], dtype=torch.float32)
         else:
@@ -76,6 +79,27 @@ class BudgetCollator:
             batch["rejected"] = [rejected for row in rows for rejected in row["rejected"]]
             batch["stream_position"] = rows[-1]["stream_position"]
         return batch
+
+    def _of_family(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """What the family's processor makes of whole conversations."""
+        conversations = [
+            ConversationText(row["text"], row["turns"])
+            if "turns" in row
+            else conversation_text(self.processor, row["messages"])
+            for row in rows
+        ]
+        images = [readable_images(row["images"]) if row.get("images") else [] for row in rows]
+        return processed_batch(self.processor, conversations, images)
+
+    def _of_llava(self, rows: list[dict[str, Any]], images: list[Any]) -> dict[str, torch.Tensor]:
+        """An image is as many tokens as any other, so that nobody has to see it to encode a conversation."""
+        batch, num_image_tokens = {}, 0
+        if images:
+            pixel_values = self.processor.image_processor(readable_images(images), return_tensors="pt")["pixel_values"]
+            batch["pixel_values"] = pixel_values
+            num_image_tokens = image_tokens(self.processor, pixel_values).num_placeholders
+        encoded = [self._encoded(row, num_image_tokens) for row in rows]
+        return batch | _padded(encoded, self.processor.tokenizer.pad_token_id)
 
     def _encoded(self, row: dict[str, Any], num_image_tokens: int) -> EncodedConversation:
         if "input_ids" in row:

@@ -2,19 +2,23 @@
 
 In hundreds of thousands of rows some images are cut off, some files are missing and some conversations do not fit.
 Such a row is rejected with its id and a reason that says what to do, and is never repaired, shortened or passed over
-in silence. How long a row is can be asked before any image is opened.
+in silence. How long a row is can be asked before any image is decoded.
 """
 
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
+import torch
 from jinja2 import TemplateError
+from transformers import ProcessorMixin
 
+from ...modeling.budget.token_budget import num_tokens_to_keep
 from ...modeling.processing_adavtp import AdaVTPProcessor
-from ...tasks.stored_images import decoded_image
-from .chat_template import content_parts, count_tokens, encode_conversation
+from ...tasks.stored_images import decoded_image, image_size
+from .chat_template import content_parts, conversation_text, count_tokens, encode_conversation
 from .image_tokens import tokens_of_any_image
+from .processed import processed_lengths
 
 Row = dict[str, Any]
 Result = TypeVar("Result")
@@ -40,48 +44,76 @@ class ConversationReader:
     `image_folder`, an image whose path leads out of it is refused.
 
     Args:
-        processor: tokenizer, image processor and chat template; the image processor makes images of one size.
+        processor: tokenizer, image processor and chat template. AdaVTP's makes images of one size; in other families
+            an image's size says how many tokens it is.
         max_length: tokens that a row may have at most, counted at full budget; `None` for no limit.
 
     Raises:
         ValueError: if `max_length` is below 1, or the number of an image's tokens depends on the image.
     """
 
-    def __init__(self, processor: AdaVTPProcessor, max_length: int | None = None) -> None:
+    def __init__(self, processor: ProcessorMixin, max_length: int | None = None) -> None:
         if max_length is not None and max_length < 1:
             raise ValueError(f"`max_length` is {max_length}; allowed are whole numbers from 1, or None for no limit.")
         self.processor, self.max_length = processor, max_length
-        self.image_tokens = tokens_of_any_image(processor)
+        # Of any image; `None` where it depends on the image.
+        self.image_tokens = tokens_of_any_image(processor) if isinstance(processor, AdaVTPProcessor) else None
+        self._of_sizes: dict[tuple[tuple[int, int], ...], tuple[int, int]] = {}
 
     def lengths(self, row: Row) -> tuple[int, int]:
         """
-        How long a row is: the number of tokens that are not an image's, and the number of images. None is opened.
+        How long a row is: the number of tokens that are not an image's, and the number of images, of which none is
+        opened; or where images differ, of their visual tokens, for which their sizes are looked up.
 
         Raises:
             RejectedSample: for what can be seen without opening images.
         """
         num_images = self._num_images(row)
         num_text_tokens, num_shown = self._in_template(row, count_tokens, row["messages"])
-        self._require_fit(_id(row), num_text_tokens, num_shown, num_images)
-        return num_text_tokens, num_images
+        num_text_tokens, num_visual = self._require_fit(row, num_text_tokens, num_shown, num_images)
+        return num_text_tokens, num_images if self.image_tokens is not None else num_visual
+
+    def lengths_at(self, lengths: torch.Tensor, budgets: torch.Tensor) -> torch.Tensor:
+        """
+        How long rows are in the decoder.
+
+        Args:
+            lengths: `[num_rows, 2]`, as [`lengths`] gives them.
+            budgets: `[..., num_rows]`.
+
+        Returns:
+            `[..., num_rows]` int64. Where images differ, those of a row are taken for one.
+        """
+        num_text_tokens, counted = lengths.unbind(-1)
+        if self.image_tokens is None:
+            return num_text_tokens + (budgets.double() * counted).floor().long()
+        num_visual, num_other = self.image_tokens
+        num_kept = num_tokens_to_keep(budgets.flatten(), num_visual, budgets.numel()).view_as(budgets)
+        return num_text_tokens + counted * (num_kept + num_other)
 
     def read(self, row: Row) -> Row:
         """
         Encodes a row and decodes its images.
 
         Returns:
-            `id`; `input_ids`, with every image's placeholders at full budget, and `labels` (see
-            [`encode_conversation`]); and `images`, PIL, in the order of their placeholders.
+            `id`; `images`, PIL, in the order of their placeholders; and `input_ids`, with every image's placeholders
+            at full budget, and `labels` (see [`encode_conversation`]), or where images differ `text` and `turns` (see
+            [`conversation_text`]).
 
         Raises:
             RejectedSample: if the conversation cannot be read, its images and its placeholders do not agree, it has
                 more than `max_length` tokens, or an image is missing or broken.
         """
-        num_images, num_placeholders = self._num_images(row), self.image_tokens.num_placeholders
-        encoded = self._in_template(row, encode_conversation, row["messages"], num_placeholders)
-        num_visual = encoded.input_ids.count(self.processor.image_token_id)
-        num_text_tokens = len(encoded.input_ids) - num_visual
-        self._require_fit(_id(row), num_text_tokens, num_visual // num_placeholders, num_images)
+        num_images = self._num_images(row)
+        if self.image_tokens is None:
+            self.lengths(row)
+            encoded = self._in_template(row, conversation_text, row["messages"])
+        else:
+            num_placeholders = self.image_tokens.num_placeholders
+            encoded = self._in_template(row, encode_conversation, row["messages"], num_placeholders)
+            num_visual = encoded.input_ids.count(self.processor.image_token_id)
+            num_text_tokens = len(encoded.input_ids) - num_visual
+            self._require_fit(row, num_text_tokens, num_visual // num_placeholders, num_images)
         images = [self._decoded(image, f"images[{number}]", row) for number, image in enumerate(_images(row))]
         return {"id": _id(row), **encoded._asdict(), "images": images}
 
@@ -98,29 +130,43 @@ class ConversationReader:
         except (TemplateError, ValueError) as error:
             raise RejectedSample(_id(row), f"the conversation does not fit the chat template: {error}") from error
 
-    def _decoded(self, image: Any, name: str, row: Row) -> Any:
+    def _decoded(self, image: Any, name: str, row: Row, take: Callable[..., Result] = decoded_image) -> Result:
         try:
-            return decoded_image(image, row.get("image_folder"))
+            return take(image, row.get("image_folder"))
         except (OSError, ValueError) as error:
             place = image.get("path") if isinstance(image, dict) else None
             where = f"{name} ({place[:200]})" if place else name
             raise RejectedSample(_id(row), f"{where}: {str(error).removeprefix('`images[0]` ')}", "image") from error
 
-    def _require_fit(self, id: str, num_text_tokens: int, num_shown: int, num_images: int) -> None:
+    def _require_fit(self, row: Row, num_text_tokens: int, num_shown: int, num_images: int) -> tuple[int, int]:
+        """The tokens of a row that are no visual ones, and those that are."""
         if num_shown != num_images:
             raise RejectedSample(
-                id,
+                _id(row),
                 f"the conversation in the chat template shows {num_shown} image(s) and the row has {num_images}; a "
                 f"text may not have {self.processor.image_token!r} in it, and the template has to print every image",
             )
-        num_visual = num_images * self.image_tokens.num_placeholders
+        if self.image_tokens is None:
+            marks, num_visual = self._in_images(row)
+            num_text_tokens += marks
+        else:
+            num_visual = num_images * self.image_tokens.num_placeholders
         if self.max_length is not None and num_text_tokens + num_visual > self.max_length:
             raise RejectedSample(
-                id,
+                _id(row),
                 f"{num_text_tokens + num_visual} tokens, {num_visual} of them visual, are more than `max_length`, "
                 f"{self.max_length}",
                 "length",
             )
+        return num_text_tokens, num_visual
+
+    def _in_images(self, row: Row) -> tuple[int, int]:
+        """Marks and placeholders of a row's images."""
+        images = enumerate(_images(row))
+        sizes = tuple(self._decoded(image, f"images[{number}]", row, image_size) for number, image in images)
+        if sizes not in self._of_sizes:
+            self._of_sizes[sizes] = processed_lengths(self.processor, sizes)
+        return self._of_sizes[sizes]
 
 
 def _id(row: Row) -> str:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.utils.data import IterableDataset, Subset, get_worker_info
 
-from ...modeling.budget.token_budget import num_tokens_to_keep
 from .block_shuffle import Block, Row, StreamedBlocks, generator_of, indexed_blocks
 from .budget_stream import BudgetStream, mixed
 from .group_by_length import length_groups
@@ -141,7 +140,7 @@ class ConversationStream(IterableDataset):
     def __iter__(self) -> Iterator[Row]:
         """
         Yields:
-            Samples: `id`, `input_ids` and `labels` (lists of int), `images` (PIL), `token_budget` (float), and
+            Samples: what [`ConversationReader.read`] makes of a row, `token_budget` (float), and
             `rejected`: `{"id", "reason"}` of a row that could not be read and in whose place the sample stands. The
             last sample of a batch has `stream_position` too, the state behind that batch.
         """
@@ -247,10 +246,7 @@ class ConversationStream(IterableDataset):
         # What cannot be measured will be replaced. As long as its neighbour, it does not stand with its like.
         is_measured = lengths[:, 0] >= 0
         neighbour = torch.arange(num_samples).where(is_measured, torch.tensor(-1)).cummax(dim=0).values
-        num_text_tokens, num_images = lengths[neighbour].clamp(min=0).unbind(-1)
-        num_visual, num_other = self.reader.image_tokens
-        num_kept = num_tokens_to_keep(budgets.flatten(), num_visual, budgets.numel()).view_as(budgets)
-        return num_text_tokens + num_images * (num_kept + num_other)
+        return self.reader.lengths_at(lengths[neighbour].clamp(min=0), budgets)
 
     def _sample(self, plan: BlockPlan, batch: int, place: int) -> Row:
         """The sample in a place: the row that was planned, or another one of the block if that cannot be read."""
@@ -291,7 +287,7 @@ def measured_lengths(rows: "datasets.Dataset", reader: ConversationReader, num_p
         num_processes: processes that measure.
 
     Returns:
-        `[num_rows, 2]` int64: text tokens and images; -1 for a row that cannot be understood.
+        `[num_rows, 2]` int64, see [`ConversationReader.lengths`]; -1 for a row that cannot be understood.
     """
     measured = rows.map(
         lambda row: {"lengths": _lengths_of(reader, row)},
@@ -304,7 +300,7 @@ def measured_lengths(rows: "datasets.Dataset", reader: ConversationReader, num_p
 
 
 def _lengths_of(reader: ConversationReader, row: Row) -> tuple[int, int]:
-    """Text tokens and images of a row; (-1, -1) of one that cannot be understood, which will be rejected."""
+    """See [`ConversationReader.lengths`]; (-1, -1) of a row that cannot be understood, which will be rejected."""
     try:
         return reader.lengths(row)
     except RejectedSample:

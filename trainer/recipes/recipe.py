@@ -138,8 +138,9 @@ class Recipe:
     A whole run.
 
     Attributes:
-        model: `{"checkpoint": path or repository}`, of AdaVTP or LLaVA, and beside it what `from_pretrained` takes,
-            configuration fields among it; or the fields of an [`AdaVTPConfig`] for a new model for digit scenes.
+        model: `{"checkpoint": path or repository}`, of AdaVTP, LLaVA or another family, and beside it what
+            `from_pretrained` takes, configuration fields among it; or the fields of an [`AdaVTPConfig`] for a new
+            model for digit scenes.
         stages: what is done, in order.
         seed: of initialisation, of the order of data and of the budgets.
         reducer: what the last stage's checkpoint chooses tokens with, as in `set_reducer`, if not with what that stage

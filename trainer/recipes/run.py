@@ -6,9 +6,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, set_seed
+from transformers import ProcessorMixin, Trainer, set_seed
 
-from ...modeling.processing_adavtp import AdaVTPProcessor
 from ...modeling.reducers.base import REDUCERS
 from ..whole_checkpoints import last_whole_checkpoint
 from .recipe import Recipe, Stage
@@ -74,7 +73,7 @@ def run_recipe(recipe: Recipe, output_dir: str | Path) -> Path:
     return whole_checkpoint(folders[-1]) if recipe.evaluation else folders[-1]
 
 
-def _save(trainer: Trainer, processor: AdaVTPProcessor, recipe: Recipe, stage: Stage) -> None:
+def _save(trainer: Trainer, processor: ProcessorMixin, recipe: Recipe, stage: Stage) -> None:
     """Writes what a stage leaves. The weights come from all processes, the files from the main one."""
     folder = Path(trainer.args.output_dir)
     if trainer.is_fsdp_enabled:

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from datasets import Dataset, load_dataset, load_from_disk
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments
 
 from ...hub_cards.training_record import check_record, check_types
-from ...modeling.modeling_adavtp import AdaVTPForConditionalGeneration
 from ...modeling.processing_adavtp import AdaVTPProcessor
 from ...tasks.digit_scenes import load_digit_questions, load_digit_scenes
 from ..adapters import add_adapters
@@ -46,8 +45,8 @@ def stage_arguments(stage: Stage, folder: Path, seed: int) -> TrainingArguments:
 
 
 def stage_trainer(
-    model: AdaVTPForConditionalGeneration,
-    processor: AdaVTPProcessor,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
     stage: Stage,
     arguments: TrainingArguments,
     seed: int,
@@ -56,9 +55,15 @@ def stage_trainer(
     An [`AdaVTPTrainer`] of one stage, or a [`TowerTrainer`] for `"patch_labels"`, ready to `train` the model in place.
 
     Raises:
-        ValueError: if the tower alone is to be trained with its parameters spread over processes; if a source cannot
-            be read, its rows do not fill a batch, or one to evaluate on is streamed.
+        ValueError: if the tower alone is to be trained with its parameters spread over processes; if the kind is not
+            for models of this family; if a source cannot be read, its rows do not fill a batch, or one to evaluate on
+            is streamed.
     """
+    if stage.kind != "conversations" and not isinstance(processor, AdaVTPProcessor):
+        raise ValueError(
+            f"stage {stage.name!r}: `kind` is {stage.kind!r}, and a {model.config.model_type!r} model learns from "
+            "'conversations' alone."
+        )
     budgets = {"budget_range": (1.0, 1.0), "seed": seed} | stage.budgets
     # One process prepares what the others then find on the disk.
     with arguments.main_process_first(desc="preparing data"):
@@ -108,7 +113,7 @@ def _check_arguments(function: Callable[..., Any], data: dict[str, Any], where: 
     check_types(data, get_type_hints(function), where)
 
 
-def _rows(stage: Stage, data: dict[str, Any], seed: int, processor: AdaVTPProcessor) -> Any:
+def _rows(stage: Stage, data: dict[str, Any], seed: int, processor: ProcessorMixin) -> Any:
     """
     Digit scenes for the first two kinds. For conversations: `sources`; or as `path` `"digit-scenes"`, a folder written
     by `Dataset.save_to_disk`, or whatever `datasets.load_dataset` takes, of which a row that cannot be read is an
@@ -134,7 +139,7 @@ def _rows(stage: Stage, data: dict[str, Any], seed: int, processor: AdaVTPProces
 def _stream(
     rows: Any,
     data: dict[str, Any],
-    processor: AdaVTPProcessor,
+    processor: ProcessorMixin,
     budgets: dict[str, Any],
     arguments: AdaVTPTrainingArguments,
 ) -> ConversationStream:

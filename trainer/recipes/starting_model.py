@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.integrations import deepspeed
 
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ...modeling.modeling_adavtp import AdaVTPForConditionalGeneration
-from ...modeling.processing_adavtp import AdaVTPProcessor
 from ...tasks.digit_scenes.processor import build_digit_processor
-from ..adapter_folders import ADAPTER_CONFIG, merge_adapter
+from ..adapter_folders import ADAPTER_CONFIG, merge_adapter, processor_for
 from ..adapters import quantization
 from .recipe import Recipe, Stage
 
@@ -29,7 +28,7 @@ HOW_TO_LOAD = ("attn_implementation", "dtype")
 # In the folder of a stage with adapters, the checkpoint that the adapter and its base are together.
 MERGED = "merged"
 
-ModelAndProcessor = tuple[AdaVTPForConditionalGeneration, AdaVTPProcessor]
+ModelAndProcessor = tuple[PreTrainedModel, ProcessorMixin]
 
 
 def new_model(model: dict[str, Any]) -> ModelAndProcessor:
@@ -59,23 +58,26 @@ def model_on_disk(recipe: Recipe, stage: Stage, before: Path | None) -> ModelAnd
     checkpoint = fields.pop("checkpoint")
     if stage.adapters:
         fields |= _under_adapters(checkpoint, stage)
-    processor = AdaVTPProcessor.from_pretrained(checkpoint)
     try:
-        return AdaVTPForConditionalGeneration.from_pretrained(checkpoint, **fields), processor
+        model = AdaVTPForConditionalGeneration.from_pretrained(checkpoint, **fields)
     except TypeError as error:
         if "unexpected keyword" not in str(error):
             raise
         raise ValueError(f"`model` has {', '.join(fields)}, of which one is unknown: {error}") from error
+    return model, processor_for(model, checkpoint)
 
 
 def _under_adapters(checkpoint: str, stage: Stage) -> dict[str, Any]:
     """What `from_pretrained` is told for weights that stay as they are, of four bits if the stage says so."""
-    model_type = PreTrainedConfig.get_config_dict(checkpoint)[0].get("model_type")
-    if model_type != "adavtp":
+    content = PreTrainedConfig.get_config_dict(checkpoint)[0]
+    # A checkpoint that has a controller has its settings, whatever its family.
+    if content.get("model_type") != "adavtp" and "controller_head" not in content:
         raise ValueError(
-            f"stage {stage.name!r} has adapters, and {checkpoint!r}, which they would belong to, is of type "
-            f"{model_type!r}: its budget token and controller would start from numbers that are saved nowhere. "
-            "`adavtp convert` makes a whole checkpoint of it."
+            f"stage {stage.name!r} has adapters, and {checkpoint!r}, which they would belong to, is a "
+            f"{content.get('model_type')!r} model without a controller: that, and the budget token, would start from "
+            "numbers that are saved nowhere. Train a stage without adapters before, or make a whole checkpoint of it: "
+            "of LLaVA `adavtp convert` does, of others "
+            "`AdaVTPForConditionalGeneration.from_pretrained(...).save_pretrained(...)`."
         )
     if stage.adapters.get("quantize") is None:
         return {}
