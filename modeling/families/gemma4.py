@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .encoded import KINDS, EncodingFamily, KindUnits, means_of_squares
@@ -22,6 +22,14 @@ class Gemma4Family(EncodingFamily):
     """
 
     has_dial = True
+
+    def image_inputs(self, config: PreTrainedConfig, height: int, width: int) -> dict[str, torch.Tensor]:
+        """See [`EncodingFamily.image_inputs`]: patches, and the column and row of each."""
+        vision = config.vision_config
+        least, patch = vision.pooling_kernel_size, vision.patch_size
+        rows, columns = (max(pixels // patch, least) for pixels in (height, width))
+        places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(-1)
+        return {"pixel_values": torch.ones(1, rows * columns, 3 * patch**2), "image_position_ids": places[None]}
 
     def units(
         self, model: PreTrainedModel, kind: str, output: ModelOutput | None, inputs: Mapping[str, Any]

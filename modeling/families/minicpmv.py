@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .encoded import KINDS, EncodingFamily, KindUnits, means_of_squares
@@ -18,6 +18,13 @@ class MiniCPMVFamily(EncodingFamily):
     """
 
     has_dial = True
+
+    def image_inputs(self, config: PreTrainedConfig, height: int, width: int) -> dict[str, torch.Tensor]:
+        """See [`EncodingFamily.image_inputs`]: one tile, its patches side by side."""
+        patch, least = config.vision_config.patch_size, 2 * config.merge_kernel_size[0] ** config.merger_times
+        sides = [max(pixels // patch, least) for pixels in (height, width)]
+        pixels = torch.ones(1, 3, patch, patch * sides[0] * sides[1])
+        return {"pixel_values": pixels, "target_sizes": torch.tensor([sides])}
 
     def units(
         self, model: PreTrainedModel, kind: str, output: ModelOutput | None, inputs: Mapping[str, Any]

@@ -129,7 +129,14 @@ def test_every_parameter_is_of_one_part_and_gets_a_gradient_unless_it_never_runs
     assert decoder in ("language_model", "text_model")
     (tower,) = of_parts["vision"]
     assert tower in ("vision_tower", "vision_model", "visual")
-    assert of_parts["projector"] <= {"multi_modal_projector", "connector", "image_newline", "visual"}
+    assert of_parts["projector"] <= {
+        "multi_modal_projector",
+        "connector",
+        "embed_vision",
+        "image_newline",
+        "merger",
+        "visual",
+    }
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -5,13 +5,15 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from pruned_by_hand import HandPruned, kept_of
-from tiny_families import FAMILIES, Batch, Prompt, batch_of, ragged_prompts, stock_model, with_budget
+from tiny_families import FAMILIES, STATEFUL, Batch, Prompt, batch_of, ragged_prompts, stock_model, with_budget
 
 BUDGETS = [0.7, 0.4, 1.0]
 HOW = {"reducer": "divprune"}
 
-every_family = pytest.mark.parametrize("name", FAMILIES)
-both_forms = pytest.mark.parametrize("form", ["gather", "mask"])
+# Linear attention moves its state on at hidden columns too, so that there is no mask form: test_contracts.py.
+every_form = pytest.mark.parametrize(
+    ("name", "form"), [(name, form) for name in FAMILIES for form in ("gather", "mask")[: 1 + (name not in STATEFUL)]]
+)
 
 
 def with_targets(name: str, prompts: list[Prompt], side: str) -> Batch:
@@ -34,8 +36,7 @@ def loss_by_hand(name: str, prompts: list[Prompt]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@both_forms
-@every_family
+@every_form
 def test_the_loss_and_every_gradient_are_those_of_prompts_pruned_by_hand(name: str, form: str, side: str) -> None:
     # No test changes the stock model: its gradients are taken, and left nowhere.
     prompts, stock = ragged_prompts(name), stock_model(name)
@@ -52,6 +53,7 @@ def test_the_loss_and_every_gradient_are_those_of_prompts_pruned_by_hand(name: s
         if gradient is None:
             assert own[key].grad is None or not own[key].grad.any(), key
         else:
-            assert torch.allclose(own[key].grad, gradient, atol=1e-5, rtol=1e-3), key
+            near = {"atol": 1e-3, "rtol": 1e-2} if name in STATEFUL else {"atol": 1e-5, "rtol": 1e-3}
+            assert torch.allclose(own[key].grad, gradient, **near), key
     visual = [key for key in gradients if "lm_head" not in key and "language_model" not in key]
     assert any(gradients[key] is not None and gradients[key].any() for key in visual)
