@@ -69,7 +69,8 @@ class FamilyVisual(VisualModel):
             for layer, module, calls in zip(layers, modules, noted, strict=True):
                 rows[layer].append(self._attention(module, calls, kind))
         if kinds is None:
-            kinds = model.get_input_embeddings().weight.new_zeros(1, len(self._found["image"].is_separator)).long()
+            places = len(self._found["image"].is_separator)
+            kinds = torch.zeros(1, places, dtype=torch.long, device=images[KINDS["image"]].device)
         self.units: Units = units_of_kinds(kinds, self._found)
         self.made = _in_the_order_of_columns(kinds[kinds >= 0], outputs)
         # The rows of attention come kind by kind.

@@ -19,6 +19,7 @@ from adavtp.trainer.whole_checkpoints import FILE_LIST, require_whole
 from forked_processes import Forks, as_launched
 from repository import FIXTURES
 from tiny_conversations import conversation_rows, digit_model, digit_processor
+from tiny_processors import family_model, family_processor
 from tiny_trainers import EVERY_PART, differing, weights_in, weights_of
 from training_process import rows_with_text_on_one_process
 
@@ -31,6 +32,11 @@ DEEPSPEED_BY_ARGUMENT = ("zero2", "zero3")
 # How one process and FSDP2's go on, test_interrupted_training.py says.
 RESUMED = ("ddp", "zero3")
 ATTENTION = {"gradient_gates": "attention"}
+# Families, and what trains of them: noise in the choice is drawn tile by tile, and Qwen's images have none.
+FAMILIES = {"internvl": EVERY_PART, "qwen2_vl": ["projector", "vision", "decoder"]}
+# With ZeRO-3 images have to be of one size. Of Qwen2.5-VL and later the stock class says that its loss is a mean over
+# each process's own targets, so that two processes have another one.
+FAMILIES_OF = {"ddp": ("internvl", "qwen2_vl"), "fsdp2": ("internvl", "qwen2_vl"), "zero3": ("internvl",)}
 ALL_LOSSES = {"lm": 0.5, "distillation": 2.0, "relevance": 0.25}
 # What is trained, in both forms. "gather": rows of other lengths on each process, accumulated over two batches, with
 # clipped gradients, Adam, and layers that are computed again in the backward pass.
@@ -66,6 +72,9 @@ def runs_in(folder: Path, start: Path, num_processes: int) -> list[dict[str, Any
         # As the recipe for LLaVA begins: the controller alone, with gates inside attention.
         run("controller", "mask", {"train_parts": ["controller"]}, model=ATTENTION),
     ]
+    for name in FAMILIES_OF.get(folder.name, FAMILIES):
+        place = {"family": name, "start_from": str(start.parent / name), "is_evaluated": True}
+        runs.append(run(name, "gather", {"train_parts": FAMILIES[name]}) | place)
     if folder.name in RESUMED:
         runs.append(run("resumed", "gather", resume=str(folder / "gather" / "checkpoint-1")))
     if folder.name in ("alone", "ddp"):
@@ -100,6 +109,8 @@ def folder(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     processor = digit_processor()
     digit_model(processor).save_pretrained(folder / "start")
     processor.save_pretrained(folder / "start")
+    for name in FAMILIES:
+        family_model(name, family_processor(name)).save_pretrained(folder / name)
     for name in ("alone", *LAUNCHERS):
         runs = runs_in(folder / name, folder / "start", 1 if name == "alone" else 2)
         (folder / f"{name}.json").write_text(json.dumps(runs))
@@ -126,6 +137,7 @@ def told_by(run: Path) -> list[dict[str, Any]]:
     [
         *((launcher, run) for launcher in LAUNCHERS for run in ("mask", "gather", "controller")),
         *(("ddp", run) for run in ("losses", "adapters")),
+        *((launcher, name) for launcher in LAUNCHERS for name in FAMILIES_OF[launcher]),
     ],
 )
 def test_two_processes_have_the_losses_of_one(folder: Path, launcher: str, run: str) -> None:
@@ -175,12 +187,14 @@ def test_the_runs_had_budgets_and_texts_that_differ_between_processes() -> None:
 # What runs where
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-@pytest.mark.parametrize("run", ["mask", "gather"])
+@pytest.mark.parametrize(
+    ("launcher", "run"),
+    [(launcher, run) for launcher in LAUNCHERS for run in ("mask", "gather", *FAMILIES_OF[launcher])],
+)
 def test_both_processes_run_the_same_modules_in_the_same_order(folder: Path, launcher: str, run: str) -> None:
     first, second = (told["modules"] for told in told_by(folder / launcher / run))
     assert first == second
-    assert any(name.startswith("model.vision_tower") for name in first)
+    assert any(name.startswith(("model.vision_tower", "model.visual")) for name in first)
 
 
 @pytest.mark.parametrize(("launcher", "share"), [("ddp", 1.0), ("fsdp2", 0.5), ("zero3", 0.5)])

@@ -45,13 +45,12 @@ def processed_batch(
         padding_side="right",
         return_offsets_mapping=True,
         return_text_replacement_offsets=True,
-        return_tensors="pt",
+        # Where the text too is asked for as tensors, InternVL's would make one of where placeholders stood.
+        images_kwargs={"return_tensors": "pt"},
     )
+    replaced = batch.pop("text_replacement_offsets", None) or [[]] * len(conversations)
+    batch = {name: torch.as_tensor(value) for name, value in batch.items()}
     offsets = batch.pop("offset_mapping")
-    replaced = batch.pop("text_replacement_offsets", None)
-    if not isinstance(replaced, list):
-        # Where there is no image, some say nothing and InternVL's has a tensor of nothing.
-        replaced = [[]] * len(conversations)
     labels = torch.full_like(batch["input_ids"], IGNORED)
     for row, (conversation, spans) in enumerate(zip(conversations, replaced, strict=True)):
         start, stop = offsets[row].unbind(-1)
