@@ -304,7 +304,7 @@ def _rgb_image(image: "PIL.Image.Image", name: str) -> "PIL.Image.Image":
         )
     try:
         image.load()
-        image = PIL.ImageOps.exif_transpose(image)
+        image = _upright(image)
         if image.mode.startswith("I;16"):
             # Plain conversion would clip everything above 255 to white.
             image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
@@ -315,6 +315,14 @@ def _rgb_image(image: "PIL.Image.Image", name: str) -> "PIL.Image.Image":
         return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:
         raise ValueError(f"{name} cannot be decoded: {error}. Pass an intact image.") from error
+
+
+def _upright(image: "PIL.Image.Image") -> "PIL.Image.Image":
+    try:
+        return PIL.ImageOps.exif_transpose(image)
+    # Metadata that cannot be read, which raise what they like, do not say that the image stands otherwise.
+    except Exception:
+        return image
 
 
 def _rgb_array(image: Any, name: str, any_range: bool) -> Any:

@@ -50,9 +50,13 @@ def read_image(path: Path) -> Image.Image:
         )
     try:
         image.load()
-        return ImageOps.exif_transpose(image)
     except Exception:
         raise ValueError("The image is broken: it cannot be decoded. Upload an intact file.") from None
+    try:
+        return ImageOps.exif_transpose(image)
+    # Metadata that cannot be read do not say that the image stands otherwise.
+    except Exception:
+        return image
 
 
 def _too_large(size: str) -> str:

@@ -467,6 +467,7 @@ GOOD_FILES = {
         quality=98,
         exif=b"MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0" + bytes(4),
     ),
+    "EXIF data that are none": lambda scene: encoded(scene, "JPEG", quality=98, exif=b"Exif\0\0not a TIFF file"),
     "1 x 1": lambda scene: encoded(scene.crop((5, 5, 6, 6))),
     "a strip": lambda scene: encoded(scene.resize((100, 4_000))),
 }
