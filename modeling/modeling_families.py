@@ -71,14 +71,6 @@ class FamilyReductionMixin(PromptReductionMixin):
         """See [`AdaVTPGenerationMixin.prompt_reader`]."""
         return self
 
-    def steps(self, reducer: ReducerSpec | None = None) -> list[Step]:
-        """See [`ReducerBank.steps`]; a `ValueError` if one of them cannot act on this family, with the reason."""
-        steps = super().steps(reducer)
-        for step in steps:
-            if (reason := self.family.why_not(self.config, step.reducer)) is not None:
-                raise ValueError(f"Reducer {step.name!r} cannot act on a {self.config.model_type!r} model: {reason}")
-        return steps
-
     def images_in(self, arguments: dict[str, Any]) -> dict[str, Any] | None:
         """Pixels, grids and sizes among the arguments of a call, taken out of them; `None` if there are no images."""
         given = [pixels for pixels in KINDS.values() if arguments.get(pixels) is not None and len(arguments[pixels])]
@@ -116,6 +108,16 @@ class FamilyReductionMixin(PromptReductionMixin):
                 f"`input_ids` has {count} placeholder tokens of images or videos and none were given; pass their "
                 "pixels, as the processor returns them."
             )
+
+    def ids_of_embeds(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """
+        Raises:
+            ValueError: always; positions and grids of a family's images are told by ids.
+        """
+        raise ValueError(
+            f"`inputs_embeds` was given with images to a {self.config.model_type!r} model, whose images are placed by "
+            "the placeholder tokens in `input_ids`; pass that."
+        )
 
     def refuse_other_features(self, arguments: Mapping[str, Any]) -> None:
         """What the family's encoder is asked for, it makes."""

@@ -19,6 +19,7 @@ class AnyResFamily(EncodingFamily):
     """What a token is made of is found by sending marked values through the family's own packing."""
 
     why_not_in_decoder = None
+    unit_names = ("view", "tiles")
 
     def units(self, model: PreTrainedModel, kind: str, output: ModelOutput, inputs: Mapping[str, Any]) -> KindUnits:
         """See [`EncodingFamily.units`]."""
@@ -86,6 +87,7 @@ class LlavaOnevisionFamily(AnyResFamily):
     """Only the image of a prompt that has one is tiled; of videos frames are pooled two by two."""
 
     takes_tensor = ("video",)
+    unit_names = ("view", "tiles", "video")
 
     def units(self, model: PreTrainedModel, kind: str, output: ModelOutput, inputs: Mapping[str, Any]) -> KindUnits:
         """See [`EncodingFamily.units`]: a video's frames are squares, and a newline stands at its end."""

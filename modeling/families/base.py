@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig
 
+from ..reducers.base import TokenReducer
+
 
 @dataclass
 class Units:
@@ -49,10 +51,12 @@ class Family(ABC):
     Attributes:
         takes_tensor: the kinds, `"image"` or `"video"`, whose features the family wants as one tensor, not in a list.
         token_type_of_answers: what the family's token types say of a token that was generated.
+        unit_names: what the units of a prompt are.
     """
 
     takes_tensor: tuple[str, ...] = ()
     token_type_of_answers: int = 0
+    unit_names: tuple[str, ...] = ("image",)
 
     @abstractmethod
     def placeholders(self, config: PreTrainedConfig, input_ids: torch.Tensor) -> torch.Tensor:
@@ -61,6 +65,10 @@ class Family(ABC):
     def kinds(self, config: PreTrainedConfig, input_ids: torch.Tensor) -> torch.Tensor:
         """`[batch, sequence]` int64, whose placeholder each column is: 0 of an image, 1 of a video, -1 of neither."""
         return self.placeholders(config, input_ids).long() - 1
+
+    def why_not(self, config: PreTrainedConfig, reducer: TokenReducer) -> str | None:
+        """Why a reducer cannot act on this family, or `None` if it can."""
+        return None
 
     def next_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
         """The first positions `[..., batch]` behind those of a prompt, `[..., batch, sequence]`."""

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from ..decoder.loop import RUNNABLE
 from ..prompt import count_positions
 from ..reducers.base import TokenReducer
 from .base import Family, Units
@@ -93,9 +94,15 @@ class EncodingFamily(Family):
         return count_positions(attention_mask)
 
     def why_not(self, config: PreTrainedConfig, reducer: TokenReducer) -> str | None:
-        """Why a reducer cannot act on this family, or `None` if it can."""
-        if reducer.stage == "decoder" and self.why_not_in_decoder is not None:
-            return self.why_not_in_decoder
+        """See [`Family.why_not`]."""
+        if reducer.stage == "decoder":
+            if self.why_not_in_decoder is not None:
+                return self.why_not_in_decoder
+            if (kind := config.get_text_config().model_type) not in RUNNABLE:
+                return (
+                    f"it acts inside the decoder, which is possible for the kinds {', '.join(RUNNABLE)}, and this one "
+                    f"is {kind!r}."
+                )
         unknown = sorted({"pixel_values", "tower_patches"} & set(reducer.needs))
         if unknown:
             return f"it reads {' and '.join(unknown)}, which this family's encoder does not show."

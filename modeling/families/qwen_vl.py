@@ -20,6 +20,7 @@ class QwenVLFamily(EncodingFamily):
     """
 
     why_not_in_decoder = None
+    unit_names = ("image", "video")
 
     def units(self, model: PreTrainedModel, kind: str, output: ModelOutput, inputs: Mapping[str, Any]) -> KindUnits:
         """See [`EncodingFamily.units`]."""
