@@ -24,6 +24,7 @@ class AnyResFamily(EncodingFamily):
 
     knows_tiles = True
     why_not_in_decoder = None
+    unit_names = ("view", "tiles")
 
     def image_inputs(self, config: PreTrainedConfig, height: int, width: int) -> dict[str, torch.Tensor]:
         """See [`EncodingFamily.image_inputs`]: the whole view and the tiles, and the size before that."""
@@ -122,6 +123,7 @@ class LlavaOnevisionFamily(AnyResFamily):
     """Only the image of a prompt that has one is tiled; of videos frames are pooled two by two."""
 
     takes_tensor = ("video",)
+    unit_names = ("view", "tiles", "video")
 
     def units(self, model: PreTrainedModel, kind: str, output: ModelOutput, inputs: Mapping[str, Any]) -> KindUnits:
         """See [`EncodingFamily.units`]: a video's frames are squares, and a newline stands at its end."""

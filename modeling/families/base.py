@@ -64,12 +64,14 @@ class Family(ABC):
         takes_tensor: the kinds, `"image"` or `"video"`, whose features the family wants as one tensor, not in a list.
         token_type_of_answers: what the family's token types say of a token that was generated.
         units_differ: whether images, or their tiles, differ in how many tokens they are.
+        unit_names: what the units of a prompt are.
     """
 
     has_dial: bool = False
     takes_tensor: tuple[str, ...] = ()
     token_type_of_answers: int = 0
     units_differ: bool = True
+    unit_names: tuple[str, ...] = ("image",)
 
     def why_not(self, config: PreTrainedConfig, reducer: "TokenReducer | type[TokenReducer]") -> str | None:
         """Why a reducer, or all of a class, cannot act on this family; `None` if it can."""

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from ..decoder.loop import RUNNABLE
 from ..prompt import count_positions
 from ..reducers.base import TokenReducer
 from .base import Family, Units, has_recurrent_layers
@@ -125,6 +126,11 @@ class EncodingFamily(Family):
             )
         if reducer.stage == "decoder" and self.why_not_in_decoder is not None:
             return self.why_not_in_decoder
+        if reducer.stage == "decoder" and (kind := config.get_text_config().model_type) not in RUNNABLE:
+            return (
+                f"it acts inside the decoder, which is possible for the kinds {', '.join(RUNNABLE)}, and this one is "
+                f"{kind!r}."
+            )
         if getattr(reducer, "tile_grid", None) is not None:
             return (
                 "`tile_grid` tells apart the tiles of prompts that do not say which they are, and this family's units "

@@ -8,10 +8,16 @@ from transformers import PreTrainedModel
 
 from .encoded import EncodingFamily
 
+_WHY_NOT_IN_DECODER = (
+    "it acts inside the decoder, whose image columns see each other in both directions; the masks of the loop over "
+    "decoder layers are causal."
+)
+
 
 class Gemma3Family(EncodingFamily):
     """The projector takes the mean of the patches of a square."""
 
+    why_not_in_decoder = _WHY_NOT_IN_DECODER
     takes_tensor = ("image",)
     units_differ = False
 
@@ -31,6 +37,7 @@ class PaliGemmaFamily(EncodingFamily):
     takes_tensor = ("image",)
     token_type_of_answers = 1
     units_differ = False
+    why_not_in_decoder = _WHY_NOT_IN_DECODER
     first_position = 1
 
 

@@ -21,6 +21,8 @@ class Idefics3Family(EncodingFamily):
         side = config.vision_config.image_size
         return {"pixel_values": torch.ones(1, num_tiles(height, width, side, side), 3, side, side)}
 
+    unit_names = ("tile", "frame")
+
     def units(self, model: PreTrainedModel, kind: str, output: ModelOutput, inputs: Mapping[str, Any]) -> KindUnits:
         """See [`EncodingFamily.units`]."""
         side, rows = round(model.base_model.image_seq_len**0.5), sum(len(entry) for entry in output.pooler_output)

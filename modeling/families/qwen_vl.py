@@ -30,6 +30,8 @@ class QwenVLFamily(EncodingFamily):
         patches = torch.ones(sides[0] * sides[1], numbers)
         return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, *sides]])}
 
+    unit_names = ("image", "video")
+
     def units(self, model: PreTrainedModel, kind: str, output: ModelOutput, inputs: Mapping[str, Any]) -> KindUnits:
         """See [`EncodingFamily.units`]."""
         merge = model.config.vision_config.spatial_merge_size
