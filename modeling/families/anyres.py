@@ -115,6 +115,7 @@ class AnyResFamily(EncodingFamily):
 class LlavaOnevisionFamily(AnyResFamily):
     """Only the image of a prompt that has one is tiled; of videos frames are pooled two by two."""
 
+    reads_videos = True
     takes_tensor = ("video",)
 
     def units(self, model: PreTrainedModel, kind: str, output: ModelOutput, inputs: Mapping[str, Any]) -> KindUnits:

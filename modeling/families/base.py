@@ -61,10 +61,12 @@ class Family(ABC):
 
     Attributes:
         has_dial: whether the model itself can make fewer tokens of the pixels that it is given.
+        reads_videos: whether a unit may have several frames.
         takes_tensor: the kinds, `"image"` or `"video"`, whose features the family wants as one tensor, not in a list.
     """
 
     has_dial: bool = False
+    reads_videos: bool = False
     takes_tensor: tuple[str, ...] = ()
 
     def why_not(self, config: PreTrainedConfig, reducer: "TokenReducer | type[TokenReducer]") -> str | None:
@@ -74,6 +76,8 @@ class Family(ABC):
                 "it turns a family's own dial, and this family's model makes as many tokens as the pixels that it is "
                 "given say. How many these are is the processor's to say, when it resizes and tiles."
             )
+        if "frames" in reducer.needs and not self.reads_videos:
+            return "it compares the frames of a video, and every unit of this family is an image."
         return None
 
     @abstractmethod

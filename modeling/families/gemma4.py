@@ -22,6 +22,7 @@ class Gemma4Family(EncodingFamily):
     """
 
     has_dial = True
+    reads_videos = True
 
     def units(
         self, model: PreTrainedModel, kind: str, output: ModelOutput | None, inputs: Mapping[str, Any]
