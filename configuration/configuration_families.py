@@ -18,6 +18,8 @@ from .configuration_adavtp import BudgetFields, with_value_errors
 PREFIX = "AdaVTP"
 # Towers whose first token gathers what the tower knows of an image.
 _TOWERS_WITH_CLS = ("clip_vision_model", "dinov2", "internvl_vision")
+# Families whose tower sees whole images of one size, and makes a token of every patch by itself.
+_OPENED = ("paligemma",)
 
 
 @dataclass(kw_only=True)
@@ -29,7 +31,6 @@ class FamilyFields(BudgetFields):
 
     keep_cls = False
     ranks_by_received = True
-    opens_tower = False
 
     budget_fusion: Literal["encoder", "post"] = "post"
     gradient_gates: Literal["attention", "features"] = "features"
@@ -37,7 +38,10 @@ class FamilyFields(BudgetFields):
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("model_type", None)
         super().__post_init__(**kwargs)
-        for name, value, other in (("budget_fusion", "encoder", "post"), ("gradient_gates", "attention", "features")):
+        refused = [("gradient_gates", "attention", "features")]
+        if not self.opens_tower:
+            refused.append(("budget_fusion", "encoder", "post"))
+        for name, value, other in refused:
             if getattr(self, name) == value:
                 raise ValueError(f"`{name}` is {value!r}; a {self.model_type!r} model takes {other!r}.")
         if self.controller_head == "budget_token":
@@ -45,6 +49,11 @@ class FamilyFields(BudgetFields):
                 f"`controller_head` is 'budget_token', which scores as many places as every image has; images of a "
                 f"{self.model_type!r} model differ in size. Use 'patch_budget', 'patch' or 'dot'."
             )
+
+    @property
+    def opens_tower(self) -> bool:
+        """Whether reducers and the budget may act inside the tower."""
+        return self.model_type in _OPENED
 
     @property
     def has_cls(self) -> bool:

@@ -50,7 +50,8 @@ from .prompt import PreparedInputs, Prompt, check_columns, without_first_labels
 from .prompt_reduction import PromptReductionMixin
 from .reducers.bank import ReducerSpec
 from .reducers.published import PUBLISHED_REDUCERS
-from .vision.family_visual import FamilyVisual
+from .vision.family_visual import FamilyVisual, OpenedVisual
+from .vision.visual_model import VisualModel
 
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 _OWN_ARGUMENTS = ("token_budget", "reducer", "selection_output")
@@ -92,12 +93,14 @@ class FamilyReductionMixin(PromptReductionMixin):
 
     def looked_at(
         self, input_ids: torch.Tensor, images: Mapping[str, Any], schedule: BudgetSchedule
-    ) -> tuple[FamilyVisual, Units]:
+    ) -> tuple[VisualModel, Units]:
         """See [`PromptReductionMixin.looked_at`]."""
         kinds = self.family.kinds(self.config, input_ids)
         if self.family.shares_placeholder and images.get(KINDS["image"]) is None:
             kinds = kinds.clamp(max=0) + (kinds >= 0).long()
-        visual = FamilyVisual(self, kinds, images, schedule)
+        meets_in_tower = self.config.budget_fusion == "encoder" and "budget" in self._needs(schedule.steps)
+        is_opened = schedule.steps[0].reducer.stage == "encoder" or meets_in_tower
+        visual = (OpenedVisual if is_opened else FamilyVisual)(self, kinds, images, schedule)
         return visual, visual.units
 
     def look_at_blank(

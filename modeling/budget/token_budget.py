@@ -131,10 +131,27 @@ def shared_by_units(
                 f"`token_budget` is {int(total[prompt])} tokens for a whole prompt, and prompt {prompt} shows "
                 f"{len(units)} images; each needs one token or more."
             )
-        own = sizes[units]
-        slot = torch.arange(2, int(own.max()) + 1)
-        priority = (weights[units][:, None].double() / (slot - 0.5)).masked_fill(slot > own[:, None], -1.0).flatten()
-        more = min(int(total[prompt]), int(own.sum())) - len(units)
-        best = priority.sort(descending=True, stable=True).indices[:more]
-        counts[units] += torch.bincount(best // max(len(slot), 1), minlength=len(units))
+        counts[units] = shared_by_weight(int(total[prompt]), weights[units], sizes[units])
     return counts
+
+
+def shared_by_weight(total: int, weights: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """
+    Shares as [`shared_by_units`] does. With fewer tokens than parts, those with the largest weights get one each.
+
+    Args:
+        total: tokens to share, 1 or more; those beyond the sum of all sizes are left.
+        weights: `[num_parts]`, 0 or more.
+        sizes: `[num_parts]`, the most that each can get, 1 or more.
+
+    Returns:
+        `[num_parts]` int64 on the CPU, in [0, size], in [1, size] where there are enough.
+    """
+    weights, sizes = weights.double().cpu(), sizes.long().cpu()
+    slot = torch.arange(1, int(sizes.max()) + 1)
+    priority = weights[:, None] / (slot - 0.5)
+    # Every first token before any second.
+    priority[:, 0] += 1 + 2 * weights.max()
+    priority = priority.masked_fill(slot > sizes[:, None], -1.0).flatten()
+    best = priority.sort(descending=True, stable=True).indices[: min(total, int(sizes.sum()))]
+    return torch.bincount(best // len(slot), minlength=len(sizes))

@@ -122,6 +122,7 @@ class AnyResFamily(EncodingFamily):
 class LlavaOnevisionFamily(AnyResFamily):
     """Only the image of a prompt that has one is tiled; of videos frames are pooled two by two."""
 
+    reads_videos = True
     takes_tensor = ("video",)
     unit_names = ("view", "tiles", "video")
 

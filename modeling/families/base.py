@@ -61,6 +61,7 @@ class Family(ABC):
 
     Attributes:
         has_dial: whether the model itself can make fewer tokens of the pixels that it is given.
+        reads_videos: whether a unit may have several frames.
         takes_tensor: the kinds, `"image"` or `"video"`, whose features the family wants as one tensor, not in a list.
         token_type_of_answers: what the family's token types say of a token that was generated.
         units_differ: whether images, or their tiles, differ in how many tokens they are.
@@ -68,6 +69,7 @@ class Family(ABC):
     """
 
     has_dial: bool = False
+    reads_videos: bool = False
     takes_tensor: tuple[str, ...] = ()
     token_type_of_answers: int = 0
     units_differ: bool = True
@@ -80,6 +82,8 @@ class Family(ABC):
                 "it turns a family's own dial, and this family's model makes as many tokens as the pixels that it is "
                 "given say. How many these are is the processor's to say, when it resizes and tiles."
             )
+        if "frames" in reducer.needs and not self.reads_videos:
+            return "it compares the frames of a video, and every unit of this family is an image."
         return None
 
     @abstractmethod

@@ -180,6 +180,13 @@ class EncodingFamily(Family):
         """One call of the tower's attention as calls for images that do not see each other."""
         return [(query, key)]
 
+    def projected(self, model: PreTrainedModel, patches: torch.Tensor) -> torch.Tensor:
+        """
+        Patches `[..., hidden_size]` as the tower's last layer leaves them as tokens in the decoder's space; of a
+        family whose configuration says that it `opens_tower`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not open its tower.")
+
     # The dial that a family may have of its own.
 
     def native_settings(

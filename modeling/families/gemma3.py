@@ -40,5 +40,12 @@ class PaliGemmaFamily(EncodingFamily):
     why_not_in_decoder = _WHY_NOT_IN_DECODER
     first_position = 1
 
+    def projected(self, model: PreTrainedModel, patches: torch.Tensor) -> torch.Tensor:
+        """See [`EncodingFamily.projected`]."""
+        tower = self.tower(model)
+        # The transformer inside is a module of its own in the older transformers.
+        norm = getattr(tower, "vision_model", tower).post_layernorm
+        return model.base_model.multi_modal_projector(norm(patches))
+
 
 GEMMA3, PALIGEMMA = Gemma3Family(), PaliGemmaFamily()

@@ -19,6 +19,7 @@ class QwenVLFamily(EncodingFamily):
     Positions are `[4, batch, sequence]`: of text, time, row and column.
     """
 
+    reads_videos = True
     why_not_in_decoder = None
     projector_in_tower = ("merger", "deepstack_merger_list")
 

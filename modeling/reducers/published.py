@@ -9,11 +9,13 @@ from .depth import DepthReducer
 from .divprune import DivPruneReducer
 from .downsample import DownsampleReducer
 from .dynamicvit import DynamicViTReducer
+from .evs import EVSReducer
 from .fastv import FastVReducer
 from .head_threshold import HeadThresholdReducer
 from .hired import HiREDReducer
 from .native import NativeReducer
 from .pool import PoolReducer
+from .progressive import ProgressiveReducer
 from .prumerge import PruMergePlusReducer, PruMergeReducer
 from .pyramiddrop import PyramidDropReducer
 from .query import QueryReducer
@@ -21,6 +23,7 @@ from .resampler import ResamplerReducer
 from .sparsevlm import SparseVLMReducer
 from .token_fusion import TokenFusionReducer
 from .tome import ToMeReducer
+from .vidcom2 import VidCom2Reducer
 from .visionzip import VisionZipReducer
 from .vispruner import VisPrunerReducer
 from .vtw import VTWReducer
@@ -37,11 +40,13 @@ PUBLISHED_REDUCERS = (
     DivPruneReducer,
     DownsampleReducer,
     DynamicViTReducer,
+    EVSReducer,
     FastVReducer,
     HeadThresholdReducer,
     HiREDReducer,
     NativeReducer,
     PoolReducer,
+    ProgressiveReducer,
     PruMergePlusReducer,
     PruMergeReducer,
     PyramidDropReducer,
@@ -50,6 +55,7 @@ PUBLISHED_REDUCERS = (
     SparseVLMReducer,
     TokenFusionReducer,
     ToMeReducer,
+    VidCom2Reducer,
     VisPrunerReducer,
     VisionZipReducer,
     VTWReducer,

@@ -51,7 +51,7 @@ class EncoderReducer(TokenReducer):
 
     def __init__(self, config: AdaVTPConfig) -> None:
         super().__init__(config)
-        layers = config.vision_feature_layer
+        layers = getattr(config, "vision_feature_layer", -1)
         if not isinstance(layers, int) and len(set(layers)) > 1:
             raise ValueError(
                 f"`vision_feature_layer` is {layers}; {type(self).__name__} reduces tokens between them, so their "

@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput
 from ..budget.schedule import BudgetOfUnits, BudgetSchedule
 from ..budget.selection import Selection
 from ..families.base import Units
-from ..families.encoded import KINDS, EncodingFamily, units_of_kinds
+from ..families.encoded import KINDS, EncodingFamily, KindUnits, units_of_kinds
 from ..prompt import VisualEmbeddings
 from ..reducers.cls_attention import cls_scores
 from ..reducers.hired import FIRST_LAYER, shares_of_tiles
@@ -192,6 +192,59 @@ class FamilyVisual(VisualModel):
     def _attention_of_units(self, rows: torch.Tensor, is_token: torch.Tensor) -> TowerAttention:
         padded = self._of_units(rows, is_token).transpose(1, 2)
         return TowerAttention(None, None, padded[..., 1:], padded[..., 0].contiguous())
+
+
+class OpenedVisual(VisualModel):
+    """
+    The visual half of a family whose tower we run ourselves, layer by layer: reducers and the budget act inside it.
+    Behind it tokens are in the decoder's space, as they are of families that encode as a whole.
+
+    Args:
+        model: the family's, with a head and a budget's modules.
+        kinds: `[batch, sequence]`, whose placeholder each column is.
+        images: of one call.
+        schedule: the stack and its budget.
+
+    Attributes:
+        units: what the tokens come in.
+
+    Raises:
+        ValueError: if a reducer of the stack needs what only the family's own run of the tower gives.
+    """
+
+    def __init__(
+        self, model: "PreTrainedModel", kinds: torch.Tensor, images: Mapping[str, Any], schedule: BudgetSchedule
+    ) -> None:
+        family: EncodingFamily = model.family
+        super().__init__(family.tower(model), nn.Identity(), model.budget_token, model.config, model.training)
+        self.model = model
+        needs = {need for step in schedule.steps for need in step.reducer.needs}
+        if "attention" in needs or ("budget" in needs and self.config.budget_fusion == "post"):
+            missing = "the attention of the whole tower" if "attention" in needs else "the budget behind it"
+            raise ValueError(
+                f"`reducer` is {schedule.names}, where something acts inside the tower and something reads {missing}; "
+                "use one of them, or let the budget meet the image inside with budget_fusion='encoder'."
+            )
+        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
+        number = len(images[KINDS["image"]])
+        grids, none = [(1, side, side)] * number, torch.zeros(number * side**2, dtype=torch.bool)
+        self.units: Units = units_of_kinds(kinds, {"image": KindUnits(grids, none)})
+
+    def encode_and_reduce(self, images: Mapping[str, Any], *args: Any, **kwargs: Any) -> VisualTokens:
+        """See [`VisualModel.encode_and_reduce`]."""
+        return super().encode_and_reduce(images[KINDS["image"]], *args, **kwargs)
+
+    def _encode(self, *args: Any) -> tuple[VisionFeatures, Selection]:
+        """See [`VisualModel._encode`]; projected."""
+        features, selection = super()._encode(*args)
+        patches = self.model.family.projected(self.model, features.patches)
+        if selection.features is not None:
+            selection.features = patches
+        return replace(features, patches=patches), selection
+
+    def _projected(self, features: VisionFeatures, with_tower_patches: bool) -> VisionFeatures:
+        """The tokens are in the decoder's space already."""
+        return features
 
 
 def _order_of_kinds(kind: torch.Tensor) -> torch.Tensor:

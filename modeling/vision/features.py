@@ -9,7 +9,18 @@ import torch
 from .tower import TowerAttention
 
 # Fields with one entry for each image, whatever its number of tokens.
-BY_IMAGE = ("cls", "budget", "question", "question_ids", "pixel_values", "fingerprint", "sample", "unit", "grids")
+BY_IMAGE = (
+    "cls",
+    "budget",
+    "question",
+    "question_ids",
+    "pixel_values",
+    "fingerprint",
+    "sample",
+    "unit",
+    "grids",
+    "frames",
+)
 
 
 @dataclass
@@ -52,6 +63,8 @@ class VisionFeatures:
         num_patches: N of a whole image, of the largest where they differ.
         grids: `[num_images, 2]` int64 on the CPU, rows and columns in which the N patches of each image stand; by
             default those of a square.
+        frames: `[num_images]` int64 on the CPU, the frames of each, whose grids stand one below the other; by default
+            all are images.
     """
 
     patches: torch.Tensor
@@ -69,6 +82,7 @@ class VisionFeatures:
     native: NativeDial | None = None
     num_patches: int = 0
     grids: torch.Tensor | None = None
+    frames: torch.Tensor | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -78,6 +92,12 @@ class VisionFeatures:
             return rows, columns
         side = math.isqrt(self.num_patches)
         return side, side
+
+    @property
+    def frame_size(self) -> int:
+        """Tokens of a whole frame; those of one call of a reducer all have the same."""
+        rows, columns = self.grid
+        return rows * columns // (1 if self.frames is None else int(self.frames[0]))
 
     def images(self, rows: torch.Tensor, num_tokens: int) -> "VisionFeatures":
         """Only the images at `rows`, of which each has `num_tokens` tokens; columns behind those are cut off."""

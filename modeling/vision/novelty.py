@@ -5,25 +5,29 @@ import torch
 from ..families.base import Units
 
 
-def novelty(frames: torch.Tensor, before: torch.Tensor | None = None, first: float = 1.0) -> torch.Tensor:
+def novelty(tokens: torch.Tensor, positions: torch.Tensor, frame_size: int, first: float = 1.0) -> torch.Tensor:
     """
-    Of every token 1 - cosine to the token at the same place one frame earlier, in [0, 2].
+    Of every token 1 - cosine to the last one before it, in time, that stood at the same place of its frame: of a whole
+    video that of the frame before.
 
     Args:
-        frames: `[num_images, num_frames, num_tokens, hidden_size]`.
-        before: `[num_images, num_tokens, hidden_size]`, the frame before the first, if there is one.
-        first: what the tokens of the first frame get where there is none before it.
+        tokens: `[num_videos, num_tokens, hidden_size]`.
+        positions: `[num_videos, num_tokens]` int64, of each token in its video, frame by frame.
+        frame_size: tokens of a whole frame.
+        first: what a token gets before which none stood at its place.
 
     Returns:
-        `[num_images, num_frames, num_tokens]` float32.
+        `[num_videos, num_tokens]` float32, but for `first` in [0, 2].
     """
-    directions = torch.nn.functional.normalize(frames.float(), dim=-1)
+    place = positions % frame_size
+    order = (place * (positions.max() + 1) + positions).argsort(dim=-1)
+    directions = torch.nn.functional.normalize(tokens.float(), dim=-1)
+    directions = directions.gather(1, order[..., None].expand_as(directions))
+    place = place.gather(1, order)
     new = 1 - (directions[:, 1:] * directions[:, :-1]).sum(dim=-1)
-    if before is None:
-        begin = torch.full_like(directions[:, :1, :, 0], first)
-    else:
-        begin = 1 - (directions[:, :1] * torch.nn.functional.normalize(before.float(), dim=-1)[:, None]).sum(dim=-1)
-    return torch.cat([begin, new], dim=1)
+    new = new.masked_fill(place[:, 1:] != place[:, :-1], first)
+    new = torch.nn.functional.pad(new, (1, 0), value=first)
+    return torch.empty_like(new).scatter(1, order, new)
 
 
 def novelty_of_units(features: torch.Tensor, units: Units) -> torch.Tensor:
@@ -38,12 +42,13 @@ def novelty_of_units(features: torch.Tensor, units: Units) -> torch.Tensor:
     Returns:
         `[num_units]` float64 on the CPU.
     """
-    sums, earlier = [], None
+    sums, earlier, before = [], None, features[0, :0]
     for number, (own, frames) in enumerate(zip(features, units.frames, strict=True)):
         (rows, columns), size = units.grids[number], int(units.sizes[number])
-        whole = own[:size].view(1, frames, size // frames, -1)
-        known = (int(units.sample[number]), rows // frames, columns)
-        before = earlier[1] if earlier is not None and earlier[0] == known else None
-        sums.append(novelty(whole, before).double().sum())
-        earlier = (known, whole[:, -1])
+        shown_before = earlier == (int(units.sample[number]), rows // frames, columns)
+        earlier = (int(units.sample[number]), rows // frames, columns)
+        whole = torch.cat([before, own[:size]]) if shown_before else own[:size]
+        positions = torch.arange(len(whole), device=whole.device)
+        sums.append(novelty(whole[None], positions[None], size // frames)[0, -size:].double().sum())
+        before = own[size - size // frames : size]
     return torch.stack(sums).clamp(min=0).cpu()

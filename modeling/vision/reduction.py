@@ -49,7 +49,8 @@ def reduce_tokens(
     if num_keep is not None and not reducer.training and not reducer.redistributes and reducer.is_exact:
         keeps_all = num_keep >= num_tokens
     shapes = [] if features.grids is None else features.grids.unbind(dim=1)
-    groups, results = image_groups(num_tokens, keeps_all, num_keep if reducer.one_count else None, *shapes), []
+    alike = (num_keep if reducer.one_count else None, features.frames, *shapes)
+    groups, results = image_groups(num_tokens, keeps_all, *alike), []
     for rows in groups:
         own = features.images(rows, int(num_tokens[rows[0]]))
         if keeps_all[rows[0]]:

@@ -87,6 +87,7 @@ class VisualModel:
         features, selection = self._encode(pixel_values, schedule, units, num_keep, question)
         features.sample, features.unit = units.sample, torch.arange(len(units.sizes))
         features.grids = torch.tensor(units.grids) if units.grids else None
+        features.frames = torch.tensor(units.frames) if units.frames else None
         features.question = question if "question" in needs else None
         features.question_ids = question_ids if "question_ids" in needs else None
         features.pixel_values = pixel_values if "pixel_values" in needs else None

@@ -16,6 +16,7 @@ from adavtp.evaluation.settings import reducer_label
 from adavtp.modeling.budget.selection import Selection
 from adavtp.modeling.reducers.base import REDUCERS
 from run_folders import write_run
+from tiny_models import OF_LLAVA
 
 
 def test_the_table_has_every_reducer_and_marks_parts() -> None:
@@ -34,7 +35,7 @@ def test_by_default_all_but_parts_are_compared_with_the_parameters_they_were_tra
     assert as_trained(config, ["resampler", "vtw"]) == [{"name": "resampler", "num_layers": 1}, "vtw"]
     assert as_trained(config, {"name": "resampler", "num_layers": 2}) == {"name": "resampler", "num_layers": 2}
     labels = {reducer_label(reducer).partition(":")[0] for reducer in reducers}
-    assert labels == set(REDUCERS) - {"aim_merge", "aim_prune", "native"}
+    assert labels == OF_LLAVA - {"aim_merge", "aim_prune"}
 
 
 def test_the_hash_is_of_configuration_and_weights(tmp_path: Path) -> None:

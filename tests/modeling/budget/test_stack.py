@@ -19,7 +19,7 @@ from tiny_models import NUM_PATCHES, OF_LLAVA, WITH_WEIGHTS, alone, targets, tin
 NUM_LAYERS = 4
 DECODER_STAGE = sorted(name for name, reducer in REDUCERS.items() if reducer.stage == "decoder")
 BEFORE_DECODER = sorted(OF_LLAVA - {*DECODER_STAGE, "aim"})
-SCORING = sorted(name for name, reducer in REDUCERS.items() if issubclass(reducer, ScoringReducer))
+SCORING = sorted(name for name in OF_LLAVA if issubclass(REDUCERS[name], ScoringReducer))
 
 Model = AdaVTPForConditionalGeneration
 

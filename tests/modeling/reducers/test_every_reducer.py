@@ -101,6 +101,7 @@ REFUSED: dict[str, dict[str, list[Any]]] = {
     "head_threshold": {"layer": [0, 8], "percentile": [-1, 100.5]},
     "hired": {"tile_grid": [(2,), (0, 2), "22", (2.0, 2)], "alpha": [1.5, -0.5], "share": ["sum"]},
     "pool": {"kind": ["median"]},
+    "progressive": {"decay": [-1, math.inf, math.nan, "1", True]},
     "prumerge": {"attention": ["mean"], "average": ["yes", 1], "neighbours": [-1, 2.5], "order": ["random"]},
     "prumerge+": {"attention": ["mean"], "important": [1.5, -0.5]},
     "pyramiddrop": {
