@@ -70,11 +70,12 @@ def model_on_disk(recipe: Recipe, stage: Stage, before: Path | None) -> ModelAnd
 def _under_adapters(checkpoint: str, stage: Stage) -> dict[str, Any]:
     """What `from_pretrained` is told for weights that stay as they are, of four bits if the stage says so."""
     content = PreTrainedConfig.get_config_dict(checkpoint)[0]
-    # A checkpoint that has a controller has its settings, whatever its family.
-    if content.get("model_type") != "adavtp" and "controller_head" not in content:
+    # A checkpoint that has a controller has its settings, whatever its family; a LLaVA with one is an AdaVTP.
+    kind, has_settings = content.get("model_type"), "controller_head" in content
+    if kind == "llava" or (kind != "adavtp" and not has_settings):
         raise ValueError(
             f"stage {stage.name!r} has adapters, and {checkpoint!r}, which they would belong to, is a "
-            f"{content.get('model_type')!r} model without a controller: that, and the budget token, would start from "
+            f"{kind!r} model without a controller: that, and the budget token, would start from "
             "numbers that are saved nowhere. Train a stage without adapters before, or make a whole checkpoint of it: "
             "of LLaVA `adavtp convert` does, of others "
             "`AdaVTPForConditionalGeneration.from_pretrained(...).save_pretrained(...)`."

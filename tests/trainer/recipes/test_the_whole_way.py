@@ -18,11 +18,19 @@ from adavtp.command_line import app
 from forked_processes import Forks
 from llava_folders import Folder, stock_llava, transformers_folder
 from local_hub import LocalHub, local_hub
-from tiny_conversations import ANSWERS, QUESTIONS, assistant, picture, user
+from tiny_conversations import (
+    ANSWERS,
+    BROKEN,
+    QUESTIONS,
+    TOO_LONG,
+    assistant,
+    picture,
+    user,
+    write_conversations,
+)
 from tiny_trainers import differing, weights_in
 
 BATCH_SIZE, MAX_LENGTH = 2, 100
-BROKEN, TOO_LONG = "picture cut off", "much text"
 # Both stages go through all rows once.
 NUM_STEPS, SAVE_STEPS = 6, 2
 # Stage and step behind which a process is killed: one step behind a checkpoint. Then all goes on to the end.
@@ -45,36 +53,6 @@ def adavtp(*arguments: Any) -> str:
         raise result.exception
     assert result.exit_code == 0, result.output
     return result.output
-
-
-def record(name: str, question: str, answer: str, images: list[str]) -> dict[str, Any]:
-    """As in llava_v1_5_mix665k.json: one image as a string, several as a list, none without the field."""
-    turns = [
-        {"from": "human", "value": "<image>\n" * len(images) + question},
-        {"from": "gpt", "value": answer},
-    ]
-    shown = {} if not images else {"image": images[0] if len(images) == 1 else images}
-    return {"id": name, "conversations": turns} | shown
-
-
-def write_conversations(folder: Path) -> Path:
-    """Twelve records with a folder of images: text alone, two images, and two that nobody can train on among them."""
-    (folder / "images").mkdir()
-    records = []
-    for number in range(8):
-        picture(number).save(folder / "images" / f"{number}.png")
-        records.append(record(f"row {number}", QUESTIONS[number % 4], ANSWERS[number % 4], [f"{number}.png"]))
-    whole = (folder / "images" / "0.png").read_bytes()
-    (folder / "images" / "broken.png").write_bytes(whole[: len(whole) // 2])
-    records += [
-        record("text alone", "is there a 3 ?", "yes", []),
-        record("two images", "which digit is red ?", "7", ["1.png", "2.png"]),
-        record(BROKEN, "which digit is red ?", "7", ["broken.png"]),
-        record(TOO_LONG, "what colour is the 7 ? " * MAX_LENGTH, "red", ["3.png"]),
-    ]
-    path = folder / "conversations.json"
-    path.write_text(json.dumps(records))
-    return path
 
 
 def write_recipe(folder: Path, checkpoint: Path, conversations: Path) -> Path:
