@@ -24,7 +24,7 @@ class AnyResFamily(EncodingFamily):
 
     knows_tiles = True
     why_not_in_decoder = None
-    unit_names = ("view", "tiles")
+    unit_names = ("view", "tile")
 
     def image_inputs(self, config: PreTrainedConfig, height: int, width: int) -> dict[str, torch.Tensor]:
         """See [`EncodingFamily.image_inputs`]: the whole view and the tiles, and the size before that."""
@@ -124,7 +124,7 @@ class LlavaOnevisionFamily(AnyResFamily):
 
     reads_videos = True
     takes_tensor = ("video",)
-    unit_names = ("view", "tiles", "video")
+    unit_names = ("view", "tile", "video")
 
     def units(self, model: PreTrainedModel, kind: str, output: ModelOutput, inputs: Mapping[str, Any]) -> KindUnits:
         """See [`EncodingFamily.units`]: a video's frames are squares, and a newline stands at its end."""

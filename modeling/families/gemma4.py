@@ -22,6 +22,7 @@ class Gemma4Family(EncodingFamily):
     """
 
     has_dial = True
+    unit_names = ("image", "video")
     reads_videos = True
 
     def image_inputs(self, config: PreTrainedConfig, height: int, width: int) -> dict[str, torch.Tensor]:

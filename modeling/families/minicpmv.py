@@ -18,6 +18,7 @@ class MiniCPMVFamily(EncodingFamily):
     """
 
     has_dial = True
+    unit_names = ("tile", "frame")
 
     def image_inputs(self, config: PreTrainedConfig, height: int, width: int) -> dict[str, torch.Tensor]:
         """See [`EncodingFamily.image_inputs`]: one tile, its patches side by side."""

@@ -103,7 +103,7 @@ def test_families_says_of_each_what_a_budget_is_for_and_why_a_reducer_is_refused
     rows = {row["name"]: row for row in json.loads(run("families", "--json").output)}
     assert set(rows) == {"adavtp", *ADAPTERS}
     assert rows["adavtp"]["stages"] == list(STAGES) and not rows["adavtp"]["refused"]
-    assert rows["llava_onevision"]["units"] == ["view", "tiles", "video"]
+    assert rows["llava_onevision"]["units"] == ["view", "tile", "video"]
     assert "acts inside a vision tower" in rows["qwen2_5_vl"]["refused"]["tome"]
     printed = " ".join(run("families").output.split())
     assert all(name in printed for name in rows)
