@@ -42,6 +42,29 @@ def parts_of_names(model: PreTrainedModel) -> Callable[[str], str]:
     return part_of
 
 
+def modules_of_parts(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
+    """
+    The outermost modules of tower and projector that run as modules do, none inside another: of lists their members,
+    and of a tower that has modules of both parts its children.
+
+    Args:
+        model: see [`parts_of_names`].
+    """
+    part_of, modules = parts_of_names(model), {"vision": [], "projector": []}
+    tower = model.get_encoder(modality="image")
+
+    def add(module: nn.Module, name: str) -> None:
+        if module is tower or isinstance(module, nn.ModuleList):
+            for child_name, child in module.named_children():
+                add(child, f"{name}.{child_name}")
+        elif (part := part_of(name)) in modules:
+            modules[part].append(module)
+
+    for name, module in model.base_model.named_children():
+        add(module, f"{model.base_model_prefix}.{name}")
+    return modules
+
+
 def layers_of(model: nn.Module) -> nn.ModuleList:
     """The layers of a vision tower or of a text model, from the bottom: its longest list of modules."""
     return max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=len)

@@ -10,23 +10,25 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
-from itertools import chain
+from itertools import chain, count
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache
+from transformers import Cache, PreTrainedConfig
 
 from ...configuration.configuration_adavtp import AdaVTPConfig, chosen_entries
 from ..budget.schedule import StackBudget
 from ..budget.selection import Selection
 from ..decoder.reducer import DecoderReducer
+from ..families.llava import LLAVA
 from ..modeling_adavtp import ReducerSpec
+from ..parts import modules_of_parts
 from ..reducers.aim import merged_count
 from ..reducers.base import REDUCERS, ScoringReducer
 from .counting import flops_by_part, halves_of_tower_layers, remembered, weights_on_parabola
 from .decoder import DecodeCost, DecoderCost, ExecutionPlan
-from .weightless import noise_prompts, weightless_model
+from .weightless import Looks, family_prompt, looks_of, noise_prompts, weightless_model, with_budget_in
 
 # Nothing is chosen and everything is kept. At the full budget a reducer is not asked, and the one that stands for it
 # reads nothing, so that nothing is prepared for it either.
@@ -103,22 +105,24 @@ class VisualTokens:
         sizes: of each unit, N.
         num_keep: of each unit, those that reach the decoder.
         of_layers: of all units together, those that each decoder layer sees.
+        others: separators, which stay.
     """
 
     sizes: tuple[int, ...]
     num_keep: tuple[int, ...]
     of_layers: tuple[int, ...]
+    others: int = 0
 
     @classmethod
-    def chosen(cls, selection: Selection | None, num_layers: int) -> "VisualTokens":
+    def chosen(cls, selection: Selection | None, num_layers: int, others: int = 0) -> "VisualTokens":
         """Tokens never come back, so layer l saw those whose depth is more than l."""
         if selection is None:
             return cls((), (), (0,) * num_layers)
         num_keep, sizes = tuple(selection.num_keep.tolist()), tuple(selection.sizes.tolist())
         if selection.depth is None:
-            return cls(sizes, num_keep, (sum(num_keep),) * num_layers)
+            return cls(sizes, num_keep, (sum(num_keep),) * num_layers, others)
         ends = torch.bincount(selection.depth.cpu().flatten(), minlength=num_layers + 1)
-        return cls(sizes, num_keep, tuple((ends.sum() - ends.cumsum(dim=0)[:num_layers]).tolist()))
+        return cls(sizes, num_keep, tuple((ends.sum() - ends.cumsum(dim=0)[:num_layers]).tolist()), others)
 
     @property
     def mean(self) -> float:
@@ -132,18 +136,22 @@ class ModelCosts:
     remembers what it has counted.
 
     Args:
-        config: the model's.
+        config: the model's, of any family.
+        image_size: height and width in pixels, as the family's processor leaves them; LLaVA's images have one size.
+
+    Raises:
+        ValueError: if the size is missing where images differ, or given where they do not.
     """
 
-    def __init__(self, config: AdaVTPConfig) -> None:
-        self.config = config
+    def __init__(self, config: PreTrainedConfig, image_size: tuple[int, int] | None = None) -> None:
+        self.config, self.image_size = config, image_size
         self._stacks: dict[Any, _StackCosts] = {}
         self._prompts: dict[Any, Costs] = {}
 
     @staticmethod
-    def of(config: AdaVTPConfig) -> "ModelCosts":
+    def of(config: PreTrainedConfig, image_size: tuple[int, int] | None = None) -> "ModelCosts":
         """Of a configuration as it is now; it may be changed afterwards."""
-        return _model_costs(config)
+        return _model_costs(config, image_size)
 
     @cached_property
     def decoder(self) -> DecoderCost:
@@ -208,7 +216,9 @@ class ModelCosts:
             ValueError: see [`ModelCosts.of_prompt`].
         """
         stack, budget = self._stack(reducer, token_budget)
-        tokens = VisualTokens.chosen(selection, self.config.text_config.num_hidden_layers)
+        num_units = 0 if selection is None else len(selection.sizes)
+        others = stack.others_of(num_units)
+        tokens = VisualTokens.chosen(selection, self.config.text_config.num_hidden_layers, others)
         key = (stack, _written(budget), tokens, text_tokens)
         if key not in self._prompts:
             self._prompts[key] = self._costs(text_tokens, tokens, stack.spent_on(tokens, budget, text_tokens))
@@ -222,9 +232,9 @@ class ModelCosts:
         return stack.planned(budget, num_images)
 
     def columns(self, text_tokens: int, tokens: VisualTokens) -> tuple[int, ...]:
-        """The columns of a prompt in each decoder layer: text, kept CLS tokens, and the visual tokens that it sees."""
-        unmoved = text_tokens + len(tokens.sizes) * int(self.config.keep_cls)
-        return tuple(unmoved + seen for seen in tokens.of_layers)
+        """The columns of a prompt in each decoder layer: text, separators (CLS, newlines), and the visual tokens that
+        it sees."""
+        return tuple(text_tokens + tokens.others + seen for seen in tokens.of_layers)
 
     def bytes_per_number(self, dtype: torch.dtype | str | None) -> int:
         """
@@ -249,7 +259,7 @@ class ModelCosts:
         # A class may be registered anew under its name, as in a notebook.
         key = (json.dumps(entries, default=repr, sort_keys=True), *(REDUCERS.get(name) for name in names))
         if key not in self._stacks:
-            self._stacks[key] = _StackCosts(self.config, entries)
+            self._stacks[key] = _StackCosts(self.config, entries, self.image_size)
         return self._stacks[key], token_budget
 
     def _costs(
@@ -287,8 +297,16 @@ class _Reached(Exception):  # noqa: N818
 class _StackCosts:
     """What choosing costs, for one stack of reducers."""
 
-    def __init__(self, config: AdaVTPConfig, entries: list[str | dict[str, Any]]) -> None:
-        self.config = config
+    def __init__(
+        self, config: PreTrainedConfig, entries: list[str | dict[str, Any]], image_size: tuple[int, int] | None
+    ) -> None:
+        self.config, self.image_size = config, image_size
+        self.is_llava = isinstance(config, AdaVTPConfig)
+        if self.is_llava != (image_size is None):
+            raise ValueError(
+                f"`image_size` is {image_size} for a {config.model_type!r} model; LLaVA's images have one size, and "
+                "of other families' it has to be said, height and width in pixels."
+            )
         # A floor on the entropy adds tokens to noise; how many it adds to an image is what a selection says.
         self.model = weightless_model(
             config,
@@ -296,9 +314,11 @@ class _StackCosts:
             trained_reducers=[],
             min_token_entropy=0.0,
             selection_output="gather",
-            image_token_id=0,
+            **({"image_token_id": 0} if self.is_llava else {}),
         )
-        self.steps = self.model.model.steps()
+        self.inner = with_budget_in(self.model)
+        self.steps = self.inner.steps()
+        self._looks: dict[int, Looks] = {}
         self.decoder = self.steps[-1] if self.steps[-1].reducer.stage == "decoder" else None
         self.before = self.steps[: len(self.steps) - (self.decoder is not None)]
         self._runs: dict[Any, Counter] = {}
@@ -306,6 +326,22 @@ class _StackCosts:
         self._asked: dict[Any, set[int]] = {}
         if self.decoder is not None:
             _leave_out_what_is_not_read(self.model.get_decoder().layers, self.decoder.reducer)
+
+    def looks(self, num_images: int) -> Looks:
+        """What so many images are to the model."""
+        if num_images not in self._looks:
+            if self.is_llava:
+                sizes = (LLAVA.tokens_per_image(self.config),) * num_images
+                self._looks[num_images] = Looks(sizes, num_images * int(self.config.keep_cls), {})
+            elif num_images == 0:
+                self._looks[0] = Looks((), 0, {})
+            else:
+                self._looks[num_images] = looks_of(self.model, self.image_size, num_images)
+        return self._looks[num_images]
+
+    def others_of(self, num_units: int) -> int:
+        """Separators of the images that so many units are of."""
+        return next(looks.others for number in count() if len((looks := self.looks(number)).sizes) >= num_units)
 
     def planned(self, token_budget: StackBudget | None, num_images: int) -> VisualTokens:
         """How many tokens go where, by the model's own rules."""
@@ -316,9 +352,9 @@ class _StackCosts:
 
     def _planned(self, token_budget: StackBudget | None, num_images: int) -> VisualTokens:
         num_layers = self.config.text_config.num_hidden_layers
-        schedule = self.model.model.resolve_budget(token_budget, None, 1)
-        sizes = torch.full((num_images,), self.model.family.tokens_per_image(self.config))
-        budget = schedule.of_units(torch.zeros(num_images, dtype=torch.long), sizes)
+        schedule, looks = self.inner.resolve_budget(token_budget, None, 1), self.looks(num_images)
+        sizes = torch.tensor(looks.sizes, dtype=torch.long)
+        budget = schedule.of_units(torch.zeros_like(sizes), sizes)
         entering = sizes
         for step in self.before:
             entering = self._leaving(step, entering, budget.of_step(step, entering))
@@ -328,7 +364,8 @@ class _StackCosts:
             keep = None if mean is None else int(mean.sum())
             if keep is None or keep < visual:
                 of_layers = tuple(self.decoder.reducer.layer_counts(visual, keep, num_layers))
-        return VisualTokens(tuple(sizes.tolist()), tuple(entering.tolist()), of_layers or (visual,) * num_layers)
+        of_layers = of_layers or (visual,) * num_layers
+        return VisualTokens(looks.sizes, tuple(entering.tolist()), of_layers, looks.others)
 
     def _leaving(self, step: Any, entering: torch.Tensor, wanted: torch.Tensor | None) -> torch.Tensor:
         reducer, reason = step.reducer, None
@@ -377,13 +414,15 @@ class _StackCosts:
         """The same where the numbers of tokens are given."""
         if not tokens.sizes:
             return Counter()
-        num_images = len(tokens.sizes)
+        num_images = next(number for number in count() if len(self.looks(number).sizes) >= len(tokens.sizes))
         try:
             as_planned = self.planned(token_budget, num_images)
         except ValueError:
             as_planned = None
-        if tokens == as_planned:
+        if tokens == as_planned or (not self.is_llava and token_budget is not None):
             return self.spent(token_budget, num_images, text_tokens, tokens)
+        if not self.is_llava:
+            raise ValueError("`selection` says what was kept, and not what choosing it cost; pass the `token_budget`.")
         names = list(dict.fromkeys(step.name for step in self.before))
         if len(names) > 1 and token_budget is None:
             raise ValueError(
@@ -424,17 +463,21 @@ class _StackCosts:
         """The model on a prompt, up to the decoder layer before which the last choice is made."""
         key = (_written(token_budget), num_images, text_tokens, stop)
         if key not in self._runs:
-            inner, layers = self.model.model, self.model.get_decoder().layers
-            parts = {
-                "vision": [inner.vision_tower.embeddings, *chain(*halves_of_tower_layers(inner.vision_tower))],
-                "projector": [inner.multi_modal_projector],
-                "prefill": list(layers),
-            }
-            inputs = noise_prompts(self.config, [text_tokens], [num_images])
+            layers = self.model.get_decoder().layers
+            if self.is_llava:
+                tower = self.inner.vision_tower
+                vision = [tower.embeddings, *chain(*halves_of_tower_layers(tower))]
+                projector = [self.inner.multi_modal_projector]
+                inputs = noise_prompts(self.config, [text_tokens], [num_images])
+            else:
+                modules = modules_of_parts(self.model)
+                vision, projector = modules["vision"], modules["projector"]
+                inputs = family_prompt(self.model, self.looks(num_images), text_tokens)
+            parts = {"vision": vision, "projector": projector, "prefill": list(layers)}
 
             def run() -> None:
                 with contextlib.suppress(_Reached):
-                    inner(**inputs, token_budget=token_budget)
+                    self.inner(**inputs, token_budget=token_budget)
 
             hook = layers[stop].register_forward_pre_hook(_stop)
             try:

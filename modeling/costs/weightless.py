@@ -6,7 +6,9 @@ what it costs in earnest.
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -15,10 +17,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..families.llava import LLAVA
 from ..modeling_adavtp import AdaVTPForConditionalGeneration
+from ..modeling_families import model_class_of
+from ..prompt_reduction import PromptReductionMixin
+from ..vision.family_visual import FamilyVisual
 
 # Torch's own table has attention for GPUs only; the same count for what runs on a CPU.
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -34,19 +40,20 @@ _NOISE, _LARGE = 2**20, 2**18
 
 # Of tensors made in inference mode operations come whole, and not as the products that they are made of.
 @torch.inference_mode(False)
-def weightless_model(config: AdaVTPConfig, **changes: Any) -> AdaVTPForConditionalGeneration:
+def weightless_model(config: PreTrainedConfig, **changes: Any) -> PreTrainedModel:
     """
     A model whose weights take no memory, in evaluation mode.
 
     Args:
-        config: the model's, which stays as it is.
+        config: the model's, of any family, which stays as it is.
         changes: of its fields.
     """
     config = copy.deepcopy(config)
     for name, value in changes.items():
         setattr(config, name, value)
+    is_llava = isinstance(config, AdaVTPConfig)
     with torch.device("meta"):
-        model = AdaVTPForConditionalGeneration(config)
+        model = (AdaVTPForConditionalGeneration if is_llava else model_class_of(config.model_type))(config)
     make_weightless(model)
     # Words differ, so that a method which asks what each has to do with the images can tell one from another.
     table = model.get_input_embeddings().weight
@@ -140,6 +147,49 @@ def _is_large(operation: Any, args: tuple) -> bool:
 
 def _is_weight(argument: Any) -> bool:
     return isinstance(argument, torch.Tensor) and argument.numel() > 1 and not any(argument.stride())
+
+
+def with_budget_in(model: PreTrainedModel) -> PromptReductionMixin:
+    """The module of a model that has the budget: LLaVA's below its head, of other families the whole."""
+    return model if isinstance(model, PromptReductionMixin) else model.model
+
+
+@dataclass(frozen=True)
+class Looks:
+    """
+    What images of one size are to a family.
+
+    Attributes:
+        sizes: visual tokens of each unit that they come in.
+        others: placeholders that are no visual tokens, such as newlines.
+        inputs: pixels, grids and sizes, as its encoder takes them.
+    """
+
+    sizes: tuple[int, ...]
+    others: int
+    inputs: dict[str, torch.Tensor]
+
+
+def looks_of(model: PreTrainedModel, image_size: tuple[int, int], number: int) -> Looks:
+    """What a weightless model of a family makes of so many images of a height and a width, in one prompt."""
+    inputs = model.family.image_inputs(model.config, *image_size, number)
+    with torch.inference_mode(False), torch.no_grad(), ProductsAreNoise():
+        units = FamilyVisual(model, None, inputs, []).units
+    return Looks(tuple(units.sizes.tolist()), int((units.token < 0).sum()), inputs)
+
+
+def family_prompt(model: PreTrainedModel, looks: Looks | None, text_tokens: int) -> dict[str, torch.Tensor]:
+    """A prompt of a family: images, or none, and words behind them."""
+    placeholder = model.config.image_token_id
+    special = {placeholder, getattr(model.config, "video_token_id", None)}
+    word, other = [number for number in range(4) if number not in special][:2]
+    places = 0 if looks is None else sum(looks.sizes) + looks.others
+    ids = torch.tensor([[placeholder] * places + [(word, other)[number % 2] for number in range(text_tokens)]])
+    named = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    named |= dict.fromkeys(("mm_token_type_ids", "token_type_ids"), (ids == placeholder).long())
+    taken = inspect.signature(model.forward).parameters
+    inputs = {name: columns for name, columns in named.items() if name in taken}
+    return inputs if looks is None else inputs | looks.inputs
 
 
 def noise_prompts(config: AdaVTPConfig, text_tokens: Sequence[int], num_images: Sequence[int]) -> dict[str, Any]:

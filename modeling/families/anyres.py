@@ -26,11 +26,14 @@ class AnyResFamily(EncodingFamily):
     why_not_in_decoder = None
     unit_names = ("view", "tile")
 
-    def image_inputs(self, config: PreTrainedConfig, height: int, width: int) -> dict[str, torch.Tensor]:
+    def image_inputs(
+        self, config: PreTrainedConfig, height: int, width: int, number: int = 1
+    ) -> dict[str, torch.Tensor]:
         """See [`EncodingFamily.image_inputs`]: the whole view and the tiles, and the size before that."""
         side, size = config.vision_config.image_size, [max(height, 1), max(width, 1)]
         tiles = image_size_to_num_patches(size, config.image_grid_pinpoints, side)
-        return {"pixel_values": torch.ones(1, tiles, 3, side, side), "image_sizes": torch.tensor([size])}
+        pixels = torch.ones(number, tiles, 3, side, side)
+        return {"pixel_values": pixels, "image_sizes": torch.tensor([size] * number)}
 
     def units(self, model: PreTrainedModel, kind: str, output: ModelOutput, inputs: Mapping[str, Any]) -> KindUnits:
         """See [`EncodingFamily.units`]."""
@@ -125,6 +128,13 @@ class LlavaOnevisionFamily(AnyResFamily):
     reads_videos = True
     takes_tensor = ("video",)
     unit_names = ("view", "tile", "video")
+
+    def image_inputs(
+        self, config: PreTrainedConfig, height: int, width: int, number: int = 1
+    ) -> dict[str, torch.Tensor]:
+        """See [`EncodingFamily.image_inputs`]."""
+        together = {"batch_num_images": torch.tensor([number])}
+        return super().image_inputs(config, height, width, number) | together
 
     def units(self, model: PreTrainedModel, kind: str, output: ModelOutput, inputs: Mapping[str, Any]) -> KindUnits:
         """See [`EncodingFamily.units`]: a video's frames are squares, and a newline stands at its end."""

@@ -85,20 +85,23 @@ class EncodingFamily(Family):
         sizes = [entry.reshape(-1, entry.shape[-1]).shape[0] for entry in output.pooler_output]
         return KindUnits([square_or_row(size) for size in sizes], torch.zeros(sum(sizes), dtype=torch.bool))
 
-    def image_inputs(self, config: PreTrainedConfig, height: int, width: int) -> dict[str, torch.Tensor]:
+    def image_inputs(
+        self, config: PreTrainedConfig, height: int, width: int, number: int = 1
+    ) -> dict[str, torch.Tensor]:
         """
-        What the family's processor makes of a grey image, given a size in pixels that it leaves as it is; of one that
+        What the family's processor makes of grey images, given a size in pixels that it leaves as it is; of one that
         is smaller than the smallest, an image of that size.
 
         Args:
             config: the model's.
             height, width: multiples of the side of a token, or where images are cut into tiles, of a tile.
+            number: of images, all in one prompt.
 
         Returns:
             The arguments of the family's `get_image_features`. Pixels are not 0, which fills up prompts in some.
         """
         side = config.vision_config.image_size
-        return {"pixel_values": torch.ones(1, 3, side, side)}
+        return {"pixel_values": torch.ones(number, 3, side, side)}
 
     def pixels(
         self, model: PreTrainedModel, kind: str, inputs: Mapping[str, Any], num_units: int

@@ -16,10 +16,12 @@ class Idefics3Family(EncodingFamily):
     why_not_in_decoder = None
     units_differ = False
 
-    def image_inputs(self, config: PreTrainedConfig, height: int, width: int) -> dict[str, torch.Tensor]:
+    def image_inputs(
+        self, config: PreTrainedConfig, height: int, width: int, number: int = 1
+    ) -> dict[str, torch.Tensor]:
         """See [`EncodingFamily.image_inputs`]: tiles, and a view of the whole image behind several."""
         side = config.vision_config.image_size
-        return {"pixel_values": torch.ones(1, num_tiles(height, width, side, side), 3, side, side)}
+        return {"pixel_values": torch.ones(1, number * num_tiles(height, width, side, side), 3, side, side)}
 
     unit_names = ("tile", "frame")
 

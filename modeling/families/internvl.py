@@ -17,10 +17,12 @@ class InternVLFamily(EncodingFamily):
     takes_tensor = ("image",)
     units_differ = False
 
-    def image_inputs(self, config: PreTrainedConfig, height: int, width: int) -> dict[str, torch.Tensor]:
+    def image_inputs(
+        self, config: PreTrainedConfig, height: int, width: int, number: int = 1
+    ) -> dict[str, torch.Tensor]:
         """See [`EncodingFamily.image_inputs`]: tiles, and a view of the whole image behind several."""
         sides = config.vision_config.image_size
-        return {"pixel_values": torch.ones(num_tiles(height, width, *sides), 3, *sides)}
+        return {"pixel_values": torch.ones(number * num_tiles(height, width, *sides), 3, *sides)}
 
     def pooled(
         self, model: PreTrainedModel, kind: str, values: torch.Tensor, inputs: Mapping[str, Any]

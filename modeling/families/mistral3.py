@@ -15,12 +15,14 @@ class Mistral3Family(EncodingFamily):
 
     why_not_in_decoder = None
 
-    def image_inputs(self, config: PreTrainedConfig, height: int, width: int) -> dict[str, torch.Tensor]:
+    def image_inputs(
+        self, config: PreTrainedConfig, height: int, width: int, number: int = 1
+    ) -> dict[str, torch.Tensor]:
         """See [`EncodingFamily.image_inputs`]."""
         token = config.vision_config.patch_size * config.spatial_merge_size
         # Of an image of one token alone the family's encoder loses the axis of tokens.
         size = [max(height, token), max(width, 2 * token)]
-        return {"pixel_values": torch.ones(1, 3, *size), "image_sizes": torch.tensor([size])}
+        return {"pixel_values": torch.ones(number, 3, *size), "image_sizes": torch.tensor([size] * number)}
 
     def units(self, model: PreTrainedModel, kind: str, output: ModelOutput, inputs: Mapping[str, Any]) -> KindUnits:
         """See [`EncodingFamily.units`]."""

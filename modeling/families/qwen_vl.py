@@ -23,13 +23,15 @@ class QwenVLFamily(EncodingFamily):
     why_not_in_decoder = None
     projector_in_tower = ("merger", "deepstack_merger_list")
 
-    def image_inputs(self, config: PreTrainedConfig, height: int, width: int) -> dict[str, torch.Tensor]:
+    def image_inputs(
+        self, config: PreTrainedConfig, height: int, width: int, number: int = 1
+    ) -> dict[str, torch.Tensor]:
         """See [`EncodingFamily.image_inputs`]: rows of patches, and their grid."""
         vision = config.vision_config
         sides = [max(pixels // vision.patch_size, vision.spatial_merge_size) for pixels in (height, width)]
         numbers = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        patches = torch.ones(sides[0] * sides[1], numbers)
-        return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, *sides]])}
+        patches = torch.ones(number * sides[0] * sides[1], numbers)
+        return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, *sides]] * number)}
 
     unit_names = ("image", "video")
 
