@@ -81,9 +81,10 @@ def _draw(axis: Axes, picture: Image.Image, above: str, below: str, colour: str)
 
 def _draw_answer(axis: Axes, run: Run, answer: Answer, above: str) -> None:
     """What was kept, and below it the answer, green if it is right and else red, with the right ones."""
-    shares = torch.tensor(answer.layers_seen) / run.header["num_layers"]
-    right = "" if answer.score else f"  ({', '.join(answer.answers)})"
-    picture = draw_kept_patches(Image.open(run.picture(answer.index)), shares)
+    right, picture = "" if answer.score else f"  ({', '.join(answer.answers)})", Image.open(run.picture(answer.index))
+    # What was kept of the parts of a picture is not drawn.
+    if run.header["num_patches"] is not None:
+        picture = draw_kept_patches(picture, torch.tensor(answer.layers_seen) / run.header["num_layers"])
     _draw(axis, picture, above, answer.prediction + right, "green" if answer.score else "red")
 
 
@@ -102,7 +103,8 @@ def save_kept_patches(run: Run, reducer: str, num_examples: int, path: str | Pat
     figure = Figure(figsize=(2.1 * len(settings), 2.55 * num_examples), layout="constrained")
     for index, row in enumerate(figure.subplots(num_examples, len(settings), squeeze=False)):
         for axis, entry in zip(row, settings, strict=True):
-            above = f"budget {entry['budget']:g}, {entry['num_keep']} tokens" if index == 0 else ""
+            tokens = "" if entry["num_keep"] is None else f", {entry['num_keep']} tokens"
+            above = f"budget {entry['budget']:g}{tokens}" if index == 0 else ""
             _draw_answer(axis, run, answers[setting_of(entry)][index], above)
         question = answers[setting_of(settings[0])][index].question
         row[0].set_ylabel(question.replace(" ?", "?"), fontsize=8, wrap=True)

@@ -35,8 +35,8 @@ class PromptCost:
         seen_tokens: of the whole prompt, also text and separators, that a decoder layer saw, mean over layers.
         text_tokens: the tokens of the prompt that stand for nothing of an image.
         new_tokens: generated, the end-of-text token counted; 0 where a given continuation was scored.
-        flops: counted for vision tower, reducer, projector, prefill and decoding (convention adavtp); `None` where they
-            are not counted, see [`CountedFlops`].
+        flops: counted for vision tower, reducer, projector, prefill and decoding (convention adavtp); `None` where
+            they are not counted, see [`CountedFlops`].
         milliseconds: its share of the time of its batch.
     """
 

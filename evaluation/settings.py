@@ -35,7 +35,7 @@ class Setting(NamedTuple):
         reducer: a registered name, a dictionary of `"name"` and parameters, a list of these (a stack), or `"full"`.
         budget: see [`AdaVTPForConditionalGeneration.forward`]; of `"full"` it is 1.0.
         asked: the budget as a table shows it, where the model is asked for the number that it means.
-        num_keep: the number K of an image's tokens that it keeps, in a run whose images have equally many; else `None`.
+        num_keep: the number K of an image's tokens that it keeps, where all images have equally many, or `None`.
     """
 
     reducer: ReducerSpec

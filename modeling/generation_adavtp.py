@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import BatchFeature, Cache, GenerationConfig, GenerationMixin, PreTrainedConfig
+from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.image_utils import ImageInput
 from transformers.masking_utils import create_masks_for_generate
 from transformers.processing_utils import ProcessorMixin

@@ -7,7 +7,7 @@ its name; what is particular about the family is said by its adapter.
 
 import inspect
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -17,7 +17,6 @@ import torch
 import transformers
 from transformers import (
     AutoProcessor,
-    BatchFeature,
     Cache,
     GenerationMixin,
     PreTrainedConfig,
