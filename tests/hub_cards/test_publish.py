@@ -337,7 +337,7 @@ REFUSED = {
         _tensors(lambda all_: all_.update({NORM: torch.ones(31)})),
         f"`{NORM}` has (31,), expected (32,)",
     ),
-    "a weight that is missing": (_tensors(lambda all_: all_.pop(NORM)), f": {NORM}. Expected are all of them"),
+    "a weight that is missing": (_tensors(lambda all_: all_.pop(NORM)), f"that its configuration asks for, {NORM}"),
     "no controller": (
         _tensors(lambda all_: [all_.pop(name) for name in list(all_) if "controller" in name or "budget_" in name]),
         "weight(s) that its configuration asks for, model.budget_token",
