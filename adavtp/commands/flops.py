@@ -38,7 +38,7 @@ def flops(
         typer.Option(help="Height and width of an image in pixels, as in 448x672, for other families than LLaVA."),
     ] = None,
     text_tokens: Annotated[int, typer.Option(help="Text tokens of the prompt.", min=0)] = 60,
-    images: Annotated[int, typer.Option(help="Images in the prompt.", min=0)] = 1,
+    images: Annotated[int, typer.Option(help="Images in the prompt.", min=0, max=1024)] = 1,
     budget: Annotated[
         str | None, typer.Option(help="Token budget, a fraction or a number. Default: the reducer's own rule, or all.")
     ] = None,
