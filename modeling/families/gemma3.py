@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .encoded import EncodingFamily
 
@@ -13,6 +13,13 @@ class Gemma3Family(EncodingFamily):
     """The projector takes the mean of the patches of a square."""
 
     takes_tensor = ("image",)
+    why_not_in_decoder = None
+
+    def blocks(self, config: PreTrainedConfig, input_ids: torch.Tensor) -> torch.Tensor | None:
+        """See [`EncodingFamily.blocks`]: every image, whose columns stand one behind the other."""
+        is_image = self.placeholders(config, input_ids)
+        begins = is_image & ~torch.nn.functional.pad(is_image, (1, 0))[:, :-1]
+        return (begins.cumsum(dim=-1) - 1).masked_fill(~is_image, -1)
 
     def pooled(
         self, model: PreTrainedModel, kind: str, values: torch.Tensor, inputs: Mapping[str, Any]
@@ -27,6 +34,7 @@ class Gemma3Family(EncodingFamily):
 class PaliGemmaFamily(EncodingFamily):
     """A token is a patch, and positions begin at 1."""
 
+    why_not_in_decoder = "it acts inside the decoder, where all of a prompt sees all of it, before and behind."
     takes_tensor = ("image",)
     first_position = 1
 

@@ -21,6 +21,9 @@ class Gemma4Family(EncodingFamily):
     of a square. A video is a unit.
     """
 
+    why_not_in_decoder = (
+        "it acts inside the decoder, whose layers read an embedding of each token of their own and share keys."
+    )
     has_dial = True
     reads_videos = True
 
