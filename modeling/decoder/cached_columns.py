@@ -1,5 +1,6 @@
 """What the layers of a cache hold, where it is not the same in all, and what new columns may attend to there."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -7,7 +8,6 @@ import torch
 from torch.nn.functional import pad
 from transformers import Cache, PreTrainedConfig
 from transformers.masking_utils import (
-    blockwise_overlay,
     create_causal_mask,
     create_sliding_window_causal_mask,
     sliding_window_overlay,
@@ -104,8 +104,8 @@ class CachedColumns:
         make, sees = create_causal_mask if window is None else create_sliding_window_causal_mask, {}
         if blocks is not None:
             # A window is the outer bound of what a block sees.
-            in_block = blockwise_overlay(pad(blocks, (num_columns - num_new, num_keys), value=-1))
-            make, sees = create_causal_mask, {"or_mask_function": in_block}
+            in_block = pad(blocks, (num_columns - num_new, num_keys), value=-1)
+            make, sees = create_causal_mask, {"or_mask_function": _sees_its_block(in_block)}
             if window is not None:
                 sees["and_mask_function"] = sliding_window_overlay(window)
         return make(
@@ -194,6 +194,15 @@ class CachedLayers:
                 made[key] = held.mask(config, number, attention, held.num_known + num_behind, cache, new)
             masks[number] = made[key]
         return masks
+
+
+def _sees_its_block(blocks: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """Whether query and key are of one block, as transformers asks of a mask; `blocks` `[batch, columns]`."""
+
+    def is_one(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return (blocks[batch, query] == blocks[batch, key]) & (blocks[batch, query] >= 0)
+
+    return is_one
 
 
 def layer_attentions(config: PreTrainedConfig) -> list[LayerAttention]:

@@ -16,7 +16,17 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from adavtp import AdaVTPForConditionalGeneration, AdaVTPProcessor
 from adavtp.modeling.decoder.loop import RUNNABLE
 from pruned_by_hand import HandPruned, language_inputs
-from tiny_families import FAMILIES, STATEFUL, VIDEO_FAMILIES, Writer, batch_of, budgeted, stock_model, with_budget
+from tiny_families import (
+    FAMILIES,
+    MIXTURES,
+    STATEFUL,
+    VIDEO_FAMILIES,
+    Writer,
+    batch_of,
+    budgeted,
+    stock_model,
+    with_budget,
+)
 
 REFERENCE = Path(__file__).parents[3] / "hub_cards/adavtp-digits"
 TWO_IMAGES = ((2, 2), (1, 2))
@@ -37,7 +47,7 @@ def answers(name: str, prompts: list, side: str = "left", **arguments: object) -
     return written[:, batch["input_ids"].shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *MIXTURES])
 def test_at_full_budget_logits_are_the_stock_class_s_to_the_bit(name: str) -> None:
     # Without padding: behind it, some families' stock forward counts positions from the padding on.
     batch = batch_of(name, prompts_of(name)[1:2])
@@ -45,7 +55,7 @@ def test_at_full_budget_logits_are_the_stock_class_s_to_the_bit(name: str) -> No
         assert torch.equal(budgeted(name)(**batch, token_budget=1.0).logits, stock_model(name)(**batch).logits)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *MIXTURES])
 def test_an_answer_is_the_stock_language_model_s_on_the_prompt_pruned_by_hand(name: str) -> None:
     prompt = prompts_of(name)[1]
     selection = budgeted(name).select_tokens(**batch_of(name, [prompt]), token_budget=0.4, reducer="divprune")
