@@ -456,7 +456,7 @@ class AdaVTPForConditionalGeneration(AdaVTPPreTrainedModel, AdaVTPGenerationMixi
         pixel_values: torch.Tensor,
         token_budget: StackBudget | None = None,
         reducer: ReducerSpec | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """See [`AdaVTPModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, token_budget, reducer, **kwargs)
@@ -482,7 +482,7 @@ class AdaVTPForConditionalGeneration(AdaVTPPreTrainedModel, AdaVTPGenerationMixi
         reducer: ReducerSpec | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         caller_targets: torch.LongTensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> AdaVTPCausalLMOutputWithPast:
         """
         Args:
