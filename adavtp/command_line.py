@@ -10,6 +10,7 @@ from .commands.console import Command, console, trusts_remote_code
 from .commands.convert import convert
 from .commands.evaluate import evaluate
 from .commands.experiment import experiment
+from .commands.families import families
 from .commands.flops import flops
 from .commands.measure import measure
 from .commands.merge import merge
@@ -26,7 +27,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-LOOKING = (demo, ask, reducers, evaluate, report, compare, experiment, measure, flops)
+LOOKING = (demo, ask, families, reducers, evaluate, report, compare, experiment, measure, flops)
 for command in (*LOOKING, plan, train, convert, merge, publish, publish_data, space):
     app.command(cls=Command)(command)
 

@@ -62,10 +62,10 @@ class FamilyFields(BudgetFields):
 
     @property
     def num_patches(self) -> int:
-        """Only for what has a weight for each place in an image: a `ValueError`, since images differ in size."""
+        """Only for what has a weight for each place in an image: a `ValueError`, since images may differ in size."""
         raise ValueError(
-            f"Images of a {self.model_type!r} model differ in size, and this reducer learns something for each place "
-            "in one; use another, such as 'adaptive'."
+            f"A {self.model_type!r} model's configuration names no one number of tokens for all images, and this "
+            "reducer learns something for each place in an image; use another, such as 'adaptive'."
         )
 
     @property

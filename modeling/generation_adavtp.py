@@ -6,6 +6,7 @@ matches ids (maximum lengths, penalties, prompt lookup, streamers, stopping crit
 an ordinary prompt with fewer placeholders and as many features.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -447,9 +448,13 @@ class AdaVTPGenerationMixin(GenerationMixin):
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         # An assistant model reads the caller's ids; the pruned prompt is not its own.
-        model_kwargs = dict(kwargs["model_kwargs"])
+        model_kwargs, assistant = dict(kwargs["model_kwargs"]), kwargs.get("assistant_model")
         if model_kwargs.pop("pruned_prompt", None) is not None:
-            _require_text_assistant(kwargs["generation_config"], kwargs.get("assistant_model"))
+            _require_text_assistant(kwargs["generation_config"], assistant)
+        if assistant is not None:
+            # Positions and token types are a family's own.
+            known = set(inspect.signature(assistant.forward).parameters) - {"position_ids"}
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name in known}
         return super()._get_candidate_generator(*args, **kwargs | {"model_kwargs": model_kwargs})
 
     def prepare_inputs_for_generation(
@@ -481,9 +486,10 @@ class AdaVTPGenerationMixin(GenerationMixin):
                 embed, as_tensor = self.get_input_embeddings(), self.family.takes_tensor
                 encoded = pruned.encoder_outputs(answer, kinds, embed, as_tensor)
                 kwargs |= {} if encoded is None else {"mm_encoder_outputs": encoded}
-                # The loop's are those of the caller's prompt and of what was generated.
                 for name, columns in pruned.token_types.items():
-                    behind = kwargs[name][:, kwargs[name].shape[1] - answer.shape[1] :]
+                    # Gemma 3 reads them by the place in the whole sequence.
+                    columns = torch.nn.functional.pad(columns, (pruned.mask.shape[1] - columns.shape[1], 0))
+                    behind = torch.full_like(answer, self.family.token_type_of_answers, dtype=columns.dtype)
                     kwargs[name] = torch.cat([columns, behind], dim=1)
             else:
                 input_ids = answer

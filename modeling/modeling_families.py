@@ -74,8 +74,14 @@ class FamilyReductionMixin(PromptReductionMixin):
 
     def images_in(self, arguments: dict[str, Any]) -> dict[str, Any] | None:
         """Pixels, grids and sizes among the arguments of a call, taken out of them; `None` if there are no images."""
-        if all(arguments.get(pixels) is None or len(arguments[pixels]) == 0 for pixels in KINDS.values()):
+        given = [pixels for pixels in KINDS.values() if arguments.get(pixels) is not None and len(arguments[pixels])]
+        if not given:
             return None
+        if len(given) > 1 and self.family.shares_placeholder:
+            raise ValueError(
+                f"`{'` and `'.join(given)}` were given in one call, and a {self.config.model_type!r} model shows both "
+                "by the same placeholder token, so that it cannot tell which is where. Pass them in different calls."
+            )
         names = [name for kind in KINDS for name in self._encoder_arguments(kind)]
         names += [name for name in ("second_per_grid_ts",) if name in arguments]
         return {name: arguments.pop(name) for name in dict.fromkeys(names) if arguments.get(name) is not None}
@@ -308,7 +314,7 @@ class FamilyModelMixin(
         columns = {
             "input_ids": prepared.prompt.input_ids,
             "attention_mask": prepared.prompt.attention_mask,
-            "position_ids": prepared.prompt.position_ids,
+            "position_ids": prepared.prompt.position_ids + self.family.first_position,
             "labels": prepared.prompt.labels,
         }
         inputs = {name: value for name, value in inputs.items() if name not in TOKEN_TYPES}
@@ -408,7 +414,8 @@ class FamilyModelMixin(
             attention_mask = torch.ones_like(input_ids)
         if position_ids is None:
             position_ids = self.family.positions(self, input_ids, attention_mask, {**images, **token_types})
-            position_ids = position_ids + self.family.first_position
+        else:
+            position_ids = position_ids - self.family.first_position
         new = NewColumns.of_prompt(input_ids, attention_mask, position_ids)
         prompt = Prompt(input_ids, new.attention_mask, new.position_ids, labels, token_types=token_types)
         return new, prompt
@@ -431,9 +438,11 @@ class FamilyModelMixin(
                 self.refuse_placeholders(input_ids)
             if token_budget is not None or reducer is not None:
                 self.resolve_budget(token_budget, reducer, len(input_ids))
-            attention_mask, position_ids = behind_cache(
+            attention_mask, counted = behind_cache(
                 self.config.get_text_config(), input_ids, attention_mask, position_ids, past_key_values
             )
+            if position_ids is None and counted is not None:
+                position_ids = counted + self.family.first_position
         if labels is not None and attention_mask is not None:
             labels = without_first_labels(labels, attention_mask)
         policy = pending_policy(past_key_values)

@@ -59,7 +59,21 @@ class PromptReductionMixin:
 
     def steps(self, reducer: ReducerSpec | None = None) -> list[Step]:
         """See [`ReducerBank.steps`]; a `ValueError` if one of them cannot act on this family, with the reason."""
-        steps = self.bank.steps(reducer)
+        return self._possible(self.bank.steps(reducer))
+
+    def why_not(self, reducer: ReducerSpec | None = None) -> str | None:
+        """
+        Why a reducer, or a stack (`None` is the configuration's), cannot act on this model, in the words of the error
+        that a call would raise; `None` if it can. One that has weights to learn can, once it has them.
+        """
+        try:
+            with torch.random.fork_rng(devices=[]):
+                self._possible(self.bank.steps(reducer, with_new_weights=True))
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def _possible(self, steps: list[Step]) -> list[Step]:
         for step in steps:
             if (reason := self.family.why_not(self.config, step.reducer)) is not None:
                 raise ValueError(f"Reducer {step.name!r} cannot act on a {self.config.model_type!r} model: {reason}")

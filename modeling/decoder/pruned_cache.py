@@ -283,7 +283,7 @@ def new_columns(
     if earlier is None:
         past_mask = full_mask[:, :num_old]
         position_ids = position_ids[..., -num_new:].expand(*position_ids.shape[:-2], batch_size, -1)
-        begin = torch.zeros_like(position_ids[..., 0])
+        begin = past_mask.sum(dim=-1).expand(position_ids.shape[:-1])
     else:
         answer_mask = full_mask[:, earlier.num_columns : num_old]
         past_mask = torch.cat([earlier.mask, answer_mask], dim=1)

@@ -24,6 +24,7 @@ class AnyResFamily(EncodingFamily):
 
     knows_tiles = True
     why_not_in_decoder = None
+    unit_names = ("view", "tile")
 
     def units(self, model: PreTrainedModel, kind: str, output: ModelOutput, inputs: Mapping[str, Any]) -> KindUnits:
         """See [`EncodingFamily.units`]."""
@@ -117,6 +118,7 @@ class LlavaOnevisionFamily(AnyResFamily):
 
     reads_videos = True
     takes_tensor = ("video",)
+    unit_names = ("view", "tile", "video")
 
     def units(self, model: PreTrainedModel, kind: str, output: ModelOutput, inputs: Mapping[str, Any]) -> KindUnits:
         """See [`EncodingFamily.units`]: a video's frames are squares, and a newline stands at its end."""

@@ -63,11 +63,15 @@ class Family(ABC):
         has_dial: whether the model itself can make fewer tokens of the pixels that it is given.
         reads_videos: whether a unit may have several frames.
         takes_tensor: the kinds, `"image"` or `"video"`, whose features the family wants as one tensor, not in a list.
+        token_type_of_answers: what the family's token types say of a token that was generated.
+        unit_names: what the units of a prompt are.
     """
 
     has_dial: bool = False
     reads_videos: bool = False
     takes_tensor: tuple[str, ...] = ()
+    token_type_of_answers: int = 0
+    unit_names: tuple[str, ...] = ("image",)
 
     def why_not(self, config: PreTrainedConfig, reducer: "TokenReducer | type[TokenReducer]") -> str | None:
         """Why a reducer, or all of a class, cannot act on this family; `None` if it can."""

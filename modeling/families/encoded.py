@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from ..decoder.loop import RUNNABLE
 from ..prompt import count_positions
 from ..reducers.base import TokenReducer
 from .base import Family, Units, has_recurrent_layers
@@ -108,13 +109,19 @@ class EncodingFamily(Family):
 
     def why_not(self, config: PreTrainedConfig, reducer: TokenReducer | type[TokenReducer]) -> str | None:
         """See [`Family.why_not`]."""
-        if reducer.stage == "decoder" and has_recurrent_layers(config):
-            return (
-                "it acts inside the decoder, whose linear attention keeps a state of all that it has read: a token "
-                "that leaves behind such a layer has left its trace there. Use a reducer before the decoder."
-            )
-        if reducer.stage == "decoder" and self.why_not_in_decoder is not None:
-            return self.why_not_in_decoder
+        if reducer.stage == "decoder":
+            if has_recurrent_layers(config):
+                return (
+                    "it acts inside the decoder, whose linear attention keeps a state of all that it has read: a "
+                    "token that leaves behind such a layer has left its trace. Use a reducer before the decoder."
+                )
+            if self.why_not_in_decoder is not None:
+                return self.why_not_in_decoder
+            if (kind := config.get_text_config().model_type) not in RUNNABLE:
+                return (
+                    f"it acts inside the decoder, which is possible for the kinds {', '.join(RUNNABLE)}, and this one "
+                    f"is {kind!r}."
+                )
         if getattr(reducer, "tile_grid", None) is not None:
             return (
                 "`tile_grid` tells apart the tiles of prompts that do not say which they are, and this family's units "

@@ -32,10 +32,11 @@ class Gemma3Family(EncodingFamily):
 
 
 class PaliGemmaFamily(EncodingFamily):
-    """A token is a patch, and positions begin at 1."""
+    """A token is a patch, positions begin at 1, and an answer does not belong to the prefix whose type is 0."""
 
     why_not_in_decoder = "it acts inside the decoder, where all of a prompt sees all of it, before and behind."
     takes_tensor = ("image",)
+    token_type_of_answers = 1
     first_position = 1
 
     def projected(self, model: PreTrainedModel, patches: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,7 @@ class Gemma4Family(EncodingFamily):
     why_not_in_decoder = (
         "it acts inside the decoder, whose layers read an embedding of each token of their own and share keys."
     )
+    unit_names = ("image", "video")
     has_dial = True
     reads_videos = True
 

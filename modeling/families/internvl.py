@@ -13,6 +13,7 @@ class InternVLFamily(EncodingFamily):
     """Frames of a video are images."""
 
     why_not_in_decoder = None
+    unit_names = ("tile", "frame")
     takes_tensor = ("image",)
 
     def pooled(

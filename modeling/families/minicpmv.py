@@ -17,6 +17,7 @@ class MiniCPMVFamily(EncodingFamily):
     Every tile and every frame of a video is a unit: which of them belong together is not among what the model gets.
     """
 
+    unit_names = ("image", "tile", "frame")
     has_dial = True
 
     def units(

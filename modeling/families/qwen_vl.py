@@ -21,6 +21,7 @@ class QwenVLFamily(EncodingFamily):
 
     reads_videos = True
     why_not_in_decoder = None
+    unit_names = ("image", "video")
 
     def units(self, model: PreTrainedModel, kind: str, output: ModelOutput, inputs: Mapping[str, Any]) -> KindUnits:
         """See [`EncodingFamily.units`]."""
@@ -43,9 +44,15 @@ class QwenVLFamily(EncodingFamily):
         given = {name: value for name, value in inputs.items() if "grid" in name and name != "second_per_grid_ts"}
         if inputs.get("second_per_grid_ts") is not None:
             given["second_per_grid_ts"] = inputs["second_per_grid_ts"]
-        axes, _ = model.base_model.get_rope_index(
-            input_ids, mm_token_type_ids=types, attention_mask=attention_mask, **given
-        )
+        try:
+            axes, _ = model.base_model.get_rope_index(
+                input_ids, mm_token_type_ids=types, attention_mask=attention_mask, **given
+            )
+        except StopIteration as error:
+            raise ValueError(
+                "`mm_token_type_ids` shows more images or videos than `image_grid_thw` and `video_grid_thw` have; the "
+                "processor writes them for each other."
+            ) from error
         return torch.cat([text[None], axes])
 
     def next_positions(self, position_ids: torch.Tensor) -> torch.Tensor:

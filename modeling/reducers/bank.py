@@ -75,17 +75,23 @@ class ReducerBank:
     ) -> None:
         self.config, self.controller, self.reducers, self.made = config, controller, reducers, made
 
-    def steps(self, reducer: ReducerSpec | None = None) -> list[Step]:
+    def steps(self, reducer: ReducerSpec | None = None, with_new_weights: bool = False) -> list[Step]:
         """
         What a stack (`None` is the configuration's) does one after another in one call. Nothing of the model changes,
-        and no random number is drawn.
+        and no random number is drawn, except for `with_new_weights`.
+
+        Args:
+            reducer: the stack.
+            with_new_weights: whether reducers get random weights, which are not kept, where the model has none.
 
         Raises:
             ValueError: if a name or a parameter is not known, the order is not that of the stages, or a reducer has
                 weights that the model does not have or that were made for other parameters.
         """
         entries = self.config.reducers if reducer is None else chosen_entries(reducer)
-        return stack_steps({name: self._looked_up(name, given) for name, given in map(named, entries)})
+        return stack_steps(
+            {name: self._looked_up(name, given, with_new_weights) for name, given in map(named, entries)}
+        )
 
     def set_reducer(self, reducer: ReducerSpec, **parameters: Any) -> None:
         """
@@ -147,6 +153,8 @@ class ReducerBank:
             _share_weights(name, known, module)
             return module
         if name in REDUCERS and REDUCERS[name].trained:
+            # What no model of this family can have says so first.
+            self._built_without_drawing(name, parameters)
             raise _missing_weights(name, parameters)
         # In training some draw their choice. A mode that is part of the key need not be changed under another call.
         key = (REDUCERS.get(name), repr(parameters), self.controller.training)

@@ -41,13 +41,13 @@ class ResamplerReducer(TokenReducer):
 
     def __init__(self, config: AdaVTPConfig, num_layers: int = 2, num_heads: int | None = None) -> None:
         super().__init__(config)
-        width = config.visual_width
+        width, num_queries = config.visual_width, config.num_patches
         num_heads = config.budget_heads if num_heads is None else num_heads
         if num_layers < 1:
             raise ValueError(f"`num_layers` is {num_layers}; at least 1 is needed.")
         if num_heads < 1 or width % num_heads:
             raise ValueError(f"`num_heads` is {num_heads}; it must divide {width}, the width of a patch feature.")
-        self.queries = nn.Embedding(config.num_patches, width)
+        self.queries = nn.Embedding(num_queries, width)
         # Whatever the embedding's initial scale, queries must differ as much as what they will read.
         self.query_norm = nn.LayerNorm(width)
         self.layers = nn.ModuleList(ResamplerLayer(width, num_heads) for _ in range(num_layers))

@@ -12,7 +12,8 @@ from typer.testing import CliRunner, Result
 from adavtp.command_line import app
 from adavtp.commands.presets import GALLERY_TEXT
 from adavtp.evaluation.report.sections import report_markdown
-from adavtp.modeling.reducers.base import REDUCERS
+from adavtp.modeling.families.adapters import ADAPTERS
+from adavtp.modeling.reducers.base import REDUCERS, STAGES
 from adavtp.tasks.digit_scenes import draw_scene
 
 # Brightness of a patch that none, one, ... and all four of the reference's decoder layers see.
@@ -96,6 +97,18 @@ def test_reducers_lists_every_one() -> None:
     assert {row["name"] for row in rows} == set(REDUCERS)
     table = run("reducers").output
     assert all(name in table for name in REDUCERS)
+
+
+def test_families_says_of_each_what_a_budget_is_for_and_why_a_reducer_is_refused() -> None:
+    rows = {row["name"]: row for row in json.loads(run("families", "--json").output)}
+    assert set(rows) == {"adavtp", *ADAPTERS}
+    assert rows["adavtp"]["stages"] == list(STAGES) and not rows["adavtp"]["refused"]
+    assert rows["llava_onevision"]["units"] == ["view", "tiles", "video"]
+    assert "acts inside a vision tower" in rows["qwen2_5_vl"]["refused"]["tome"]
+    printed = " ".join(run("families").output.split())
+    assert all(name in printed for name in rows)
+    # A reason that several families have is printed once, in words that fit all of them.
+    assert printed.count("It acts inside a vision tower, and this model's encoder runs as a whole") == 1
 
 
 def test_compare_writes_a_page_two_pictures_and_the_numbers_of_a_run_it_goes_on_with(tmp_path: Path) -> None:

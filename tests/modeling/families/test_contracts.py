@@ -1,8 +1,5 @@
 """What a budget promises holds for every family: against the stock class, and against prompts pruned by hand."""
 
-import os
-import subprocess
-import sys
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -10,35 +7,28 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, LlavaNextProcessor
+from transformers import LlavaNextProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from adavtp import AdaVTPForConditionalGeneration, AdaVTPProcessor
+from adavtp import AdaVTPProcessor
 from adavtp.modeling.decoder.loop import RUNNABLE
 from pruned_by_hand import HandPruned, language_inputs
 from tiny_families import (
     FAMILIES,
     MIXTURES,
+    QWEN,
     STATEFUL,
     VIDEO_FAMILIES,
     Writer,
     batch_of,
     budgeted,
+    ragged_prompts,
     stock_model,
     with_budget,
 )
 
 REFERENCE = Path(__file__).parents[3] / "hub_cards/adavtp-digits"
-TWO_IMAGES = ((2, 2), (1, 2))
-# OneVision tiles no image that comes with others.
-ALIKE = ((2, 2), (2, 2))
 IN_DECODER = [name for name in FAMILIES if stock_model(name).config.text_config.model_type in RUNNABLE]
-
-
-def prompts_of(name: str) -> list:
-    writer = Writer(name)
-    two = ALIKE if name == "llava_onevision" else TWO_IMAGES
-    return [writer.prompt(), writer.prompt(images=two), writer.prompt(images=())]
 
 
 def answers(name: str, prompts: list, side: str = "left", **arguments: object) -> list[list[int]]:
@@ -50,29 +40,24 @@ def answers(name: str, prompts: list, side: str = "left", **arguments: object) -
 @pytest.mark.parametrize("name", [*FAMILIES, *MIXTURES])
 def test_at_full_budget_logits_are_the_stock_class_s_to_the_bit(name: str) -> None:
     # Without padding: behind it, some families' stock forward counts positions from the padding on.
-    batch = batch_of(name, prompts_of(name)[1:2])
+    batch = batch_of(name, ragged_prompts(name)[1:2])
     with torch.no_grad():
         assert torch.equal(budgeted(name)(**batch, token_budget=1.0).logits, stock_model(name)(**batch).logits)
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *MIXTURES])
 def test_an_answer_is_the_stock_language_model_s_on_the_prompt_pruned_by_hand(name: str) -> None:
-    prompt = prompts_of(name)[1]
+    prompt = ragged_prompts(name)[1]
     selection = budgeted(name).select_tokens(**batch_of(name, [prompt]), token_budget=0.4, reducer="divprune")
     assert selection.num_keep.tolist() == [max(1, size * 2 // 5) for size in selection.sizes.tolist()]
     by_hand = HandPruned(name, prompt, selection.keep[selection.is_token])
     arguments = {"token_budget": 0.4, "reducer": "divprune"}
     assert answers(name, [prompt], **arguments) == [by_hand.greedy()]
-    if name != "paligemma2":  # whose stock class raises with a static cache
-        assert answers(name, [prompt], cache_implementation="static", **arguments) == [by_hand.greedy()]
-    assert answers(name, [prompt], use_cache=False, **arguments) == [by_hand.greedy()]
-    best = by_hand.beams(2)[0][0]
-    assert answers(name, [prompt], num_beams=2, **arguments) == [best]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_tokens_that_were_merged_are_read_where_their_targets_stood(name: str) -> None:
-    prompt = prompts_of(name)[0]
+    prompt = ragged_prompts(name)[0]
     batch = batch_of(name, [prompt])
     outputs = budgeted(name)(**batch, token_budget=0.5, reducer="pool")
     selection = outputs.selection
@@ -86,16 +71,17 @@ def test_tokens_that_were_merged_are_read_where_their_targets_stood(name: str) -
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_batch_gives_what_its_prompts_give_alone(name: str, side: str) -> None:
-    prompts, budgets = prompts_of(name), [0.4, 0.7, 1.0]
+    prompts, budgets = ragged_prompts(name), [0.4, 0.7, 1.0]
     together = answers(name, prompts, side, token_budget=budgets, reducer="cls_attention")
     pairs = zip(prompts, budgets, strict=True)
     alone = [answers(name, [prompt], token_budget=b, reducer="cls_attention")[0] for prompt, b in pairs]
     assert together == alone
 
 
-@pytest.mark.parametrize("name", [name for name in VIDEO_FAMILIES if name != "glm4v"])
+@pytest.mark.parametrize("name", VIDEO_FAMILIES)
 def test_a_video_is_a_unit_or_its_frames_are_beside_images(name: str) -> None:
-    prompt = Writer(name).prompt(images=((2, 2),), videos=((3, 2, 2),))
+    images = ((2, 2),) if name != "glm4v" else ()
+    prompt = Writer(name).prompt(images=images, videos=((3, 2, 2),))
     selection = budgeted(name).select_tokens(**batch_of(name, [prompt]), token_budget=0.5, reducer="grid")
     frames = [4, 4, 4] if name == "minicpmv4_6" else [12]
     assert selection.sizes.tolist()[-len(frames) :] == frames
@@ -103,30 +89,22 @@ def test_a_video_is_a_unit_or_its_frames_are_beside_images(name: str) -> None:
     assert answers(name, [prompt], token_budget=0.5, reducer="grid") == [by_hand.greedy()]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_later_turn_reads_what_was_pruned_before(name: str) -> None:
-    model, writer = budgeted(name), Writer(name)
-    first, later = writer.prompt(), writer.prompt(images=(), begins=False)
-    arguments = {"max_new_tokens": 3, "do_sample": False}
-    cut = model.select_tokens(**batch_of(name, [first]), token_budget=0.4, reducer="grid")
-    begun = model.generate(
-        **batch_of(name, [first]), token_budget=0.4, reducer="grid", return_dict_in_generate=True, **arguments
-    )
-    # Another conversation in between leaves nothing on the model.
-    model.generate(**batch_of(name, prompts_of(name)[1:2]), token_budget=0.6, reducer="grid", **arguments)
-    answer = begun.sequences[0, len(first.ids) :].tolist()
-    whole = first + answer + later
-    ids = torch.tensor([whole.ids])
-    types = {key: value for key, value in batch_of(name, [whole]).items() if key.endswith("token_type_ids")}
-    written = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        past_key_values=begun.past_key_values,
-        **types,
-        **arguments,
-    )
-    expected = HandPruned(name, whole, cut.keep[cut.is_token]).greedy(3)
-    assert written[0, len(whole.ids) :].tolist() == expected
+def test_glm_does_not_take_images_and_videos_in_one_call() -> None:
+    # Its stock class counts the placeholders of both against the features of each.
+    batch = batch_of("glm4v", [Writer("glm4v").prompt(images=((2, 2),), videos=((3, 2, 2),))])
+    with pytest.raises(ValueError, match="Image features and image tokens do not match"):
+        stock_model("glm4v")(**batch)
+    with pytest.raises(ValueError, match="`pixel_values` and `pixel_values_videos` were given in one call"):
+        budgeted("glm4v")(**batch, token_budget=0.5)
+
+
+@pytest.mark.parametrize("name", QWEN)
+def test_fewer_images_than_a_prompt_shows_are_an_error_in_words(name: str) -> None:
+    prompt = Writer(name).prompt(images=((2, 2), (2, 2)))
+    batch = batch_of(name, [prompt]) | {"pixel_values": prompt.images[0]["pixel_values"]}
+    batch["image_grid_thw"] = batch["image_grid_thw"][:1]
+    with pytest.raises(ValueError, match="`mm_token_type_ids` shows more images or videos than `image_grid_thw`"):
+        budgeted(name)(**batch, token_budget=0.5)
 
 
 @pytest.mark.parametrize("name", STATEFUL)
@@ -160,7 +138,7 @@ def test_where_a_decoder_keeps_a_state_turns_of_a_batch_are_right_or_refused(nam
 @pytest.mark.parametrize("name", FAMILIES)
 def test_both_forms_of_training_have_one_loss_and_every_trained_part_a_gradient(name: str) -> None:
     model = with_budget(name).train()
-    batch = batch_of(name, prompts_of(name)[:2])
+    batch = batch_of(name, ragged_prompts(name)[:2])
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     labels[:, :-4] = -100
     arguments, losses = {"labels": labels, "token_budget": 0.5, "reducer": "adaptive"}, {}
@@ -181,7 +159,7 @@ def test_both_forms_of_training_have_one_loss_and_every_trained_part_a_gradient(
 
 @pytest.mark.parametrize("name", IN_DECODER)
 def test_fastv_leaves_in_the_decoder_what_it_leaves_alone(name: str) -> None:
-    prompts, arguments = prompts_of(name), {"reducer": {"name": "fastv", "layer": 2}}
+    prompts, arguments = ragged_prompts(name), {"reducer": {"name": "fastv", "layer": 2}}
     selection = budgeted(name)(**batch_of(name, prompts[:1]), token_budget=0.75, **arguments).selection
     depth = selection.depth[selection.is_token]
     assert set(depth.tolist()) == {2, 4} and depth.sum() == int(0.75 * len(depth)) * 4
@@ -198,35 +176,7 @@ def test_fastv_leaves_in_the_decoder_what_it_leaves_alone(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in IN_DECODER])
 def test_where_the_loop_cannot_run_a_decoder_a_reducer_inside_it_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="'fastv' cannot act on a .* it acts inside the decoder"):
-        budgeted(name)(**batch_of(name, prompts_of(name)[:1]), token_budget=0.5, reducer="fastv")
-
-
-@pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl", "gemma3"])
-def test_a_stock_checkpoint_loads_saves_with_its_code_and_stays_its_family_s(name: str, tmp_path: Path) -> None:
-    stock_model(name).save_pretrained(tmp_path / "stock")
-    model = AdaVTPForConditionalGeneration.from_pretrained(tmp_path / "stock", dtype=torch.float64)
-    model.save_pretrained(tmp_path / "ours")
-    batch = batch_of(name, prompts_of(name)[:1])
-    with torch.no_grad():
-        pruned = model(**batch, token_budget=0.4, reducer="grid").logits
-        stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "ours", dtype=torch.float64)
-        assert type(stock) is type(stock_model(name))
-        assert torch.equal(stock(**batch).logits, model(**batch, token_budget=1.0).logits)
-    torch.save({"batch": batch, "pruned": pruned}, tmp_path / "expected.pt")
-    code = (
-        "import sys, torch\n"
-        "from transformers import AutoModelForImageTextToText\n"
-        f"folder = {str(tmp_path)!r}\n"
-        "model = AutoModelForImageTextToText.from_pretrained(\n"
-        "    folder + '/ours', trust_remote_code=True, dtype=torch.float64\n"
-        ")\n"
-        "expected = torch.load(folder + '/expected.pt')\n"
-        "logits = model(**expected['batch'], token_budget=0.4, reducer='grid').logits\n"
-        "assert torch.equal(logits, expected['pruned']) and 'adavtp' not in sys.modules\n"
-    )
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment, timeout=120)
+        budgeted(name)(**batch_of(name, ragged_prompts(name)[:1]), token_budget=0.5, reducer="fastv")
 
 
 def test_an_image_and_a_question_go_into_the_family_s_own_chat_template() -> None:
@@ -260,14 +210,14 @@ def test_an_image_and_a_question_go_into_the_family_s_own_chat_template() -> Non
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "internvl"])
 def test_gaps_are_closed_where_positions_have_one_axis_and_refused_elsewhere(name: str) -> None:
-    model, batch = with_budget(name, visual_position_ids="compact"), batch_of(name, prompts_of(name)[:1])
+    model, batch = with_budget(name, visual_position_ids="compact"), batch_of(name, ragged_prompts(name)[:1])
     arguments = {"token_budget": 0.4, "reducer": "grid"}
     if name == "qwen2_5_vl":
         with pytest.raises(ValueError, match="'compact', and this family's positions have axes"):
             model(**batch, **arguments)
         return
     selection = model.select_tokens(**batch, **arguments)
-    by_hand = HandPruned(name, prompts_of(name)[0], selection.keep[selection.is_token])
+    by_hand = HandPruned(name, ragged_prompts(name)[0], selection.keep[selection.is_token])
     given = language_inputs(stock_model(name), batch)
     with torch.no_grad():
         embeds = given["inputs_embeds"][:, by_hand.keep]
