@@ -390,6 +390,7 @@ class FamilyModelMixin(
             policy=policy,
             compact=self.config.visual_position_ids == "compact",
             deepstack=deepstack,
+            blocks=None if policy is None else self.family.blocks(self.config, input_ids),
             **kwargs,
         )
         rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

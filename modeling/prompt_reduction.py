@@ -61,10 +61,10 @@ class PromptReductionMixin:
         """See [`ReducerBank.steps`]; a `ValueError` if one of them cannot act on this family, with the reason."""
         return self._possible(self.bank.steps(reducer))
 
-    def why_not(self, reducer: ReducerSpec) -> str | None:
+    def why_not(self, reducer: ReducerSpec | None = None) -> str | None:
         """
-        Why a reducer, or a stack, cannot act on this model, in the words of the error that a call would raise; `None`
-        if it can. One that has weights to learn can, once it has them.
+        Why a reducer, or a stack (`None` is the configuration's), cannot act on this model, in the words of the error
+        that a call would raise; `None` if it can. One that has weights to learn can, once it has them.
         """
         try:
             with torch.random.fork_rng(devices=[]):
