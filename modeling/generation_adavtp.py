@@ -31,6 +31,7 @@ from .decoder.pruned_cache import (
     pruned_cache,
 )
 from .evaluation_mode import evaluating
+from .families.encoded import KINDS
 from .prompt import PreparedInputs, Prompt, check_columns
 
 if TYPE_CHECKING:
@@ -273,7 +274,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
         # `GenerationConfig` takes any name and keeps its value, so a default in generation_config.json is there. Only
         # for images: pipelines call this as well, without inputs, and would hand a budget to the processor.
         default = getattr(generation_config, "token_budget", None)
-        if default is not None and model_kwargs.get("pixel_values") is not None:
+        if default is not None and any(model_kwargs.get(pixels) is not None for pixels in KINDS.values()):
             model_kwargs.setdefault("token_budget", default)
         return generation_config, model_kwargs
 

@@ -10,10 +10,19 @@ import torch
 from adavtp.evaluation.family_table import family_table, support
 from adavtp.modeling.reducers.base import REDUCERS
 from pruned_by_hand import HandPruned, visual_tokens
-from tiny_families import FAMILIES, VIDEO_FAMILIES, Prompt, Writer, batch_of, budgeted, ragged_prompts, stock_model
+from tiny_families import (
+    FAMILIES,
+    IN_DECODER,
+    VIDEO_FAMILIES,
+    Prompt,
+    Writer,
+    batch_of,
+    budgeted,
+    ragged_prompts,
+    stock_model,
+)
 
 NUM_NEW_TOKENS = 2
-IN_DECODER = [name for name in FAMILIES if name not in ("glm4v", "gemma3", "paligemma", "paligemma2")]
 # Where the default cannot act, or changes hidden states inside the decoder, which cannot be done by hand.
 OTHERWISE = {
     "prumerge": {"attention": "per_head"},
