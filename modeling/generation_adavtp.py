@@ -334,6 +334,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
                 "encoded already. Pass one of them."
             )
         if encoded is not None:
+            reader.refuse_budget_of_encoded(token_budget, reducer)
             # Expanding for beams, transformers would change the caller's.
             model_kwargs["mm_encoder_outputs"] = {name: copy(output) for name, output in encoded.items()}
         if is_text and past_length == 0 and input_ids.shape[1] > 0 and embeds is None and not encoded:

@@ -1,5 +1,6 @@
 """Every mode of `generate` gives, below the full budget, what the stock language model says of hand-pruned prompts."""
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -302,3 +303,19 @@ def test_a_default_in_the_generation_config_is_for_videos_too(name: str) -> None
     outputs = generated(name, [prompt], None, generation_config=config)
     assert outputs.selection.num_keep.tolist() == [6]
     assert outputs.answers == [pruned_alike(name, prompt, token_budget=0.5, reducer="divprune").greedy()]
+
+
+@every_family
+def test_images_that_are_encoded_already_are_answered_whole(name: str) -> None:
+    model, batch = budgeted(name), batch_of(name, ragged_prompts(name)[:1])
+    expected = generated(name, ragged_prompts(name)[:1], 1.0)
+    encoder = model.base_model.get_image_features
+    given = {key: value for key, value in batch.items() if key in inspect.signature(encoder).parameters}
+    encoded = {"image": encoder(**given, return_dict=True)}
+    batch.pop("pixel_values")
+    options = {"do_sample": False, "max_new_tokens": NUM_NEW_TOKENS}
+    answer = model.generate(**batch, mm_encoder_outputs=encoded, **options)
+    assert torch.equal(answer, expected.sequences)
+    for call in (model.generate, model):
+        with pytest.raises(ValueError, match="`token_budget` is 0.4 and `mm_encoder_outputs` was given"):
+            call(**batch, mm_encoder_outputs=encoded, token_budget=0.4)
