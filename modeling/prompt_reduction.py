@@ -288,6 +288,19 @@ class PromptReductionMixin:
                     "change it. Set it in the configuration before the model is built."
                 )
 
+    @staticmethod
+    def refuse_budget_of_encoded(token_budget: StackBudget | None, reducer: ReducerSpec | None) -> None:
+        """
+        Raises:
+            ValueError: if a budget or a reducer is given for images that come encoded, of which nothing is dropped.
+        """
+        for name, value in (("token_budget", token_budget), ("reducer", reducer)):
+            if value is not None:
+                raise ValueError(
+                    f"`{name}` is {value!r} and `mm_encoder_outputs` was given, whose features are encoded and "
+                    "reduced already. Pass pixels to have some of their tokens dropped."
+                )
+
     def check_labels_of_choice(self, prompt: Prompt, schedule: BudgetSchedule, prepared: PreparedInputs) -> None:
         """
         Warns if a prompt's labels leave no question to choose by.

@@ -11,10 +11,10 @@ from transformers import LlavaNextProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from adavtp import AdaVTPProcessor
-from adavtp.modeling.decoder.loop import RUNNABLE
 from pruned_by_hand import HandPruned, language_inputs
 from tiny_families import (
     FAMILIES,
+    IN_DECODER,
     MIXTURES,
     QWEN,
     STATEFUL,
@@ -28,7 +28,6 @@ from tiny_families import (
 )
 
 REFERENCE = Path(__file__).parents[3] / "hub_cards/adavtp-digits"
-IN_DECODER = [name for name in FAMILIES if stock_model(name).config.text_config.model_type in RUNNABLE]
 
 
 def answers(name: str, prompts: list, side: str = "left", **arguments: object) -> list[list[int]]:
@@ -171,12 +170,6 @@ def test_fastv_leaves_in_the_decoder_what_it_leaves_alone(name: str) -> None:
     assert together == answers(
         name, prompts, token_budget=[0.75, 0.6, 1.0], cache_implementation="static", **arguments
     )
-
-
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in IN_DECODER])
-def test_where_the_loop_cannot_run_a_decoder_a_reducer_inside_it_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="'fastv' cannot act on a .* it acts inside the decoder"):
-        budgeted(name)(**batch_of(name, ragged_prompts(name)[:1]), token_budget=0.5, reducer="fastv")
 
 
 def test_an_image_and_a_question_go_into_the_family_s_own_chat_template() -> None:

@@ -9,6 +9,7 @@ from transformers import DynamicCache
 from pruned_by_hand import HandPruned, kept_of
 from tiny_families import (
     FAMILIES,
+    IN_DECODER,
     STATEFUL,
     VIDEO_FAMILIES,
     Batch,
@@ -20,7 +21,7 @@ from tiny_families import (
     stock_model,
 )
 
-NUM_NEW_TOKENS = 3
+NUM_NEW_TOKENS, NUM_LAYERS = 3, 4
 AS_DICTIONARY = {
     "max_new_tokens": NUM_NEW_TOKENS,
     "do_sample": False,
@@ -37,10 +38,11 @@ every_family = pytest.mark.parametrize("name", FAMILIES)
 class Conversation:
     """One conversation with a model, and by its side what was pruned of it by hand."""
 
-    def __init__(self, name: str, seed: int = 1, whole: bool = True) -> None:
-        self.name, self.writer, self.whole = name, Writer(name, seed), whole
+    def __init__(self, name: str, seed: int = 1, whole: bool = True, reducer: str = "divprune") -> None:
+        self.name, self.writer, self.whole, self.reducer = name, Writer(name, seed), whole, reducer
         self.cache = DynamicCache(config=stock_model(name).config.get_text_config())
-        self.so_far, self.keep, self.num_prefix = Prompt([]), torch.zeros(0, dtype=torch.bool), None
+        self.so_far, self.num_prefix = Prompt([]), None
+        self.keep, self.depth = torch.zeros(0, dtype=torch.bool), torch.zeros(0, dtype=torch.long)
 
     def turn(self, images: tuple = NONE, videos: tuple = (), token_budget: Any = 0.4) -> None:
         """Says something, and compares answer and logits."""
@@ -48,16 +50,23 @@ class Conversation:
         num_old = int(self.cache.get_seq_length()) and len(self.so_far.ids) - 1
         self.so_far = self.so_far + turn
         self.num_prefix = self.num_prefix or len(turn.ids)
-        self.keep = torch.cat([self.keep, kept_of(self.name, turn, token_budget=token_budget, **HOW)])
+        how = {"token_budget": token_budget, "reducer": self.reducer}
+        keep = kept_of(self.name, turn, **how)
         outputs = budgeted(self.name).generate(
             **self._inputs(turn, 0 if self.whole else num_old),
             past_key_values=self.cache,
-            token_budget=token_budget,
             **AS_DICTIONARY,
-            **HOW,
+            **how,
         )
+        depth = torch.full((int(keep.sum()),), NUM_LAYERS)
+        if outputs.selection is not None and outputs.selection.depth is not None:
+            # What leaves inside the decoder depends on the turns before.
+            depth = outputs.selection.depth[outputs.selection.is_token]
+            assert int(depth.sum()) == int(token_budget * len(depth)) * NUM_LAYERS
+        self.keep, self.depth = torch.cat([self.keep, keep]), torch.cat([self.depth, depth])
         answer = outputs.sequences[0, -NUM_NEW_TOKENS:].tolist()
-        reference = HandPruned(self.name, self.so_far, self.keep, num_prefix=self.num_prefix)
+        depth = self.depth if int(self.depth.sum()) < NUM_LAYERS * len(self.depth) else None
+        reference = HandPruned(self.name, self.so_far, self.keep, num_prefix=self.num_prefix, depth=depth)
         logits = torch.cat(outputs.logits)[:NUM_NEW_TOKENS]
         torch.testing.assert_close(logits, reference.logits_along(answer).float(), **close_to(self.name))
         assert answer == reference.greedy(NUM_NEW_TOKENS)
@@ -78,6 +87,14 @@ def test_images_in_a_later_turn_are_pruned_and_read_behind_what_was_pruned_befor
     conversation.turn(TWO, token_budget=0.6)
     conversation.turn(NONE)
     conversation.turn(ONE, token_budget=0.2)
+
+
+@pytest.mark.parametrize("name", IN_DECODER)
+def test_what_left_inside_the_decoder_stays_away_in_later_turns(name: str) -> None:
+    conversation = Conversation(name, reducer="fastv")
+    conversation.turn(ONE, token_budget=0.75)
+    conversation.turn(NONE, token_budget=0.75)
+    conversation.turn(ONE, token_budget=0.5)
 
 
 @every_family

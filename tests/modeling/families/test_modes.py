@@ -1,7 +1,9 @@
 """Every mode of `generate` gives, below the full budget, what the stock language model says of hand-pruned prompts."""
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import cache
 from typing import Any
 
@@ -10,11 +12,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, PreTrainedModel, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from adavtp import BudgetState
 from pruned_by_hand import NUM_NEW_TOKENS, HandPruned, pruned_alike, said
 from tiny_families import (
     FAMILIES,
     PAD,
     STATEFUL,
+    VIDEO_FAMILIES,
     VOCAB_SIZE,
     Prompt,
     Writer,
@@ -283,3 +287,44 @@ def test_a_streamer_gets_the_full_prompt_and_then_every_token(name: str) -> None
     streamer = Collector()
     outputs = generated(name, ragged_prompts(name)[:1], streamer=streamer)
     assert streamer.received == outputs.sequences[0].tolist() and streamer.ended
+
+
+@every_family
+def test_a_budget_processor_decides_for_each_prompt(name: str) -> None:
+    states: list[BudgetState] = []
+
+    def as_by_hand(input_ids: torch.Tensor, budget: torch.Tensor, state: BudgetState) -> list[float]:
+        states.append(state)
+        return BUDGETS
+
+    prompts = ragged_prompts(name)
+    assert generated(name, prompts, 1.0, budget_processor=[as_by_hand]).answers == greedy(name)
+    (state,) = states
+    assert state.prompt_length.tolist() == [len(prompt.ids) for prompt in prompts]
+    units = [len(budgeted(name).select_tokens(**batch_of(name, [prompt])).sizes) for prompt in prompts[:2]]
+    assert state.num_images.tolist() == [*units, 0]
+
+
+@pytest.mark.parametrize("name", VIDEO_FAMILIES)
+def test_a_default_in_the_generation_config_is_for_videos_too(name: str) -> None:
+    prompt, config = Writer(name).prompt(images=(), videos=((3, 2, 2),)), deepcopy(budgeted(name).generation_config)
+    config.token_budget = 0.5
+    outputs = generated(name, [prompt], None, generation_config=config)
+    assert outputs.selection.num_keep.tolist() == [6]
+    assert outputs.answers == [pruned_alike(name, prompt, token_budget=0.5, reducer="divprune").greedy()]
+
+
+@every_family
+def test_images_that_are_encoded_already_are_answered_whole(name: str) -> None:
+    model, batch = budgeted(name), batch_of(name, ragged_prompts(name)[:1])
+    expected = generated(name, ragged_prompts(name)[:1], 1.0)
+    encoder = model.base_model.get_image_features
+    given = {key: value for key, value in batch.items() if key in inspect.signature(encoder).parameters}
+    encoded = {"image": encoder(**given, return_dict=True)}
+    batch.pop("pixel_values")
+    options = {"do_sample": False, "max_new_tokens": NUM_NEW_TOKENS}
+    answer = model.generate(**batch, mm_encoder_outputs=encoded, **options)
+    assert torch.equal(answer, expected.sequences)
+    for call in (model.generate, model):
+        with pytest.raises(ValueError, match="`token_budget` is 0.4 and `mm_encoder_outputs` was given"):
+            call(**batch, mm_encoder_outputs=encoded, token_budget=0.4)

@@ -12,6 +12,7 @@ from adavtp.modeling.reducers.base import REDUCERS
 from pruned_by_hand import HandPruned, visual_tokens
 from tiny_families import (
     FAMILIES,
+    IN_DECODER,
     TILED,
     VIDEO_FAMILIES,
     Prompt,
@@ -23,8 +24,6 @@ from tiny_families import (
 )
 
 NUM_NEW_TOKENS = 2
-NOT_IN_DECODER = ("glm4v", "gemma4", "minicpmv4_6", "paligemma", "paligemma2", "qwen3_5")
-IN_DECODER = [name for name in FAMILIES if name not in NOT_IN_DECODER]
 # Where the default cannot act, or changes hidden states inside the decoder, which cannot be done by hand.
 OTHERWISE = {
     "prumerge": {"attention": "per_head"},
