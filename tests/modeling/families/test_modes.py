@@ -310,7 +310,7 @@ def test_a_default_in_the_generation_config_is_for_videos_too(name: str) -> None
     prompt, config = Writer(name).prompt(images=(), videos=((3, 2, 2),)), deepcopy(budgeted(name).generation_config)
     config.token_budget = 0.5
     outputs = generated(name, [prompt], None, generation_config=config)
-    assert outputs.selection.num_keep.tolist() == [6]
+    assert int(outputs.selection.num_keep.sum()) == 6
     assert outputs.answers == [pruned_alike(name, prompt, token_budget=0.5, reducer="divprune").greedy()]
 
 
