@@ -7,6 +7,7 @@ an ordinary prompt with fewer placeholders and as many features.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -275,6 +276,11 @@ class AdaVTPGenerationMixin(GenerationMixin):
             model_kwargs.setdefault("token_budget", default)
         return generation_config, model_kwargs
 
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        # PEFT puts a `prepare_inputs_for_generation` of its own in the place of ours, whose names are not in it.
+        own = ("pruned_prompt", "budget_processor")
+        super()._validate_model_kwargs({name: value for name, value in model_kwargs.items() if name not in own})
+
     def _expand_inputs_for_generation(
         self,
         expand_size: int = 1,
@@ -319,22 +325,33 @@ class AdaVTPGenerationMixin(GenerationMixin):
         past_length = 0 if cache is None else int(cache.get_seq_length())
         earlier = pruned_cache(cache).prompt if past_length else None
         is_text = images is None and earlier is None
-        if is_text and past_length == 0 and input_ids.shape[1] > 0:
+        embeds, encoded = model_kwargs.get("inputs_embeds"), model_kwargs.get("mm_encoder_outputs")
+        if encoded is not None and images is not None:
+            raise ValueError(
+                "`pixel_values` and `mm_encoder_outputs` were both given; the second are the features of the first, "
+                "encoded already. Pass one of them."
+            )
+        if encoded is not None:
+            # Expanding for beams, transformers would change the caller's.
+            model_kwargs["mm_encoder_outputs"] = {name: copy(output) for name, output in encoded.items()}
+        if is_text and past_length == 0 and input_ids.shape[1] > 0 and embeds is None and not encoded:
             # A placeholder without an image is refused.
             reader.refuse_placeholders(input_ids)
-        has_embeds = model_kwargs.get("inputs_embeds") is not None
-        if is_text and (past_length or has_embeds or not _ends_in_padding(model_kwargs.get("attention_mask"))):
+        if is_text and (past_length or not _ends_in_padding(model_kwargs.get("attention_mask"))):
             return model_kwargs, PrunedCache()
-        if has_embeds:
+        if embeds is not None and past_length:
             raise ValueError(
-                "`inputs_embeds` was given with images, in this turn or an earlier one; images are placed by the "
-                "placeholder tokens in `input_ids`, so pass that."
+                "`inputs_embeds` was given with a `past_key_values` that holds an image, or with an image for a later "
+                "turn; which columns of the conversation are new is told by `input_ids`, so pass that."
             )
-        new = new_columns(input_ids, model_kwargs, past_length, earlier)
+        ids = input_ids if embeds is None else reader.ids_of_embeds(embeds)
+        new = new_columns(ids, model_kwargs, past_length, earlier)
         new = reader.with_own_positions(new, images, model_kwargs) if past_length else new
         _require_whole_windows(self.config.get_text_config(), new)
         token_types = reader.token_types_of(model_kwargs, new.input_ids.shape[1])
-        prompt = Prompt(new.input_ids, new.attention_mask, new.position_ids, token_types=token_types)
+        prompt = Prompt(
+            new.input_ids, new.attention_mask, new.position_ids, token_types=token_types, inputs_embeds=embeds
+        )
         prepared = PreparedInputs(reader.padded_on_the_left(prompt))
         if images is not None:
             if processors:
@@ -343,6 +360,8 @@ class AdaVTPGenerationMixin(GenerationMixin):
                 schedule = reader.resolve_budget(token_budget, reducer, len(input_ids))
             # The mask form is for training; in a cache its hidden columns would cost what they cost unpruned.
             prepared = reader.prepare_inputs(prepared.prompt, images, schedule, "gather")
+        if embeds is not None:
+            model_kwargs["inputs_embeds"] = prepared.prompt.inputs_embeds
         pruned = reader.pruned_prompt(new, prepared, input_ids.shape[1])
         return model_kwargs, PrunedCache(pruned, policy=prepared.policy)
 
@@ -454,10 +473,13 @@ class AdaVTPGenerationMixin(GenerationMixin):
             position_ids = pruned.positions_with(answer.shape[1])
             if is_first_iteration or past_key_values is None:
                 input_ids, next_sequence_length = torch.cat([pruned.input_ids, answer], dim=1), None
+                if inputs_embeds is not None:
+                    inputs_embeds = torch.cat([inputs_embeds, self.get_input_embeddings()(answer)], dim=1)
                 position_ids = torch.cat([pruned.position_ids, position_ids], dim=-1)
                 kinds = self.family.kinds(self.config, answer)
                 embed, as_tensor = self.get_input_embeddings(), self.family.takes_tensor
-                kwargs["mm_encoder_outputs"] = pruned.encoder_outputs(answer, kinds, embed, as_tensor)
+                encoded = pruned.encoder_outputs(answer, kinds, embed, as_tensor)
+                kwargs |= {} if encoded is None else {"mm_encoder_outputs": encoded}
                 # The loop's are those of the caller's prompt and of what was generated.
                 for name, columns in pruned.token_types.items():
                     behind = kwargs[name][:, kwargs[name].shape[1] - answer.shape[1] :]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import wraps
 from os import PathLike
 from types import MethodType
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from transformers.conversion_mapping import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
 from .budget.schedule import StackBudget
@@ -41,6 +41,7 @@ from .prompt import (
     check_columns,
     count_positions,
     of_columns,
+    rows_to_keep,
     without_first_labels,
 )
 from .prompt_reduction import PromptReductionMixin
@@ -133,12 +134,13 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
         self.add_budget_modules()
         self.post_init()
 
+    @can_return_tuple
     def get_image_features(
         self,
         pixel_values: torch.Tensor | BaseModelOutputWithPooling,
         token_budget: StackBudget | None = None,
         reducer: ReducerSpec | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """
         The visual features that the decoder gets of images without a question.
@@ -147,14 +149,31 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
             pixel_values: `[num_images, channels, height, width]`; or what this method returned, which it passes on:
                 the family's forward asks here for the features of images that were chosen from already.
             token_budget, reducer: see [`AdaVTPForConditionalGeneration.forward`]; one budget, or one per image.
+            kwargs: as in [`LlavaModel.get_image_features`]; `output_hidden_states` and `output_attentions` are those
+                of the tower for the whole images.
 
         Returns:
-            `BaseModelOutputWithPooling` with `pooler_output`, a list of `[K, text_hidden_size]` for each image.
+            `BaseModelOutputWithPooling` with `pooler_output`, a list of `[K, text_hidden_size]` for each image. Where
+            all tokens are kept it is what [`LlavaModel`] returns; otherwise the tower's own states are in it only if
+            they were asked for.
+
+        Raises:
+            ValueError: if the budget or the reducer is not allowed, or other features of the tower are asked for than
+                those that tokens are chosen by.
         """
         if isinstance(pixel_values, BaseModelOutputWithPooling):
             return pixel_values
         schedule = self.resolve_budget(token_budget, reducer, len(pixel_values))
-        return BaseModelOutputWithPooling(pooler_output=self.features_of_images(pixel_values, schedule))
+        if self.keeps_whole_images(len(pixel_values), schedule):
+            return super().get_image_features(pixel_values, **kwargs, return_dict=True)
+        self.refuse_other_features(kwargs)
+        fields, asked = self.config.vision_config, ("output_hidden_states", "output_attentions")
+        if any(kwargs.get(name, getattr(fields, name, False)) for name in asked):
+            outputs = super().get_image_features(pixel_values, **kwargs, return_dict=True)
+        else:
+            outputs = BaseModelOutputWithPooling()
+        outputs.pooler_output = self.features_of_images(pixel_values, schedule)
+        return outputs
 
     @can_return_tuple
     def forward(
@@ -171,28 +190,33 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
         reducer: ReducerSpec | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         caller_targets: torch.LongTensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> AdaVTPModelOutputWithPast:
         """See [`AdaVTPForConditionalGeneration.forward`]; returns hidden states in place of logits."""
         if pixel_values is not None and len(pixel_values) == 0:
             pixel_values = None
-        self._check_inputs(
-            input_ids, pixel_values, position_ids, past_key_values, inputs_embeds, labels, caller_targets
-        )
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` has to be given.")
+        if pixel_values is not None and input_ids is None:
+            input_ids = self.ids_of_embeds(inputs_embeds)
+        if input_ids is not None:
+            check_columns(input_ids, labels, position_ids, caller_targets)
+        if pixel_values is not None:
+            _check_images_are_new(mm_encoder_outputs, past_key_values)
         self.refuse_other_features(kwargs)
         encoded = None if mm_encoder_outputs is None else mm_encoder_outputs.get("image")
         policy, selection, pruned, column = pending_policy(past_key_values), None, None, None
         if pixel_values is not None:
             schedule = self.resolve_budget(token_budget, reducer, len(input_ids))
             new = NewColumns.of_prompt(input_ids, attention_mask, position_ids)
-            prompt = Prompt(input_ids, new.attention_mask, new.position_ids, labels)
+            prompt = Prompt(input_ids, new.attention_mask, new.position_ids, labels, inputs_embeds=inputs_embeds)
             if labels is None and caller_targets is not None:
                 prompt = prompt.with_caller_targets(caller_targets)
             prepared = self.prepare_inputs(prompt, pixel_values, schedule, selection_output)
             self.check_labels_of_choice(prompt, schedule, prepared)
             input_ids, attention_mask = prepared.prompt.input_ids, prepared.prompt.attention_mask
             position_ids, labels = prepared.prompt.position_ids, prepared.prompt.labels
-            column = prepared.prompt.column
+            column, inputs_embeds = prepared.prompt.column, prepared.prompt.inputs_embeds
             encoded = prepared.visual.encoder_outputs()["image"]
             selection, policy = prepared.selection, prepared.policy
             pruned = self.pruned_prompt(new, prepared, new.num_columns)
@@ -203,8 +227,10 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
                 attention_mask, position_ids = behind_cache(input_ids, attention_mask, position_ids, past_key_values)
             if labels is not None and attention_mask is not None:
                 labels = without_first_labels(labels, attention_mask)
+        # Embeddings of a prompt with images hold the images' already.
+        to_place = None if pixel_values is not None and inputs_embeds is not None else encoded
         outputs = self._decode(
-            input_ids, encoded, inputs_embeds, policy, attention_mask, position_ids, past_key_values, kwargs
+            input_ids, to_place, inputs_embeds, policy, attention_mask, position_ids, past_key_values, kwargs
         )
         if pruned is not None and outputs.past_key_values is not None:
             pruned_cache(outputs.past_key_values).prompt = pruned.on_cache()
@@ -266,33 +292,6 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
             **kwargs,
         )
 
-    def _check_inputs(
-        self,
-        input_ids: torch.LongTensor | None,
-        pixel_values: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        past_key_values: Cache | None,
-        inputs_embeds: torch.Tensor | None,
-        labels: torch.Tensor | None,
-        caller_targets: torch.Tensor | None,
-    ) -> None:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` has to be given.")
-        if input_ids is not None:
-            check_columns(input_ids, labels, position_ids, caller_targets)
-        if pixel_values is not None and input_ids is None:
-            raise ValueError(
-                "`pixel_values` was given with `inputs_embeds`; images are placed by the placeholder tokens in "
-                "`input_ids`, so pass that, or put the visual embeddings into `inputs_embeds` and leave images out. "
-                "(PEFT's prompt tuning passes embeddings; use LoRA or IA3.)"
-            )
-        if pixel_values is not None and past_key_values is not None and past_key_values.get_seq_length() > 0:
-            raise ValueError(
-                "`pixel_values` was given with a `past_key_values` that already holds tokens; to show an image in a "
-                "later turn call `generate`, which knows which columns the cache holds. (PEFT's prefix tuning fills a "
-                "cache; use LoRA or IA3.)"
-            )
-
     def _text_embeds(
         self,
         input_ids: torch.LongTensor,
@@ -312,6 +311,20 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
             return None
         zero = self.zero_of_a_blank_image(input_ids, schedule)
         return self.get_input_embeddings()(input_ids) + zero
+
+
+def _check_images_are_new(mm_encoder_outputs: Any, past_key_values: Cache | None) -> None:
+    if mm_encoder_outputs is not None:
+        raise ValueError(
+            "`pixel_values` and `mm_encoder_outputs` were both given; the second are the features of the first, "
+            "encoded already. Pass one of them."
+        )
+    if past_key_values is not None and past_key_values.get_seq_length() > 0:
+        raise ValueError(
+            "`pixel_values` was given with a `past_key_values` that already holds tokens; to show an image in a "
+            "later turn call `generate`, which knows which columns the cache holds. (PEFT's prefix tuning fills a "
+            "cache; use LoRA or IA3.)"
+        )
 
 
 def _telling_targets(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -443,7 +456,7 @@ class AdaVTPForConditionalGeneration(AdaVTPPreTrainedModel, AdaVTPGenerationMixi
         pixel_values: torch.Tensor,
         token_budget: StackBudget | None = None,
         reducer: ReducerSpec | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """See [`AdaVTPModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, token_budget, reducer, **kwargs)
@@ -469,7 +482,7 @@ class AdaVTPForConditionalGeneration(AdaVTPPreTrainedModel, AdaVTPGenerationMixi
         reducer: ReducerSpec | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         caller_targets: torch.LongTensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> AdaVTPCausalLMOutputWithPast:
         """
         Args:
@@ -518,8 +531,7 @@ class AdaVTPForConditionalGeneration(AdaVTPPreTrainedModel, AdaVTPGenerationMixi
             caller_targets=caller_targets,
             **kwargs,
         )
-        rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, rows, :])
+        logits = self.lm_head(rows_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(

@@ -111,6 +111,16 @@ class FamilyReductionMixin(PromptReductionMixin):
                 "pixels, as the processor returns them."
             )
 
+    def ids_of_embeds(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """
+        Raises:
+            ValueError: always; positions and grids of a family's images are told by ids.
+        """
+        raise ValueError(
+            f"`inputs_embeds` was given with images to a {self.config.model_type!r} model, whose images are placed by "
+            "the placeholder tokens in `input_ids`; pass that."
+        )
+
     def refuse_other_features(self, arguments: Mapping[str, Any]) -> None:
         """What the family's encoder is asked for, it makes."""
 

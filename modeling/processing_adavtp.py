@@ -189,19 +189,22 @@ class AdaVTPProcessor(LlavaProcessor):
         The folder says that prompts are padded on the left, whatever this tokenizer does: `generate` goes on from the
         last column. Training pads by itself.
         """
-        self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         save_code(type(self), Path(save_directory))
         padding_side = self.tokenizer.padding_side
         # What a tokenizer was not built with is not written.
-        self.tokenizer.init_kwargs.setdefault("padding_side", padding_side)
+        init_kwargs = self.tokenizer.init_kwargs
+        self.tokenizer.init_kwargs = {"padding_side": padding_side, **init_kwargs}
         self.tokenizer.padding_side = "left"
+        # In the file and not on the processor, which a save leaves as it was.
+        self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
         try:
             with without_auto_class(type(self)):
                 # As a string: for an upload transformers takes the path apart as one.
                 return super().save_pretrained(str(save_directory), push_to_hub=push_to_hub, **kwargs)
         finally:
-            self.tokenizer.padding_side = padding_side
+            self.tokenizer.padding_side, self.tokenizer.init_kwargs = padding_side, init_kwargs
+            del self.auto_map
 
     def _upload_modified_files(self, working_dir: str | Path, *args: Any, **kwargs: Any) -> Any:
         # With `push_to_hub=True` transformers uploads only what it sees change after it began.

@@ -30,6 +30,8 @@ class Prompt:
         column: `[batch, sequence]` int64 or `None`; where a column stood in the caller's prompt, -1 for padding and
             for what is hidden.
         token_types: `[batch, sequence]` each, what else a family has for every column, by argument.
+        inputs_embeds: `[batch, sequence, hidden_size]` or `None`; what the columns are read as in place of the
+            embeddings of `input_ids`, which then only tell placeholders from other columns.
     """
 
     input_ids: torch.Tensor
@@ -39,6 +41,7 @@ class Prompt:
     visual_index: torch.Tensor | None = None
     column: torch.Tensor | None = None
     token_types: dict[str, torch.Tensor] = field(default_factory=dict)
+    inputs_embeds: torch.Tensor | None = None
 
     def with_caller_targets(self, labels: torch.Tensor) -> "Prompt":
         """The same prompt with labels of a loss that is computed elsewhere, where columns are the caller's."""
@@ -69,6 +72,9 @@ class Prompt:
             mask = _gather_rows_and_columns(self.attention_mask, index) & is_real[:, None, None, :]
         else:
             mask = taken(self.attention_mask, 0)
+        embeds = self.inputs_embeds
+        if embeds is not None:
+            embeds = embeds.gather(1, index[..., None].expand(-1, -1, embeds.shape[-1]))
         return Prompt(
             taken(self.input_ids, pad_token_id),
             mask,
@@ -77,6 +83,7 @@ class Prompt:
             taken(self.visual_index, -1),
             taken(self.column, -1),
             {name: taken(columns, 0) for name, columns in self.token_types.items()},
+            embeds,
         )
 
     def hiding(self, dropped: torch.Tensor) -> "Prompt":
@@ -296,6 +303,30 @@ def additive_mask(attention_mask: torch.Tensor | None, dtype: torch.dtype) -> to
         return attention_mask
     additive = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
     return additive.masked_fill(~attention_mask, torch.finfo(dtype).min)
+
+
+def rows_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """
+    Of `[batch, sequence, hidden_size]` the columns whose logits are wanted: the last so many (0 for all), those at
+    positions `[num_positions]` or `[batch, num_positions]`, or those that are true in `[batch, sequence]` bool, as
+    `[num_true, hidden_size]`.
+
+    Raises:
+        ValueError: if a mask is not of the columns that are left.
+    """
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, slice(-logits_to_keep, None)]
+    if logits_to_keep.dim() < 2:
+        return hidden_states[:, logits_to_keep]
+    if logits_to_keep.dtype != torch.bool:
+        return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
+    if logits_to_keep.shape != hidden_states.shape[:2]:
+        raise ValueError(
+            f"`logits_to_keep` is a mask of shape {tuple(logits_to_keep.shape)}, and {tuple(hidden_states.shape[:2])} "
+            "columns are left; where dropped tokens leave the sequence, logits are those of the kept ones. Pass "
+            "selection_output='mask', which leaves them in their places."
+        )
+    return hidden_states[logits_to_keep]
 
 
 def check_columns(

@@ -67,7 +67,7 @@ class PromptReductionMixin:
         return self.language_model
 
     @property
-    def visual(self) -> VisualModel:
+    def visual_model(self) -> VisualModel:
         """The visual half of the model."""
         return VisualModel(
             self.vision_tower, self.multi_modal_projector, self.budget_token, self.config, self.training
@@ -80,7 +80,7 @@ class PromptReductionMixin:
 
     def looked_at(self, input_ids: torch.Tensor, images: torch.Tensor, steps: list[Step]) -> tuple[VisualModel, Units]:
         """What makes visual tokens of these images, and the units that they make of this batch of prompts."""
-        return self.visual, self.units_of(input_ids, len(images))
+        return self.visual_model, self.units_of(input_ids, len(images))
 
     def refuse_placeholders(self, input_ids: torch.Tensor) -> None:
         """
@@ -109,6 +109,12 @@ class PromptReductionMixin:
             ValueError: if placeholders and images do not agree.
         """
         return self.family.units(self.config, self.family.placeholders(self.config, input_ids), num_images)
+
+    def ids_of_embeds(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """Ids `[batch, sequence]` that tell which columns of `[batch, sequence, hidden_size]` are placeholders."""
+        placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        is_placeholder = (inputs_embeds == self.get_input_embeddings()(placeholder)).all(dim=-1)
+        return torch.where(is_placeholder, self.config.image_token_id, self._pad_token_id)
 
     def resolve_budget(
         self, token_budget: StackBudget | None, reducer: ReducerSpec | None, batch_size: int
@@ -140,7 +146,8 @@ class PromptReductionMixin:
         Encodes the images, chooses, and drops the columns of what was not chosen.
 
         Args:
-            prompt: with one placeholder for each visual token and separator of each image.
+            prompt: with one placeholder for each visual token and separator of each image. Its embeddings, if it has
+                any, come back with the images in them.
             images: in the order of their placeholders, what [`images_in`] took from the arguments of a call.
             schedule: the stack and its budget.
             selection_output: `"gather"` or `"mask"`; by default the configuration's.
@@ -185,6 +192,10 @@ class PromptReductionMixin:
             else:
                 is_real = keep if prompt.attention_mask.dim() == 4 else keep & prompt.attention_mask.bool()
                 prompt = prompt.without(is_real, self._pad_token_id)
+        if prompt.inputs_embeds is not None:
+            at_placeholders = self.family.placeholders(self.config, prompt.input_ids)[..., None]
+            features = embeddings.features.to(prompt.inputs_embeds.device, prompt.inputs_embeds.dtype)
+            prompt = replace(prompt, inputs_embeds=prompt.inputs_embeds.masked_scatter(at_placeholders, features))
         if tokens.decoder is not None:
             selection.depth = selection.keep * self.config.text_config.num_hidden_layers
         return PreparedInputs(prompt, embeddings, selection, self._decoder_policy(tokens, prompt, units))
@@ -220,12 +231,20 @@ class PromptReductionMixin:
 
     def features_of_images(self, pixel_values: torch.Tensor, schedule: BudgetSchedule) -> list[torch.Tensor]:
         """What the decoder gets of each image, asked nothing: a list of `[K, text_hidden_size]`."""
+        units = self._units_of_images(len(pixel_values), pixel_values.device)
+        tokens = self.visual_model.encode_and_reduce(pixel_values, units, schedule)
+        embeddings, stays = self.visual_model.embeddings(tokens, units, in_place=False)
+        return list(embeddings.features.split(stays.view(len(pixel_values), -1).sum(dim=-1).tolist()))
+
+    def keeps_whole_images(self, num_images: int, schedule: BudgetSchedule) -> bool:
+        """Whether the decoder gets of images what the tower and the projector alone make of them."""
+        return self.visual_model.keeps_whole_units(self._units_of_images(num_images), schedule)
+
+    def _units_of_images(self, num_images: int, device: torch.device | None = None) -> Units:
+        """The units of prompts that are an image each, and nothing else."""
         size = self.family.tokens_per_image(self.config) + int(self.config.keep_cls)
-        placeholders = torch.ones(len(pixel_values), size, dtype=torch.bool, device=pixel_values.device)
-        units = self.family.units(self.config, placeholders, len(pixel_values))
-        tokens = self.visual.encode_and_reduce(pixel_values, units, schedule)
-        embeddings, stays = self.visual.embeddings(tokens, units, in_place=False)
-        return list(embeddings.features.split(stays.view(placeholders.shape).sum(dim=-1).tolist()))
+        placeholders = torch.ones(num_images, size, dtype=torch.bool, device=device)
+        return self.family.units(self.config, placeholders, num_images)
 
     def checked_output(self, selection_output: str | None) -> str:
         """The form in which dropped tokens are gone: what was asked for, or the configuration's."""
@@ -300,8 +319,8 @@ class PromptReductionMixin:
         none = torch.zeros_like(input_ids[:1], dtype=torch.bool)
         prompt = Prompt(input_ids[:1], torch.ones_like(input_ids[:1]), input_ids[:1])
         question, question_ids = self._questions(schedule.steps, prompt, none, units)
-        tokens = self.visual.encode_and_reduce(pixels, units, schedule, question, question_ids)
-        embeds = self.visual.embeddings(tokens, units, in_place=True)[0].features
+        tokens = self.visual_model.encode_and_reduce(pixels, units, schedule, question, question_ids)
+        embeds = self.visual_model.embeddings(tokens, units, in_place=True)[0].features
         used = [embeds, tokens.selection.gates, tokens.selection.loss]
         return 0.0 * sum(value.sum().to(self.prompt_decoder.dtype) for value in used if value is not None)
 
@@ -316,11 +335,19 @@ class PromptReductionMixin:
         is_text, sample = self._is_question(prompt, placeholders), units.sample.to(placeholders.device)
         mean = ids = None
         if "question" in needs:
-            embeds = self.get_input_embeddings()(prompt.input_ids)
+            embeds = prompt.inputs_embeds
+            if embeds is None:
+                embeds = self.get_input_embeddings()(prompt.input_ids)
             weight = is_text.to(embeds.dtype)
             mean = (embeds * weight[..., None]).sum(dim=1) / weight.sum(dim=1, keepdim=True).clamp(min=1)
             mean = mean[sample]
         if "question_ids" in needs:
+            if prompt.inputs_embeds is not None:
+                names = ", ".join(step.name for step in steps if "question_ids" in step.reducer.needs)
+                raise ValueError(
+                    f"`inputs_embeds` was given in place of `input_ids`, and {names} reads the question's ids; pass "
+                    "`input_ids`, or choose another reducer."
+                )
             ids = prompt.input_ids.masked_fill(~is_text, -1)[sample]
         return mean, ids
 

@@ -16,7 +16,7 @@ from ..configuration.configuration_adavtp import AdaVTPConfig
 from ..hub_cards.sound_weights import require_finite
 from ..hub_cards.training_record import check_types, read_record
 from ..modeling.hub.custom_reducers import CUSTOM_FILES, is_custom, load_custom_reducers, save_custom_reducers
-from ..modeling.hub.loading import new_module_of
+from ..modeling.hub.loading import check_completeness, new_module_of
 from ..modeling.hub.own_files import failures_in_words, require_own_files
 from ..modeling.hub.saving import save_code
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
@@ -110,6 +110,7 @@ def load_adapter(
         model, info = AdaVTPForConditionalGeneration.from_pretrained(
             base, trust_remote_code=trust_remote_code, output_loading_info=True, **kwargs
         )
+        check_completeness(model, info, base)
     except OSError as error:
         raise OSError(
             f"The adapter {str(adapter)!r} belongs to {base!r}, which could not be loaded; name its base checkpoint "

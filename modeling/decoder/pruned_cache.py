@@ -121,7 +121,8 @@ class PrunedPrompt:
             input_ids=prompt.input_ids,
             position_ids=prompt.position_ids,
             token_types=prompt.token_types,
-            visual=prepared.visual,
+            # Embeddings hold the images already.
+            visual=prepared.visual if prompt.inputs_embeds is None else None,
             num_features=num_features,
         )
 

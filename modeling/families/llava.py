@@ -33,8 +33,10 @@ class LlavaFamily(Family):
         of_prompt = placeholders.sum(dim=-1).cpu()
         if (of_prompt % (size + num_cls)).any() or int(of_prompt.sum()) != num_images * (size + num_cls):
             raise ValueError(
-                f"`input_ids` has {of_prompt.tolist()} image placeholder tokens (id {config.image_token_id}) per "
-                f"prompt and `pixel_values` holds {num_images} image(s); every image needs exactly {size + num_cls} "
+                # The first words are the stock class's, which programs look for.
+                "Image features and image tokens do not match: `input_ids` (or `inputs_embeds`) has "
+                f"{of_prompt.tolist()} image placeholder tokens (id {config.image_token_id}) per prompt and "
+                f"`pixel_values` holds {num_images} image(s); every image needs exactly {size + num_cls} "
                 "placeholders, which the processor writes for each '<image>' in the prompt."
             )
         token = torch.arange(num_images * size, device=placeholders.device).view(num_images, size)

@@ -13,6 +13,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
@@ -52,7 +53,8 @@ class CompleteLoadingMixin:
 
         Args:
             ignore_mismatched_sizes: give weights of another shape random values.
-            output_loading_info: return a dictionary of missing, unexpected and mismatched keys as well.
+            output_loading_info: return a dictionary of missing, unexpected and mismatched keys as well. Whoever asks
+                for it is told which weights start from random values or stay behind, so that it is no error then.
 
         Returns:
             The model in evaluation mode, or model and dictionary.
@@ -90,9 +92,9 @@ class CompleteLoadingMixin:
             raise
         if not ignore_mismatched_sizes:
             _check_shapes(info["mismatched_keys"], pretrained_model_name_or_path)
-        parameters = {name for name, _ in model.named_parameters()}
-        _check_nothing_is_lost(set(info["missing_keys"]), parameters, pretrained_model_name_or_path)
-        _check_nothing_is_left(info["unexpected_keys"], pretrained_model_name_or_path)
+        # Without a checkpoint there is none that could be half of one: the caller has the weights in hand.
+        if not output_loading_info and pretrained_model_name_or_path is not None:
+            check_completeness(model, info, pretrained_model_name_or_path)
         # Whoever may run the folder's code now may run its processor's when that is first needed.
         model.trusts_remote_code = bool(kwargs.get("trust_remote_code"))
         return (model, info) if output_loading_info else model
@@ -168,6 +170,23 @@ def family_class(source: str | PathLike[str] | None, kwargs: dict[str, Any]) -> 
     except ModuleNotFoundError:
         return None
     return families.model_class_of(model_type)
+
+
+def check_completeness(model: nn.Module, info: dict[str, Any], source: str | PathLike[str] | None) -> None:
+    """
+    That a checkpoint had the weights of a whole model and none of another controller.
+
+    Args:
+        model: that was loaded.
+        info: what `from_pretrained` says with `output_loading_info=True`.
+        source: the checkpoint, as errors name it.
+
+    Raises:
+        ValueError: if some are missing, or left; the message names them.
+    """
+    parameters = {name for name, _ in model.named_parameters()}
+    _check_nothing_is_lost(set(info["missing_keys"]), parameters, source)
+    _check_nothing_is_left(info["unexpected_keys"], source)
 
 
 def _check_shapes(mismatched: Iterable[tuple[str, Any, Any]], source: str | PathLike[str] | None) -> None:

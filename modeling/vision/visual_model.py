@@ -136,6 +136,20 @@ class VisualModel:
         embeds = embeds if tokens.is_projected else self.projector(embeds)
         return VisualEmbeddings(embeds[is_left]), column_stays
 
+    def keeps_whole_units(self, units: Units, schedule: BudgetSchedule) -> bool:
+        """Whether every token comes to the decoder as the tower and the projector alone make it."""
+        budget, asks_budget = schedule.of_units(units.sample, units.sizes), False
+        for step in schedule.steps:
+            num_keep = budget.of_step(step, units.sizes)
+            asks_budget = asks_budget or "budget" in step.reducer.needs
+            if step.reducer.stage != "decoder" and (num_keep is None or bool((num_keep < units.sizes).any())):
+                return False
+        return not self.training and not (asks_budget and self._patches_see_budget)
+
+    @property
+    def _patches_see_budget(self) -> bool:
+        return self.config.budget_fusion == "encoder" and self.config.budget_attention == "mutual"
+
     def _require_no_gates(self, selection: Selection, step: Step) -> None:
         if selection.gates is not None and self.config.gradient_gates == "attention":
             raise ValueError(
@@ -214,10 +228,9 @@ class VisualModel:
         for step in schedule.steps[: asking[0] + 1]:
             count = planned.of_step(step, left)
             left = left if count is None else count
-        patches_see_budget = self.config.budget_fusion == "encoder" and self.config.budget_attention == "mutual"
         keeps_everything = not self.training and bool((left == units.sizes).all())
         fraction = (left.double() / units.sizes).float()
-        return fraction, patches_see_budget or not keeps_everything
+        return fraction, self._patches_see_budget or not keeps_everything
 
     def _projected(self, features: VisionFeatures, with_tower_patches: bool) -> VisionFeatures:
         """The tokens, and CLS, in the decoder's space."""

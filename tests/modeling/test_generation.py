@@ -991,7 +991,7 @@ PROMPT_LEARNING = {
 
 
 @pytest.mark.parametrize("kind", PROMPT_LEARNING)
-def test_prompt_learning_is_refused_with_images_and_is_the_stock_models_for_text(kind: str) -> None:
+def test_prompt_learning_answers_no_images_and_is_the_stock_models_for_text(kind: str) -> None:
     # PEFT finds the embeddings by their size, which nothing else may have.
     fields = {"text_config": tiny_text_config(vocab_size=70)}
     ours, model = own_model(**fields), own_model(**fields)
@@ -1006,8 +1006,16 @@ def test_prompt_learning_is_refused_with_images_and_is_the_stock_models_for_text
     assert torch.equal(generate(tuned[0], text), generate(tuned[1], text))
     with pytest.raises(ValueError, match="`input_ids` has image placeholders.*prompt learning.*LoRA"):
         generate(tuned[0], batch, token_budget=0.4)
-    with pytest.raises(ValueError, match="`pixel_values`.*PEFT's .*LoRA"):
-        tuned[0](**batch, token_budget=0.4)
+    if kind == "prefix tuning":
+        with pytest.raises(ValueError, match="`pixel_values`.*PEFT's .*LoRA"):
+            tuned[0](**batch, token_budget=0.4)
+    else:
+        # Its tokens come as embeddings, from which a prompt with images is read: it trains.
+        outputs = tuned[0](**batch, labels=batch["input_ids"], token_budget=0.4)
+        outputs.loss.backward()
+        assert outputs.selection.num_keep.tolist() == [NUM_PATCHES * 2 // 5] * 2
+        learned = [tensor for name, tensor in tuned[0].named_parameters() if "prompt_encoder" in name]
+        assert learned and all(tensor.grad.abs().sum() > 0 for tensor in learned)
     # Without PEFT before it, the model answers as ever.
     assert torch.equal(generate(ours, batch, token_budget=0.4), generate(own_model(**fields), batch, token_budget=0.4))
 
@@ -1029,16 +1037,60 @@ def test_the_mask_form_is_refused() -> None:
     assert "`selection_output` is 'mask'" in message
 
 
-def test_embeddings_with_images_are_refused() -> None:
+@pytest.mark.parametrize("token_budget", [1.0, 0.4, [0.25, 1.0]], ids=str)
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"cache_implementation": "static"}], ids=str)
+def test_embeddings_with_images_are_answered_as_their_ids_are(options: dict[str, Any], token_budget: Any) -> None:
+    model = model_of()
+    batch = tiny_batch(model.config, (1, 2))
+    expected = generate(model, batch, token_budget=token_budget, **options)
+    embeds = model.get_input_embeddings()(batch["input_ids"]).detach()
+    assert torch.equal(generate(model, batch, inputs_embeds=embeds, token_budget=token_budget, **options), expected)
+    answers = new_tokens(expected, batch)
+    without_ids = {name: value for name, value in batch.items() if name != "input_ids"} | {"inputs_embeds": embeds}
+    assert torch.equal(generate(model, without_ids, token_budget=token_budget, **options), answers)
+
+
+def test_embeddings_padded_on_the_right_are_answered_like_any_other() -> None:
+    model = model_of()
+    batch = tiny_batch(model.config, (1, 2))
+    expected = new_tokens(generate(model, batch, token_budget=0.4), batch)
+    moved = padded_on_the_right(batch)
+    moved["inputs_embeds"] = model.get_input_embeddings()(moved.pop("input_ids")).detach()
+    assert torch.equal(generate(model, moved, token_budget=0.4), expected)
+
+
+def test_embeddings_that_hold_the_images_already_may_come_with_their_ids() -> None:
     model = model_of()
     batch = tiny_batch(model.config, (1, 1))
-    embeds = model.get_input_embeddings()(batch["input_ids"]).detach()
-    message = error_of(model, batch, inputs_embeds=embeds)
-    assert "`inputs_embeds`" in message
-    assert "`input_ids`" in message
-    batch.pop("input_ids")
-    with pytest.raises(ValueError, match="`inputs_embeds`"):
-        generate(model, batch, inputs_embeds=embeds)
+    expected = generate(model, batch)
+    ids, embeds = batch["input_ids"], model.get_input_embeddings()(batch["input_ids"]).detach()
+    visual = stock_visual_embeds(model, batch.pop("pixel_values")).detach()
+    embeds = embeds.masked_scatter((ids == IMAGE_TOKEN_ID)[..., None], visual)
+    assert torch.equal(generate(model, batch, inputs_embeds=embeds), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
+def test_images_that_are_encoded_already_are_answered_like_pixels(options: dict[str, Any]) -> None:
+    model = model_of()
+    batch = tiny_batch(model.config, (1, 2))
+    expected = generate(model, batch, **options)
+    encoded = {"image": model.get_image_features(batch["pixel_values"])}
+    with pytest.raises(ValueError, match="`pixel_values` and `mm_encoder_outputs` were both given"):
+        generate(model, batch, mm_encoder_outputs=encoded)
+    batch.pop("pixel_values")
+    assert torch.equal(generate(model, batch, mm_encoder_outputs=encoded, **options), expected)
+    moved = padded_on_the_right(batch)
+    again = generate(model, moved, mm_encoder_outputs=encoded, **options)
+    assert torch.equal(new_tokens(again, batch), new_tokens(expected, batch))
+
+
+def test_embeddings_of_a_later_turn_are_refused() -> None:
+    model = model_of()
+    _, outputs = finished_turn(model)
+    embeds = model.get_input_embeddings()(outputs.sequences).detach()
+    mask = torch.ones(embeds.shape[:2], dtype=torch.long)
+    with pytest.raises(ValueError, match="`inputs_embeds` was given with a `past_key_values`.*`input_ids`"):
+        model.generate(inputs_embeds=embeds, attention_mask=mask, past_key_values=outputs.past_key_values)
 
 
 @pytest.mark.parametrize("num_images", [1, 3])

@@ -439,6 +439,55 @@ def test_our_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
         assert torch.equal(again.state_dict()[name], tensor), name
 
 
+# Embeddings in place of ids
+
+
+@pytest.mark.parametrize("reducer", ["adaptive", "fastv"])
+@pytest.mark.parametrize("token_budget", [1.0, 0.6, [0.5, 1.0, 0.75]], ids=str)
+def test_embeddings_with_images_are_read_as_their_ids_are(token_budget: object, reducer: str) -> None:
+    model = tiny_model()
+    batch = tiny_batch(model.config, IMAGES)
+    options = {"token_budget": token_budget, "reducer": reducer}
+    from_ids = model(**batch, labels=targets(batch), **options)
+    embeds = model.get_input_embeddings()(batch.pop("input_ids")).detach().requires_grad_()
+    labels = torch.nn.functional.pad(torch.ones(3, 3).long(), (embeds.shape[1] - 3, 0), value=-100)
+    from_embeds = model(**batch, inputs_embeds=embeds, labels=labels, **options)
+    # The text behind the images; what stands in padding is nobody's.
+    assert torch.equal(from_embeds.logits[:, -4:], from_ids.logits[:, -4:])
+    assert torch.equal(from_embeds.labels[:, -3:] >= 0, torch.ones(3, 3, dtype=torch.bool))
+    assert torch.equal(from_embeds.selection.keep, from_ids.selection.keep)
+    assert torch.equal(from_embeds.image_hidden_states, from_ids.image_hidden_states)
+    from_embeds.loss.backward()
+    # Prompt tuning learns through them; what stands in the place of a patch is not read.
+    assert (embeds.grad[batch["attention_mask"].bool()].abs().sum(dim=-1) > 0).sum() > 10
+
+
+@torch.no_grad()
+def test_the_stock_class_reads_the_same_embeddings_at_the_full_budget() -> None:
+    stock, model = stock_llava(), tiny_model()
+    model.load_state_dict(stock.state_dict(), strict=False)
+    batch = tiny_batch(model.config, IMAGES)
+    batch["inputs_embeds"] = stock.get_input_embeddings()(batch.pop("input_ids"))
+    is_real = batch["attention_mask"].bool()
+    ours, expected = model(**batch).logits[is_real], stock(**batch).logits[is_real]
+    torch.testing.assert_close(ours, expected)
+
+
+@torch.no_grad()
+def test_logits_are_kept_at_each_samples_own_positions() -> None:
+    model = tiny_model()
+    batch = tiny_batch(model.config, (1, 1), (6, 6))
+    logits = model(**batch, token_budget=0.4).logits
+    positions = torch.tensor([[0, 3], [2, 5]])
+    kept = model(**batch, token_budget=0.4, logits_to_keep=positions).logits
+    torch.testing.assert_close(kept, torch.stack([logits[0, [0, 3]], logits[1, [2, 5]]]))
+    mask = torch.zeros(logits.shape[:2], dtype=torch.bool)
+    mask[0, 1] = mask[1, 4:6] = True
+    torch.testing.assert_close(model(**batch, token_budget=0.4, logits_to_keep=mask).logits, logits[mask])
+    with pytest.raises(ValueError, match="`logits_to_keep` is a mask of shape.*selection_output='mask'"):
+        model(**batch, token_budget=0.4, logits_to_keep=batch["attention_mask"].bool())
+
+
 # Refusals
 
 
@@ -527,9 +576,13 @@ def refused_calls() -> dict[str, tuple[Callable[[dict[str, torch.Tensor]], dict[
             lambda batch: {"inputs_embeds": torch.zeros(1, 22, 32)},
             ["`input_ids`", "`inputs_embeds`"],
         ),
-        "embeddings and image": (
+        "an image, and embeddings without its placeholders": (
             lambda batch: {"input_ids": None, "inputs_embeds": torch.zeros(1, 22, 32)},
-            ["`pixel_values`", "`inputs_embeds`", "`input_ids`"],
+            ["Image features and image tokens do not match", "`inputs_embeds`", "[0]", "1 image(s)"],
+        ),
+        "an image, and features of one": (
+            lambda batch: {"mm_encoder_outputs": {"image": None}},
+            ["`pixel_values`", "`mm_encoder_outputs`"],
         ),
     }
 

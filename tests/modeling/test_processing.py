@@ -520,3 +520,10 @@ def test_the_picture_is_scaled_and_cropped_to_the_models_square() -> None:
 def test_sizes_that_do_not_fit_are_refused(image_size: int, patch_size: int) -> None:
     with pytest.raises(ValueError, match=f"`image_size` is {image_size} and `patch_size` is {patch_size}"):
         build_digit_processor(image_size, patch_size)
+
+
+def test_saving_leaves_a_processor_as_it_was(processor: AdaVTPProcessor, tmp_path: Path) -> None:
+    before = processor.to_dict()
+    processor.save_pretrained(tmp_path)
+    assert processor.to_dict() == before
+    assert AdaVTPProcessor.from_pretrained(tmp_path).to_dict() == before

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from transformers import LlavaModel
 
 from adavtp import AdaVTPForConditionalGeneration
 from adavtp.modeling.budget.token_budget import shared_by_units
@@ -168,3 +169,35 @@ def test_image_features_are_those_that_the_decoder_gets(token_budget: object) ->
     stock = model.model.multi_modal_projector(states)
     assert stock.shape[1] == NUM_PATCHES
     torch.testing.assert_close(torch.cat(features), stock[output.selection.keep])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("asked", [{}, {"output_hidden_states": True, "output_attentions": True}], ids=["", "asked"])
+def test_whole_images_have_the_stock_classs_features_in_its_output(asked: dict[str, bool]) -> None:
+    model = tiny_model(attn_implementation="eager")
+    model.set_attn_implementation("eager")
+    pixels = tiny_batch(model.config, [1, 1])["pixel_values"]
+    stock = LlavaModel.get_image_features(model.model, pixels, **asked, return_dict=True)
+    for ours in (model.get_image_features(pixels, **asked), model.model.get_image_features(pixels, **asked)):
+        assert type(ours) is type(stock) and ours.keys() == stock.keys()
+        torch.testing.assert_close(dict(ours), dict(stock), rtol=0, atol=0)
+    as_tuple = model.get_image_features(pixels, **asked, return_dict=False)
+    assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], stock.last_hidden_state)
+
+
+@torch.no_grad()
+def test_the_towers_states_come_with_chosen_features_where_they_are_asked_for() -> None:
+    model = tiny_model()
+    pixels = tiny_batch(model.config, [1, 1])["pixel_values"]
+    plain = model.get_image_features(pixels, token_budget=0.4)
+    assert plain.hidden_states is None
+    asked = model.get_image_features(pixels, token_budget=0.4, output_hidden_states=True)
+    assert len(asked.hidden_states) == model.config.vision_config.num_hidden_layers + 1
+    torch.testing.assert_close(asked.pooler_output, plain.pooler_output)
+
+
+def test_chosen_features_of_another_layer_are_refused() -> None:
+    model = tiny_model()
+    pixels = tiny_batch(model.config, [1])["pixel_values"]
+    with pytest.raises(ValueError, match="`vision_feature_layer` is 1, and this model reads -2"):
+        model.get_image_features(pixels, token_budget=0.4, vision_feature_layer=1)

@@ -357,6 +357,21 @@ def test_new_modules_may_all_be_missing(folder: Path, tmp_path: Path) -> None:
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
+def test_half_a_checkpoint_loads_for_whoever_asks_what_is_missing(tmp_path: Path) -> None:
+    tiny_model().model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="lm_head.weight"):
+        AdaVTPForConditionalGeneration.from_pretrained(tmp_path)
+    model, info = AdaVTPForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["missing_keys"] == {"lm_head.weight"}
+    assert torch.isfinite(model.lm_head.weight).all()
+
+
+def test_weights_in_hand_need_no_checkpoint() -> None:
+    config = tiny_config()
+    model = AdaVTPForConditionalGeneration.from_pretrained(None, config=config, state_dict={})
+    assert all(parameter.device.type == "cpu" and parameter.isfinite().all() for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("save_original_format", [True, False])
 def test_a_llava_folder_loads_with_only_new_modules_missing(save_original_format: bool, tmp_path: Path) -> None:
     fields = tiny_config().to_dict()
