@@ -14,11 +14,11 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 from torch.utils.data import DataLoader
-from transformers import BatchFeature
+from transformers import BatchFeature, ProcessorMixin
 
 from ..modeling.budget.selection import Selection
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
-from ..modeling.processing_adavtp import AdaVTPProcessor
+from ..modeling.processing_adavtp import inputs_of_questions, readable_images
 from .continuations import Generated, continued
 from .data.examples import Example
 from .metric_modules import SCORED_TOGETHER, needs_choices, score_examples
@@ -26,27 +26,25 @@ from .prompt_costs import CountedFlops
 from .runs import Answer, Run
 from .settings import Setting
 
+# Pixels, of pictures that a run keeps of images of any size.
+_PICTURE_SIZE = (480, 480)
 
-def inputs_of(processor: AdaVTPProcessor, examples: Sequence[Example]) -> BatchFeature:
+
+def inputs_of(processor: ProcessorMixin, examples: Sequence[Example]) -> BatchFeature:
     """
     Model inputs of questions with any number of images each, padded on the left.
 
     Raises:
         ValueError: if an image cannot be decoded; the message names the example.
     """
-    prompts = [
-        example.question
-        if example.messages is None
-        else processor.apply_chat_template(example.messages, add_generation_prompt=True)
-        for example in examples
-    ]
+    prompts = [example.question if example.messages is None else example.messages for example in examples]
     try:
-        return processor.of_questions([example.images for example in examples], prompts)
+        return inputs_of_questions(processor, [example.images for example in examples], prompts)
     except ValueError as error:
         # One by one, to say whose image it is.
         for example, prompt in zip(examples, prompts, strict=True):
             try:
-                processor.of_questions([example.images], [prompt])
+                inputs_of_questions(processor, [example.images], [prompt])
             except ValueError as own_error:
                 raise ValueError(f"Example {example.id!r}: {own_error}") from own_error
         raise error
@@ -65,7 +63,7 @@ class Batch:
 class Batches:
     """Batches by the index of their first example, as a map-style data set."""
 
-    processor: AdaVTPProcessor
+    processor: ProcessorMixin
     examples: Sequence[Example]
     batch_size: int
 
@@ -84,7 +82,7 @@ class Batches:
 
 def answer_examples(
     model: AdaVTPForConditionalGeneration,
-    processor: AdaVTPProcessor,
+    processor: ProcessorMixin,
     examples: Sequence[Example],
     settings: Sequence[Setting],
     run: Run,
@@ -130,10 +128,10 @@ def answer_examples(
     for start, asked in progress([pair for pair in todo if pair[0] in own]):
         if batch is None or batch.start != start:
             batch = next(batches)
-            inputs, num_images = batch.inputs.to(model.device), [len(example.images) for example in batch.examples]
+            inputs = batch.inputs.to(model.device)
             _save_pictures(processor, batch, run, shown)
         generated = continued(
-            *(model, processor, inputs, num_images, flops[asked.key]),
+            *(model, processor, inputs, flops[asked.key]),
             **{"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1},
         )
         model_seconds += sum(one.cost.milliseconds for one in generated) / 1000
@@ -142,16 +140,26 @@ def answer_examples(
     return model_seconds, time.perf_counter() - started - model_seconds
 
 
-def _save_pictures(processor: AdaVTPProcessor, batch: Batch, run: Run, shown: int) -> None:
+def _save_pictures(processor: ProcessorMixin, batch: Batch, run: Run, shown: int) -> None:
     """The first image of each of the first examples, as the model sees it."""
     first = 0
     for number, example in enumerate(batch.examples):
         path = run.picture(batch.start + number)
         if batch.start + number < shown and example.images and not path.exists():
             partial = path.with_suffix(f".part{path.suffix}")
-            image_as_seen(processor, batch.inputs["pixel_values"][first]).save(partial)
+            _picture(processor, batch, number, first).save(partial)
             partial.replace(path)
         first += len(example.images)
+
+
+def _picture(processor: ProcessorMixin, batch: Batch, number: int, first: int) -> Image.Image:
+    """The first image of an example, whose pixels are row `first` where every image has one; else as it came."""
+    if shows_whole_images(processor):
+        return image_as_seen(processor, batch.inputs["pixel_values"][first])
+    (image,) = readable_images(batch.examples[number].images[:1])
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    picture.thumbnail(_PICTURE_SIZE)
+    return picture
 
 
 def _answers(
@@ -178,11 +186,11 @@ def _answers(
 
 
 def _layers_seen(selection: Selection | None, num_layers: int) -> list[int] | None:
-    """Of the first image of a prompt, how many layers saw each patch."""
+    """Of the first unit of a prompt, how many layers saw each patch."""
     if selection is None:
         return None
     seen = selection.keep[0] * num_layers if selection.depth is None else selection.depth[0]
-    return seen.tolist()
+    return seen[: int(selection.sizes[0])].tolist()
 
 
 def _scores(metric: str, predictions: Sequence[str], examples: Sequence[Example]) -> list[float]:
@@ -208,7 +216,12 @@ def score_together(run: Run, examples: Sequence[Example]) -> None:
     run.write([one for own in answers.values() for one in own])
 
 
-def image_as_seen(processor: AdaVTPProcessor, pixel_values: torch.Tensor) -> Image.Image:
+def shows_whole_images(processor: ProcessorMixin) -> bool:
+    """Whether `pixel_values` has a row for each image, in which the model's patches are squares: ours has."""
+    return hasattr(processor, "of_questions")
+
+
+def image_as_seen(processor: ProcessorMixin, pixel_values: torch.Tensor) -> Image.Image:
     """The picture `[3, height, width]` that a model was shown: resized and cropped, with normalisation undone."""
     mean, std = processor.image_processor.image_mean, processor.image_processor.image_std
     pixels = pixel_values.cpu().float() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]

@@ -96,16 +96,15 @@ def generate_continuations(
     Raises:
         ValueError: if images and placeholders do not agree, or the setting is not allowed or cannot be met.
     """
-    inputs, num_images = _inputs(model, processor, prompts, images), [len(group) for group in images]
+    inputs = _inputs(model, processor, prompts, images)
     flops = CountedFlops(model.config, setting, may_be_unknown=True)
-    return continued(model, processor, inputs, num_images, flops, stop, **generation)
+    return continued(model, processor, inputs, flops, stop, **generation)
 
 
 def continued(
     model: AdaVTPForConditionalGeneration,
     processor: AdaVTPProcessor,
     inputs: Mapping[str, torch.Tensor],
-    num_images: Sequence[int],
     flops: CountedFlops,
     stop: Sequence[str] = (),
     **generation: Any,
@@ -117,22 +116,21 @@ def continued(
     Args:
         model, processor, stop, generation: see there.
         inputs: of one prompt or more.
-        num_images: that each prompt shows.
         flops: of the setting.
     """
     arguments, length = flops.setting.arguments(), inputs["input_ids"].shape[1]
     if stop:
         generation["stopping_criteria"] = StoppingCriteriaList([StopsAtText(processor.tokenizer, stop, length)])
     # A reducer whose parameters differ from those of the last one of its name is made anew, which is no part of this.
-    model.model.steps(arguments["reducer"])
+    model.prompt_reader.steps(arguments["reducer"])
     started = now(model.device)
     outputs = model.generate(**inputs, **arguments, **generation, return_dict_in_generate=True)
     seconds = now(model.device) - started
     new_ids = outputs.sequences[:, length:].cpu()
     padding = processor.tokenizer.pad_token_id if stop else None
     new_tokens = num_new_tokens(new_ids, model.generation_config.eos_token_id, padding)
-    selections = selections_of_prompts(outputs["selection"], num_images)
-    costs = prompt_costs(flops, inputs["attention_mask"], selections, new_tokens, seconds)
+    selections = selections_of_prompts(outputs["selection"], len(new_ids))
+    costs = prompt_costs(flops, inputs, selections, new_tokens, seconds)
     texts = [_cut(text, stop) for text in processor.batch_decode(new_ids, skip_special_tokens=True)]
     return [Generated(*row) for row in zip(texts, costs, selections, strict=True)]
 
@@ -171,9 +169,9 @@ def score_continuations(
     targets = outputs.labels[:, columns][:, 1:]
     log_likelihood, is_greedy = _log_likelihood(logits, targets)
     seconds = now(model.device) - started
-    selections = selections_of_prompts(outputs.selection, [len(group) for group in images])
+    selections = selections_of_prompts(outputs.selection, len(whole))
     flops = CountedFlops(model.config, setting, may_be_unknown=True)
-    costs = prompt_costs(flops, inputs["attention_mask"], selections, [0] * len(whole), seconds)
+    costs = prompt_costs(flops, inputs, selections, [0] * len(whole), seconds)
     return [Scored(*row) for row in zip(log_likelihood.tolist(), is_greedy.tolist(), costs, strict=True)]
 
 

@@ -136,8 +136,8 @@ def measure(
 
     Args:
         model: on one device, CPU or CUDA.
-        inputs: `input_ids` and `attention_mask` `[batch, sequence]` and `pixel_values`
-            `[num_images, channels, height, width]`, on the model's device.
+        inputs: `input_ids` and `attention_mask` `[batch, sequence]` and what else the processor makes, on the model's
+            device.
         settings: pairs of a reducer and a budget, among them `("full", 1.0)` if ratios are wanted.
         new_tokens: generated for each prompt whatever the model says, 2 or more.
         repeats: rounds that are timed, 1 or more.
@@ -206,7 +206,7 @@ def time_generation(
 ) -> Timing:
     """Times one run; arguments and errors as of [`measure`]."""
     # A reducer that differs from the last one of its name in its parameters is made anew, which is no part of a run.
-    model.model.steps(setting.arguments()["reducer"])
+    model.prompt_reader.steps(setting.arguments()["reducer"])
     clock = StepClock(model.device)
     generate_exactly(model, inputs, setting, new_tokens, stopping_criteria=[clock])
     seconds = clock.seconds()

@@ -30,32 +30,45 @@ def patch_shares(selection: Selection, num_layers: int) -> torch.Tensor:
     return selection.keep.float() if selection.depth is None else selection.depth.float() / num_layers
 
 
-def draw_kept_patches(image: Image.Image, shares: torch.Tensor, scale: int = 3) -> Image.Image:
+def draw_kept_patches(
+    image: Image.Image, shares: torch.Tensor, scale: int = 3, grid_size: tuple[int, int] | None = None
+) -> Image.Image:
     """
     The image with its dropped patches dark.
 
     Args:
-        image: as the model saw it; it is drawn as a square.
-        shares: `[num_patches]` in [0, 1] or bool, a square grid row by row: 0 is dropped and dark, 1 is as it was.
+        image: as the model saw it; without a `grid_size` it is drawn as a square.
+        shares: `[num_patches]` in [0, 1] or bool, a grid row by row: 0 is dropped and dark, 1 is as it was.
         scale: screen pixels for a pixel of the image.
+        grid_size: rows and columns of patches; by default they are a square grid.
 
     Returns:
         RGB image, `scale` times as large.
 
     Raises:
-        ValueError: if the patches are not a square grid, or a share is not in [0, 1].
+        ValueError: if the patches are not such a grid, or a share is not in [0, 1].
     """
+    height = image.width if grid_size is None else image.height
     side = int(len(shares) ** 0.5)
-    if side * side != len(shares):
-        raise ValueError(f"`shares` has {len(shares)} patches; they have to be a square grid to be drawn on an image.")
-    grid = shares.cpu().float().numpy().reshape(side, side)
+    rows, columns = grid_size or (side, side)
+    if rows * columns != len(shares):
+        form = "a square grid" if grid_size is None else f"{rows} rows of {columns}"
+        raise ValueError(f"`shares` has {len(shares)} patches; they have to be {form} to be drawn on an image.")
+    grid = shares.cpu().float().numpy().reshape(rows, columns)
     if not ((grid >= 0) & (grid <= 1)).all():
         raise ValueError(f"`shares` has values from {grid.min():g} to {grid.max():g}; allowed are 0 to 1.")
-    size = (image.width * scale, image.width * scale)
+    size = (image.width * scale, height * scale)
     pixels = np.asarray(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), dtype=np.float32)
     brightness = _DROPPED_BRIGHTNESS + (1.0 - _DROPPED_BRIGHTNESS) * grid
     mask = Image.fromarray(brightness.astype(np.float32)).resize(size, Image.Resampling.NEAREST)
     return Image.fromarray((pixels * np.asarray(mask)[..., None]).astype(np.uint8))
+
+
+def why_not_drawn(selection: Selection) -> str | None:
+    """Why what was kept of a prompt's one image cannot be drawn on it; `None` if it can."""
+    if len(selection.sizes) == 1 and selection.grids is not None:
+        return None
+    return f"It came in {len(selection.sizes)} parts, tiles or views, whose places on it are not known here."
 
 
 def _draw(axis: Axes, picture: Image.Image, above: str, below: str, colour: str) -> None:
@@ -68,9 +81,10 @@ def _draw(axis: Axes, picture: Image.Image, above: str, below: str, colour: str)
 
 def _draw_answer(axis: Axes, run: Run, answer: Answer, above: str) -> None:
     """What was kept, and below it the answer, green if it is right and else red, with the right ones."""
-    shares = torch.tensor(answer.layers_seen) / run.header["num_layers"]
-    right = "" if answer.score else f"  ({', '.join(answer.answers)})"
-    picture = draw_kept_patches(Image.open(run.picture(answer.index)), shares)
+    right, picture = "" if answer.score else f"  ({', '.join(answer.answers)})", Image.open(run.picture(answer.index))
+    # What was kept of the parts of a picture is not drawn.
+    if run.header["num_patches"] is not None:
+        picture = draw_kept_patches(picture, torch.tensor(answer.layers_seen) / run.header["num_layers"])
     _draw(axis, picture, above, answer.prediction + right, "green" if answer.score else "red")
 
 
@@ -89,7 +103,8 @@ def save_kept_patches(run: Run, reducer: str, num_examples: int, path: str | Pat
     figure = Figure(figsize=(2.1 * len(settings), 2.55 * num_examples), layout="constrained")
     for index, row in enumerate(figure.subplots(num_examples, len(settings), squeeze=False)):
         for axis, entry in zip(row, settings, strict=True):
-            above = f"budget {entry['budget']:g}, {entry['num_keep']} tokens" if index == 0 else ""
+            tokens = "" if entry["num_keep"] is None else f", {entry['num_keep']} tokens"
+            above = f"budget {entry['budget']:g}{tokens}" if index == 0 else ""
             _draw_answer(axis, run, answers[setting_of(entry)][index], above)
         question = answers[setting_of(settings[0])][index].question
         row[0].set_ylabel(question.replace(" ?", "?"), fontsize=8, wrap=True)

@@ -5,15 +5,18 @@ these three numbers, and are counted once for each combination of them. Time is 
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
 from ..modeling.budget.selection import Selection
 from ..modeling.costs.model_costs import Costs, ModelCosts
+from ..modeling.families.adapters import adapter_of
+from ..modeling.families.llava import LLAVA
 from .settings import Setting
 
 logger = logging.get_logger(__name__)
@@ -25,19 +28,22 @@ class PromptCost:
     What one prompt of a batch cost.
 
     Attributes:
-        num_images: that it shows.
-        num_keep: visual tokens of each of its images that reach the decoder.
-        visual_tokens: of an image that a decoder layer saw in prefill, mean over layers and images; 0 without any.
-        text_tokens: the other tokens of the prompt.
+        num_images: that it shows; of other families than LLaVA the units: images, tiles and videos.
+        num_keep: visual tokens of each of these that reach the decoder.
+        visual_tokens: that a decoder layer saw in prefill, mean over layers: where all images have equally many, those
+            of an image, mean over images; elsewhere those of the whole prompt. 0 without any.
+        seen_tokens: of the whole prompt, also text and separators, that a decoder layer saw, mean over layers.
+        text_tokens: the tokens of the prompt that stand for nothing of an image.
         new_tokens: generated, the end-of-text token counted; 0 where a given continuation was scored.
-        flops: counted for vision tower, reducer, projector, prefill and decoding (convention adavtp); `None` where a
-            user's reducer does not say what it costs.
+        flops: counted for vision tower, reducer, projector, prefill and decoding (convention adavtp); `None` where
+            they are not counted, see [`CountedFlops`].
         milliseconds: its share of the time of its batch.
     """
 
     num_images: int
     num_keep: tuple[int, ...]
     visual_tokens: float
+    seen_tokens: float
     text_tokens: int
     new_tokens: int
     flops: float | None
@@ -46,7 +52,8 @@ class PromptCost:
 
 class CountedFlops:
     """
-    FLOPs of prompts in one setting.
+    FLOPs of prompts in one setting. They are not counted for other families than LLaVA, where a prompt's images may
+    have any size.
 
     Args:
         config: the model's.
@@ -55,9 +62,17 @@ class CountedFlops:
             warning; otherwise that is an error.
     """
 
-    def __init__(self, config: AdaVTPConfig, setting: Setting, may_be_unknown: bool = False) -> None:
-        self.costs, self.setting, self.may_be_unknown = ModelCosts.of(config), setting, may_be_unknown
-        self.num_layers, self.num_cls = config.text_config.num_hidden_layers, int(config.keep_cls)
+    def __init__(self, config: PreTrainedConfig, setting: Setting, may_be_unknown: bool = False) -> None:
+        self.setting, self.may_be_unknown = setting, may_be_unknown
+        self.images_differ = not isinstance(config, AdaVTPConfig)
+        self.family = adapter_of(config) if self.images_differ else LLAVA
+        self.costs, self.config = None if self.images_differ else ModelCosts.of(config), config
+        self.num_layers = config.get_text_config().num_hidden_layers
+
+    def text_tokens(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[int]:
+        """Of each prompt `[batch, length]`, the tokens that are no placeholders."""
+        is_text = attention_mask.bool() & ~self.family.placeholders(self.config, input_ids)
+        return is_text.sum(dim=-1).tolist()
 
     def of(self, text_tokens: int, selection: Selection | None) -> Costs | None:
         """
@@ -70,6 +85,8 @@ class CountedFlops:
         Raises:
             ValueError: if the cost is unknown and may not be.
         """
+        if self.costs is None:
+            return None
         try:
             return self.costs.of_selection(selection, text_tokens, **self.setting.arguments())
         except ValueError as error:
@@ -81,7 +98,7 @@ class CountedFlops:
 
 def prompt_costs(
     flops: CountedFlops,
-    attention_mask: torch.Tensor,
+    inputs: Mapping[str, torch.Tensor],
     selections: Sequence[Selection | None],
     new_tokens: Sequence[int],
     seconds: float,
@@ -91,23 +108,24 @@ def prompt_costs(
 
     Args:
         flops: of the setting that the batch ran in.
-        attention_mask: `[batch, length]`, 1 at text tokens and placeholders of images.
+        inputs: `input_ids` and `attention_mask`, both `[batch, length]`.
         selections: of each prompt's images, from [`selections_of_prompts`].
         new_tokens: generated after each prompt.
         seconds: that the batch took.
     """
-    costs = []
-    for length, selection, generated in zip(attention_mask.sum(dim=-1).tolist(), selections, new_tokens, strict=True):
+    costs, lengths = [], inputs["attention_mask"].sum(dim=-1).tolist()
+    texts = flops.text_tokens(inputs["input_ids"], inputs["attention_mask"])
+    for length, text_tokens, selection, generated in zip(lengths, texts, selections, new_tokens, strict=True):
         num_keep = () if selection is None else tuple(selection.num_keep.tolist())
-        seen = 0.0 if selection is None else float(visual_tokens_seen(selection, flops.num_layers).mean())
-        placeholders = 0 if selection is None else int(selection.sizes.sum()) + len(num_keep) * flops.num_cls
-        text_tokens = length - placeholders
+        seen = torch.zeros(1) if selection is None else visual_tokens_seen(selection, flops.num_layers)
+        dropped = 0.0 if selection is None else float(selection.sizes.sum() - seen.sum())
         counted = flops.of(text_tokens, selection)
         costs.append(
             PromptCost(
                 num_images=len(num_keep),
                 num_keep=num_keep,
-                visual_tokens=seen,
+                visual_tokens=float(seen.sum() if flops.images_differ else seen.mean()),
+                seen_tokens=length - dropped,
                 text_tokens=text_tokens,
                 new_tokens=generated,
                 flops=None if counted is None else counted.with_new_tokens(generated),
@@ -133,25 +151,32 @@ def visual_tokens_seen(selection: Selection, num_layers: int) -> torch.Tensor:
     return selection.depth.sum(dim=-1).double() / num_layers
 
 
-def selections_of_prompts(selection: Selection | None, num_images: Sequence[int]) -> list[Selection | None]:
+def selections_of_prompts(selection: Selection | None, num_prompts: int) -> list[Selection | None]:
     """
     What was chosen for each prompt's images; who counts does not need the features.
 
     Args:
-        selection: of all images of a batch, or `None` if there are none.
-        num_images: of each prompt.
+        selection: of all units of a batch, which knows their prompts; or `None` if there are none.
+        num_prompts: in the batch.
 
     Returns:
-        For each prompt its images' selection on the CPU, or `None` if it shows none.
+        For each prompt its units' selection on the CPU, or `None` if it shows none.
     """
     if selection is None:
-        return [None] * len(num_images)
-    keeps, positions = selection.keep.cpu().split(num_images), selection.positions.cpu().split(num_images)
-    sizes = selection.sizes.split(num_images)
-    depths = [None] * len(keeps) if selection.depth is None else selection.depth.cpu().split(num_images)
+        return [None] * num_prompts
+    rows = [(selection.sample == prompt).nonzero()[:, 0] for prompt in range(num_prompts)]
+    keep, positions, depth = selection.keep.cpu(), selection.positions.cpu(), selection.depth
     return [
-        Selection(keep, own, depth=depth, sizes=of_units) if len(keep) else None
-        for keep, own, depth, of_units in zip(keeps, positions, depths, sizes, strict=True)
+        Selection(
+            keep[own],
+            positions[own],
+            depth=None if depth is None else depth.cpu()[own],
+            sizes=selection.sizes[own],
+            grids=selection.grids and [selection.grids[row] for row in own.tolist()],
+        )
+        if len(own)
+        else None
+        for own in rows
     ]
 
 

@@ -21,7 +21,7 @@ HEADER, ANSWERS, PICTURES = "run.json", "answers.jsonl", "pictures"
 HEADER_FIELDS = {"settings": list[dict], "unreachable": list[dict]}
 HEADER_FIELDS |= dict.fromkeys(("command", "checkpoint_hash", "data_hash", "metric"), str)
 FINISHED_FIELDS = dict.fromkeys(("checkpoint", "checkpoint_hash", "data", "data_hash", "metric"), str)
-FINISHED_FIELDS |= dict.fromkeys(("num_examples", "num_patches", "num_layers"), int)
+FINISHED_FIELDS |= dict.fromkeys(("num_examples", "num_layers"), int) | {"num_patches": int | None}
 MORE_OF_HEADER = {"split": str, "machine": str, "versions": dict[str, str], "max_new_tokens": int, **FINISHED_FIELDS}
 MORE_OF_HEADER |= dict.fromkeys(("figures", "measurements"), list[dict] | None)
 MORE_OF_HEADER |= dict.fromkeys(("seconds", "model_seconds", "evaluation_seconds"), float)
@@ -40,15 +40,16 @@ class Answer:
         index: the example's place in the data.
         id, question, answers, category: see [`Example`].
         reducer, budget: what chose the visual tokens, as on the command line, and the budget as it was asked for.
-        num_keep: the number K of tokens that the budget means.
+        num_keep: the number K of tokens that the budget means; `None` where images differ in how many they have.
         prediction: the model's answer.
         score: by the run's metric; `None` until a metric that needs all answers together has them.
-        visual_tokens: of an image that a decoder layer saw in prefill, mean over layers and images.
-        text_tokens: the other tokens of the prompt.
+        visual_tokens: see [`PromptCost`].
+        text_tokens: the tokens of the prompt that stand for nothing of an image.
         new_tokens: generated, the end-of-text token counted.
-        flops: counted for vision tower, reducer, projector, prefill and decoding.
+        flops: counted for vision tower, reducer, projector, prefill and decoding; `None` where they are not.
         ms: milliseconds, its share of those that its batch took.
-        layers_seen: of the first examples, how many decoder layers saw each patch of the first image.
+        layers_seen: of the first examples, how many decoder layers saw each patch of the first image
+            or tile.
     """
 
     index: int
@@ -60,7 +61,7 @@ class Answer:
     prediction: str
     score: float | None
     category: str | None
-    num_keep: int
+    num_keep: int | None
     visual_tokens: float
     text_tokens: int
     new_tokens: int
@@ -104,7 +105,7 @@ class Run:
         for entry in [*header["settings"], *header["unreachable"]]:
             check_record(entry, {"reducer": str, "budget": float}, f"{path}, a setting")
         for entry in header["settings"]:
-            check_record(entry, {"num_keep": int}, f"{path}, a setting")
+            check_record(entry, {"num_keep": int | None}, f"{path}, a setting")
         for row in header.get("measurements") or []:
             check_record(row, MEASUREMENT, f"{path}, a measurement")
         return cls(folder, header)

@@ -7,6 +7,7 @@ of tokens: as a float, 115/576 of 576 may come out as 114.
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -34,7 +35,7 @@ class Setting(NamedTuple):
         reducer: a registered name, a dictionary of `"name"` and parameters, a list of these (a stack), or `"full"`.
         budget: see [`AdaVTPForConditionalGeneration.forward`]; of `"full"` it is 1.0.
         asked: the budget as a table shows it, where the model is asked for the number that it means.
-        num_keep: the number K of an image's tokens that it keeps, in a run whose images have equally many.
+        num_keep: the number K of an image's tokens that it keeps, where all images have equally many, or `None`.
     """
 
     reducer: ReducerSpec
@@ -73,19 +74,20 @@ class Setting(NamedTuple):
         return model.unreachable(**inputs, **self.arguments())
 
 
-def tokens_per_image(model: AdaVTPForConditionalGeneration) -> int:
-    """Visual tokens of an image, N, as the model's family says; a run's images have equally many."""
-    return model.family.tokens_per_image(model.config)
+def tokens_per_image(model: AdaVTPForConditionalGeneration) -> int | None:
+    """Visual tokens of an image, N, as the model's family says; `None` where images differ."""
+    per_image = getattr(model.family, "tokens_per_image", None)
+    return None if per_image is None else per_image(model.config)
 
 
 def asked_settings(
-    num_patches: int, reducers: Sequence[ReducerSpec], budgets: Sequence[WrittenBudget]
+    num_patches: int | None, reducers: Sequence[ReducerSpec], budgets: Sequence[WrittenBudget]
 ) -> list[Setting]:
     """
     The settings of a run: `"full"` once, and every other reducer at every budget that leaves something out.
 
     Args:
-        num_patches: visual tokens of an image, N.
+        num_patches: visual tokens of an image, N; `None` where images differ, and only a fraction of 1 keeps all.
         reducers: see [`Setting`]. At a budget that keeps everything all of them are `"full"`.
         budgets: fractions in [0, 1] as floats, numbers of tokens as ints, or exact fractions.
 
@@ -99,13 +101,18 @@ def asked_settings(
     if not stacks or (chosen and not counts):
         raise ValueError(f"`reducers` is {list(stacks)} and `budgets` {list(budgets)}; each needs one or more.")
     settings = []
-    if FULL in stacks or num_patches in counts.values():
+    keeps_all = {budget: _keeps_all(budget, count, num_patches) for budget, count in counts.items()}
+    if FULL in stacks or any(keeps_all.values()):
         settings.append(Setting(FULL, FULL_BUDGET, FULL_BUDGET, num_patches))
     for reducer, (budget, count) in product(chosen, counts.items()):
-        if count < num_patches:
+        if not keeps_all[budget]:
             written = float(budget) if isinstance(budget, Fraction) else budget
             settings.append(Setting(reducer, exact_budget(budget, num_patches), written, count))
     return settings
+
+
+def _keeps_all(budget: WrittenBudget, count: int | None, num_patches: int | None) -> bool:
+    return count == num_patches if num_patches is not None else not isinstance(budget, int) and budget == FULL_BUDGET
 
 
 def reachable_settings(
@@ -145,19 +152,28 @@ def budget_of_text(text: str) -> WrittenBudget:
         ) from error
 
 
-def num_keep_of(budget: WrittenBudget, num_patches: int) -> int:
-    """How many of an image's N tokens a budget keeps; `ValueError` if it is no budget."""
+def num_keep_of(budget: WrittenBudget, num_patches: int | None) -> int | None:
+    """How many of an image's N tokens a budget keeps, if N is known; `ValueError` if it is no budget."""
     if not isinstance(budget, Fraction):
-        return int(num_tokens_to_keep(budget, num_patches, 1))
+        # Whether it is a budget does not depend on N.
+        count = int(num_tokens_to_keep(budget, num_patches or 1, 1))
+        return None if num_patches is None else count
     if not 0 <= budget <= 1:
         raise ValueError(f"`budgets` has {budget}; as a fraction it is the share of visual tokens kept, from 0 to 1.")
-    return max(1, int(budget * num_patches))
+    return None if num_patches is None else max(1, int(budget * num_patches))
 
 
-def exact_budget(budget: WrittenBudget, num_patches: int) -> float | int:
-    """What the model is asked: of an exact fraction the count that it means, for a float may mean one less."""
+def exact_budget(budget: WrittenBudget, num_patches: int | None) -> float | int:
+    """
+    What the model is asked: of an exact fraction the count that it means, for a float may mean one less. Where N is
+    not known it is the next float that is written as no less than the fraction, and so means no less of any N.
+    """
     if not isinstance(budget, Fraction):
         return budget
+    if num_patches is None:
+        num_keep_of(budget, None)
+        near = float(budget)
+        return near if Fraction(repr(near)) >= budget else math.nextafter(near, 2.0)
     count = num_keep_of(budget, num_patches)
     return count if count >= 2 else 0.0
 

@@ -52,8 +52,9 @@ def unfinished(run: Run) -> list[tuple[dict[str, Any], int]]:
 
 
 def _row(entry: dict[str, Any], answers: Sequence[Answer], interval: tuple[float, float]) -> dict[str, Any]:
-    def mean(name: str) -> float:
-        return statistics.fmean(getattr(answer, name) for answer in answers)
+    def mean(name: str) -> float | None:
+        values = [getattr(answer, name) for answer in answers]
+        return None if None in values else statistics.fmean(values)
 
     kinds = sorted({answer.category for answer in answers if answer.category is not None})
     return {

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
-from ..modeling.processing_adavtp import AdaVTPProcessor
 from .licence import origin_of
 from .output_folder import folder_beside, require_output_folder
-from .published_folder import CARRIED, FORMER, KINDS, add_card, model_type_in, own_files_by_kind, require_no_adapter
+from .published_folder import CARRIED, FORMER, KINDS, add_card, has_budget, own_files_by_kind, require_no_adapter
 from .sound_weights import require_finite
 from .training_record import TrainingRecord, is_hub_id
 
@@ -56,7 +55,7 @@ def export_checkpoint(
     origin = origin_of(checkpoint, record, base_model or (checkpoint if is_hub_id(checkpoint) else None), license)
     model = AdaVTPForConditionalGeneration.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     require_finite(model.state_dict(), f"`checkpoint` is {checkpoint!r}, which")
-    processor = AdaVTPProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    processor = model.processor
     with folder_beside(output_dir) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
@@ -70,7 +69,7 @@ def export_checkpoint(
 
 def _is_checkpoint(folder: Path) -> bool:
     config = folder / "config.json"
-    return config.is_file() and model_type_in(config) == "adavtp"
+    return config.is_file() and has_budget(config)
 
 
 def _move_into(folder: Path, output_dir: Path) -> None:

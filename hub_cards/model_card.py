@@ -9,11 +9,13 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, get_local_safetensors_metadata
 from huggingface_hub.errors import SafetensorsParsingError
+from transformers import AutoProcessor
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
 from ..evaluation.records import read_record
 from ..evaluation.settings import FULL
 from ..modeling.families.llava import LLAVA
+from ..modeling.hub.loading import family_class
 from ..modeling.hub.own_files import failures_in_words
 from ..modeling.processing_adavtp import AdaVTPProcessor
 from .licence import Origin
@@ -47,9 +49,9 @@ def model_card(folder: str | Path, name: str, record: TrainingRecord, origin: Or
     """
     folder = Path(folder)
     with failures_in_words("configuration", name):
-        config = AdaVTPConfig.from_pretrained(folder)
-        num_visual_tokens = LLAVA.tokens_per_image(config)
-    tokenizer = AdaVTPProcessor.from_pretrained(folder).tokenizer
+        family = family_class(folder, {})
+        config = (AdaVTPConfig if family is None else family.config_class).from_pretrained(folder)
+    tokenizer = (AdaVTPProcessor if family is None else AutoProcessor).from_pretrained(folder).tokenizer
     # From the headers of the weight files: the number of parameters of each data type.
     try:
         numbers = get_local_safetensors_metadata(folder).parameter_count
@@ -58,11 +60,15 @@ def model_card(folder: str | Path, name: str, record: TrainingRecord, origin: Or
     dtype = max(numbers, key=numbers.get)
     digit_scenes = record.is_digit_scenes and origin.base_model is None
     return ModelCard.from_template(
-        _metadata(name, record, origin, ["digit-scenes"] * digit_scenes),
+        _metadata(
+            name, record, origin, "llava" if family is None else config.model_type, ["digit-scenes"] * digit_scenes
+        ),
         template_path=str(TEMPLATE),
         name=name,
         config=config,
-        num_visual_tokens=num_visual_tokens,
+        family=None if family is None else config.model_type,
+        reducers=", ".join(f"`{entry if isinstance(entry, str) else entry['name']}`" for entry in config.reducers),
+        num_visual_tokens=LLAVA.tokens_per_image(config) if family is None else None,
         num_parameters=f"{sum(numbers.values()):,}",
         dtype=_DTYPES.get(dtype, dtype),
         question="What colour is the largest digit?" if digit_scenes else "What is in the picture?",
@@ -88,13 +94,13 @@ def curve_names(record: TrainingRecord) -> list[str]:
     return ["budget_curve.png"] if len(numbers) == 1 else [f"budget_curve_{number:02}.png" for number in numbers]
 
 
-def _metadata(name: str, record: TrainingRecord, origin: Origin, tags: list[str]) -> ModelCardData:
+def _metadata(name: str, record: TrainingRecord, origin: Origin, family: str, tags: list[str]) -> ModelCardData:
     data = ModelCardData(
         license=origin.license,
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         language="en",
-        tags=["adavtp", "llava", "visual-token-pruning", "token-budget", *tags],
+        tags=["adavtp", family, "visual-token-pruning", "token-budget", *tags],
         base_model=origin.base_model,
         datasets=record.hub_data_sets or None,
         model_name=name.rpartition("/")[2],
@@ -133,7 +139,7 @@ def _shown_evaluation(result: dict[str, Any]) -> dict[str, Any]:
     reducer = "adaptive" if any(row["reducer"] == "adaptive" for row in rows) else rows[0]["reducer"]
     detailed = [row for row in rows if row["reducer"] in (reducer, FULL) and row.get("accuracy_by_kind")]
     kinds = sorted({kind for row in detailed for kind in row["accuracy_by_kind"]})
-    whole = max(rows, key=lambda row: row["num_keep"])
+    whole = max(rows, key=_tokens)
     return {
         "dataset": _dataset_name(result),
         "split": result["split"],
@@ -154,6 +160,7 @@ def _shown_evaluation(result: dict[str, Any]) -> dict[str, Any]:
 
 def _shown_row(row: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
     return row | {
+        "num_keep": f"{_tokens(row):.4g}",
         "budget": round(row["budget"], 4),
         "accuracy": _percent(row["accuracy"]),
         "low": _percent(row["accuracy_low"]),
@@ -164,16 +171,21 @@ def _shown_row(row: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _tokens(row: dict[str, Any]) -> float:
+    """Visual tokens that are kept of an image; where images differ in how many there are, the mean of prompts."""
+    return row["visual_tokens"] if row["num_keep"] is None else row["num_keep"]
+
+
 def _trade_off(rows: list[dict[str, Any]], reducer: str, whole: dict[str, Any]) -> dict[str, Any] | None:
     """What the smallest measured budget costs and saves; `None` if only one was measured."""
-    smallest = min((row for row in rows if row["reducer"] == reducer), key=lambda row: row["num_keep"])
-    if smallest["num_keep"] == whole["num_keep"]:
+    smallest = min((row for row in rows if row["reducer"] == reducer), key=_tokens)
+    if _tokens(smallest) == _tokens(whole):
         return None
     return {
         "budget": round(smallest["budget"], 4),
         "reducer": reducer,
-        "num_keep": smallest["num_keep"],
-        "num_tokens": whole["num_keep"],
+        "num_keep": f"{_tokens(smallest):.4g}",
+        "num_tokens": f"{_tokens(whole):.4g}",
         "decoder_tokens": _percent(smallest["decoder_tokens"] / whole["decoder_tokens"]),
         "points": _points(smallest, whole),
     }

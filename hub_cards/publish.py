@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from .licence import Origin
-from .published_folder import FORMER, KINDS, model_type_in
+from .published_folder import FORMER, KINDS, has_budget, model_type_in
 
 # A licence may have been put into the repository by hand, and is never taken away.
 MODEL_FILES = (*FORMER, *(pattern for kind, patterns in KINDS.items() if kind != "licence" for pattern in patterns))
@@ -120,9 +120,11 @@ def upload(
 
 def _require_adavtp(api: HfApi, repo_id: str, revision: str | None) -> None:
     """That what is replaced is an earlier publication, and not another model under a name that was mistyped."""
-    kind = model_type_in(Path(api.hf_hub_download(repo_id, "config.json", revision=revision)))
-    if kind != "adavtp":
-        raise HubRefused(f"{repo_id} has a {kind!r} model, which would be replaced; choose another name.")
+    config = Path(api.hf_hub_download(repo_id, "config.json", revision=revision))
+    if not has_budget(config):
+        raise HubRefused(
+            f"{repo_id} has a {model_type_in(config)!r} model, which would be replaced; choose another name."
+        )
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

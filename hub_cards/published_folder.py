@@ -145,6 +145,18 @@ def model_type_in(config: Path) -> str | None:
     return fields.get("model_type")
 
 
+def has_budget(config: Path) -> bool:
+    """
+    Whether a config.json is of a model of ours, LLaVA's or of another family, which keeps its family's model type.
+
+    Raises:
+        ValueError: if it is no JSON object.
+    """
+    led_to = json.loads(config.read_text(encoding="utf-8")).get("auto_map") if model_type_in(config) else None
+    is_of_family = isinstance(led_to, dict) and f"{CODE_FOLDER}/modeling_families." in str(led_to.get("AutoModel"))
+    return model_type_in(config) == "adavtp" or is_of_family
+
+
 def require_no_adapter(checkpoint: str | Path) -> None:
     """`ValueError` if a folder has an adapter, which is no checkpoint without its base."""
     if (Path(checkpoint) / "adapter_config.json").is_file():
@@ -162,10 +174,10 @@ def _require_whole(checkpoint: Path, files: dict[str, list[Path]]) -> None:
     named = f"`checkpoint` is {str(checkpoint)!r}, which has"
     config = checkpoint / "config.json"
     kind = model_type_in(config) if config.is_file() else None
-    if kind != "adavtp":
+    if kind is None or not has_budget(config):
         found = f"a {kind!r} model" if kind else "no config.json"
-        advice = "; `adavtp convert` makes a checkpoint of it" if kind == "llava" else ""
-        raise ValueError(f"{named} {found}; expected is an 'adavtp' model{advice}.")
+        advice = f"; `adavtp {'convert' if kind == 'llava' else 'export'}` makes a checkpoint of it" if kind else ""
+        raise ValueError(f"{named} {found}; expected is an 'adavtp' model, or another family's with its code{advice}.")
     missing = [kind for kind in NEEDED if not files[kind]]
     if (checkpoint / INDEX).is_file():
         shards = indexed_files(checkpoint / INDEX).values()

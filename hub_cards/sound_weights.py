@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers.utils import logging
 
-from ..configuration.configuration_adavtp import AdaVTPConfig
+from ..modeling.hub.loading import family_class
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
 from ..modeling.reducers.base import REDUCERS
 
@@ -50,13 +50,12 @@ def require_sound_weights(folder: Path) -> None:
         ValueError: if a weight is missing, has another shape than the configuration asks for, or is not finite.
         OSError: if a file is not whole.
     """
-    config = AdaVTPConfig.from_pretrained(folder)
+    model_class = family_class(folder, {}) or AdaVTPForConditionalGeneration
+    config = model_class.config_class.from_pretrained(folder)
     config.reducers = _registered(config.reducers) or ["random"]
     config.trained_reducers = _registered(config.trained_reducers)
     with _silent():
-        _, info = AdaVTPForConditionalGeneration.from_pretrained(
-            folder, config=config, device_map="meta", output_loading_info=True
-        )
+        _, info = model_class.from_pretrained(folder, config=config, device_map="meta", output_loading_info=True)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"{str(folder)!r} lacks {len(missing)} weight(s) that its configuration asks for, {missing[0]} among them;"

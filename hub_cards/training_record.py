@@ -23,10 +23,10 @@ FINISHED, CONVERSION = "finished.json", "conversion.json"
 # Fields that files of a record have, and those that they may have.
 EVALUATION = {"command": str, "versions": dict[str, str], "split": str, "num_questions": int, "rows": list[dict]}
 MORE_OF_EVALUATION = {"dataset": str, "metric": str, "machine": str}
-ROW = {"reducer": str, "budget": float, "num_keep": int} | dict.fromkeys(
+ROW = {"reducer": str, "budget": float, "num_keep": int | None} | dict.fromkeys(
     ("accuracy", "accuracy_low", "accuracy_high", "decoder_tokens", "milliseconds"), float
 )
-MORE_OF_ROW = {"accuracy_by_kind": dict[str, float], "flops": float | None}
+MORE_OF_ROW = {"accuracy_by_kind": dict[str, float], "flops": float | None, "visual_tokens": float}
 LOG, STAGE = {"stage": dict, "log": list[dict]}, {"name": str, "kind": str}
 MORE_OF_STAGE = {"data": dict | None, "budgets": dict, "training": dict}
 RECIPE_FIELDS = {"model": dict, "stages": list[dict]}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import BatchFeature, Cache, GenerationConfig, GenerationMixin, PreTrainedConfig
+from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.image_utils import ImageInput
 from transformers.masking_utils import create_masks_for_generate
 from transformers.processing_utils import ProcessorMixin
@@ -33,7 +33,9 @@ from .decoder.pruned_cache import (
 )
 from .evaluation_mode import evaluating
 from .families.encoded import KINDS
+from .processing_adavtp import AdaVTPProcessor, inputs_of_questions
 from .prompt import PreparedInputs, Prompt, check_columns
+from .reducers.bank import ImpossibleReducerError, MissingWeightsError, ReducerSpec
 
 if TYPE_CHECKING:
     from transformers.generation.utils import GenerateOutput
@@ -207,7 +209,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
                 "`return_dict_in_generate` is True, but `generate(image, prompt)` returns text; for scores and caches "
                 "pass `**model.processor(images=..., text=...)`."
             )
-        model_inputs = self._inputs_of_questions(inputs, prompt).to(self._input_device)
+        model_inputs = inputs_of_questions(self.processor, inputs, prompt).to(self._input_device)
         generated = super().generate(None, generation_config, *args, **model_inputs, **kwargs)
         answers = self.processor.batch_decode(
             generated[:, model_inputs["input_ids"].shape[1] :], skip_special_tokens=True
@@ -231,6 +233,34 @@ class AdaVTPGenerationMixin(GenerationMixin):
                 )
         return super().generate_batch(inputs, *args, **kwargs)
 
+    def unreachable(
+        self,
+        input_ids: torch.LongTensor,
+        token_budget: StackBudget | None = None,
+        reducer: ReducerSpec | None = None,
+        **inputs: Any,
+    ) -> str | None:
+        """
+        Why these inputs cannot be answered at a budget, or `None` if they can: the family cannot have a reducer, the
+        checkpoint has no weights for one that has to be trained, or it cannot go as low.
+
+        Args:
+            input_ids, inputs: see `select_tokens`.
+            token_budget, reducer: see `forward`.
+
+        Raises:
+            ValueError: if there is no such reducer, or the budget is none.
+        """
+        try:
+            self.prompt_reader.resolve_budget(token_budget, reducer, len(input_ids))
+        except (MissingWeightsError, ImpossibleReducerError) as error:
+            return str(error)
+        try:
+            self.select_tokens(input_ids, token_budget=token_budget, reducer=reducer, **inputs)
+        except ValueError as error:
+            return str(error)
+        return None
+
     def _has_other_preparation(self, input_ids: torch.Tensor | None) -> bool:
         """
         Whether somebody put a `prepare_inputs_for_generation` before ours, as PEFT's prompt learning does.
@@ -249,13 +279,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
 
     def _saved_processor(self) -> ProcessorMixin:
         """The processor beside the checkpoint."""
-        from .processing_adavtp import AdaVTPProcessor
-
         return AdaVTPProcessor.from_pretrained(self.name_or_path, trust_remote_code=self.trusts_remote_code)
-
-    def _inputs_of_questions(self, images: Any, prompts: str | Sequence[str]) -> BatchFeature:
-        """See [`AdaVTPProcessor.of_questions`]."""
-        return self.processor.of_questions(images, prompts)
 
     @property
     def _input_device(self) -> torch.device | int | str:

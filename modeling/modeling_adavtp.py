@@ -45,7 +45,7 @@ from .prompt import (
     without_first_labels,
 )
 from .prompt_reduction import PromptReductionMixin
-from .reducers.bank import MissingWeightsError, ReducerSpec
+from .reducers.bank import ReducerSpec
 from .reducers.published import PUBLISHED_REDUCERS
 from .reducers.token_fusion import ZeroLinear
 
@@ -425,35 +425,6 @@ class AdaVTPForConditionalGeneration(AdaVTPPreTrainedModel, AdaVTPGenerationMixi
         schedule = self.model.resolve_budget(token_budget, reducer, len(input_ids))
         prompt = Prompt(input_ids, attention_mask, count_positions(attention_mask), labels)
         return self.model.prepare_inputs(prompt, pixel_values, schedule).selection
-
-    def unreachable(
-        self,
-        input_ids: torch.LongTensor,
-        pixel_values: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        token_budget: StackBudget | None = None,
-        reducer: ReducerSpec | None = None,
-    ) -> str | None:
-        """
-        Why these inputs cannot be answered at a budget, or `None` if they can: the checkpoint has no weights for a
-        reducer that has to be trained, or a reducer cannot go as low.
-
-        Args:
-            input_ids, pixel_values, attention_mask: see [`select_tokens`].
-            token_budget, reducer: see `forward`.
-
-        Raises:
-            ValueError: if there is no such reducer, or the budget is none.
-        """
-        try:
-            self.model.resolve_budget(token_budget, reducer, len(input_ids))
-        except MissingWeightsError as error:
-            return str(error)
-        try:
-            self.select_tokens(input_ids, pixel_values, attention_mask, token_budget=token_budget, reducer=reducer)
-        except ValueError as error:
-            return str(error)
-        return None
 
     def get_image_features(
         self,

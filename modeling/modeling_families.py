@@ -7,7 +7,7 @@ its name; what is particular about the family is said by its adapter.
 
 import inspect
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -17,7 +17,6 @@ import torch
 import transformers
 from transformers import (
     AutoProcessor,
-    BatchFeature,
     Cache,
     GenerationMixin,
     PreTrainedConfig,
@@ -45,7 +44,6 @@ from .generation_adavtp import AdaVTPGenerationMixin
 from .hub.custom_reducers import CustomReducersMixin
 from .hub.loading import CompleteLoadingMixin
 from .hub.saving import CODE_FOLDER, SelfContainedMixin, own_class, without_auto_class
-from .processing_adavtp import images_of_prompts, readable_images
 from .prompt import PreparedInputs, Prompt, check_columns, without_first_labels
 from .prompt_reduction import PromptReductionMixin
 from .reducers.bank import ReducerSpec
@@ -162,23 +160,6 @@ class FamilyGenerationMixin(AdaVTPGenerationMixin):
 
     def _saved_processor(self) -> ProcessorMixin:
         return AutoProcessor.from_pretrained(self.name_or_path, trust_remote_code=self.trusts_remote_code)
-
-    def _inputs_of_questions(self, images: Any, prompts: str | Sequence[str]) -> BatchFeature:
-        """Inputs for `generate`: questions in the family's chat template, with their images before them."""
-        shown, prompts = images_of_prompts(images, prompts)
-        conversations = []
-        for group, prompt in zip(shown, prompts, strict=True):
-            pictures = [{"type": "image", "image": image} for image in (readable_images(group) if group else [])]
-            content = [*pictures, {"type": "text", "text": prompt}]
-            conversations.append([{"role": "user", "content": content}])
-        return self.processor.apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            padding=True,
-        )
 
     def _prepare_position_ids_for_generation(
         self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]

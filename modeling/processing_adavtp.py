@@ -5,6 +5,7 @@ import os
 import re
 from base64 import b64decode
 from collections.abc import Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -13,6 +14,7 @@ from urllib.request import Request, urlopen
 import torch
 from transformers import BatchFeature, LlavaProcessor
 from transformers.image_utils import PIL, ImageInput, is_pil_image, is_valid_image, to_numpy_array
+from transformers.processing_utils import ProcessorMixin
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
 from .budget.token_budget import TokenBudget, budget_values, num_tokens_to_keep
@@ -210,6 +212,64 @@ class AdaVTPProcessor(LlavaProcessor):
         # With `push_to_hub=True` transformers uploads only what it sees change after it began.
         save_code(type(self), Path(working_dir))
         return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+
+def inputs_of_questions(
+    processor: ProcessorMixin,
+    images: ImageInput | Sequence[ImageInput | Sequence[ImageInput] | None] | None,
+    prompts: str | Sequence[str | list[dict[str, Any]]],
+) -> BatchFeature:
+    """
+    Inputs for `generate` from images and questions, for any family.
+
+    Args:
+        processor: ours, or a family's own.
+        images: see [`AdaVTPProcessor.of_questions`].
+        prompts: a question, or a list of questions and conversations. Of a question the images stand before it, in the
+            chat template; a conversation, turns as chat templates take them, says where each stands.
+
+    Returns:
+        `BatchFeature`, padded on the left.
+
+    Raises:
+        ValueError: if there are not as many images as prompts or as places for them, an image cannot be read, or there
+            is no chat template.
+    """
+    if hasattr(processor, "of_questions"):
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        as_text = partial(processor.apply_chat_template, add_generation_prompt=True)
+        return processor.of_questions(images, [one if isinstance(one, str) else as_text(one) for one in prompts])
+    shown, prompts = images_of_prompts(images, prompts)
+    if processor.chat_template is None:
+        raise ValueError("This processor has no chat template to put questions in; give it one.")
+    return processor.apply_chat_template(
+        [_conversation(*pair) for pair in zip(shown, prompts, strict=True)],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+    )
+
+
+def _conversation(images: list[ImageInput], prompt: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Turns with their images in them."""
+    pictures = [{"type": "image", "image": image} for image in (readable_images(images) if images else [])]
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": [*pictures, {"type": "text", "text": prompt}]}]
+    turns = [
+        turn | {"content": [{"type": "text", "text": turn["content"]}]} if isinstance(turn["content"], str) else turn
+        for turn in prompt
+    ]
+    places = sum(part["type"] == "image" for turn in turns for part in turn["content"])
+    if places != len(pictures):
+        raise ValueError(f"A conversation has places for {places} image(s), and {len(pictures)} were given.")
+    rest = iter(pictures)
+    return [
+        turn | {"content": [next(rest) if part["type"] == "image" else part for part in turn["content"]]}
+        for turn in turns
+    ]
 
 
 def images_of_prompts(

@@ -20,7 +20,7 @@ from .families.base import Family, Units, has_recurrent_layers
 from .families.llava import LLAVA
 from .prompt import PreparedInputs, Prompt, is_before_answer, left_padded, without_first_labels
 from .reducers.adaptive import VisionTokenController
-from .reducers.bank import ReducerBank, ReducerSpec, Step, named
+from .reducers.bank import ImpossibleReducerError, ReducerBank, ReducerSpec, Step, named
 from .vision.budget_token import BudgetToken
 from .vision.visual_model import VisualModel, VisualTokens
 
@@ -76,7 +76,9 @@ class PromptReductionMixin:
     def _possible(self, steps: list[Step]) -> list[Step]:
         for step in steps:
             if (reason := self.family.why_not(self.config, step.reducer)) is not None:
-                raise ValueError(f"Reducer {step.name!r} cannot act on a {self.config.model_type!r} model: {reason}")
+                raise ImpossibleReducerError(
+                    f"Reducer {step.name!r} cannot act on a {self.config.model_type!r} model: {reason}"
+                )
         return steps
 
     @property

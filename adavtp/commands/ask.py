@@ -5,10 +5,11 @@ from typing import Annotated, Any
 
 import typer
 
-from ..evaluation.answering import image_as_seen
+from ..evaluation.answering import image_as_seen, shows_whole_images
 from ..evaluation.prompt_costs import visual_tokens_seen
 from ..evaluation.reducer_table import as_trained
 from ..evaluation.settings import budget_of_text, exact_budget, reducer_of_text, tokens_per_image
+from ..modeling.processing_adavtp import inputs_of_questions, readable_images
 from .console import CheckpointOption, console, load_checkpoint
 
 
@@ -31,20 +32,28 @@ def ask(
     max_new_tokens: Annotated[int, typer.Option(help="Length limit of the answer.", min=1)] = 32,
 ) -> None:
     """Ask a question about an image at a token budget."""
-    from ..evaluation.pictures import draw_kept_patches, patch_shares
+    from ..evaluation.pictures import draw_kept_patches, patch_shares, why_not_drawn
 
     model, processor = load_checkpoint(checkpoint)
     choice: dict[str, Any] = {"token_budget": exact_budget(budget_of_text(budget), tokens_per_image(model))}
     if reducer:
         choice["reducer"] = as_trained(model.config, reducer_of_text(",".join(reducer)))
-    inputs = processor.of_questions(str(image), prompt).to(model.device)
+    inputs = inputs_of_questions(processor, str(image), prompt).to(model.device)
     output = model.generate(**inputs, **choice, max_new_tokens=max_new_tokens, return_dict_in_generate=True)
     new_ids, selection = output.sequences[0, inputs["input_ids"].shape[1] :], output["selection"]
     console.print(processor.decode(new_ids, skip_special_tokens=True).strip(), highlight=False)
-    num_layers = model.config.text_config.num_hidden_layers
+    num_layers = model.config.get_text_config().num_hidden_layers
     over_layers = ", mean over decoder layers" if selection.depth is not None else ""
-    tokens = float(visual_tokens_seen(selection, num_layers)[0])
-    console.print(f"{tokens:g} of {selection.keep.shape[1]} visual tokens{over_layers}", style="dim")
-    if show is not None:
+    tokens = float(visual_tokens_seen(selection, num_layers).sum())
+    console.print(f"{tokens:g} of {int(selection.sizes.sum())} visual tokens{over_layers}", style="dim")
+    if show is None:
+        return
+    if (reason := why_not_drawn(selection)) is not None:
+        console.print(f"No picture of what was kept: {reason}", style="dim", markup=False)
+    elif shows_whole_images(processor):
+        picture = image_as_seen(processor, inputs["pixel_values"][0])
+        draw_kept_patches(picture, patch_shares(selection, num_layers)[0]).save(show)
+    else:
+        (picture,) = readable_images(str(image))
         shares = patch_shares(selection, num_layers)[0]
-        draw_kept_patches(image_as_seen(processor, inputs["pixel_values"][0]), shares).save(show)
+        draw_kept_patches(picture, shares, scale=1, grid_size=selection.grids[0]).save(show)

@@ -183,6 +183,8 @@ def load_checkpoint(checkpoint: str | None) -> tuple:
     from transformers import AutoConfig, AutoModel, AutoProcessor
     from transformers.utils import logging
 
+    from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     checkpoint = str(checkpoint or reference_checkpoint())
@@ -191,12 +193,13 @@ def load_checkpoint(checkpoint: str | None) -> tuple:
     try:
         # Of another kind of model, the Auto classes would build whatever its configuration leaves out in full size.
         kind = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trusts).model_type
-        if kind != "adavtp":
-            advice = "; `adavtp convert` makes a checkpoint of it" if kind == "llava" else ""
+        if kind == "llava":
             raise typer.BadParameter(
-                f"`checkpoint` is {checkpoint!r}, a {kind!r} model; expected is an 'adavtp' model{advice}."
+                f"`checkpoint` is {checkpoint!r}, a {kind!r} model; expected is an 'adavtp' model or one of another "
+                "family (`adavtp families`); `adavtp convert` makes a checkpoint of it."
             )
-        model = AutoModel.from_pretrained(checkpoint, trust_remote_code=trusts).eval()
+        model_class = AutoModel if kind == "adavtp" else AdaVTPForConditionalGeneration
+        model = model_class.from_pretrained(checkpoint, trust_remote_code=trusts).eval()
         model.processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=trusts)
     except (ValueError, typer.BadParameter):
         raise

@@ -220,7 +220,7 @@ def _header(
         ],
         "unreachable": unreachable,
         "num_patches": tokens_per_image(model),
-        "num_layers": model.config.text_config.num_hidden_layers,
+        "num_layers": model.config.get_text_config().num_hidden_layers,
         "shown": min(SHOWN, len(asked.examples)),
     }
 
@@ -272,11 +272,11 @@ def results_table(record: dict[str, Any]) -> Table:
         table.add_row(
             row["reducer"],
             f"{row['budget']:.4g}",
-            str(row["num_keep"]),
+            "-" if row["num_keep"] is None else str(row["num_keep"]),
             f"{100 * row['accuracy']:.1f}",
             f"{100 * row['accuracy_low']:.1f}-{100 * row['accuracy_high']:.1f}",
             f"{row['visual_tokens']:.1f}",
-            f"{row['flops'] / 1e9:.3g}",
+            "-" if row["flops"] is None else f"{row['flops'] / 1e9:.3g}",
             f"{row['milliseconds']:.1f}",
         )
     for row in record["unreachable"]:

@@ -11,6 +11,7 @@ from ..evaluation import measurements
 from ..evaluation.circumstances import circumstances
 from ..evaluation.measurements import Measurement, as_rows
 from ..evaluation.settings import asked_settings, budget_of_text, reachable_settings, reducer_of_text, tokens_per_image
+from ..modeling.processing_adavtp import inputs_of_questions
 from .console import (
     BudgetsOption,
     CheckpointArgument,
@@ -82,7 +83,7 @@ def _inputs(processor: Any, batch_size: int) -> Any:
     from ..tasks.digit_scenes import load_digit_questions
 
     rows = load_digit_questions("test", max(batch_size, NUM_QUESTIONS))[:batch_size]
-    return processor.of_questions([images[0] for images in rows["images"]], rows["question"])
+    return inputs_of_questions(processor, [images[0] for images in rows["images"]], list(rows["question"]))
 
 
 def measurement_table(measurements: list[Measurement]) -> Table:

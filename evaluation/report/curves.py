@@ -68,6 +68,9 @@ def curves_of_evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """
     names = {"score": "accuracy", "low": "accuracy_low", "high": "accuracy_high"}
     settings = [dict(row) | {name: row[own] for name, own in names.items()} for row in evaluation["rows"]]
+    differ = any(row["num_keep"] is None for row in settings)
+    for row in settings if differ else []:
+        row["num_keep"] = row["budget"]
     reducers = list(dict.fromkeys(row["reducer"] for row in settings))
     return {
         "metric": evaluation.get("metric", "accuracy"),
@@ -75,7 +78,7 @@ def curves_of_evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         "reducers": reducers,
         "stages": dict.fromkeys(reducers, ""),
         "against": CONTROLLER if CONTROLLER in reducers else None,
-        "num_patches": max(row["num_keep"] for row in settings),
+        "num_patches": None if differ else max(row["num_keep"] for row in settings),
         "settings": settings,
     }
 
@@ -83,7 +86,9 @@ def curves_of_evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
 def curves_figure(checkpoints: Sequence[dict[str, Any]]) -> Figure:
     """The curves as a figure; see [`save_curves`]."""
     counted = all(row.get("flops") is not None for one in checkpoints for row in one["settings"])
-    costs = ["flops", "num_keep"] if counted else ["num_keep"]
+    # Where images differ in how many tokens they have, the mean that was seen stands for K.
+    tokens = "num_keep" if all(one["num_patches"] is not None for one in checkpoints) else "visual_tokens"
+    costs = ["flops", tokens] if counted else [tokens]
     panels = _panels(checkpoints)
     few = len(panels) == 1
     rows, columns = (1, len(costs)) if few else (len(costs), len(panels))
@@ -152,7 +157,9 @@ def _draw(axis: Axes, checkpoint: dict[str, Any], methods: Sequence[str], cost: 
                 row[cost] / divisor, scale * row["score"], marker="*", label="everything kept", zorder=4, **style
             )
             axis.axhline(scale * row["score"], color=CONTROL_COLOUR, linewidth=0.8, linestyle=":", zorder=1)
-    tokens = f"visual tokens kept, of {checkpoint['num_patches']}"
+    tokens = "visual tokens of a prompt, mean"
+    if cost == "num_keep":
+        tokens = f"visual tokens kept, of {checkpoint['num_patches']}"
     axis.set_xlabel(f"{unit} an example" if cost == "flops" else tokens)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..reducer_table import CONTROLLER, is_control
 from ..settings import FULL
+from .joined import kept_label
 
 
 def lead(checkpoint: dict[str, Any]) -> str:
@@ -41,11 +42,13 @@ def lead(checkpoint: dict[str, Any]) -> str:
         control = max(controls, key=lambda one: one["score"])
         clauses.append(f"the best control (`{control['reducer']}`) {score(control['score'], checkpoint)}")
     asked = [budget for budget in row["asked"] if isinstance(budget, float)]
-    share = 100 * (asked[0] if asked else row["num_keep"] / checkpoint["num_patches"])
     clauses += [f"the model with all tokens {everything}" for everything in full]
-    share = round(share, 1) if share < 10 else round(share)
     *first, last = clauses
     text = f"{', '.join(first)} and {last}" if first else last
+    if not asked and checkpoint["num_patches"] is None:
+        return f"With {row['num_keep']} visual tokens of each image or tile {text}.{_how_sure(row, best)}"
+    share = 100 * (asked[0] if asked else row["num_keep"] / checkpoint["num_patches"])
+    share = round(share, 1) if share < 10 else round(share)
     return f"At {share:g}% of the visual tokens {text}.{_how_sure(row, best)}"
 
 
@@ -85,10 +88,10 @@ def statistics_in_short(checkpoint: dict[str, Any]) -> list[str]:
     return lines + [_of_the_area(area) for area in checkpoint["areas"]]
 
 
-def _at_one_budget(num_keep: int, rows: list[dict[str, Any]], checkpoint: dict[str, Any]) -> str:
+def _at_one_budget(num_keep: int | float, rows: list[dict[str, Any]], checkpoint: dict[str, Any]) -> str:
     best = max(row["score"] for row in rows)
     names = listed(row["reducer"] for row in rows if row["score"] == best)
-    text = f"K = {num_keep}: highest of {len(rows)} is {names} with {score(best, checkpoint)}"
+    text = f"{kept_label(num_keep)}: highest of {len(rows)} is {names} with {score(best, checkpoint)}"
     control = next((one["reducer"] for one in checkpoint["best_controls"] if one["num_keep"] == num_keep), None)
     text += "; no control was measured" if control is None else ""
     for name, other in (("against", checkpoint["against"]), ("control", control)):

@@ -13,14 +13,25 @@ import numpy as np
 
 from ..records import check_record
 from ..runs import FINISHED_FIELDS, HEADER, Answer, Run, setting_of
+from ..settings import FULL, FULL_BUDGET
 from ..statistics import bootstrap_means
 
 # What runs that are joined have in common, beside checkpoint and data.
 _IN_COMMON = ("metric", "max_new_tokens", "num_examples", "num_patches", "num_layers")
 _AGREE_ON = ("prediction", "score", "visual_tokens", "flops")
 
-# Reducer and number of kept tokens.
-Key = tuple[str, int]
+# Reducer and number of kept tokens, or budget.
+Key = tuple[str, int | float]
+
+
+def kept_label(num_keep: int | float) -> str:
+    """What tables call that which was asked for: a number K of tokens, or a budget where images differ in theirs."""
+    return f"budget {num_keep:g}" if isinstance(num_keep, float) else f"K = {num_keep}"
+
+
+def everything_kept_by(header: dict[str, Any]) -> Key:
+    """The setting in which a run keeps all."""
+    return FULL, FULL_BUDGET if header["num_patches"] is None else header["num_patches"]
 
 
 @dataclass
@@ -29,13 +40,14 @@ class Answered:
     All examples under one reducer and one number of kept tokens.
 
     Attributes:
-        reducer, num_keep: what chose, and the number K of tokens that was asked for.
+        reducer, num_keep: what chose, and the number K of tokens that was asked for; where images differ in how many
+            they have, the budget.
         answers: in the order of the examples.
         asked: the budgets that this K was asked for with.
     """
 
     reducer: str
-    num_keep: int
+    num_keep: int | float
     answers: list[Answer]
     asked: list[float | int] = field(default_factory=list)
 
@@ -105,7 +117,7 @@ def _add(measured: Measured, run: Run) -> None:
             )
     for (reducer, budget), answers in _finished_answers(run).items():
         # A fraction and a count may mean the same K: that is one setting, asked for in two ways.
-        key = reducer, answers[0].num_keep
+        key = reducer, budget if answers[0].num_keep is None else answers[0].num_keep
         if measured.settings:
             _require_same_examples(measured.examples, answers, run)
         setting = measured.settings.setdefault(key, Answered(*key, answers))
@@ -142,6 +154,6 @@ def _require_agreement(setting: Answered, answers: list[Answer], run: Run) -> No
             first, second = getattr(before, name), getattr(now, name)
             if first != second:
                 raise ValueError(
-                    f"{setting.reducer!r} with {setting.num_keep} tokens was answered twice and differs: example "
+                    f"{setting.reducer!r} with {kept_label(setting.num_keep)} was answered twice and differs: example "
                     f"{before.id!r} has {name} {first!r}, and {second!r} in {str(run.folder)!r}."
                 )

@@ -26,7 +26,7 @@ from ..statistics import (
     interval,
     mean_interval,
 )
-from .joined import Answered, Key, Measured
+from .joined import Answered, Key, Measured, everything_kept_by
 from .over_checkpoints import over_checkpoints
 
 Row = dict[str, Any]
@@ -89,7 +89,7 @@ def _checkpoint(measured: Measured, against: str | None, table: list[dict[str, A
     _compare(rows, measured, "against", lambda key: (against, key[1]))
     # A control beside the best control says which control is better, not what a method is worth.
     _compare(rows, measured, "control", lambda key: None if is_control(key[0]) else (controls.get(key[1]), key[1]))
-    _compare(rows, measured, "full", lambda key: (FULL, header["num_patches"]))
+    _compare(rows, measured, "full", lambda key: everything_kept_by(header))
     categories = [example.category for example in measured.examples]
     _add_categories(rows, measured, np.array(categories, dtype=object), against)
     names = ("checkpoint", "checkpoint_hash", "data", "data_hash", "metric")
@@ -129,7 +129,7 @@ def _about(run: Run) -> dict[str, Any]:
 
 def _budgets(settings: list[Answered]) -> list[dict[str, Any]]:
     """What was asked for, fractions and counts, by the number of tokens that it means."""
-    asked: dict[int, dict[float | int, None]] = {}
+    asked: dict[int | float, dict[float | int, None]] = {}
     for setting in sorted(settings, key=lambda setting: setting.num_keep):
         asked.setdefault(setting.num_keep, {}).update(dict.fromkeys(setting.asked))
     return [{"num_keep": num_keep, "asked": list(budgets)} for num_keep, budgets in asked.items()]
@@ -138,8 +138,10 @@ def _budgets(settings: list[Answered]) -> list[dict[str, Any]]:
 def _row(setting: Answered, measured: Measured) -> Row:
     key, visual_tokens = (setting.reducer, setting.num_keep), setting.column("visual_tokens")
     low, high = mean_interval(measured.scores[key], measured.draws[key])
-    # A question without a picture has no visual tokens, whatever the budget.
-    off_by = visual_tokens[visual_tokens > 0] - setting.num_keep
+    off_by = None
+    if measured.header["num_patches"] is not None:
+        # A question without a picture has no visual tokens, whatever the budget.
+        off_by = float(np.abs(visual_tokens[visual_tokens > 0] - setting.num_keep).max(initial=0.0))
     milliseconds = float(np.median(setting.column("ms")))
     return {
         "reducer": setting.reducer,
@@ -149,15 +151,16 @@ def _row(setting: Answered, measured: Measured) -> Row:
         "low": low,
         "high": high,
         "visual_tokens": float(visual_tokens.mean()),
-        "off_by_most": float(np.abs(off_by).max(initial=0.0)),
+        "off_by_most": off_by,
+        # JSON has no number for what was not counted or measured.
         "flops": _mean_flops(setting),
-        # JSON has no number for what was not measured.
         "milliseconds": None if np.isnan(milliseconds) else milliseconds,
     }
 
 
-def _mean_flops(setting: Answered) -> float:
-    return float(setting.column("flops").mean())
+def _mean_flops(setting: Answered) -> float | None:
+    mean = float(setting.column("flops").mean())
+    return None if np.isnan(mean) else mean
 
 
 def _best_controls(rows: list[Row]) -> dict[int, str]:
@@ -212,7 +215,7 @@ def _areas(measured: Measured) -> list[dict[str, Any]]:
 
 def _curves(measured: Measured) -> dict[str, list[Key]]:
     """The settings on each reducer's curve, two or more. With everything kept a reducer is `full`."""
-    everything, curves = (FULL, measured.header["num_patches"]), {}
+    everything, curves = everything_kept_by(measured.header), {}
     for reducer, num_keep in measured.settings:
         if reducer != FULL:
             curves.setdefault(reducer, []).append((reducer, num_keep))
@@ -224,7 +227,8 @@ def _curves(measured: Measured) -> dict[str, list[Key]]:
 
 def _area(curves: dict[str, list[Key]], measured: Measured) -> dict[str, Any] | None:
     cost = {name: [_mean_flops(measured.settings[point]) for point in points] for name, points in curves.items()}
-    bounds = common_range(list(cost.values())) if cost else None
+    counted = all(flops is not None for own in cost.values() for flops in own)
+    bounds = common_range(list(cost.values())) if cost and counted else None
     if bounds is None:
         return None
     scores, draws = {}, {}

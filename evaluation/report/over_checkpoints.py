@@ -9,6 +9,7 @@ import numpy as np
 from ..statistics import rank_agreement
 from .blocks import Section, Table
 from .findings import listed
+from .joined import kept_label
 from .tables import by_budget, named, scaled, score_unit
 
 
@@ -73,12 +74,12 @@ def agreement_of_checkpoints(over: dict[str, Any], checkpoints: Sequence[dict[st
         for side in ("above", "below"):
             names = [name for name in own[0] if all(sides.get(name) == side for sides in own)]
             if names:
-                text = f"K = {num_keep}: {side} `{against}` in each of the {len(checkpoints)} checkpoints"
+                text = f"{kept_label(num_keep)}: {side} `{against}` in each of the {len(checkpoints)} checkpoints"
                 lines.append(f"{text}, each time by its own interval: {listed(names)}.")
         named = dict.fromkeys(name for sides in own for name in sides)
         opposite = [name for name in named if {"above", "below"} <= {sides.get(name) for sides in own}]
         if opposite:
-            text = f"K = {num_keep}: above `{against}` in one checkpoint and below it in another"
+            text = f"{kept_label(num_keep)}: above `{against}` in one checkpoint and below it in another"
             lines.append(f"{text}: {listed(opposite)}.")
     taus = [tau for tau in over["area_agreement"]["tau"] if tau is not None]
     if taus:
@@ -87,7 +88,7 @@ def agreement_of_checkpoints(over: dict[str, Any], checkpoints: Sequence[dict[st
     return lines
 
 
-def _side_of_each(checkpoint: dict[str, Any], num_keep: int) -> dict[str, str]:
+def _side_of_each(checkpoint: dict[str, Any], num_keep: int | float) -> dict[str, str]:
     """Of every reducer at one K, on which side of `against` it is told apart, if it is."""
     compared = [row for row in checkpoint["settings"] if row["num_keep"] == num_keep and "against" in row]
     above = {row["reducer"]: "above" for row in compared if row["against"]["low"] > 0}

@@ -16,7 +16,7 @@ from markupsafe import Markup, escape
 
 from ..runs import Answer
 from .blocks import Command, Curves, Table, number_of
-from .joined import Measured
+from .joined import Measured, kept_label
 from .sections import report_sections
 
 TEMPLATE = "page.html.jinja"
@@ -81,10 +81,11 @@ def viewed_examples(measured: Measured, about: dict[str, Any]) -> dict[str, Any]
     return {
         "name": f"{about['checkpoint']} on {about['data']}",
         "num_layers": about["num_layers"],
-        "side": round(about["num_patches"] ** 0.5),
+        "side": round((about["num_patches"] or 0) ** 0.5),
         "is_share": about["is_share"],
         "reducers": about["reducers"],
         "budgets": [budget["num_keep"] for budget in about["budgets"]],
+        "labels": [kept_label(budget["num_keep"]) for budget in about["budgets"]],
         "examples": [
             {
                 "id": str(answers[0].id),
@@ -107,7 +108,7 @@ def _answered(answer: Answer, about: dict[str, Any]) -> dict[str, Any]:
     is_drawn = len(seen) == about["num_patches"] == round(len(seen) ** 0.5) ** 2
     return {
         "reducer": answer.reducer,
-        "num_keep": answer.num_keep,
+        "num_keep": answer.budget if answer.num_keep is None else answer.num_keep,
         "prediction": answer.prediction,
         "score": answer.score,
         "tokens": answer.visual_tokens,

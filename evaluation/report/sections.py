@@ -63,10 +63,11 @@ def leads(numbers: dict[str, Any]) -> list[str]:
 
 def _checkpoint_sections(checkpoint: dict[str, Any]) -> list[Section]:
     """About one checkpoint on one set of examples."""
+    patches = f"{checkpoint['num_patches'] or 'different numbers of'} visual tokens an image"
     about = (
-        f"{checkpoint['num_examples']:,} examples, scored by {checkpoint['metric']}; {checkpoint['num_patches']} "
-        f"visual tokens an image, {checkpoint['num_layers']} decoder layers; checkpoint "
-        f"`{checkpoint['checkpoint_hash'][:16]}`, data `{checkpoint['data_hash'][:16]}`."
+        f"{checkpoint['num_examples']:,} examples, scored by {checkpoint['metric']}; {patches}, "
+        f"{checkpoint['num_layers']} decoder layers; checkpoint `{checkpoint['checkpoint_hash'][:16]}`, data "
+        f"`{checkpoint['data_hash'][:16]}`."
     )
     below = {
         "Scores": [*tables.everything_kept(checkpoint), tables.score_table(checkpoint)],

@@ -7,6 +7,7 @@ from typing import Any
 from ..reducer_table import is_control
 from ..settings import FULL
 from .blocks import Block, Table
+from .joined import kept_label
 
 NOTHING = "–"
 
@@ -14,8 +15,8 @@ NOTHING = "–"
 def everything_kept(checkpoint: dict[str, Any]) -> list[str]:
     rows = [row for row in checkpoint["settings"] if row["reducer"] == FULL]
     return [
-        f"Everything kept (K = {row['num_keep']}): {_score_cell(row, checkpoint)}, at "
-        f"{_with_unit(row['flops'], 'FLOPs')} an example."
+        f"Everything kept ({kept_label(row['num_keep'])}): {_score_cell(row, checkpoint)}, "
+        + ("FLOPs not counted." if row["flops"] is None else f"at {_with_unit(row['flops'], 'FLOPs')} an example.")
         for row in rows
     ]
 
@@ -47,13 +48,14 @@ def by_budget(
         for reducer in dict.fromkeys(reducer for reducer, _ in cells)
     ]
     headings = ["reducer", *(["stage", "published"] if about else [])]
-    return Table(caption, headings + [labels.get(keep, f"K = {keep}") for keep in counts], rows)
+    return Table(caption, headings + [labels.get(keep, kept_label(keep)) for keep in counts], rows)
 
 
 def _label(budget: Mapping[str, Any]) -> str:
     """`K = 57 (0.4)`: the number of tokens, and the fractions that were asked for."""
+    num_keep, label = budget["num_keep"], kept_label(budget["num_keep"])
     fractions = [f"{asked:g}" for asked in budget["asked"] if isinstance(asked, float)]
-    return f"K = {budget['num_keep']}" + (f" ({', '.join(fractions)})" if fractions else "")
+    return label if not fractions or isinstance(num_keep, float) else f"{label} ({', '.join(fractions)})"
 
 
 def named(reducer: str) -> str:
@@ -113,7 +115,7 @@ def difference_blocks(checkpoint: dict[str, Any], name: str) -> list[Block]:
         f"for the {number} differences of this table (p below 0.05)."
     )
     if name == "control":
-        best = [f"`{one['reducer']}` at K = {one['num_keep']}" for one in checkpoint["best_controls"]]
+        best = [f"`{one['reducer']}` at {kept_label(one['num_keep'])}" for one in checkpoint["best_controls"]]
         text = f"Of the controls that were measured, the best is {', '.join(best)}. {text}"
     caption = f"{score_unit(checkpoint)}: difference to {others[name]}, with its 95% interval (paired bootstrap)"
     cell = lambda row: difference_cell(row.get(name), checkpoint)  # noqa: E731
@@ -124,26 +126,35 @@ def difference_blocks(checkpoint: dict[str, Any], name: str) -> list[Block]:
 
 
 def cost_table(checkpoint: dict[str, Any]) -> Table:
-    unit, divisor = unit_of([row["flops"] for row in checkpoint["settings"]], "FLOPs")
-    full = [row["flops"] for row in checkpoint["settings"] if row["reducer"] == FULL]
+    counted = [row["flops"] for row in checkpoint["settings"] if row["flops"] is not None]
+    unit, divisor = unit_of(counted or [0.0], "FLOPs")
+    full = [row["flops"] for row in checkpoint["settings"] if row["reducer"] == FULL and counted]
     share = ["of full, %"] if full else []
     rows = [
         [
             named(row["reducer"]),
-            str(row["num_keep"]),
+            f"{row['num_keep']:g}",
             f"{row['visual_tokens']:.1f}",
-            f"{row['flops'] / divisor:.3f}",
-            *[f"{100 * row['flops'] / flops:.1f}" for flops in full],
+            NOTHING if row["flops"] is None else f"{row['flops'] / divisor:.3f}",
+            *[NOTHING if row["flops"] is None else f"{100 * row['flops'] / flops:.1f}" for flops in full],
             NOTHING if row["milliseconds"] is None else f"{row['milliseconds']:.1f}",
         ]
         for row in checkpoint["settings"]
     ]
     caption = "FLOPs are counted, mean over examples; ms is the median over examples, of answering in batches"
-    return Table(caption, ["reducer", "K", "visual tokens seen", f"{unit} an example", *share, "ms an answer"], rows)
+    if not counted:
+        caption = "FLOPs are not counted, since images differ in size; ms is the median over examples, in batches"
+    asked = "K" if checkpoint["num_patches"] is not None else "budget"
+    return Table(caption, ["reducer", asked, "visual tokens seen", f"{unit} an example", *share, "ms an answer"], rows)
 
 
 def budgets_kept(checkpoint: dict[str, Any]) -> str:
     rows = checkpoint["settings"]
+    if checkpoint["num_patches"] is None:
+        return (
+            "Images differ in how many visual tokens they have: the table has those of a whole prompt that a decoder "
+            "layer really saw, mean over layers and examples."
+        )
     worst = max(rows, key=lambda row: row["off_by_most"])
     where = f" (`{worst['reducer']}`, K = {worst['num_keep']})" if worst["off_by_most"] else ""
     return (

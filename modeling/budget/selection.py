@@ -26,6 +26,8 @@ class Selection:
             reducer acts inside the decoder.
         sizes: `[num_images]` int64 on the CPU, visual tokens of each unit before reduction, N; by default as many as
             `keep` has columns.
+        sample: `[num_images]` int64 on the CPU, the prompt that shows each unit; `None` where there are no prompts.
+        grids: rows and columns in which the tokens of each unit stand; see [`Units`].
         settings: of the family's own dial, one for each unit, where reducer `"native"` chose; otherwise `None`.
     """
 
@@ -36,6 +38,8 @@ class Selection:
     loss: torch.Tensor | None = None
     depth: torch.Tensor | None = None
     sizes: torch.Tensor | None = None
+    sample: torch.Tensor | None = None
+    grids: list[tuple[int, int]] | None = None
     settings: list[str] | None = None
 
     def __post_init__(self) -> None:

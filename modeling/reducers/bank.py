@@ -17,6 +17,10 @@ from .base import REDUCERS, STAGES, TokenReducer, build_reducer
 ReducerSpec = str | dict[str, Any] | list[str | dict[str, Any]]
 
 
+class ImpossibleReducerError(ValueError):
+    """A reducer that a model's family cannot have."""
+
+
 class MissingWeightsError(ValueError):
     """A reducer has weights to learn, and the model has none for it."""
 

@@ -107,7 +107,7 @@ class VisualModel:
             if step.reducer.stage == "projector" and not is_projected:
                 features, is_projected = self._projected(features, "tower_patches" in needs), True
             features, selection = self._reduced(step, features, selection, num_keep)
-        selection.sizes = units.sizes
+        selection.sizes, selection.sample, selection.grids = units.sizes, units.sample, units.grids
         decoder = steps[-1] if steps[-1].reducer.stage == "decoder" else None
         return VisualTokens(features, selection, is_projected, decoder, num_keep if decoder else None)
 

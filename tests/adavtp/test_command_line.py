@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from transformers import AutoProcessor
 from typer.testing import CliRunner, Result
 
 from adavtp.command_line import app
@@ -15,6 +16,7 @@ from adavtp.evaluation.report.sections import report_markdown
 from adavtp.modeling.families.adapters import ADAPTERS
 from adavtp.modeling.reducers.base import REDUCERS, STAGES
 from adavtp.tasks.digit_scenes import draw_scene
+from tiny_processors import family_folder
 
 # Brightness of a patch that none, one, ... and all four of the reference's decoder layers see.
 LEVELS = (0.18, 0.385, 0.59, 0.795, 1.0)
@@ -49,6 +51,32 @@ def test_ask_answers_within_the_budget_and_shows_what_it_kept(
     assert result.output.split()[0] in "23456"
     assert f"{kept} of 144 visual tokens" in result.output
     assert Image.open(tmp_path / "kept.png").size == (288, 288)
+
+
+@pytest.mark.parametrize(("name", "of_whole"), [("llava_next", 80), ("idefics3", 80)])
+def test_ask_takes_a_folder_of_another_family(name: str, of_whole: int, scene: Path, tmp_path: Path) -> None:
+    folder, show = family_folder(name, tmp_path / name), tmp_path / "kept.png"
+    arguments = ("--checkpoint", folder, "--budget", 0.4, "--reducer", "random", "--max-new-tokens", 2)
+    result = run("ask", scene, "how many digits are there ?", *arguments, "--show", show)
+    assert result.exit_code == 0, result.output
+    # Four tiles and a view of the whole, of each floor(0.4 * 16).
+    assert f"{5 * 6} of {of_whole} visual tokens" in result.output
+    assert "No picture of what was kept: It came in 5 parts" in result.output and not show.exists()
+
+
+def test_ask_draws_what_is_kept_on_an_image_that_is_not_cut(tmp_path: Path) -> None:
+    folder, image = family_folder("idefics3", tmp_path / "model"), tmp_path / "image.png"
+    Image.new("RGB", (48, 48), "white").save(image)
+    processor = AutoProcessor.from_pretrained(folder)
+    processor.image_processor.do_image_splitting = False
+    processor.save_pretrained(folder)
+    arguments = ("--checkpoint", folder, "--budget", 4, "--reducer", "grid", "--max-new-tokens", 1)
+    result = run("ask", image, "which digit is red ?", *arguments, "--show", tmp_path / "kept.png")
+    assert result.exit_code == 0 and "4 of 16 visual tokens" in result.output, result.output
+    drawn = np.asarray(Image.open(tmp_path / "kept.png").convert("L"))
+    assert drawn.shape == (48, 48)
+    # Places in the middle of the 4 x 4 patches, of which four are as bright as the image.
+    assert (drawn[6::12, 6::12] == 255).sum() == 4 and (drawn[6::12, 6::12] == 45).sum() == 12
 
 
 @pytest.mark.parametrize("budget", ["1", "1.5", "nan", "much"])

@@ -17,6 +17,7 @@ from adavtp.commands.console import reference_checkpoint, repeated_options
 from adavtp.commands.evaluate import evaluate_checkpoint
 from adavtp.evaluation.runs import Run
 from forked_processes import Forks, as_launched
+from tiny_processors import family_folder
 
 # The settings that most tests run, as they are typed; 58 of 144 is what 230 of 576 is.
 ASKED = ["--budgets", "0.1", "230/576", "576", "--reducers", "full", "prumerge", "fastv:layer=1", "adaptive"]
@@ -230,3 +231,23 @@ def test_python_gets_the_finished_run(tmp_path: Path) -> None:
         None, "digit-scenes", [0.5], ["adaptive"], output=tmp_path / "run", questions=6, max_new_tokens=2
     )
     assert [answer.reducer for answer in finished.answers()] == ["adaptive"] * 6
+
+
+def test_a_folder_of_another_family_is_evaluated_and_reported_by_what_its_prompts_had(tmp_path: Path) -> None:
+    folder, output = family_folder("llava_next", tmp_path / "model"), tmp_path / "run"
+    settings = ["--budgets", "0.4", "4", "115/576", "--reducers", "full", "random", "evs"]
+    result = run(folder, *settings, "--questions", 6, "--batch-size", 4, "--max-new-tokens", 2, "--output", output)
+    assert result.exit_code == 0, result.output
+    finished = Run.open(output)
+    assert finished.header["num_patches"] is None
+    # Five units of 16 tokens, each with its own share.
+    seen = {answer.setting: answer.visual_tokens for answer in finished.answers()}
+    assert seen == {("full", 1.0): 80, ("random", 0.4): 30, ("random", 4): 20, ("random", 115 / 576): 15}
+    assert {(answer.num_keep, answer.flops) for answer in finished.answers()} == {(None, None)}
+    assert all("frames of a video" in row["reason"] for row in finished.header["unreachable"])
+    assert (output / "pictures" / "5.png").is_file()
+    report = CliRunner().invoke(app, ["report", str(output), "--output", str(tmp_path / "report")])
+    assert report.exit_code == 0, report.output
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "FLOPs are not counted" in text and "| budget 0.199653 | budget 0.4 | K = 4 |" in text
+    assert "| `random` (control) | 0.4 | 30.0 |" in text

@@ -150,7 +150,7 @@ def test_time_is_that_of_generate_alone(model: Any, processor: Any, monkeypatch:
     ticks = iter([10.0, 12.5])
     monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
     inputs, flops = inputs_of(processor, EXAMPLES[:2]), CountedFlops(model.config, Setting("adaptive", 0.5))
-    answers = continued(model, processor, inputs, [1, 1], flops, max_new_tokens=2)
+    answers = continued(model, processor, inputs, flops, max_new_tokens=2)
     assert [one.cost.milliseconds for one in answers] == [1250.0, 1250.0]
 
 

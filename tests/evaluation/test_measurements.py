@@ -31,6 +31,7 @@ from adavtp.evaluation.settings import Setting
 from adavtp.modeling.costs.model_costs import ModelCosts
 from adavtp.modeling.reducers.fastv import FastVReducer
 from tiny_models import EOS_TOKEN_ID, tiny_batch, tiny_model, tiny_text_config
+from tiny_processors import family_folder
 
 # Tiny models: keys and values, 2 heads of 8 numbers.
 NUMBERS_PER_TOKEN = 2 * 2 * 8
@@ -356,6 +357,16 @@ def test_the_command_measures_the_reference_checkpoint() -> None:
     assert [(row["reducer"], row["budget"]) for row in result["unreachable"]] == [("fastv", 0.2)]
     assert "cannot go below" in result["unreachable"][0]["reason"]
     assert {"command", "versions", "machine"} <= set(result)
+
+
+def test_the_command_measures_a_folder_of_another_family(tmp_path: Path) -> None:
+    folder, settings = family_folder("idefics3", tmp_path / "model"), ["--reducers", "full", "random"]
+    command = [str(folder), *settings, "--budgets", "0.25", "--repeats", "1", "--new-tokens", "2", "--json"]
+    full, reduced = json.loads(run(*command))["measurements"]
+    # Of five tiles of 16 tokens, 4 of each stay; a token's keys and values are alike in all columns.
+    config = json.loads((folder / "config.json").read_text())["text_config"]
+    numbers = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
+    assert full["kv_bytes"] - reduced["kv_bytes"] == 5 * 12 * numbers * 4
 
 
 def test_the_command_prints_a_table_and_what_cannot_be_reached() -> None:

@@ -48,14 +48,28 @@ def kept_of_each(config: AdaVTPConfig, *num_keep: int) -> Selection:
     return Selection.from_keep(patches < torch.tensor(num_keep)[:, None])
 
 
+def prompts_of(config: AdaVTPConfig, text_tokens: list[int], num_images: list[int]) -> dict[str, torch.Tensor]:
+    """Placeholders and words, padded on the left."""
+    rows = [
+        [config.image_token_id] * config.num_patches * images + [config.image_token_id + 1] * text
+        for text, images in zip(text_tokens, num_images, strict=True)
+    ]
+    longest = max(map(len, rows))
+    ids = torch.tensor([[config.image_token_id + 1] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
 def test_every_prompt_pays_for_its_own_images_and_words(config: AdaVTPConfig) -> None:
     setting = Setting("adaptive", 0.4)
-    selections = selections_of_prompts(kept_of_each(config, 40, 50, 60), [1, 0, 2])
-    lengths = torch.tensor([10 + config.num_patches, 12, 14 + 2 * config.num_patches])
-    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
-    costs = prompt_costs(CountedFlops(config, setting), mask, selections, [3, 1, 2], 0.6)
+    kept = kept_of_each(config, 40, 50, 60)
+    kept.sample = torch.tensor([0, 2, 2])
+    selections = selections_of_prompts(kept, 3)
+    inputs = prompts_of(config, [10, 12, 14], [1, 0, 2])
+    costs = prompt_costs(CountedFlops(config, setting), inputs, selections, [3, 1, 2], 0.6)
     assert [cost.num_keep for cost in costs] == [(40,), (), (50, 60)]
     assert [cost.visual_tokens for cost in costs] == [40.0, 0.0, 55.0]
+    assert [cost.seen_tokens for cost in costs] == [50.0, 12.0, 124.0]
     assert [cost.text_tokens for cost in costs] == [10, 12, 14]
     assert [cost.milliseconds for cost in costs] == pytest.approx([200.0] * 3)
     given = {"token_budget": 0.4, "reducer": "adaptive"}
@@ -66,7 +80,7 @@ def test_every_prompt_pays_for_its_own_images_and_words(config: AdaVTPConfig) ->
 
 
 def test_a_batch_without_images_has_no_selection() -> None:
-    assert selections_of_prompts(None, [0, 0]) == [None, None]
+    assert selections_of_prompts(None, 2) == [None, None]
 
 
 class CannotRun(TokenReducer):
@@ -87,6 +101,6 @@ def test_an_unknown_cost_is_an_error_or_said_to_be_unknown(config: AdaVTPConfig,
     setting, selection = Setting(uncounted, 0.5), kept_of_each(config, 72)
     with pytest.raises(ValueError, match="cannot_run"):
         CountedFlops(config, setting).of(9, selection)
-    mask = torch.ones(1, 9 + config.num_patches, dtype=torch.long)
-    (cost,) = prompt_costs(CountedFlops(config, setting, may_be_unknown=True), mask, [selection], [1], 0.1)
+    inputs = prompts_of(config, [9], [1])
+    (cost,) = prompt_costs(CountedFlops(config, setting, may_be_unknown=True), inputs, [selection], [1], 0.1)
     assert cost.flops is None and cost.num_keep == (72,)
