@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from adavtp.evaluation.family_table import family_table, support
 from adavtp.modeling.reducers.base import REDUCERS
@@ -21,6 +22,7 @@ from tiny_families import (
     budgeted,
     ragged_prompts,
     stock_model,
+    with_budget,
 )
 
 NUM_NEW_TOKENS = 2
@@ -42,9 +44,9 @@ def row_of(name: str) -> dict[str, Any]:
     return listed()[stock_model(name).config.model_type]
 
 
-def require_equal_to_what_is_done_by_hand(name: str, prompt: Prompt, reducer: Any) -> None:
+def require_equal_to_what_is_done_by_hand(name: str, model: PreTrainedModel, prompt: Prompt, reducer: Any) -> None:
     batch = batch_of(name, [prompt])
-    outputs = budgeted(name).generate(
+    outputs = model.generate(
         **batch,
         token_budget=0.75,
         reducer=reducer,
@@ -80,7 +82,9 @@ def test_a_reducer_acts_as_by_hand_or_says_why_it_cannot(name: str, reducer: str
     elif reason is not None or reducer == "native":
         # Dials have tests of their own: what they do to so small a picture is nothing.
         return
-    require_equal_to_what_is_done_by_hand(name, prompt, reducer)
+    elif REDUCERS[reducer].trained and reducer != "adaptive":
+        model = with_budget(name, trained_reducers=[reducer]).eval()
+    require_equal_to_what_is_done_by_hand(name, model, prompt, reducer)
 
 
 def looked_at_least(name: str, prompt: Prompt, row_of_attention: torch.Tensor, count: int) -> set[int]:
