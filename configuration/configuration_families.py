@@ -38,6 +38,9 @@ class FamilyFields(BudgetFields):
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("model_type", None)
         super().__post_init__(**kwargs)
+        if self.vision_config is None:
+            # Gemma 4 may be without one; a budget is of what a tower sees.
+            self.vision_config = self.sub_configs["vision_config"]()
         refused = [("gradient_gates", "attention", "features")]
         if not self.opens_tower:
             refused.append(("budget_fusion", "encoder", "post"))

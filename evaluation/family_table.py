@@ -23,8 +23,8 @@ def family_table() -> list[dict[str, Any]]:
     for name, model_class in classes.items():
         # Without memory for weights.
         with torch.device("meta"):
-            model = model_class(model_class.config_class())
-        rows.append({"name": name, "class": model_class.__name__} | support(model))
+            known = support(model_class(model_class.config_class()))
+        rows.append({"name": name, "class": model_class.__name__} | known)
     return rows
 
 

@@ -210,7 +210,7 @@ class MeasuredStep:
                 upper=speed_up["upper_quartile"],
                 waiting=None if result.get("data") is None else result["data"]["waiting_share"]["median"],
             )
-        except (OSError, KeyError, TypeError, ValueError, StopIteration) as error:
+        except (OSError, KeyError, TypeError, ValueError, StopIteration, RecursionError) as error:
             raise ValueError(f"`measured` is '{path}', which is no result of benchmarks/training.py.") from error
 
 

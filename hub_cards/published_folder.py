@@ -136,7 +136,10 @@ def model_type_in(config: Path) -> str | None:
     Raises:
         ValueError: if it is no JSON object.
     """
-    fields = json.loads(config.read_text(encoding="utf-8"))
+    try:
+        fields = json.loads(config.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(config)!r} is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{str(config)!r} holds a {type(fields).__name__}; expected is a JSON object.")
     return fields.get("model_type")

@@ -75,7 +75,7 @@ def _example_files(examples: Path) -> list[str]:
                 raise ValueError(
                     f"{[image, question]!r} is not the name of a file in the folder itself and a question"
                 )
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(
             f"`examples` is {str(examples)!r}; expected is a folder with a {_QUESTIONS} of pairs such as "
             f'["scene.png", "Which digit is red?"]: {error}'

@@ -32,6 +32,7 @@ from .decoder.pruned_cache import (
     require_no_gaps,
 )
 from .evaluation_mode import evaluating
+from .families.encoded import KINDS
 from .processing_adavtp import AdaVTPProcessor, inputs_of_questions
 from .prompt import PreparedInputs, Prompt, check_columns
 from .reducers.bank import ImpossibleReducerError, MissingWeightsError, ReducerSpec
@@ -302,7 +303,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
         # `GenerationConfig` takes any name and keeps its value, so a default in generation_config.json is there. Only
         # for images: pipelines call this as well, without inputs, and would hand a budget to the processor.
         default = getattr(generation_config, "token_budget", None)
-        if default is not None and model_kwargs.get("pixel_values") is not None:
+        if default is not None and any(model_kwargs.get(pixels) is not None for pixels in KINDS.values()):
             model_kwargs.setdefault("token_budget", default)
         return generation_config, model_kwargs
 
@@ -362,6 +363,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
                 "encoded already. Pass one of them."
             )
         if encoded is not None:
+            reader.refuse_budget_of_encoded(token_budget, reducer)
             # Expanding for beams, transformers would change the caller's.
             model_kwargs["mm_encoder_outputs"] = {name: copy(output) for name, output in encoded.items()}
         if is_text and past_length == 0 and input_ids.shape[1] > 0 and embeds is None and not encoded:

@@ -205,6 +205,8 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
             _check_images_are_new(mm_encoder_outputs, past_key_values)
         self.refuse_other_features(kwargs)
         encoded = None if mm_encoder_outputs is None else mm_encoder_outputs.get("image")
+        if encoded is not None:
+            self.refuse_budget_of_encoded(token_budget, reducer)
         policy, selection, pruned, column = pending_policy(past_key_values), None, None, None
         if pixel_values is not None:
             schedule = self.resolve_budget(token_budget, reducer, len(input_ids))

@@ -371,6 +371,7 @@ class FamilyModelMixin(
             policy=policy,
             compact=self.config.visual_position_ids == "compact",
             deepstack=deepstack,
+            blocks=None if policy is None else self.family.blocks(self.config, input_ids),
             **kwargs,
         )
         rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -440,6 +441,8 @@ class FamilyModelMixin(
             )
             if position_ids is None and counted is not None:
                 position_ids = counted + self.family.first_position
+        elif inputs.get("mm_encoder_outputs") is not None:
+            self.refuse_budget_of_encoded(token_budget, reducer)
         if labels is not None and attention_mask is not None:
             labels = without_first_labels(labels, attention_mask)
         policy = pending_policy(past_key_values)

@@ -61,10 +61,10 @@ class PromptReductionMixin:
         """See [`ReducerBank.steps`]; a `ValueError` if one of them cannot act on this family, with the reason."""
         return self._possible(self.bank.steps(reducer))
 
-    def why_not(self, reducer: ReducerSpec) -> str | None:
+    def why_not(self, reducer: ReducerSpec | None = None) -> str | None:
         """
-        Why a reducer, or a stack, cannot act on this model, in the words of the error that a call would raise; `None`
-        if it can. One that has weights to learn can, once it has them.
+        Why a reducer, or a stack (`None` is the configuration's), cannot act on this model, in the words of the error
+        that a call would raise; `None` if it can. One that has weights to learn can, once it has them.
         """
         try:
             with torch.random.fork_rng(devices=[]):
@@ -288,6 +288,19 @@ class PromptReductionMixin:
                 raise ValueError(
                     f"`{name}` is {value!r}, and this model reads {getattr(self.config, name)!r}; a call cannot "
                     "change it. Set it in the configuration before the model is built."
+                )
+
+    @staticmethod
+    def refuse_budget_of_encoded(token_budget: StackBudget | None, reducer: ReducerSpec | None) -> None:
+        """
+        Raises:
+            ValueError: if a budget or a reducer is given for images that come encoded, of which nothing is dropped.
+        """
+        for name, value in (("token_budget", token_budget), ("reducer", reducer)):
+            if value is not None:
+                raise ValueError(
+                    f"`{name}` is {value!r} and `mm_encoder_outputs` was given, whose features are encoded and "
+                    "reduced already. Pass pixels to have some of their tokens dropped."
                 )
 
     def check_labels_of_choice(self, prompt: Prompt, schedule: BudgetSchedule, prepared: PreparedInputs) -> None:

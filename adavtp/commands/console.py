@@ -30,6 +30,8 @@ FLAGS = {
     TRUST: "run the code that a checkpoint brings, such as reducers of its own.",
     DEBUG: "show the traceback of an error.",
 }
+# What nobody means, and what is counted with would not hold.
+LARGEST_NUMBER = 2**31
 _TRUSTS: ContextVar[bool] = ContextVar(TRUST, default=False)
 
 _CHECKPOINT = "Checkpoint folder or Hub repository. Default: the digit-scenes reference."
@@ -73,7 +75,16 @@ class Command(TyperCommand):
                 before = f", behind {args[place - 1]!r}" if place and not argument else f", of {argument[:-1]!r}"
                 raise typer.BadParameter(f"A value is empty{before if argument or place else ''}; name one.")
         several = {name for option in self.params if getattr(option, "multiple", False) for name in option.opts}
-        return super().parse_args(ctx, repeated_options(args, several))
+        # Whether a path is there is asked now, and some cannot be asked for.
+        with mistakes_shown(ctx.meta[DEBUG]):
+            rest = super().parse_args(ctx, repeated_options(args, several))
+        for option in self.params:
+            given = ctx.params.get(option.name)
+            for value in given if isinstance(given, list | tuple) else [given]:
+                # `nan` is neither below nor above a limit.
+                if isinstance(value, int | float) and not abs(value) < LARGEST_NUMBER:
+                    raise typer.BadParameter(f"{option.opts[0]} is {value:.4g}; allowed are numbers below 2**31.")
+        return rest
 
     def invoke(self, ctx: typer.Context) -> Any:
         """See [`TyperCommand`]."""

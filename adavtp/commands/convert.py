@@ -91,7 +91,7 @@ def parse_field(text: str) -> tuple[str, Any]:
         return name, reducer_of_text(value)
     try:
         return name, json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return name, value
 
 

@@ -1,6 +1,7 @@
 """`adavtp flops`: what a model costs at a budget, counted from its configuration alone."""
 
 import json
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,11 +13,14 @@ from ..evaluation.settings import FULL, budget_of_text, exact_budget, reducer_of
 from .console import console
 
 if TYPE_CHECKING:
-    from ..configuration.configuration_adavtp import AdaVTPConfig
+    from transformers import PreTrainedConfig
+
     from ..modeling.costs.model_costs import Costs
 
 # Of an image; each has a position that is written down.
 MOST_PATCHES = 2**20
+# Of the side of an image.
+MOST_PIXELS = 2**14
 
 Preset = Annotated[str | None, typer.Option(help="A well-known shape, such as llava-1.5-7b or llava-1.5-13b.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="Checkpoint folder in its place; only its config.json is read.")]
@@ -29,8 +33,12 @@ def flops(
         int | None,
         typer.Option(help="Patches of an image, a square. Default: the preset's own.", min=1, max=MOST_PATCHES),
     ] = None,
+    image_size: Annotated[
+        str | None,
+        typer.Option(help="Height and width of an image in pixels, as in 448x672, for other families than LLaVA."),
+    ] = None,
     text_tokens: Annotated[int, typer.Option(help="Text tokens of the prompt.", min=0)] = 60,
-    images: Annotated[int, typer.Option(help="Images in the prompt.", min=0)] = 1,
+    images: Annotated[int, typer.Option(help="Images in the prompt.", min=0, max=1024)] = 1,
     budget: Annotated[
         str | None, typer.Option(help="Token budget, a fraction or a number. Default: the reducer's own rule, or all.")
     ] = None,
@@ -56,15 +64,17 @@ def flops(
         return
     from ..evaluation.flops_conventions import count_flops, latency_plan
     from ..modeling.costs.model_costs import ModelCosts
-    from ..modeling.families.llava import LLAVA
 
-    config = model_config(preset, checkpoint, visual_tokens)
-    num_patches = LLAVA.tokens_per_image(config)
-    token_budget = None if budget is None else exact_budget(budget_of_text(budget), num_patches)
+    costs = ModelCosts.of(model_config(preset, checkpoint, visual_tokens, True), size_of_text(image_size))
+    config, sizes = costs.config, costs.visual_tokens(FULL).sizes
+    # Of units that differ in size a fraction is another count in each.
+    written = None if budget is None else budget_of_text(budget)
+    is_fraction = isinstance(written, Fraction) and len(set(sizes)) > 1
+    token_budget = None if written is None else float(written) if is_fraction else exact_budget(written, sizes[0])
     asked = None if reducer is None else reducer if reducer == FULL else reducer_of_text(reducer)
     plan = None if latency is None else latency_plan(latency, config.text_config, latency_unit)
     counted = count_flops(
-        ModelCosts.of(config),
+        costs,
         text_tokens,
         convention,
         token_budget=token_budget,
@@ -78,7 +88,7 @@ def flops(
         "model": preset or str(checkpoint),
         "reducer_name": reducer or config.reducer,
         "budget": token_budget,
-        "visual_tokens": num_patches,
+        "visual_tokens": sum(sizes),
         "text_tokens": text_tokens,
         "images": images,
         "latency": latency,
@@ -89,7 +99,20 @@ def flops(
         console.print(_table(counted, settings))
 
 
-def model_config(preset: str | None, checkpoint: Path | None, visual_tokens: int | None) -> "AdaVTPConfig":
+def size_of_text(text: str | None) -> tuple[int, int] | None:
+    """Height and width in pixels, from `448x672`."""
+    if text is None:
+        return None
+    sides = text.split("x")
+    if len(sides) != 2 or not all(side.isdecimal() and 0 < int(side) <= MOST_PIXELS for side in sides):
+        raise ValueError(f"`image_size` is {text!r}; write height and width in pixels, up to {MOST_PIXELS}: 448x672.")
+    return int(sides[0]), int(sides[1])
+
+
+def model_config(
+    preset: str | None, checkpoint: Path | None, visual_tokens: int | None, is_any_family: bool = False
+) -> "PreTrainedConfig":
+    """The configuration that is asked for; of other families than LLaVA's where they are allowed."""
     from ..modeling.costs.presets import preset_config
 
     if (preset is None) == (checkpoint is None):
@@ -98,10 +121,18 @@ def model_config(preset: str | None, checkpoint: Path | None, visual_tokens: int
         return preset_config(preset, visual_tokens)
     from ..configuration.configuration_adavtp import AdaVTPConfig
     from ..modeling.families.llava import LLAVA
-    from ..modeling.hub.loading import check_configuration
+    from ..modeling.hub.loading import check_configuration, family_class
 
     if not (checkpoint / "config.json").is_file():
         raise ValueError(f"`checkpoint` is '{checkpoint}'; a folder with a config.json is needed.")
+    family = family_class(checkpoint, {})
+    if family is not None:
+        if visual_tokens is not None or not is_any_family:
+            reason = (
+                "`--image-size` says its visual tokens" if is_any_family else "training is planned for LLaVA's alone"
+            )
+            raise ValueError(f"`checkpoint` is '{checkpoint}', a {family.config_class.model_type!r} model: {reason}.")
+        return family.config_class.from_pretrained(checkpoint)
     check_configuration(AdaVTPConfig, checkpoint, {})
     config = AdaVTPConfig.from_pretrained(checkpoint)
     if visual_tokens not in (None, LLAVA.tokens_per_image(config)):

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .console import command_as_typed, console
-from .flops import Checkpoint, Preset, model_config
+from .flops import MOST_PATCHES, Checkpoint, Preset, model_config
 
 if TYPE_CHECKING:
     from ..evaluation.training_costs import MeasuredStep, Run
@@ -29,7 +29,9 @@ def plan(
     train_parts: Annotated[
         list[str], typer.Option("--train-parts", help="Several of controller, projector, vision and decoder.")
     ] = ALL_BUT_VISION,
-    lora: Annotated[int | None, typer.Option(help="Rank of adapters that train in the decoder's place.")] = None,
+    lora: Annotated[
+        int | None, typer.Option(help="Rank of adapters that train in the decoder's place.", min=1, max=2**16)
+    ] = None,
     quantize: Annotated[bool, typer.Option("--nf4", help="The decoder's frozen weights in four bits.")] = False,
     budget_range: Annotated[
         list[float], typer.Option("--budget-range", help="Two: lowest and highest budget.")
@@ -44,7 +46,7 @@ def plan(
         int | None, typer.Option(help="Samples on a GPU at once. Default: as many as fit, of 1, 2, 4 ... 32.")
     ] = None,
     samples: Annotated[int, typer.Option(help="Of an epoch, each with one image.")] = 665_000,
-    text_tokens: Annotated[int, typer.Option(help="Of a sample, on average.")] = 200,
+    text_tokens: Annotated[int, typer.Option(help="Of a sample, on average.", min=0, max=MOST_PATCHES)] = 200,
     longest: Annotated[int, typer.Option(help="Columns of the longest sample at full budget.")] = 2048,
     peak: Annotated[float, typer.Option(help="TFLOPs a second of a GPU; 312 is an A100's in bfloat16.")] = 312.0,
     utilisation: Annotated[

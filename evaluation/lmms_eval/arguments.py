@@ -107,7 +107,7 @@ def _budget(token_budget: Any) -> StackBudget | None:
         return token_budget
     try:
         return json.loads(token_budget) if token_budget.startswith("{") else budget_of_text(token_budget)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"`token_budget` is {token_budget!r}; allowed are a fraction such as 0.4, a number of tokens, and for "
             'stacks JSON such as {"tome": 0.5, "fastv": 0.6}.'

@@ -51,7 +51,7 @@ def read_json(file: Path) -> dict[str, Any]:
         return {}
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(file)!r} is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{str(file)!r} holds a {type(fields).__name__}; expected is a JSON object.")

@@ -201,7 +201,7 @@ def _with_images(templates: Templates, tokenizer: PreTrainedTokenizerBase, image
     Chat templates that can place images, and a sentence that says whether they are as they were.
 
     Raises:
-        ValueError: if one cannot be rendered, or none is the default.
+        ValueError: if the default cannot be rendered, or there is none.
     """
     if isinstance(templates, dict) and "default" not in templates:
         if len(templates) > 1:
@@ -210,14 +210,25 @@ def _with_images(templates: Templates, tokenizer: PreTrainedTokenizerBase, image
                 "give one."
             )
         templates = next(iter(templates.values()))
+    others = ""
     if isinstance(templates, str):
         template = _one_with_images(templates, tokenizer, image_token)
         is_same = template == templates
     else:
-        template = {name: _one_with_images(text, tokenizer, image_token) for name, text in templates.items()}
+        template, untried = {"default": _one_with_images(templates["default"], tokenizer, image_token)}, []
+        for name in sorted(templates.keys() - {"default"}):
+            try:
+                template[name] = _one_with_images(templates[name], tokenizer, image_token)
+            # One for tools or documents asks for more than a question.
+            except ValueError:
+                template[name] = templates[name]
+                untried.append(name)
         is_same = template == templates
+        if untried:
+            named = ", ".join(map(repr, untried))
+            others = f" {named} beside it cannot be asked a plain question, and was left as it is."
     added = "" if is_same else "; images go before the words of their turn"
-    return template, f"The source's own chat template was kept{added}."
+    return template, f"The source's own chat template was kept{added}.{others}"
 
 
 def _one_with_images(template: str, tokenizer: PreTrainedTokenizerBase, image_token: str) -> str:
@@ -230,7 +241,7 @@ def _one_with_images(template: str, tokenizer: PreTrainedTokenizerBase, image_to
     said, expected = _rendered(in_words, tokenizer, shown), _rendered(template, tokenizer, question)
     if isinstance(expected, Exception) or question not in expected:
         raise ValueError(f"The source's chat template cannot be used ({expected}); give another.")
-    if said != expected.replace(question, f"{image_token}\n{question}"):
+    if said != expected.replace(question, f"{image_token}\n{question}") or image_token in expected:
         raise ValueError(f"The source's chat template cannot place an image ({said}); give another.")
     return in_words
 

@@ -48,6 +48,9 @@ def budget_values(token_budget: TokenBudget, batch_size: int) -> torch.Tensor:
         ValueError: for another type, booleans, a mixture of ratios and counts, or another number of values.
     """
     if isinstance(token_budget, torch.Tensor):
+        if token_budget.is_meta or token_budget.layout is not torch.strided:
+            kind = "on the meta device" if token_budget.is_meta else f"of layout {token_budget.layout}"
+            raise ValueError(f"`token_budget` is a tensor {kind}; expected is a dense one that has its values.")
         values = token_budget.detach().cpu()
     else:
         is_list = isinstance(token_budget, Sequence) and not isinstance(token_budget, str | bytes | bytearray)

@@ -334,7 +334,7 @@ class _StackCosts:
                 sizes = (LLAVA.tokens_per_image(self.config),) * num_images
                 self._looks[num_images] = Looks(sizes, num_images * int(self.config.keep_cls), {})
             elif num_images == 0:
-                self._looks[0] = Looks((), 0, {})
+                self._looks[0] = Looks((), 0, {}, 0)
             else:
                 self._looks[num_images] = looks_of(self.model, self.image_size, num_images)
         return self._looks[num_images]

@@ -163,11 +163,13 @@ class Looks:
         sizes: visual tokens of each unit that they come in.
         others: placeholders that are no visual tokens, such as newlines.
         inputs: pixels, grids and sizes, as its encoder takes them.
+        number: of images.
     """
 
     sizes: tuple[int, ...]
     others: int
     inputs: dict[str, torch.Tensor]
+    number: int = 1
 
 
 def looks_of(model: PreTrainedModel, image_size: tuple[int, int], number: int) -> Looks:
@@ -175,16 +177,21 @@ def looks_of(model: PreTrainedModel, image_size: tuple[int, int], number: int) -
     inputs = model.family.image_inputs(model.config, *image_size, number)
     with torch.inference_mode(False), torch.no_grad(), ProductsAreNoise():
         units = FamilyVisual(model, None, inputs, []).units
-    return Looks(tuple(units.sizes.tolist()), int((units.token < 0).sum()), inputs)
+    return Looks(tuple(units.sizes.tolist()), int((units.token < 0).sum()), inputs, number)
 
 
 def family_prompt(model: PreTrainedModel, looks: Looks | None, text_tokens: int) -> dict[str, torch.Tensor]:
-    """A prompt of a family: images, or none, and words behind them."""
+    """A prompt of a family: images, or none, with a word between two, and the other words behind them."""
     placeholder = model.config.image_token_id
     special = {placeholder, getattr(model.config, "video_token_id", None)}
     word, other = [number for number in range(4) if number not in special][:2]
-    places = 0 if looks is None else sum(looks.sizes) + looks.others
-    ids = torch.tensor([[placeholder] * places + [(word, other)[number % 2] for number in range(text_tokens)]])
+    words = [(word, other)[number % 2] for number in range(text_tokens)]
+    num_images, row = 0 if looks is None else looks.number, []
+    for number in range(num_images):
+        # Families tell images apart by what stands between them.
+        row += words[number - 1 : number] if number else []
+        row += [placeholder] * ((sum(looks.sizes) + looks.others) // num_images)
+    ids = torch.tensor([row + words[max(num_images - 1, 0) :]])
     named = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     named |= dict.fromkeys(("mm_token_type_ids", "token_type_ids"), (ids == placeholder).long())
     taken = inspect.signature(model.forward).parameters

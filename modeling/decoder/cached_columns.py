@@ -1,12 +1,17 @@
 """What the layers of a cache hold, where it is not the same in all, and what new columns may attend to there."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import pad
 from transformers import Cache, PreTrainedConfig
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    sliding_window_overlay,
+)
 
 # Room for so many generated columns is made at a time.
 _BLOCK = 256
@@ -68,6 +73,7 @@ class CachedColumns:
         num_columns: int,
         cache: Cache | None,
         new: torch.Tensor,
+        blocks: torch.Tensor | None = None,
     ) -> Any:
         """
         What a layer takes as its attention mask.
@@ -79,6 +85,7 @@ class CachedColumns:
             num_columns: that the layer sees, new ones included.
             cache: what holds the others.
             new: `[batch, n, hidden_size]`, hidden states of the new ones.
+            blocks: `[batch, n]` int64, those of one number see each other in both directions, -1 is none; or `None`.
         """
         num_new, (implementation, window) = new.shape[1], attention
         num_keys, first_key = (num_columns, 0) if cache is None else cache.get_mask_sizes(num_new, number)
@@ -94,7 +101,13 @@ class CachedColumns:
             return seen if implementation == "sdpa" else torch.where(seen, 0.0, torch.finfo(new.dtype).min).to(new)
         # Given a mask or a length in a tensor, transformers asks the device whether there is padding. We know.
         is_static = cache is not None and isinstance(cache.get_seq_length(number), torch.Tensor)
-        make = create_causal_mask if window is None else create_sliding_window_causal_mask
+        make, sees = create_causal_mask if window is None else create_sliding_window_causal_mask, {}
+        if blocks is not None:
+            # A window is the outer bound of what a block sees.
+            in_block = pad(blocks, (num_columns - num_new, num_keys), value=-1)
+            make, sees = create_causal_mask, {"or_mask_function": _sees_its_block(in_block)}
+            if window is not None:
+                sees["and_mask_function"] = sliding_window_overlay(window)
         return make(
             config=config,
             inputs_embeds=new,
@@ -104,6 +117,7 @@ class CachedColumns:
             position_ids=None,
             layer_idx=number,
             allow_is_causal_skip=not self.has_padding and not is_static,
+            **sees,
         )
 
 
@@ -180,6 +194,15 @@ class CachedLayers:
                 made[key] = held.mask(config, number, attention, held.num_known + num_behind, cache, new)
             masks[number] = made[key]
         return masks
+
+
+def _sees_its_block(blocks: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """Whether query and key are of one block, as transformers asks of a mask; `blocks` `[batch, columns]`."""
+
+    def is_one(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return (blocks[batch, query] == blocks[batch, key]) & (blocks[batch, query] >= 0)
+
+    return is_one
 
 
 def layer_attentions(config: PreTrainedConfig) -> list[LayerAttention]:

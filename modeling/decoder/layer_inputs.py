@@ -3,6 +3,7 @@
 Layers that hold the same columns share them. Between two cuts they are made once; at a decoding step, hardly at all.
 """
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,13 +30,21 @@ class LayerInputs:
 
 
 def rotary_tables(
-    language_model: PreTrainedModel, hidden_states: torch.Tensor, position_ids: torch.Tensor
+    language_model: PreTrainedModel, hidden_states: torch.Tensor, position_ids: torch.Tensor, kind: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Cosines and sines `[batch, n, head_dim]` of positions `[batch, n]`, or `[4, batch, n]`: of text, which only masks
-    are made of, time, row and column.
+    are made of, time, row and column. Of layers of a `kind` where kinds turn differently.
     """
-    return language_model.rotary_emb(hidden_states, position_ids[1:] if position_ids.dim() == 3 else position_ids)
+    position_ids = position_ids[1:] if position_ids.dim() == 3 else position_ids
+    return language_model.rotary_emb(hidden_states, position_ids, *(() if kind is None else (kind,)))
+
+
+def rotary_kinds(language_model: PreTrainedModel) -> list[str | None]:
+    """The kind of each layer where kinds turn differently, as in Gemma 3, and `None` elsewhere."""
+    if "layer_type" in inspect.signature(language_model.rotary_emb.forward).parameters:
+        return list(language_model.config.layer_types)
+    return [None] * len(language_model.layers)
 
 
 def of_text(position_ids: torch.Tensor) -> torch.Tensor:
@@ -65,21 +74,23 @@ class AnswerInputs:
         cached: CachedLayers,
         compact: bool,
     ) -> None:
-        self.masks, self.places = masks, cached.of_layer
-        if not compact:
-            tables = rotary_tables(language_model, new, position_ids)
-            self.positions = [(of_text(position_ids), tables)] * len(cached.columns)
-            return
-        # All tables in one go, as if what layers hold were one more batch dimension.
-        dropped = torch.stack([held.num_dropped for held in cached.columns])
-        compacted = (position_ids - dropped[..., None]).clamp(min=0)
-        cos, sin = language_model.rotary_emb(new, compacted.flatten(0, 1))
-        tables = zip(cos.unflatten(0, dropped.shape), sin.unflatten(0, dropped.shape), strict=True)
-        self.positions = list(zip(compacted, tables, strict=True))
+        self.masks, self.places, self.kinds = masks, cached.of_layer, rotary_kinds(language_model)
+        self.positions: dict[str | None, list[Any]] = {}
+        for kind in dict.fromkeys(self.kinds):
+            if not compact:
+                tables = rotary_tables(language_model, new, position_ids, kind)
+                self.positions[kind] = [(of_text(position_ids), tables)] * len(cached.columns)
+                continue
+            # All tables in one go, as if what layers hold were one more batch dimension.
+            dropped = torch.stack([held.num_dropped for held in cached.columns])
+            compacted = (position_ids - dropped[..., None]).clamp(min=0)
+            cos, sin = rotary_tables(language_model, new, compacted.flatten(0, 1), kind)
+            tables = zip(cos.unflatten(0, dropped.shape), sin.unflatten(0, dropped.shape), strict=True)
+            self.positions[kind] = list(zip(compacted, tables, strict=True))
 
     def of_layer(self, number: int, hidden_states: torch.Tensor) -> LayerInputs:
         """The inputs of a layer."""
-        return LayerInputs(self.masks[number], *self.positions[self.places[number]])
+        return LayerInputs(self.masks[number], *self.positions[self.kinds[number]][self.places[number]])
 
 
 class PromptInputs:
@@ -94,6 +105,8 @@ class PromptInputs:
         position_ids: `[..., batch, sequence]` int64, as in the whole prompt.
         cache: what holds the columns.
         compact: whether the positions of what is left are counted anew behind every cut.
+        blocks: `[batch, sequence]` int64, of columns that see each other in both directions the number of their
+            block, -1 of all others; `None` where there are none.
 
     Attributes:
         cached: what layers hold with the prompt; complete when the last layer has asked.
@@ -107,9 +120,11 @@ class PromptInputs:
         position_ids: torch.Tensor,
         cache: Cache | None,
         compact: bool,
+        blocks: torch.Tensor | None = None,
     ) -> None:
         self.language_model, self.past, self.num_behind, self.cache = language_model, past, num_behind, cache
-        self.prompt_positions, self.compact = position_ids, compact
+        self.prompt_positions, self.compact, self.prompt_blocks = position_ids, compact, blocks
+        self.kinds = rotary_kinds(language_model)
         self.attentions = layer_attentions(language_model.config)
         self.cached, self.prompt_rank = CachedLayers([], []), None
 
@@ -131,28 +146,39 @@ class PromptInputs:
         if self.compact:
             # As many columns closer to the beginning as left before it.
             self.position_ids = self.position_ids - self.prompt_rank.gather(1, place) + rank
+        self.blocks = None
+        if self.prompt_blocks is not None:
+            self.blocks = self.prompt_blocks.gather(1, place).masked_fill(~self.is_real, -1)
         self._shared: dict[Any, Any] = {}
+
+    def tables(self, number: int, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rotary tables of a layer."""
+        before, kind = self.past.of_layer[number], self.kinds[number]
+        if (before, kind) not in self._shared:
+            positions = self._positions(before)
+            self._shared[before, kind] = rotary_tables(self.language_model, hidden_states, positions, kind)
+        return self._shared[before, kind]
 
     def of_layer(self, number: int, hidden_states: torch.Tensor) -> LayerInputs:
         """The inputs of a layer; layers ask in their order, and each once."""
         before, attention = self.past.of_layer[number], self.attentions[number]
         if before not in self._shared:
-            self._shared[before] = len(self.cached.columns), *self._positions(before, hidden_states)
+            self._shared[before] = len(self.cached.columns), of_text(self._positions(before))
             held = self.past.columns[before]
             num_cached = held.num_known + self.num_behind
             held = held.followed_by(num_cached, self.is_real, self.has_padding, self.num_dropped)
             self.cached.columns.append(held)
-        place, position_ids, tables = self._shared[before]
+        place, position_ids = self._shared[before]
         self.cached.of_layer.append(place)
         if (place, attention) not in self._shared:
             held = self.cached.columns[place]
             self._shared[place, attention] = held.mask(
-                self.language_model.config, number, attention, held.num_known, self.cache, hidden_states
+                self.language_model.config, number, attention, held.num_known, self.cache, hidden_states, self.blocks
             )
-        return LayerInputs(self._shared[place, attention], position_ids, tables)
+        return LayerInputs(self._shared[place, attention], position_ids, self.tables(number, hidden_states))
 
-    def _positions(self, before: int, hidden_states: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    def _positions(self, before: int) -> torch.Tensor:
         position_ids = self.position_ids
         if self.compact:
             position_ids = (position_ids - self.past.columns[before].num_dropped[:, None]).clamp(min=0)
-        return of_text(position_ids), rotary_tables(self.language_model, hidden_states, position_ids)
+        return position_ids

@@ -23,7 +23,7 @@ from .view import LayerView
 
 # Decoders whose forward is the loop below: embeddings go in as they are, attention and MLP follow one another, each
 # behind a norm, with rotary positions that are worked out once.
-RUNNABLE = ("llama", "mistral", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
+RUNNABLE = ("llama", "mistral", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "gemma3_text")
 
 
 @dataclass
@@ -106,6 +106,7 @@ def run_decoder(
     policy: DecoderPolicy | None = None,
     compact: bool = False,
     deepstack: Sequence[torch.Tensor] = (),
+    blocks: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> DecoderOutput:
     """
@@ -122,6 +123,7 @@ def run_decoder(
         policy: what decides before each layer; without one nothing leaves.
         compact: whether the positions of what is left are counted anew behind every cut.
         deepstack: what is added to the columns behind each of the first layers, `[batch, columns, hidden_size]`.
+        blocks: of a prompt's columns, those that see each other in both directions, see [`PromptInputs`].
         kwargs: of the layers.
 
     Raises:
@@ -139,7 +141,7 @@ def run_decoder(
         inputs = _answer_inputs(language_model, inputs_embeds, attention_mask, position_ids, past_key_values, compact)
     else:
         columns, inputs = _prompt_inputs(
-            language_model, inputs_embeds, attention_mask, position_ids, past_key_values, compact
+            language_model, inputs_embeds, attention_mask, position_ids, past_key_values, compact, blocks
         )
         # What a cut takes along with the columns that stay.
         columns.carried.update({f"deepstack {number}": added for number, added in enumerate(deepstack)})
@@ -147,7 +149,7 @@ def run_decoder(
     for number, layer in enumerate(language_model.layers[: config.num_hidden_layers]):
         if policy is not None and number in policy.layers:
             states = (below, hidden_states)
-            view = _view(language_model, number, states, inputs_embeds, given, columns, past_key_values)
+            view = _view(language_model, number, states, inputs_embeds, given, columns, past_key_values, inputs)
             decision = policy.decide(number, view)
             if decision is not None:
                 columns, hidden_states = columns.after(decision, number)
@@ -214,6 +216,7 @@ def _prompt_inputs(
     position_ids: torch.Tensor | None,
     cache: Cache | None,
     compact: bool,
+    blocks: torch.Tensor | None,
 ) -> tuple[PromptColumns, PromptInputs]:
     """The columns of a prompt of which some are to leave, and inputs for them. See [`run_decoder`]."""
     batch_size, num_new, device = *inputs_embeds.shape[:2], inputs_embeds.device
@@ -230,7 +233,7 @@ def _prompt_inputs(
     if position_ids is None:
         position_ids = _positions_behind(num_cached, inputs_embeds)
     position_ids = position_ids.expand(*position_ids.shape[:-2], batch_size, -1)
-    inputs = PromptInputs(language_model, past, num_behind, position_ids, cache, compact)
+    inputs = PromptInputs(language_model, past, num_behind, position_ids, cache, compact, blocks)
     inputs.enter(columns.index, columns.has_padding)
     return columns, inputs
 
@@ -248,6 +251,7 @@ def _view(
     below: LayerInputs,
     columns: PromptColumns,
     cache: Cache | None,
+    inputs: PromptInputs,
 ) -> LayerView:
     """What is known before layer `number`; `hidden_states` entered the layer below, which had its inputs, and this."""
     place = columns.index.clamp(min=0)[..., None].expand(-1, -1, inputs_embeds.shape[-1])
@@ -262,6 +266,8 @@ def _view(
         inputs_embeds=inputs_embeds.gather(1, place),
         previous_keys=_cached_keys(cache, number - 1, place.shape[1], place.device),
         carried=columns.carried,
+        next_position_embeddings=inputs.tables(number, hidden_states[1]),
+        blocks=inputs.blocks,
     )
 
 

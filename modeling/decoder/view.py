@@ -32,6 +32,9 @@ class LayerView:
         index: `[batch, n]` int64, where each column stood in the prompt; -1 for padding.
         inputs_embeds: `[batch, n, hidden_size]`, what entered layer 0 in these columns.
         previous_keys: `[batch, key_value_heads, n, head_dim]`, the keys of layer k - 1 if a cache holds them already.
+        next_position_embeddings: those of layer k where its kind turns in another way than layer k - 1's.
+        blocks: `[batch, n]` int64, of columns that see each other in both directions the number of their block, -1 of
+            all others; `None` where there are none.
         carried: what was written here before an earlier layer, by name, each `[batch, n, ...]`: the decoder's loop
             hands on the same dictionary all through a pass and takes its tensors along when columns leave.
     """
@@ -47,6 +50,8 @@ class LayerView:
     inputs_embeds: torch.Tensor | None = None
     previous_keys: torch.Tensor | None = None
     carried: dict[str, torch.Tensor] = field(default_factory=dict)
+    next_position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
+    blocks: torch.Tensor | None = None
 
     def keys(self, of: Literal["previous", "next"]) -> torch.Tensor:
         """Keys `[batch, key_value_heads, n, head_dim]` with their positions turned in, in one of the two layers."""
@@ -54,7 +59,12 @@ class LayerView:
             return self.previous_keys
         layer, hidden_states = self._side(of)
         keys = _heads(layer.self_attn, "k", layer.input_layernorm(hidden_states))
-        return apply_rotary_pos_emb(keys, keys, *self.position_embeddings)[1]
+        return apply_rotary_pos_emb(keys, keys, *self.tables(of))[1]
+
+    def tables(self, of: Literal["previous", "next"]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines `[batch, n, head_dim]` of the columns' positions in one of the two layers."""
+        is_other = of == "next" and self.next_position_embeddings is not None
+        return self.next_position_embeddings if is_other else self.position_embeddings
 
     def queries(self, rows: torch.Tensor, of: Literal["previous", "next"]) -> torch.Tensor:
         """Queries `[batch, heads, num_rows, head_dim]` of the columns in `rows` `[batch, num_rows]`."""
@@ -62,7 +72,7 @@ class LayerView:
         chosen = hidden_states.gather(1, rows[..., None].expand(-1, -1, hidden_states.shape[-1]))
         cos, sin = (
             table.expand(len(rows), -1, -1).gather(1, rows[..., None].expand(-1, -1, table.shape[-1]))
-            for table in self.position_embeddings
+            for table in self.tables(of)
         )
         queries = _heads(layer.self_attn, "q", layer.input_layernorm(chosen))
         return apply_rotary_pos_emb(queries, queries, cos, sin)[0]
@@ -71,7 +81,13 @@ class LayerView:
         """The rows `[batch, num_rows]` of a layer's attention, not computed yet."""
         attention = self._side(of)[0].self_attn
         return AttentionRows(
-            self.queries(rows, of), self.keys(of), rows, self.is_real, attention.scaling, _sliding_window(attention)
+            self.queries(rows, of),
+            self.keys(of),
+            rows,
+            self.is_real,
+            attention.scaling,
+            _sliding_window(attention),
+            self.blocks,
         )
 
     def attention_logits(self, rows: torch.Tensor, of: Literal["previous", "next"]) -> torch.Tensor:
@@ -165,6 +181,7 @@ class AttentionRows:
         is_real: `[batch, n]` bool, false for padding.
         scaling: of the logits.
         sliding_window: columns that a row sees, its own included; `None` for all.
+        block: `[batch, n]` int64, that of each column, see [`LayerView`].
     """
 
     queries: torch.Tensor
@@ -173,13 +190,18 @@ class AttentionRows:
     is_real: torch.Tensor
     scaling: float
     sliding_window: int | None = None
+    block: torch.Tensor | None = None
 
     def logits(self, part: slice = slice(None)) -> torch.Tensor:
         """Logits `[batch, heads, num_rows, n]` float32 of a part of the rows; minus infinity out of a row's sight."""
         queries, rows = self.queries[:, :, part].float(), self.rows[:, part, None]
         keys = self.keys.float().repeat_interleave(queries.shape[1] // self.keys.shape[1], dim=1)
         column = torch.arange(keys.shape[2], device=rows.device)
-        is_seen = self.is_real[:, None] & (column <= rows)
+        is_seen = column <= rows
+        if self.block is not None:
+            own = self.block.gather(1, rows[:, :, 0])[:, :, None]
+            is_seen = is_seen | ((own == self.block[:, None]) & (own >= 0))
+        is_seen = is_seen & self.is_real[:, None]
         if self.sliding_window is not None:
             is_seen = is_seen & (column > rows - self.sliding_window)
         return (queries @ keys.transpose(-1, -2) * self.scaling).masked_fill(~is_seen[:, None], -math.inf)

@@ -26,7 +26,9 @@ ADAPTERS: dict[str, EncodingFamily] = {
     "qwen2_5_vl": QWEN2_5_VL,
     "qwen2_vl": QWEN_VL,
     "qwen3_5": QWEN_VL,
+    "qwen3_5_moe": QWEN_VL,
     "qwen3_vl": QWEN_VL,
+    "qwen3_vl_moe": QWEN_VL,
     "smolvlm": IDEFICS3,
 }
 

@@ -110,6 +110,13 @@ class EncodingFamily(Family):
         pixels, grids = inputs[KINDS[kind]], inputs.get(f"{kind}_grid_thw")
         return list(pixels if grids is None else pixels.split(grids.prod(dim=-1).tolist()))
 
+    def blocks(self, config: PreTrainedConfig, input_ids: torch.Tensor) -> torch.Tensor | None:
+        """
+        `[batch, sequence]` int64, of columns that see each other in both directions the number of their block, -1 of
+        all others; `None` where every column sees those before it.
+        """
+        return None
+
     def positions(
         self,
         model: PreTrainedModel,
@@ -122,18 +129,19 @@ class EncodingFamily(Family):
 
     def why_not(self, config: PreTrainedConfig, reducer: TokenReducer | type[TokenReducer]) -> str | None:
         """See [`Family.why_not`]."""
-        if reducer.stage == "decoder" and has_recurrent_layers(config):
-            return (
-                "it acts inside the decoder, whose linear attention keeps a state of all that it has read: a token "
-                "that leaves behind such a layer has left its trace there. Use a reducer before the decoder."
-            )
-        if reducer.stage == "decoder" and self.why_not_in_decoder is not None:
-            return self.why_not_in_decoder
-        if reducer.stage == "decoder" and (kind := config.get_text_config().model_type) not in RUNNABLE:
-            return (
-                f"it acts inside the decoder, which is possible for the kinds {', '.join(RUNNABLE)}, and this one is "
-                f"{kind!r}."
-            )
+        if reducer.stage == "decoder":
+            if has_recurrent_layers(config):
+                return (
+                    "it acts inside the decoder, whose linear attention keeps a state of all that it has read: a "
+                    "token that leaves behind such a layer has left its trace. Use a reducer before the decoder."
+                )
+            if self.why_not_in_decoder is not None:
+                return self.why_not_in_decoder
+            if (kind := config.get_text_config().model_type) not in RUNNABLE:
+                return (
+                    f"it acts inside the decoder, which is possible for the kinds {', '.join(RUNNABLE)}, and this one "
+                    f"is {kind!r}."
+                )
         if getattr(reducer, "tile_grid", None) is not None:
             return (
                 "`tile_grid` tells apart the tiles of prompts that do not say which they are, and this family's units "

@@ -4,22 +4,23 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .encoded import EncodingFamily
-
-_WHY_NOT_IN_DECODER = (
-    "it acts inside the decoder, whose image columns see each other in both directions; the masks of the loop over "
-    "decoder layers are causal."
-)
 
 
 class Gemma3Family(EncodingFamily):
     """The projector takes the mean of the patches of a square."""
 
-    why_not_in_decoder = _WHY_NOT_IN_DECODER
     takes_tensor = ("image",)
     units_differ = False
+    why_not_in_decoder = None
+
+    def blocks(self, config: PreTrainedConfig, input_ids: torch.Tensor) -> torch.Tensor | None:
+        """See [`EncodingFamily.blocks`]: every image, whose columns stand one behind the other."""
+        is_image = self.placeholders(config, input_ids)
+        begins = is_image & ~torch.nn.functional.pad(is_image, (1, 0))[:, :-1]
+        return (begins.cumsum(dim=-1) - 1).masked_fill(~is_image, -1)
 
     def pooled(
         self, model: PreTrainedModel, kind: str, values: torch.Tensor, inputs: Mapping[str, Any]
@@ -34,10 +35,10 @@ class Gemma3Family(EncodingFamily):
 class PaliGemmaFamily(EncodingFamily):
     """A token is a patch, positions begin at 1, and an answer does not belong to the prefix whose type is 0."""
 
+    why_not_in_decoder = "it acts inside the decoder, where all of a prompt sees all of it, before and behind."
     takes_tensor = ("image",)
     token_type_of_answers = 1
     units_differ = False
-    why_not_in_decoder = _WHY_NOT_IN_DECODER
     first_position = 1
 
     def projected(self, model: PreTrainedModel, patches: torch.Tensor) -> torch.Tensor:

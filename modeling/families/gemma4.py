@@ -21,8 +21,11 @@ class Gemma4Family(EncodingFamily):
     of a square. A video is a unit.
     """
 
-    has_dial = True
+    why_not_in_decoder = (
+        "it acts inside the decoder, whose layers read an embedding of each token of their own and share keys."
+    )
     unit_names = ("image", "video")
+    has_dial = True
     reads_videos = True
 
     def image_inputs(self, config: PreTrainedConfig, height: int, width: int) -> dict[str, torch.Tensor]:

@@ -17,8 +17,8 @@ class MiniCPMVFamily(EncodingFamily):
     Every tile and every frame of a video is a unit: which of them belong together is not among what the model gets.
     """
 
+    unit_names = ("image", "tile", "frame")
     has_dial = True
-    unit_names = ("tile", "frame")
 
     def image_inputs(self, config: PreTrainedConfig, height: int, width: int) -> dict[str, torch.Tensor]:
         """See [`EncodingFamily.image_inputs`]: one tile, its patches side by side."""

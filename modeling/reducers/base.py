@@ -8,6 +8,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -203,7 +204,13 @@ def build_reducer(name: str, config: AdaVTPConfig, **parameters: Any) -> TokenRe
             f"Reducer {name!r} ranks patches by the attention of the CLS token, and a "
             f"{config.vision_config.model_type!r} tower has none; use a reducer that does without, such as 'divprune'."
         )
-    module = REDUCERS[name](config, **parameters)
+    try:
+        module = REDUCERS[name](config, **parameters)
+    # What a parameter of another type does where it is used.
+    except (TypeError, RuntimeError, OverflowError) as error:
+        if not parameters:
+            raise
+        raise ValueError(f"Reducer {name!r} cannot be made with {parameters}: {error}.") from error
     if module.ranks_by_cls:
         making_layer(config)
     return module
@@ -232,9 +239,10 @@ def require_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
         raise ValueError(f"`{name}` is {value!r}; allowed: {', '.join(map(repr, choices))}.")
 
 
-def require_share(name: str, value: float, above_zero: bool = False) -> None:
-    """Raises a `ValueError` if the parameter `name` is not from 0 to 1, or is 0 where it has to be above."""
-    if not 0 <= value <= 1 or (above_zero and value == 0):
+def require_share(name: str, value: Any, above_zero: bool = False) -> None:
+    """Raises a `ValueError` if the parameter `name` is no number from 0 to 1, or is 0 where it has to be above."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= 1 or (above_zero and value == 0):
         raise ValueError(f"`{name}` is {value!r}; allowed are {'shares above 0, up to' if above_zero else '0 to'} 1.")
 
 

@@ -32,7 +32,7 @@ class ResamplerReducer(TokenReducer):
     over the image's patches, so that from the first step on the projector sees the scale that it knows.
 
     Args:
-        num_layers: 1 or more.
+        num_layers: 1 to 1000.
         num_heads: heads of the attention, a divisor of the width of a patch feature; the tower's number by default.
     """
 
@@ -43,8 +43,8 @@ class ResamplerReducer(TokenReducer):
         super().__init__(config)
         width, num_queries = config.visual_width, config.num_patches
         num_heads = config.budget_heads if num_heads is None else num_heads
-        if num_layers < 1:
-            raise ValueError(f"`num_layers` is {num_layers}; at least 1 is needed.")
+        if not isinstance(num_layers, int) or isinstance(num_layers, bool) or not 1 <= num_layers <= 1000:
+            raise ValueError(f"`num_layers` is {num_layers!r}; allowed are whole numbers from 1 to 1000.")
         if num_heads < 1 or width % num_heads:
             raise ValueError(f"`num_heads` is {num_heads}; it must divide {width}, the width of a patch feature.")
         self.queries = nn.Embedding(num_queries, width)

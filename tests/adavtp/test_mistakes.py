@@ -236,8 +236,18 @@ COMMAND_LINES = {
     "a device that holds nothing": (["measure", "--device", "meta"], "`device` is 'meta'"),
     "a type for storing": (["measure", "--dtype", "float8_e4m3fn"], "`dtype` is 'float8_e4m3fn'"),
     "more patches than count": (["flops", "--preset", "llava-1.5-7b", "--visual-tokens", str(10**16)], "1048576"),
+    "a number beyond all numbers": (["flops", "--preset", "llava-1.5-7b", "--text-tokens", "9" * 40], "below 2**31"),
+    "a number that is none": ([*PLAN, "--peak", "nan"], "--peak is nan; allowed are numbers below"),
+    "a number without an end": ([*PLAN, "--utilisation", "0.5", "1e400"], "--utilisation is inf"),
+    "a rank beyond all widths": ([*PLAN, "--lora", "2147483647"], "less than or equal to"),
+    "a measurement too deep": ([*PLAN, "--measured", "deep.json"], "`measured` is 'deep.json'"),
+    "a checkpoint too deep": (["export", "deep", "out"], "checkpoint in 'deep' cannot be read"),
+    "an export onto what is too deep": (["export", reference_checkpoint(), "deep"], "config.json' is not JSON"),
+    "a parameter too deep": ([*ASK, "--reducer", "fastv:layer=" + "[" * 5000], "`layer`"),
+    "a source too deep": (["convert", "deep", "out"], "config.json' is not JSON"),
     "a measurement that is a list": ([*PLAN, "--measured", "list.json"], "`measured` is 'list.json'"),
     "a report onto a file": (["report", "folder", "--output", "file"], "'file' is a file"),
+    "a name that no system takes": (["report", "folder", "--output", "x" * 300], "File name too long"),
     "a demo below a file": (["demo", "--output", "file/x"], "'file' is a file"),
     "a demo of nothing": (["demo", "--checkpoint", "folder", "--output", "out"], "Unrecognized model in folder"),
     "a comparison onto a file": (["compare", "--output", "file"], "'file' is a file"),
@@ -264,8 +274,10 @@ def test_a_mistaken_command_line_is_a_sentence_and_leaves_nothing_behind(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for folder in ("folder", "adapter"):
+    for folder in ("folder", "adapter", "deep"):
         Path(folder).mkdir()
+    for file in ("deep.json", "deep/config.json"):
+        Path(file).write_text("[" * 5000)
     for file in ("file", "folder/file"):
         Path(file).write_text("mine")
     for file in ("list.json", "adapter/adapter_config.json"):
@@ -276,7 +288,7 @@ def test_a_mistaken_command_line_is_a_sentence_and_leaves_nothing_behind(
     result = run(*arguments)
     assert result.exit_code == 2 and sentence in text_of(result), text_of(result)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"folder", "adapter"}
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"folder", "adapter", "deep"}
 
 
 def test_what_does_not_fit_into_memory_is_no_fault_of_ours() -> None:

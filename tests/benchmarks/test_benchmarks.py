@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import decoding
+import family_overhead
 import gumbel_top_k
 import interleaved
 import overhead
@@ -33,6 +34,23 @@ def test_overhead(tmp_path: Path) -> None:
         assert row["largest_logit_difference"] < 1e-5
         assert set(row["ratio"]) == SPREAD
         assert all(set(spread) == SPREAD for spread in row["seconds"].values())
+
+
+def test_family_overhead(tmp_path: Path) -> None:
+    file = tmp_path / "family_overhead.json"
+    arguments = "--size tiny --repeats 1 --steps 2 --text-tokens 5 --budgets 0.3"
+    family_overhead.main([*arguments.split(), "--json", str(file)])
+    result = json.loads(file.read_text())
+    assert set(result) == CIRCUMSTANCES | {"shapes"} and set(result["shapes"]) == {"qwen2_5_vl", "llava_next"}
+    assert {name: shape["visual_tokens"] for name, shape in result["shapes"].items()} == {
+        "qwen2_5_vl": 2 * 3,
+        "llava_next": 16 + 4 * 8,
+    }
+    for shape in result["shapes"].values():
+        assert list(shape["rows"]) == ["prefill, budget 1.0", "decode, budget 1.0", "prefill, budget 0.3"]
+        for row in shape["rows"].values():
+            assert row["largest_logit_difference"] < 1e-5
+            assert set(row["ratio"]) == SPREAD and set(row["seconds"]) == {"ours", "stock"}
 
 
 def test_gumbel_top_k(tmp_path: Path) -> None:

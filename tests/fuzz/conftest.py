@@ -1,4 +1,7 @@
-"""How many calls are tried: 300, always the same; `--hypothesis-profile=long` tries thousands, new ones each time."""
+"""How many calls are tried: 300, always the same; `--hypothesis-profile=long` tries thousands, new ones each time.
+
+Of calls on families, a sixth of that.
+"""
 
 from hypothesis import HealthCheck, Phase, settings
 

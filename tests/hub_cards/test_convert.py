@@ -565,12 +565,27 @@ def test_a_template_that_can_show_images_is_kept_as_it_is(made: Callable[[str], 
     assert "The source's own chat template was kept." in it.done.notes
 
 
+def test_a_template_for_tools_or_documents_is_kept_beside_the_default(
+    made: Callable[[str], Made], tmp_path: Path
+) -> None:
+    source = shutil.copytree(made("llava-v1.5, one file").source.path, tmp_path / "source")
+    of_documents = "{{ documents[0]['text'] }}" + OWN
+    _in_tokenizer_config([*NAMED, {"name": "rag", "template": of_documents}])(source)
+    done = convert_checkpoint(source, tmp_path / "out")
+    assert any("'rag' beside it cannot be asked a plain question" in note for note in done.notes), done.notes
+    processor = AdaVTPProcessor.from_pretrained(tmp_path / "out")
+    assert processor.chat_template["rag"] == of_documents
+    assert processor.apply_chat_template(TURNS, add_generation_prompt=True) == IN_OWN
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [
         ("{% for", "cannot be used"),
         ("{{ raise_exception('no') }}", "cannot be used \\(no\\)"),
         ("{{ 'the same always' }}", "cannot be used"),
+        ("{{ '<image>' }}" + OWN, "cannot place an image"),
+        ([{"name": "default", "template": "{{ tools[0].name }}" + OWN}, NAMED[0]], "cannot be used"),
         ([{"name": "a", "template": OWN}, {"name": "b", "template": OWN}], "'a', 'b', and none is 'default'"),
     ],
 )

@@ -1078,6 +1078,9 @@ def test_images_that_are_encoded_already_are_answered_like_pixels(options: dict[
     with pytest.raises(ValueError, match="`pixel_values` and `mm_encoder_outputs` were both given"):
         generate(model, batch, mm_encoder_outputs=encoded)
     batch.pop("pixel_values")
+    for call in (model.generate, model):
+        with pytest.raises(ValueError, match="`token_budget` is 0.4 and `mm_encoder_outputs` was given"):
+            call(**batch, mm_encoder_outputs=encoded, token_budget=0.4)
     assert torch.equal(generate(model, batch, mm_encoder_outputs=encoded, **options), expected)
     moved = padded_on_the_right(batch)
     again = generate(model, moved, mm_encoder_outputs=encoded, **options)

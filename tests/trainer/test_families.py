@@ -1,16 +1,21 @@
 """Every family trains as LLaVA does: by the same collator, trainer and losses, through its own processor."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
 from adavtp import AdaVTPTrainer, AdaVTPTrainingArguments, BudgetCollator
 from adavtp.modeling.parts import PARTS, never_run_in_tower, parts_of_names
+from adavtp.tasks.digit_scenes import load_digit_scenes
 from adavtp.trainer.adapter_folders import load_adapter
 from adavtp.trainer.adapters import add_adapters
+from adavtp.trainer.data.budget_stream import BudgetStream
 from adavtp.trainer.data.processed import processed_lengths
 from adavtp.trainer.data.reader import ConversationReader, RejectedSample
 from adavtp.trainer.losses import visual_relevance
@@ -22,6 +27,7 @@ from tiny_trainers import EVERY_PART, losses_of, weights_of
 
 TRAINED = ("qwen2_5_vl", "llava_onevision", "internvl")
 ALL_LOSSES = {"lm": 0.5, "distillation": 2.0, "relevance": 0.25}
+RELEVANCE = {"relevance": 1.0}
 
 
 def rows_of_many_sizes() -> list[dict[str, Any]]:
@@ -238,3 +244,95 @@ def test_processes_that_share_parameters_take_what_runs_the_same_modules() -> No
     require_same_modules(with_budget("internvl"), is_fsdp=False)
     with pytest.raises(ValueError, match="runs once for every size of image"):
         require_same_modules(with_budget("qwen2_5_vl"), is_fsdp=False)
+
+
+# Learning
+
+
+@dataclass
+class MadeBatches:
+    """A collator of batches that were made before: images take longer to prepare than these models to train."""
+
+    budgets: BudgetStream
+
+    def __call__(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        (batch,) = rows
+        return dict(batch)
+
+
+def scenes_of_digits(split: str, num_scenes: int, folder: Path) -> list[dict[str, Any]]:
+    """Scenes of handwritten digits; what is asked is the colour of the one with the largest box."""
+    rows = []
+    for scene in load_digit_scenes(split, num_scenes, cache_dir=folder):
+        boxes = [(right - left) * (bottom - top) for left, top, right, bottom in (o["box"] for o in scene["objects"])]
+        colour = scene["objects"][boxes.index(max(boxes))]["colour"]
+        messages = [user("what colour is the largest digit ?", 1), assistant(colour)]
+        rows.append({"images": [scene["image"]], "messages": messages})
+    return rows
+
+
+def test_a_controller_learns_to_choose_on_another_family(tmp_path: Path) -> None:
+    processor = family_processor("internvl")
+    size = {"height": 48, "width": 48}
+    processor.image_processor = GotOcr2ImageProcessorPil(size=size, min_patches=1, max_patches=1)
+    # A token for each of 8 x 8 patches.
+    processor.image_seq_length = 64
+    model = family_model(
+        "internvl",
+        processor,
+        downsample_ratio=1.0,
+        image_seq_length=64,
+        vision_config={"num_hidden_layers": 1, "hidden_size": 48, "intermediate_size": 96},
+        text_config={"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2},
+    )
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            scale = 0.5 if "embed_tokens" in name else parameter[0].numel() ** -0.5
+            nn.init.normal_(parameter, 0.0, scale, generator)
+    collator = BudgetCollator(processor)
+    rows, held_out = (scenes_of_digits(split, number, tmp_path) for split, number in (("train", 512), ("test", 128)))
+    batches = [collator(rows[first : first + 32]) for first in range(0, len(rows), 32)]
+
+    def train(budgets: tuple[float, float], **arguments: Any) -> list[float]:
+        trainer = family_trainer(
+            tmp_path,
+            "internvl",
+            model,
+            batches,
+            per_device_train_batch_size=1,
+            lr_scheduler_type="cosine",
+            **arguments,
+        )
+        trainer.data_collator = MadeBatches(BudgetStream(budgets, "sample"))
+        trainer.train()
+        return losses_of(trainer)
+
+    def loss_and_share_right(reducer: str) -> tuple[float, float]:
+        """Of held-out scenes, with 6 tokens of 64."""
+        batch = collator(held_out) | {"token_budget": 0.1}
+        with torch.no_grad():
+            outputs = model.eval()(**batch, reducer=reducer)
+        targets = outputs.labels[:, 1:]
+        first = (targets != -100).int().argmax(dim=-1, keepdim=True)
+        is_right = outputs.logits[:, :-1].argmax(dim=-1).gather(1, first) == targets.gather(1, first)
+        return float(outputs.loss), float(is_right.float().mean())
+
+    model.set_reducer("random")
+    losses = train((0.3, 1.0), max_steps=160, warmup_steps=20, learning_rate=6e-3, train_parts=EVERY_PART[1:])
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+    model.set_reducer("adaptive")
+    untrained, untrained_right = loss_and_share_right("adaptive")
+    losses = train(
+        (0.03, 0.3),
+        max_steps=50,
+        warmup_steps=10,
+        learning_rate=1e-2,
+        train_parts=["controller"],
+        loss_weights=RELEVANCE,
+    )
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    learned, learned_right = loss_and_share_right("adaptive")
+    random, random_right = loss_and_share_right("random")
+    assert learned < 0.85 * random and learned < 0.95 * untrained
+    assert learned_right > random_right + 0.1 and learned_right > untrained_right

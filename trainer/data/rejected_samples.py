@@ -59,5 +59,5 @@ def _step(line: str) -> float:
     """The step that a line is of; that of what is no line comes never: a run that was killed may leave half of one."""
     try:
         return float(json.loads(line)["step"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return math.inf

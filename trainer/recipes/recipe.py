@@ -16,6 +16,7 @@ evaluation: {questions: 2400, budgets: [1.0, 0.4], reducers: [adaptive, random]}
 ```
 """
 
+import math
 import re
 import reprlib
 from collections.abc import Iterable
@@ -35,6 +36,8 @@ from ..data.budget_stream import BudgetStream
 from ..training_arguments import AdaVTPTrainingArguments
 
 _MOST_VALUES = 10_000
+# Training arguments that the run says itself: where it writes, and what it goes on from.
+OF_THE_RUN = ("output_dir", "resume_from_checkpoint")
 STAGE_KINDS = ("patch_labels", "packed_questions", "conversations")
 EVALUATION = {"questions": int, "budgets": list, "reducers": list}
 # Of data with `sources`, the stream to train on and the rows to evaluate on; see stages.py.
@@ -92,7 +95,7 @@ class Stage:
                 "'features' and none."
             )
         of_training = TrainingArguments if self.kind == "patch_labels" else AdaVTPTrainingArguments
-        arguments = [f.name for f in fields(of_training) if f.name != "output_dir"]
+        arguments = [f.name for f in fields(of_training) if f.name not in OF_THE_RUN]
         known = {"training": arguments, "budgets": BUDGETS, "adapters": ADAPTER_FIELDS}
         for group, names in known.items():
             _check_names(getattr(self, group), names, f"stage {self.name!r}, {group}")
@@ -177,6 +180,7 @@ class Recipe:
         if "checkpoint" not in self.model:
             check_types(self.model, {"vision_config": dict, "text_config": dict}, "model")
             check_record(self.model["vision_config"], {"image_size": int, "patch_size": int}, "`vision_config`")
+        check_types(self.model, {"checkpoint": str}, "model")
         if self.evaluation:
             _check_names(self.evaluation, EVALUATION, "evaluation", EVALUATION)
             check_types(self.evaluation, EVALUATION, "evaluation")
@@ -234,6 +238,8 @@ def _require_plain(content: Any, path: str | Path) -> None:
             rest += [*value, *value.values()]
         elif isinstance(value, list):
             rest += value
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{path} has {value}; allowed are finite numbers.")
         elif not isinstance(value, str | int | float | None):
             raise ValueError(f"{path} has {reprlib.repr(value)}, a {type(value).__name__}; write it in quotes.")
     raise ValueError(f"{path} has more than {_MOST_VALUES} values, aliases written out; a recipe has a few hundred.")
@@ -261,9 +267,20 @@ class RecipeLoader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} comes twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        """A number as it is meant: YAML 1.1 takes 010 for eight and 1:30 for ninety."""
+        if ":" in node.value or re.fullmatch(r"[-+]?0[0-9_]+", node.value):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{node.value!r} is no decimal number; write one, or quotes", node.start_mark
+            )
+        is_whole = node.tag.endswith(":int")
+        return self.construct_yaml_int(node) if is_whole else self.construct_yaml_float(node)
+
 
 # `<<: *defaults`, whose fields stand behind those that are written out.
 MERGE = "tag:yaml.org,2002:merge"
+for kind in ("int", "float"):
+    RecipeLoader.add_constructor(f"tag:yaml.org,2002:{kind}", RecipeLoader.construct_number)
 RecipeLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789")
 )

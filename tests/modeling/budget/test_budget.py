@@ -91,6 +91,8 @@ REFUSED = {
     "negative count": (-3, ["value -3", "2 or more"]),
     "string": ("0.4", ["'0.4'", "float in [0, 1]"]),
     "bytes": (b"0.5", ["b'0.5'", "float in [0, 1]"]),
+    "no values": (torch.tensor(0.5, device="meta"), ["on the meta device"]),
+    "sparse": (torch.tensor([0.5, 0.4]).to_sparse(), ["torch.sparse_coo"]),
     "a count beyond 64 bits": (10**30, [str(10**30), "64 bits"]),
     "counts beyond 64 bits": ([2, 10**30], [str(10**30), "64 bits"]),
     "None": (None, ["None", "float in [0, 1]"]),

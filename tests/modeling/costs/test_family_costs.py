@@ -1,11 +1,15 @@
 """What a family's model costs is counted without a weight, and is what torch counts while it runs."""
 
+import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
 
+from adavtp.command_line import app
 from adavtp.modeling.costs.model_costs import ModelCosts
 from adavtp.modeling.costs.weightless import family_prompt, looks_of
 from adavtp.modeling.parts import parts_of_names
@@ -50,3 +54,34 @@ def test_a_prompt_costs_what_torch_counts(name: str, token_budget: float) -> Non
     assert counted.prefill == pytest.approx(seen["decoder"], rel=1e-2)
     assert counted.total == pytest.approx(seen["total"], rel=1e-2)
     assert counted.decode_per_token == pytest.approx(step["step"], rel=1e-2)
+
+
+@pytest.mark.parametrize(("name", "num_images"), [("llava_next", 2), ("qwen2_5_vl", 2), ("mistral3", 0)])
+def test_prompts_of_several_images_and_of_none_cost_what_torch_counts(name: str, num_images: int) -> None:
+    asked = {"token_budget": 0.5, "reducer": "divprune"}
+    seen, _ = what_torch_counts(name, num_images, **asked)
+    counted = ModelCosts.of(with_budget(name).config, SIZES[name]).of_prompt(TEXT, num_images=num_images, **asked)
+    assert counted.total == pytest.approx(seen["total"], rel=1e-2)
+
+
+def test_what_leaves_inside_a_family_s_decoder_costs_what_torch_counts() -> None:
+    for name in ("qwen2_5_vl", "llava_next"):
+        asked = {"token_budget": 0.75, "reducer": {"name": "fastv", "layer": 2}}
+        seen, _ = what_torch_counts(name, **asked)
+        counted = ModelCosts.of(with_budget(name).config, SIZES[name]).of_prompt(TEXT, **asked)
+        assert counted.total == pytest.approx(seen["total"], rel=1e-2)
+
+
+def test_the_command_counts_a_family_s_folder_and_says_what_it_has_to_be_told(tmp_path: Path) -> None:
+    budgeted("qwen2_5_vl").config.save_pretrained(tmp_path)
+    asked = ["--checkpoint", str(tmp_path), "--text-tokens", str(TEXT), "--budget", "0.5"]
+
+    def said(*arguments: str) -> str:
+        return " ".join(CliRunner().invoke(app, list(arguments), env={"COLUMNS": "300"}).output.split())
+
+    counted = json.loads(said("flops", *asked, "--image-size", "24x32", "--json"))
+    expected = ModelCosts.of(with_budget("qwen2_5_vl").config, (24, 32)).of_prompt(TEXT, token_budget=0.5)
+    assert counted["total"] == expected.total and counted["visual_tokens"] == 12
+    assert "height and width in pixels" in said("flops", *asked)
+    assert "`image_size` is '24'" in said("flops", *asked, "--image-size", "24")
+    assert "training is planned for LLaVA's alone" in said("plan", "--checkpoint", str(tmp_path))

@@ -207,7 +207,7 @@ def test_relevance_alone_is_on_the_way_back_through_the_scores() -> None:
     with recorded_scores(model.model.controller) as scores, counter() as flops:
         model(**batch, labels=labels, token_budget=0.5)
         forward = flops.get_total_flops()
-        scores[0].sum().backward()
+        scores[0][1].sum().backward()
     seen = forward, flops.get_total_flops() - forward
     step = step_of(["controller"], losses=("relevance",))
     parts = dict(count_training_flops(model.config, [9], step, token_budget=0.5).parts)

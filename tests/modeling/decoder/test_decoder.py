@@ -492,7 +492,7 @@ def test_hidden_states_and_attentions_have_each_layer_s_length() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["granite", "phi", "olmo2", "stablelm", "glm", "gemma3_text"])
+@pytest.mark.parametrize("kind", ["granite", "phi", "olmo2", "stablelm", "glm", "gemma2"])
 def test_a_decoder_that_the_loop_would_run_wrongly_is_refused_by_name(kind: str) -> None:
     fields = tiny_text_config("llama", NUM_LAYERS).to_dict()
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

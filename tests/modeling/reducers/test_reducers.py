@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from adavtp import AdaVTPConfig, Selection, TokenReducer, VisionFeatures, register_reducer
-from adavtp.modeling.reducers.base import REDUCERS
+from adavtp.modeling.reducers.base import REDUCERS, build_reducer, reducer_parameters
 from tiny_models import NUM_PATCHES, targets, tiny_batch, tiny_model
 
 
@@ -180,3 +180,18 @@ def test_a_reducer_without_forward_says_so(registry: None) -> None:
     model = tiny_model(reducer="empty")
     with pytest.raises(NotImplementedError, match=r"Empty has to define forward"):
         model(**tiny_batch(model.config, [1]), token_budget=0.4)
+
+
+# What a file of JSON, or a call, can hold in the place of a parameter.
+ODD = [True, -1, 10**30, float("nan"), float("inf"), "x", b"x", [], [0.5], [None], {}, torch.tensor([0.5, 0.5]), 1j]
+
+
+@pytest.mark.parametrize("name", sorted(REDUCERS))
+def test_a_parameter_of_any_type_is_taken_or_refused_in_a_sentence_that_names_it(name: str) -> None:
+    config = tiny_model().config
+    for parameter in reducer_parameters(name):
+        for value in ODD:
+            try:
+                build_reducer(name, config, **{parameter: value})
+            except ValueError as error:
+                assert parameter in str(error)
