@@ -52,8 +52,8 @@ class PromptCost:
 
 class CountedFlops:
     """
-    FLOPs of prompts in one setting. They are not counted for other families than LLaVA, where a prompt's images may
-    have any size.
+    FLOPs of prompts in one setting. They are not counted for families whose units differ, such as Qwen2.5-VL: an image
+    of each size would have to be counted by itself.
 
     Args:
         config: the model's.
@@ -65,8 +65,11 @@ class CountedFlops:
     def __init__(self, config: PreTrainedConfig, setting: Setting, may_be_unknown: bool = False) -> None:
         self.setting, self.may_be_unknown = setting, may_be_unknown
         self.images_differ = not isinstance(config, AdaVTPConfig)
-        self.family = adapter_of(config) if self.images_differ else LLAVA
-        self.costs, self.config = None if self.images_differ else ModelCosts.of(config), config
+        self.family, self.config = adapter_of(config) if self.images_differ else LLAVA, config
+        self.costs = None
+        if not self.family.units_differ:
+            # Of units that are all alike, a prompt's cost is that of as many images of the least size, a unit each.
+            self.costs = ModelCosts.of(config, (1, 1) if self.images_differ else None)
         self.num_layers = config.get_text_config().num_hidden_layers
 
     def text_tokens(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[int]:

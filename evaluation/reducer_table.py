@@ -9,9 +9,7 @@ from ..modeling.families.adapters import adapter_of
 from ..modeling.families.llava import LLAVA
 from ..modeling.modeling_adavtp import ReducerSpec
 from ..modeling.reducers.base import REDUCERS, STAGES, reducer_parameters
-from .settings import parts_of_label
-
-CONTROLLER = "adaptive"
+from .settings import CONTROLLER, parts_of_label
 
 # These look at nothing; a method that chooses has to be better than the best of them.
 CONTROLS = ("random", "grid", "downsample", "native")

@@ -4,6 +4,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..evaluation.settings import UNTRAINED_REDUCER
+from ..modeling.hub.loading import family_class, is_stock
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
 from .licence import origin_of
 from .output_folder import folder_beside, require_output_folder
@@ -53,7 +55,9 @@ def export_checkpoint(
     require_no_adapter(checkpoint)
     record = TrainingRecord.found_in(checkpoint, recipe, training_logs, evaluations)
     origin = origin_of(checkpoint, record, base_model or (checkpoint if is_hub_id(checkpoint) else None), license)
-    model = AdaVTPForConditionalGeneration.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    # A LLaVA gets a controller to train; what others may have without any training is what chooses there.
+    chosen = {"reducer": UNTRAINED_REDUCER} if _is_stock_family(checkpoint) else {}
+    model = AdaVTPForConditionalGeneration.from_pretrained(checkpoint, **chosen, trust_remote_code=trust_remote_code)
     require_finite(model.state_dict(), f"`checkpoint` is {checkpoint!r}, which")
     processor = model.processor
     with folder_beside(output_dir) as folder:
@@ -65,6 +69,10 @@ def export_checkpoint(
         add_card(folder, name or output_dir.resolve().name, record, origin)
         _move_into(folder, output_dir)
     return output_dir
+
+
+def _is_stock_family(checkpoint: str) -> bool:
+    return family_class(checkpoint, {}) is not None and is_stock(checkpoint)
 
 
 def _is_checkpoint(folder: Path) -> bool:

@@ -8,7 +8,14 @@ import typer
 from ..evaluation.answering import image_as_seen, shows_whole_images
 from ..evaluation.prompt_costs import visual_tokens_seen
 from ..evaluation.reducer_table import as_trained
-from ..evaluation.settings import budget_of_text, exact_budget, reducer_label, reducer_of_text, tokens_per_image
+from ..evaluation.settings import (
+    budget_of_text,
+    exact_budget,
+    reducer_label,
+    reducer_of_text,
+    tokens_per_image,
+    why_untrained,
+)
 from ..modeling.processing_adavtp import inputs_of_questions, readable_images
 from .console import CheckpointOption, console, load_checkpoint
 
@@ -38,6 +45,8 @@ def ask(
     choice: dict[str, Any] = {"token_budget": exact_budget(budget_of_text(budget), tokens_per_image(model))}
     if reducer:
         choice["reducer"] = as_trained(model.config, reducer_of_text(",".join(reducer)))
+        if (reason := why_untrained(model, choice["reducer"])) is not None:
+            raise ValueError(reason)
     inputs = inputs_of_questions(processor, str(image), prompt).to(model.device)
     output = model.generate(**inputs, **choice, max_new_tokens=max_new_tokens, return_dict_in_generate=True)
     new_ids, selection = output.sequences[0, inputs["input_ids"].shape[1] :], output["selection"]

@@ -18,6 +18,7 @@ from typer.core import TyperCommand
 from yaml import YAMLError
 
 from ..evaluation.circumstances import without_place
+from ..evaluation.settings import UNTRAINED_REDUCER
 from ..hub_cards.publish import HubRefused
 from ..hub_cards.published_folder import require_no_adapter
 from ..modeling.hub.loading import is_stock
@@ -167,10 +168,6 @@ def folder_to_write(folder: Path | None) -> Path | None:
     return folder
 
 
-# What chooses in a checkpoint that has no weights for anything that has to be trained.
-UNTRAINED_REDUCER = "divprune"
-
-
 def reference_checkpoint() -> Path:
     """Folder of the reference checkpoint that comes with the package."""
     from .. import hub_cards
@@ -206,8 +203,10 @@ def load_checkpoint(checkpoint: str | None) -> tuple:
             )
         model_class = AutoModel if kind == "adavtp" else AdaVTPForConditionalGeneration
         # A family's checkpoint as it was released has no weights for the controller.
-        chosen = {"reducer": UNTRAINED_REDUCER} if is_stock(checkpoint) else {}
+        is_released = is_stock(checkpoint)
+        chosen = {"reducer": UNTRAINED_REDUCER} if is_released else {}
         model = model_class.from_pretrained(checkpoint, **chosen, trust_remote_code=trusts).eval()
+        model.is_released = is_released
         model.processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=trusts)
     except (ValueError, typer.BadParameter):
         raise

@@ -176,7 +176,8 @@ def looks_of(model: PreTrainedModel, image_size: tuple[int, int], number: int) -
     """What a weightless model of a family makes of so many images of a height and a width, in one prompt."""
     inputs = model.family.image_inputs(model.config, *image_size, number)
     with torch.inference_mode(False), torch.no_grad(), ProductsAreNoise():
-        units = FamilyVisual(model, None, inputs, []).units
+        # One that reads nothing: no attention is asked for.
+        units = FamilyVisual(model, None, inputs, model.resolve_budget(1.0, "grid", 1)).units
     return Looks(tuple(units.sizes.tolist()), int((units.token < 0).sum()), inputs, number)
 
 

@@ -16,7 +16,7 @@ from adavtp.evaluation.report.sections import report_markdown
 from adavtp.modeling.families.adapters import ADAPTERS
 from adavtp.modeling.reducers.base import REDUCERS, STAGES
 from adavtp.tasks.digit_scenes import draw_scene
-from tiny_processors import family_folder
+from tiny_processors import family_folder, released_folder
 
 # Brightness of a patch that none, one, ... and all four of the reference's decoder layers see.
 LEVELS = (0.18, 0.385, 0.59, 0.795, 1.0)
@@ -62,6 +62,17 @@ def test_ask_takes_a_folder_of_another_family(name: str, of_whole: int, scene: P
     # Four tiles and a view of the whole, of each floor(0.4 * 16).
     assert f"{5 * 6} of {of_whole} visual tokens" in result.output
     assert "No picture of what was kept: It came in 5 parts" in result.output and not show.exists()
+
+
+def test_ask_of_a_released_checkpoint_is_answered_without_a_controller_and_says_by_what(
+    scene: Path, tmp_path: Path
+) -> None:
+    folder = released_folder("idefics3", tmp_path / "model")
+    asked = ("ask", scene, "which digit is red ?", "--checkpoint", folder, "--budget", 0.5, "--max-new-tokens", 1)
+    result = run(*asked)
+    assert result.exit_code == 0 and "40 of 80 visual tokens, chosen by divprune" in result.output, result.output
+    result = run(*asked, "--reducer", "adaptive")
+    assert result.exit_code == 2 and "has no weights for the reducer 'adaptive'" in " ".join(result.output.split())
 
 
 def test_ask_draws_what_is_kept_on_an_image_that_is_not_cut(tmp_path: Path) -> None:

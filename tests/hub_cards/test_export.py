@@ -19,7 +19,7 @@ from adavtp.hub_cards.model_card import TEMPLATE
 from adavtp.tasks.digit_scenes import draw_scene
 from adavtp.tasks.digit_scenes.processor import build_digit_processor
 from tiny_models import tiny_model
-from tiny_processors import family_folder
+from tiny_processors import family_folder, released_folder
 from without_package import run_without_package, snippet_of
 
 EVALUATION = {
@@ -263,3 +263,12 @@ def test_another_family_s_export_is_its_own_and_its_card_s_snippet_runs_without_
     run_without_package(code, tmp_path)
     weights = [load_file(place / "model.safetensors") for place in (folder, exported, tmp_path / "again")]
     assert all(torch.equal(weights[0][name], own[name]) for own in weights[1:] for name in weights[0])
+
+
+def test_a_family_s_checkpoint_as_it_was_released_is_exported_with_a_reducer_that_needs_no_training(
+    tmp_path: Path,
+) -> None:
+    released = released_folder("idefics3", tmp_path / "released")
+    exported = export_checkpoint(released, tmp_path / "exported")
+    model = AdaVTPForConditionalGeneration.from_pretrained(exported)
+    assert model.config.reducers == ["divprune"] and "chosen by `divprune`" in (exported / "README.md").read_text()

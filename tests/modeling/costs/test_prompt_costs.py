@@ -4,13 +4,18 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from PIL import Image
 
 from adavtp import AdaVTPConfig, Selection, TokenReducer, VisionFeatures, register_reducer
 from adavtp.commands.console import reference_checkpoint
+from adavtp.evaluation.continuations import continued
 from adavtp.evaluation.prompt_costs import CountedFlops, num_new_tokens, prompt_costs, selections_of_prompts
 from adavtp.evaluation.settings import Setting
 from adavtp.modeling.costs.model_costs import ModelCosts
+from adavtp.modeling.processing_adavtp import inputs_of_questions
 from adavtp.modeling.reducers.base import REDUCERS
+from tiny_families import with_budget
+from tiny_processors import family_model, family_processor
 
 END, PADDING = 2, 0
 
@@ -104,3 +109,22 @@ def test_an_unknown_cost_is_an_error_or_said_to_be_unknown(config: AdaVTPConfig,
     inputs = prompts_of(config, [9], [1])
     (cost,) = prompt_costs(CountedFlops(config, setting, may_be_unknown=True), inputs, [selection], [1], 0.1)
     assert cost.flops is None and cost.num_keep == (72,)
+
+
+@pytest.mark.parametrize("setting", [Setting("grid", 0.4), Setting({"name": "fastv", "layer": 1}, 0.75)])
+@pytest.mark.parametrize("name", ["idefics3", "internvl"])
+def test_tiles_cost_what_the_image_costs_that_they_are_of(name: str, setting: Setting) -> None:
+    processor = family_processor(name)
+    model = family_model(name, processor).eval()
+    inputs = inputs_of_questions(processor, Image.new("RGB", (96, 96), "white"), "how many ?")
+    (answer,) = continued(model, processor, inputs, CountedFlops(model.config, setting), max_new_tokens=1)
+    # The processor makes 2 x 2 tiles of 48 pixels a side of it, and a view of the whole.
+    assert answer.cost.num_images == 5 and answer.cost.visual_tokens < 5 * 16
+    whole = ModelCosts.of(model.config, (96, 96)).of_prompt(answer.cost.text_tokens, **setting.arguments())
+    assert answer.cost.flops == whole.total
+    assert answer.cost.seen_tokens == pytest.approx(sum(whole.layer_tokens) / len(whole.layer_tokens))
+
+
+def test_units_that_differ_are_not_counted() -> None:
+    config = with_budget("qwen2_5_vl").config
+    assert CountedFlops(config, Setting("grid", 0.4)).of(20, Selection.everything(1, 4, torch.device("cpu"))) is None
