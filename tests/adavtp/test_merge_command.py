@@ -13,9 +13,12 @@ from typer.testing import CliRunner, Result
 
 from adavtp import AdaVTPForConditionalGeneration, AdaVTPProcessor
 from adavtp.command_line import app
+from adavtp.commands.console import load_checkpoint
+from adavtp.trainer.adapter_folders import save_beside_adapter
 from tiny_adapters import adapted_model, adapter_trainer, base_checkpoint, trained_adapter
 from tiny_conversations import picture
 from tiny_models import tiny_text_config
+from tiny_processors import family_folder
 
 QUESTION = "which digit is red ?"
 
@@ -37,6 +40,27 @@ def refused(*arguments: str | Path) -> str:
     result = merge(*arguments)
     assert result.exit_code == 2, result.output
     return " ".join(result.output.replace("│", " ").split())
+
+
+def test_another_family_s_adapter_makes_a_checkpoint_of_its_family_that_commands_take(tmp_path: Path) -> None:
+    base = family_folder("idefics3", tmp_path / "base")
+    adapted = adapted_model(base)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.05)
+    adapted.save_pretrained(tmp_path / "adapter")
+    save_beside_adapter(adapted, tmp_path / "adapter")
+    result = merge(tmp_path / "adapter", tmp_path / "merged", "--base", base)
+    assert result.exit_code == 0, result.output
+    asked = {"token_budget": 0.5, "reducer": "grid"}
+    model, processor = load_checkpoint(str(tmp_path / "merged"))
+    inputs = model.inputs_of_questions(picture(1), QUESTION)
+    expected = adapted.eval().base_model.model(**inputs, **asked).logits
+    torch.testing.assert_close(model(**inputs, **asked).logits, expected, atol=1e-4, rtol=1e-3)
+    plain = AdaVTPForConditionalGeneration.from_pretrained(base)(**inputs, **asked).logits
+    assert not torch.allclose(plain, expected, atol=1e-3)
+    assert type(processor).__name__ == "Idefics3Processor"
 
 
 def copy_of_adapter(place: Path, folder: Path, **changes: Any) -> Path:
