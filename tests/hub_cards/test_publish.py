@@ -323,13 +323,19 @@ REFUSED = {
         _tensors(lambda all_: all_.update({NORM: torch.ones(31)})),
         f"`{NORM}` has (31,), expected (32,)",
     ),
-    "a weight that is missing": (_tensors(lambda all_: all_.pop(NORM)), f": {NORM}. Expected are all of them"),
+    "a weight that is missing": (
+        _tensors(lambda all_: all_.pop(NORM)),
+        f"lacks 1 weight(s) that its configuration asks for, {NORM} among them",
+    ),
     "no controller": (
         _tensors(lambda all_: [all_.pop(name) for name in list(all_) if "controller" in name or "budget_" in name]),
         "weight(s) that its configuration asks for, model.budget_token",
     ),
     "a pickle": (_only_a_pickle, "has no weights; a published folder needs weights in safetensors form"),
-    "LLaVA": (_llava, "has a 'llava' model; expected is an 'adavtp' model; `adavtp convert` makes"),
+    "LLaVA": (
+        _llava,
+        "has a 'llava' model; expected is an 'adavtp' model, or another family's with its code; `adavtp convert`",
+    ),
     "an adapter": (lambda folder: (folder / "adapter_config.json").write_text("{}"), "`adavtp merge` makes a whole"),
     "a missing shard": (_without_a_shard, "has no model-00002-of-00002.safetensors"),
     "no code": (lambda folder: shutil.rmtree(folder / "adavtp_code"), "has no code"),
