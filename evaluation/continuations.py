@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import BatchFeature, StoppingCriteria, StoppingCriteriaList
+from transformers import BatchFeature, ProcessorMixin, StoppingCriteria, StoppingCriteriaList
 from transformers.image_utils import ImageInput
 
 from ..modeling.budget.selection import Selection
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
-from ..modeling.processing_adavtp import AdaVTPProcessor
+from ..modeling.processing_adavtp import readable_images
 from .prompt_costs import CountedFlops, PromptCost, now, num_new_tokens, prompt_costs, selections_of_prompts
 from .settings import Setting
 
@@ -75,7 +75,7 @@ class StopsAtText(StoppingCriteria):
 
 def generate_continuations(
     model: AdaVTPForConditionalGeneration,
-    processor: AdaVTPProcessor,
+    processor: ProcessorMixin,
     prompts: Sequence[str],
     images: Sequence[Sequence[ImageInput]],
     setting: Setting,
@@ -103,7 +103,7 @@ def generate_continuations(
 
 def continued(
     model: AdaVTPForConditionalGeneration,
-    processor: AdaVTPProcessor,
+    processor: ProcessorMixin,
     inputs: Mapping[str, torch.Tensor],
     flops: CountedFlops,
     stop: Sequence[str] = (),
@@ -138,7 +138,7 @@ def continued(
 @torch.inference_mode()
 def score_continuations(
     model: AdaVTPForConditionalGeneration,
-    processor: AdaVTPProcessor,
+    processor: ProcessorMixin,
     prompts: Sequence[str],
     continuations: Sequence[str],
     images: Sequence[Sequence[ImageInput]],
@@ -162,14 +162,20 @@ def score_continuations(
     is_target = column >= length - torch.tensor(num_targets, device=model.device)[:, None]
     labels = inputs["input_ids"].masked_fill(~is_target, _NO_TARGET)
     started = now(model.device)
-    outputs = model.model(**inputs, **setting.arguments(), labels=labels, selection_output="gather", use_cache=False)
+    given = {**inputs, **setting.arguments(), "labels": labels, "selection_output": "gather", "use_cache": False}
     # What predicts the first target stands one column before it.
     columns = slice(-max(num_targets) - 1, None)
-    logits = model.lm_head(outputs.last_hidden_state[:, columns]).float()[:, :-1]
-    targets = outputs.labels[:, columns][:, 1:]
+    if model.prompt_reader is model:
+        outputs = model(**given)
+        logits = outputs.logits[:, columns].float()[:, :-1]
+    else:
+        # Below the head nothing is computed that is not asked for.
+        outputs = model.prompt_reader(**given)
+        logits = model.lm_head(outputs.last_hidden_state[:, columns]).float()[:, :-1]
+    targets = outputs["labels"][:, columns][:, 1:]
     log_likelihood, is_greedy = _log_likelihood(logits, targets)
     seconds = now(model.device) - started
-    selections = selections_of_prompts(outputs.selection, len(whole))
+    selections = selections_of_prompts(outputs.get("selection"), len(whole))
     flops = CountedFlops(model.config, setting, may_be_unknown=True)
     costs = prompt_costs(flops, inputs, selections, [0] * len(whole), seconds)
     return [Scored(*row) for row in zip(log_likelihood.tolist(), is_greedy.tolist(), costs, strict=True)]
@@ -198,11 +204,11 @@ def _num_targets(tokenizer: Any, prompt: str, whole: str) -> int:
 
 def _inputs(
     model: AdaVTPForConditionalGeneration,
-    processor: AdaVTPProcessor,
+    processor: ProcessorMixin,
     prompts: Sequence[str],
     images: Sequence[Sequence[ImageInput]],
 ) -> BatchFeature:
-    shown = [list(group) for group in images]
+    shown = [readable_images(list(group)) if group else [] for group in images]
     inputs = processor(
         images=shown if any(shown) else None,
         text=list(prompts),

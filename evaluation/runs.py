@@ -104,8 +104,10 @@ class Run:
         check_types(header, MORE_OF_HEADER, str(path))
         for entry in [*header["settings"], *header["unreachable"]]:
             check_record(entry, {"reducer": str, "budget": float}, f"{path}, a setting")
+        # Where images differ in how many tokens they have, no budget is a number K.
+        num_keep = {"num_keep": None if header.get("num_patches", 0) is None else int}
         for entry in header["settings"]:
-            check_record(entry, {"num_keep": int | None}, f"{path}, a setting")
+            check_record(entry, num_keep, f"{path}, a setting")
         for row in header.get("measurements") or []:
             check_record(row, MEASUREMENT, f"{path}, a measurement")
         return cls(folder, header)

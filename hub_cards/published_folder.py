@@ -177,7 +177,7 @@ def _require_whole(checkpoint: Path, files: dict[str, list[Path]]) -> None:
     if kind is None or not has_budget(config):
         found = f"a {kind!r} model" if kind else "no config.json"
         advice = f"; `adavtp {'convert' if kind == 'llava' else 'export'}` makes a checkpoint of it" if kind else ""
-        raise ValueError(f"{named} {found}; expected is an 'adavtp' model, or another family's with its code{advice}.")
+        raise ValueError(f"{named} {found}; expected is an 'adavtp' model{advice}.")
     missing = [kind for kind in NEEDED if not files[kind]]
     if (checkpoint / INDEX).is_file():
         shards = indexed_files(checkpoint / INDEX).values()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedConfig
+from transformers import BatchFeature, Cache, GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.image_utils import ImageInput
 from transformers.masking_utils import create_masks_for_generate
 from transformers.processing_utils import ProcessorMixin
@@ -209,7 +209,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
                 "`return_dict_in_generate` is True, but `generate(image, prompt)` returns text; for scores and caches "
                 "pass `**model.processor(images=..., text=...)`."
             )
-        model_inputs = inputs_of_questions(self.processor, inputs, prompt).to(self._input_device)
+        model_inputs = self.inputs_of_questions(inputs, prompt).to(self._input_device)
         generated = super().generate(None, generation_config, *args, **model_inputs, **kwargs)
         answers = self.processor.batch_decode(
             generated[:, model_inputs["input_ids"].shape[1] :], skip_special_tokens=True
@@ -280,6 +280,10 @@ class AdaVTPGenerationMixin(GenerationMixin):
     def _saved_processor(self) -> ProcessorMixin:
         """The processor beside the checkpoint."""
         return AdaVTPProcessor.from_pretrained(self.name_or_path, trust_remote_code=self.trusts_remote_code)
+
+    def inputs_of_questions(self, images: Any, prompts: str | Sequence[str | list[dict[str, Any]]]) -> BatchFeature:
+        """Inputs for `generate`, by the model's own processor; see [`processing_adavtp.inputs_of_questions`]."""
+        return inputs_of_questions(self.processor, images, prompts)
 
     @property
     def _input_device(self) -> torch.device | int | str:

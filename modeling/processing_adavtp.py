@@ -242,15 +242,17 @@ def inputs_of_questions(
     shown, prompts = images_of_prompts(images, prompts)
     if processor.chat_template is None:
         raise ValueError("This processor has no chat template to put questions in; give it one.")
-    return processor.apply_chat_template(
-        [_conversation(*pair) for pair in zip(shown, prompts, strict=True)],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        padding=True,
-        padding_side="left",
-    )
+    conversations = [_conversation(*pair) for pair in zip(shown, prompts, strict=True)]
+    text = processor.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
+    bos = processor.tokenizer.bos_token
+    # As transformers decides it: where the template writes BOS the tokenizer adds none.
+    special = {"add_special_tokens": False} if bos is not None and text[0].startswith(bos) else {}
+    shown = [
+        [part["image"] for turn in turns for part in turn["content"] if part["type"] == "image"]
+        for turns in conversations
+    ]
+    images = shown if any(shown) else None
+    return processor(images=images, text=text, padding=True, padding_side="left", return_tensors="pt", **special)
 
 
 def _conversation(images: list[ImageInput], prompt: str | list[dict[str, Any]]) -> list[dict[str, Any]]:

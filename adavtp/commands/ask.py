@@ -8,7 +8,7 @@ import typer
 from ..evaluation.answering import image_as_seen, shows_whole_images
 from ..evaluation.prompt_costs import visual_tokens_seen
 from ..evaluation.reducer_table import as_trained
-from ..evaluation.settings import budget_of_text, exact_budget, reducer_of_text, tokens_per_image
+from ..evaluation.settings import budget_of_text, exact_budget, reducer_label, reducer_of_text, tokens_per_image
 from ..modeling.processing_adavtp import inputs_of_questions, readable_images
 from .console import CheckpointOption, console, load_checkpoint
 
@@ -45,7 +45,8 @@ def ask(
     num_layers = model.config.get_text_config().num_hidden_layers
     over_layers = ", mean over decoder layers" if selection.depth is not None else ""
     tokens = float(visual_tokens_seen(selection, num_layers).sum())
-    console.print(f"{tokens:g} of {int(selection.sizes.sum())} visual tokens{over_layers}", style="dim")
+    by = f", chosen by {reducer_label(choice.get('reducer', model.config.reducers))}"
+    console.print(f"{tokens:g} of {int(selection.sizes.sum())} visual tokens{over_layers}{by}", style="dim")
     if show is None:
         return
     if (reason := why_not_drawn(selection)) is not None:

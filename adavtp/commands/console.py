@@ -20,6 +20,7 @@ from yaml import YAMLError
 from ..evaluation.circumstances import without_place
 from ..hub_cards.publish import HubRefused
 from ..hub_cards.published_folder import require_no_adapter
+from ..modeling.hub.loading import is_stock
 
 console = Console()
 
@@ -166,6 +167,10 @@ def folder_to_write(folder: Path | None) -> Path | None:
     return folder
 
 
+# What chooses in a checkpoint that has no weights for anything that has to be trained.
+UNTRAINED_REDUCER = "divprune"
+
+
 def reference_checkpoint() -> Path:
     """Folder of the reference checkpoint that comes with the package."""
     from .. import hub_cards
@@ -175,7 +180,8 @@ def reference_checkpoint() -> Path:
 
 def load_checkpoint(checkpoint: str | None) -> tuple:
     """
-    Model in evaluation mode and processor, through the Auto classes as any user loads them.
+    Model in evaluation mode and processor, through the Auto classes as any user loads them; of other families than
+    LLaVA the class with a budget. In one that was released without a budget, [`UNTRAINED_REDUCER`] chooses.
 
     Raises:
         typer.BadParameter: if there is no such checkpoint, or a file of it is broken.
@@ -199,7 +205,9 @@ def load_checkpoint(checkpoint: str | None) -> tuple:
                 "family (`adavtp families`); `adavtp convert` makes a checkpoint of it."
             )
         model_class = AutoModel if kind == "adavtp" else AdaVTPForConditionalGeneration
-        model = model_class.from_pretrained(checkpoint, trust_remote_code=trusts).eval()
+        # A family's checkpoint as it was released has no weights for the controller.
+        chosen = {"reducer": UNTRAINED_REDUCER} if is_stock(checkpoint) else {}
+        model = model_class.from_pretrained(checkpoint, **chosen, trust_remote_code=trusts).eval()
         model.processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=trusts)
     except (ValueError, typer.BadParameter):
         raise

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from ..modeling.hub.loading import is_stock
 from .console import CheckpointArgument, console, reference_checkpoint, trusts_remote_code
 
 
@@ -54,6 +55,11 @@ def space(
             "--trust-remote-code if you trust it."
         )
     checkpoint = checkpoint or str(reference_checkpoint())
+    if Path(checkpoint).is_dir() and is_stock(checkpoint):
+        raise typer.BadParameter(
+            f"`checkpoint` is {checkpoint!r}, which has no code for a budget; `adavtp export` (of a LLaVA `adavtp "
+            "convert`) makes a folder that has."
+        )
     if port is not None:
         _require_free(port)
     try:

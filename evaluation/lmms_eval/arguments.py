@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from lmms_eval.api.model import lmms
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoProcessor
 
 from ...configuration.configuration_adavtp import reducer_entries
 from ...modeling.budget.schedule import StackBudget
+from ...modeling.hub.loading import is_stock
 from ...modeling.modeling_adavtp import AdaVTPForConditionalGeneration, ReducerSpec
 from ...modeling.processing_adavtp import AdaVTPProcessor
 from ...modeling.reducers.base import REDUCERS
@@ -30,8 +31,8 @@ class AdaVTPModelArguments(lmms):
     A checkpoint in one setting, as lmms-eval's `--model_args` describe it.
 
     Args:
-        pretrained: folder or Hub repository of an AdaVTP checkpoint, or of a LLaVA, which has no weights for a
-            reducer that has to be trained.
+        pretrained: folder or Hub repository of an AdaVTP checkpoint, of any family; or of a family's as it was
+            released, which has no weights for a reducer that has to be trained.
         token_budget: fraction or number of visual tokens kept; for a stack also JSON, `{"tome": 0.5, "fastv": 0.6}`.
             By default the reducer's own rule, or the configuration's budget.
         reducer: as in `fastv:layer=2`; a stack in brackets, as in `[tome,adaptive]`; `full` for no reduction. By
@@ -75,8 +76,6 @@ class AdaVTPModelArguments(lmms):
         self.device = _device(self.accelerator, device, device_map)
         of_hub = {"revision": revision, "trust_remote_code": trust_remote_code}
         model_type = AutoConfig.from_pretrained(pretrained, **of_hub).model_type
-        if model_type not in ("adavtp", "llava"):
-            raise ValueError(f"`pretrained` is {pretrained!r}, of type {model_type!r}; allowed are adavtp and llava.")
         self._model = AdaVTPForConditionalGeneration.from_pretrained(
             pretrained,
             **of_hub,
@@ -84,13 +83,14 @@ class AdaVTPModelArguments(lmms):
             attn_implementation=attn_implementation,
             device_map=self.device if device_map is None else device_map,
         ).eval()
-        self.processor = AdaVTPProcessor.from_pretrained(pretrained, **of_hub)
+        processor = AdaVTPProcessor if model_type in ("adavtp", "llava") else AutoProcessor
+        self.processor = processor.from_pretrained(pretrained, **of_hub)
         if self.processor.chat_template is None:
             raise ValueError(
                 f"`pretrained` is {pretrained!r}, whose processor has no chat template; lmms-eval's requests are "
                 "questions, so set `processor.chat_template` and save the processor again."
             )
-        self.setting = _setting(self._model, model_type == "llava", given_reducer, given_budget)
+        self.setting = _setting(self._model, is_stock(pretrained, revision=revision), given_reducer, given_budget)
         # Last, so that what is refused leaves no file behind.
         self.statistics = None if statistics is None else _new_file(Path(statistics), self._rank, self._world_size)
 
@@ -150,10 +150,10 @@ def _new_file(path: Path, rank: int, world_size: int) -> Path:
 
 
 def _setting(
-    model: AdaVTPForConditionalGeneration, is_llava: bool, reducer: ReducerSpec | None, token_budget: Any
+    model: AdaVTPForConditionalGeneration, is_untrained: bool, reducer: ReducerSpec | None, token_budget: Any
 ) -> Setting:
     """The setting that was asked for; an error if it is not allowed, or the checkpoint lacks the reducer's weights."""
-    if reducer is None and is_llava and token_budget in (None, FULL_BUDGET):
+    if reducer is None and is_untrained and token_budget in (None, FULL_BUDGET):
         reducer = FULL
     if reducer == FULL and token_budget is None:
         token_budget = FULL_BUDGET
@@ -161,10 +161,10 @@ def _setting(
     setting = Setting(model.config.reducers if reducer is None else reducer, token_budget)
     arguments = setting.arguments()
     names = [entry if isinstance(entry, str) else entry["name"] for entry in reducer_entries(arguments["reducer"])]
-    if untrained := [name for name in names if is_llava and name in REDUCERS and REDUCERS[name].trained]:
+    if untrained := [name for name in names if is_untrained and name in REDUCERS and REDUCERS[name].trained]:
         raise ValueError(
-            f"`pretrained` is a LLaVA, which has no weights for the reducer {untrained[0]!r}; pass one that is not "
-            "trained, such as reducer=fastv."
+            f"`pretrained` has no weights for the reducer {untrained[0]!r}; pass one that is not trained, such "
+            "as reducer=fastv."
         )
-    model.model.resolve_budget(arguments["token_budget"], arguments["reducer"], 1)
+    model.prompt_reader.resolve_budget(arguments["token_budget"], arguments["reducer"], 1)
     return setting

@@ -275,8 +275,7 @@ def _turns(visuals: Sequence[Any] | None, text: str) -> list[dict[str, Any]]:
 
 def _token_counts(cost: PromptCost) -> TokenCounts:
     """Input tokens are those that a decoder layer saw, mean over layers."""
-    visual_tokens = cost.num_images * cost.visual_tokens
-    return TokenCounts(input_tokens=round(cost.text_tokens + visual_tokens), output_tokens=cost.new_tokens)
+    return TokenCounts(input_tokens=round(cost.seen_tokens), output_tokens=cost.new_tokens)
 
 
 def _as_response(response: tuple[float, bool], cost: PromptCost) -> Any:

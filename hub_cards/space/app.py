@@ -160,8 +160,9 @@ def _how_it_is_answered(checkpoint: Checkpoint) -> tuple[gr.Slider, gr.Dropdown]
             buttons=[],
             elem_id="budget",
         )
-        kept = gr.HTML(_kept_text(checkpoint.num_patches), elem_id="kept")
-    budget.change(inputs=budget, outputs=kept, js=_kept_text_in_browser(checkpoint.num_patches))
+        if checkpoint.num_patches is not None:
+            kept = gr.HTML(_kept_text(checkpoint.num_patches), elem_id="kept")
+            budget.change(inputs=budget, outputs=kept, js=_kept_text_in_browser(checkpoint.num_patches))
     names = list(checkpoint.reducers)
     return budget, gr.Dropdown(names, value=names[0], label="Chosen by", elem_id="reducer")
 
@@ -212,7 +213,7 @@ def answered(
         look = checkpoint.look(image, question, budget, checkpoint.reducers[reducer])
     except ValueError as error:
         return f'<p role="alert">{escape(str(error))}</p>', "", None, "", full
-    seen = f"{look.visual_tokens:g} of {checkpoint.num_patches} visual tokens"
+    seen = f"{look.visual_tokens:g} of {full[1].visual_tokens:g} visual tokens"
     picture = gr.Image(look.picture, alt_text=f"The image as the language model saw it: all but {seen} are dark.")
     return (
         "",
@@ -236,13 +237,16 @@ def cost_table(question: str, how: str, look: Look, full: Look, checkpoint: Chec
         f'<tr><th scope="row">{name}</th><td>{write(here)}</td><td>{write(there)}</td>'
         f"<td>{100 * here / there:.0f}%</td></tr>"
         for name, here, there, write in rows
+        # Not every language model's prefill is counted here.
+        if here is not None
     )
+    no_picture = "" if look.no_picture is None else f"<p>{escape(look.no_picture)}</p>"
     head = "".join(f'<th scope="col">{name}</th>' for name in ("Cost", "this budget", "full budget", "share"))
     return (
         # A question written from right to left turns nothing but itself.
         f"<table><caption><bdi>{escape(question)}</bdi> {escape(how)}</caption>"
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        f"<p>At full budget the answer is: {escape(full.answer) or '(nothing)'}</p>"
+        f"{no_picture}<p>At full budget the answer is: {escape(full.answer) or '(nothing)'}</p>"
         "<p><small>Prefill is the language model on the prompt, counted from its shape, 1 multiply-add as 2 FLOPs, "
         "without vision tower and reducer. Time is of a whole answer, both included: the median of "
         f"{_readings(look)} on this {escape(checkpoint.device)}, of {_readings(full)} at full budget.</small></p>"

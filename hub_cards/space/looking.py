@@ -31,6 +31,13 @@ FULL_BUDGET = 1.0
 # Seconds; the same answer is timed again until these are over.
 TIMED_FOR = 0.2
 
+# Pixels, of the image that is looked at before anybody asks, where a model takes images of any size.
+ANY_SIZE = 224
+
+# Language models of other families than LLaVA whose prefill is what `prefill_flops` says.
+COUNTED_KINDS = ("llama", "mistral", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
+NO_PICTURE = "This image came in tiles or views, and what was kept of each is not drawn yet."
+
 DROPPED_BRIGHTNESS = 0.18
 PICTURE_SIZE = 480
 
@@ -44,18 +51,20 @@ def checkpoint_name() -> str:
 class Look:
     """
     One answer. Tokens are those that a decoder layer sees in prefill, mean over layers; `picture` is the image as the
-    model was shown it, what it did not see darkened; `prefill_flops` are the language model's on the prompt. The time
-    goes from pixels and token ids to the whole answer, vision tower and reducer included: the median of `num_timed`.
+    model was shown it, what it did not see darkened, and `None` where `no_picture` says why; `prefill_flops` are the
+    language model's on the prompt, `None` for kinds that are not counted here. The time goes from pixels and token
+    ids to the whole answer, vision tower and reducer included: the median of `num_timed`.
     """
 
     answer: str
     picture: Image.Image | None
     visual_tokens: float
     prompt_tokens: float
-    prefill_flops: int
+    prefill_flops: int | None
     new_tokens: int
     milliseconds: float
     num_timed: int
+    no_picture: str | None = None
 
 
 class Checkpoint:
@@ -66,12 +75,15 @@ class Checkpoint:
         self.name = name
         self.model = AutoModel.from_pretrained(name, trust_remote_code=True, dtype=dtype).to(device).eval()
         self.processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
-        size = self.model.config.vision_config.image_size
+        self.model.processor = self.processor
+        # Of other families images may have any size, and N is an image's own.
+        self.is_llava = hasattr(self.processor, "of_questions")
+        size = self.model.config.vision_config.image_size if self.is_llava else ANY_SIZE
         nothing = Image.new("RGB", (size, size)), "What is this?"
         # The first answer of a process takes longer than any other.
         whole = self.look(*nothing, FULL_BUDGET, NEVER_ASKED)
-        # Visual tokens of an image before reduction, N.
-        self.num_patches = round(whole.visual_tokens)
+        # Visual tokens of an image before reduction, N, where all have equally many.
+        self.num_patches = round(whole.visual_tokens) if self.is_llava else None
         self.reducers = self._reducers(self._inputs(*nothing))
 
     @property
@@ -87,12 +99,16 @@ class Checkpoint:
     def _inputs(self, image: Image.Image, question: str) -> Any:
         """What the model takes; `ValueError` where a question has what only a prompt may have, or is too long."""
         tokens = self.processor.tokenizer.added_tokens_decoder.values()
-        reserved = [self.processor.image_token, *(token.content for token in tokens if token.special)]
+        reserved = [
+            getattr(self.processor, "image_token", "<image>"),
+            *(token.content for token in tokens if token.special),
+        ]
         if found := [token for token in reserved if token in question]:
             raise ValueError(
                 f"The question has {found[0]}, which stands for something else in a prompt. Leave it out."
             )
-        inputs = self.processor.of_questions(image, question)
+        make = self.processor.of_questions if self.is_llava else self.model.inputs_of_questions
+        inputs = make(image, question)
         length = inputs["input_ids"].shape[1]
         most = getattr(self.model.config.text_config, "max_position_embeddings", None)
         if most is not None and length + MAX_NEW_TOKENS > most:
@@ -128,17 +144,21 @@ class Checkpoint:
         prompt_length = inputs["input_ids"].shape[1]
         new_ids = outputs.sequences[0, prompt_length:]
         text_config = self.model.config.text_config
-        depth = layers_that_see(outputs["selection"], text_config.num_hidden_layers)[0].cpu()
-        # What no layer drops: text, and the CLS token where the checkpoint keeps it.
+        selection = outputs["selection"]
+        depth = layers_that_see(selection, text_config.num_hidden_layers)
+        depth = (depth[0] if self.is_llava else depth[selection.is_token]).cpu()
+        # What no layer drops: text, and what stands between visual tokens.
         num_others = prompt_length - len(depth)
         columns = [num_others + int((depth > layer).sum()) for layer in range(text_config.num_hidden_layers)]
         mean_columns = sum(columns) / len(columns)
+        picture = self._picture(image, inputs, selection, depth / len(columns))
         return Look(
             answer=self.processor.decode(new_ids, skip_special_tokens=True).strip(),
-            picture=self._picture(inputs["pixel_values"][0], depth / len(columns)),
+            picture=picture,
+            no_picture=None if picture is not None else NO_PICTURE,
             visual_tokens=mean_columns - num_others,
             prompt_tokens=mean_columns,
-            prefill_flops=prefill_flops(text_config, columns),
+            prefill_flops=prefill_flops(text_config, columns) if self._is_counted else None,
             new_tokens=len(new_ids),
             milliseconds=1000 * statistics.median(seconds),
             num_timed=len(seconds),
@@ -154,7 +174,25 @@ class Checkpoint:
             seconds.append(_now(self.model.device) - start)
         return outputs, seconds
 
-    def _picture(self, pixel_values: torch.Tensor, shares: torch.Tensor) -> Image.Image:
+    @property
+    def _is_counted(self) -> bool:
+        return self.is_llava or self.model.config.text_config.model_type in COUNTED_KINDS
+
+    def _picture(
+        self, image: Image.Image, inputs: dict[str, torch.Tensor], selection: Any, shares: torch.Tensor
+    ) -> Image.Image | None:
+        """The image with what was dropped of it dark; `None` where it came in parts."""
+        if self.is_llava:
+            return self._picture_of_pixels(inputs["pixel_values"][0], shares)
+        if len(selection.sizes) > 1 or selection.grids is None:
+            return None
+        rows, columns = selection.grids[0]
+        side = math.ceil(PICTURE_SIZE / max(rows, columns))
+        shown = bytearray(image.convert("RGB").resize((columns * side, rows * side)).tobytes())
+        pixels = torch.frombuffer(shown, dtype=torch.uint8).reshape(rows * side, -1, 3).permute(2, 0, 1) / 255
+        return draw_kept_patches(pixels, shares.reshape(rows, columns), side)
+
+    def _picture_of_pixels(self, pixel_values: torch.Tensor, shares: torch.Tensor) -> Image.Image:
         mean, std = (
             torch.tensor(values)[:, None, None]
             for values in (self.processor.image_processor.image_mean, self.processor.image_processor.image_std)

@@ -172,6 +172,16 @@ def family_class(source: str | PathLike[str] | None, kwargs: dict[str, Any]) -> 
     return families.model_class_of(model_type)
 
 
+def is_stock(source: str | PathLike[str], **hub_kwargs: Any) -> bool:
+    """
+    Whether a checkpoint is a family's as it was released: without the settings of a budget, and so without weights of
+    what chooses.
+    """
+    with failures_in_words("checkpoint", source):
+        fields = PreTrainedConfig.get_config_dict(source, **hub_kwargs)[0]
+    return fields.get("model_type") != "adavtp" and "controller_head" not in fields
+
+
 def check_completeness(model: nn.Module, info: dict[str, Any], source: str | PathLike[str] | None) -> None:
     """
     That a checkpoint had the weights of a whole model and none of another controller.

@@ -141,7 +141,7 @@ class ReducerBank:
                 )
             return self.controller
         if name in REDUCERS and REDUCERS[name].stage == "encoder" and not self.config.opens_tower:
-            raise ValueError(
+            raise ImpossibleReducerError(
                 f"Reducer {name!r} acts inside a vision tower, and a {self.config.model_type!r} model's encoder runs "
                 "as a whole; use a reducer of another stage."
             )

@@ -13,6 +13,7 @@ from adavtp.commands.console import reference_checkpoint
 from adavtp.evaluation.continuations import generate_continuations, score_continuations
 from adavtp.evaluation.settings import Setting
 from repository import ROOT
+from tiny_processors import family_model, family_processor
 
 SCENE = ROOT / "docs" / "scene.png"
 SETTINGS = [Setting("adaptive", 0.4), Setting("fastv", 0.4), Setting(["tome", "adaptive"], 29), Setting("full")]
@@ -131,3 +132,31 @@ def test_a_continuation_without_a_token_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match="no token of its own"):
         score_continuations(model, processor, [prompt_of("is there a 7 ?", 0)], [" "], [[]], SETTINGS[0])
+
+
+@pytest.mark.parametrize("name", ["llava_next", "idefics3", "qwen2_5_vl"])
+@pytest.mark.parametrize("setting", [Setting("grid", 0.4), Setting({"name": "fastv", "layer": 1}, 0.75)])
+def test_other_families_score_and_continue_each_prompt_of_a_batch_as_alone(
+    name: str, setting: Setting, scene: Image.Image
+) -> None:
+    processor = family_processor(name)
+    model = family_model(name, processor).eval()
+    images = [[scene], [], [scene, scene.resize((30, 40))]]
+    prompts = [
+        processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}] * len(own) + [{"type": "text", "text": "how many ?"}]}],
+            add_generation_prompt=True,
+        )
+        for own in images
+    ]
+    said = [" red", " 7", " there are two"]
+    scored = score_continuations(model, processor, prompts, said, images, setting)
+    continued = generate_continuations(model, processor, prompts, images, setting, max_new_tokens=3, do_sample=False)
+    for number, (prompt, answer, shown) in enumerate(zip(prompts, said, images, strict=True)):
+        (alone,) = score_continuations(model, processor, [prompt], [answer], [shown], setting)
+        assert scored[number].log_likelihood == pytest.approx(alone.log_likelihood, abs=1e-4)
+        (one,) = generate_continuations(
+            model, processor, [prompt], [shown], setting, max_new_tokens=3, do_sample=False
+        )
+        assert (continued[number].text, continued[number].cost.num_keep) == (one.text, one.cost.num_keep)
+        assert continued[number].cost.seen_tokens == pytest.approx(one.cost.seen_tokens)

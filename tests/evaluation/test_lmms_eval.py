@@ -34,6 +34,7 @@ from lmms_eval.models import get_model  # noqa: E402
 
 from adavtp.evaluation.lmms_eval.model import generation_arguments  # noqa: E402
 from repository import FIXTURES
+from tiny_processors import family_folder
 
 TASKS = FIXTURES / "lmms_eval_task"
 NUM_QUESTIONS = 7
@@ -266,6 +267,18 @@ def test_chat_and_simple_form_agree_whatever_shares_a_batch(questions: Dataset, 
     assert len({text for text, _, _ in chat}) > 2
 
 
+def test_a_folder_of_another_family_answers_in_both_forms(questions: Dataset, tmp_path: Path) -> None:
+    arguments = {"pretrained": family_folder("idefics3", tmp_path / "model"), "token_budget": 0.5, "reducer": "grid"}
+    chat, simple = (made(form, **arguments, batch_size=3) for form in ("chat", "simple"))
+    answers = generated(chat, "chat", questions)
+    assert answers == generated(simple, "simple", questions)
+    full = generated(made("chat", **arguments | {"token_budget": 1.0, "reducer": "full"}), "chat", questions)
+    # No image, one, two; of each five tiles of 16 tokens.
+    assert [whole[1] - own[1] for whole, own in zip(full, answers, strict=True)] == [
+        5 * 8 * (number % 3) for number in range(NUM_QUESTIONS)
+    ]
+
+
 def test_log_likelihoods_are_those_of_the_continuation_behind_the_prompt(
     questions: Dataset, forms: dict[str, Any], reference: tuple[Any, Any]
 ) -> None:
@@ -449,7 +462,7 @@ def test_a_checkpoint_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no chat template"):
         made("chat", pretrained=folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "clip_vision_model"}))
-    with pytest.raises(ValueError, match="'clip_vision_model'; allowed are adavtp and llava"):
+    with pytest.raises(ValueError, match="'clip_vision_model', and transformers .* has no model of it that reads"):
         made("chat", pretrained=folder)
 
 

@@ -218,7 +218,7 @@ NOT_JOINED = [
     ("run.json", '"num_patches": 16', '"num_patches": 20', "differ in 'num_patches'"),
     ("run.json", '"max_new_tokens": 4', '"max_new_tokens": 9', "differ in 'max_new_tokens'"),
     ("answers.jsonl", '"q7"', '"q99"', "has the example 7 'q99', where another run of the same data has 7 'q7'"),
-    ("answers.jsonl", '"no"', '"nay"', "'adaptive' with 8 tokens was answered twice and differs: example 'q37'"),
+    ("answers.jsonl", '"no"', '"nay"', "'adaptive' with K = 8 was answered twice and differs: example 'q37'"),
     ("answers.jsonl", '"score": 1.0', '"score": null', "not finished: 'adaptive' at 0.5 has no scores yet"),
 ]
 

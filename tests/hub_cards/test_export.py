@@ -19,7 +19,8 @@ from adavtp.hub_cards.model_card import TEMPLATE
 from adavtp.tasks.digit_scenes import draw_scene
 from adavtp.tasks.digit_scenes.processor import build_digit_processor
 from tiny_models import tiny_model
-from without_package import snippet_of
+from tiny_processors import family_folder
+from without_package import run_without_package, snippet_of
 
 EVALUATION = {
     "command": "adavtp evaluate tiny --questions 2400",
@@ -151,8 +152,9 @@ def test_the_cards_metadata_is_what_the_hub_reads(exported: Path) -> None:
 
 def test_the_template_has_no_number_of_its_own() -> None:
     text = re.sub(r"\{[%{#].*?[%}#]\}", "", TEMPLATE.read_text(), flags=re.DOTALL)
-    # What a budget may be, and the width of the intervals that evaluations are made with.
-    for known in ("95 %", "from 0.0 to 1.0", "two CPU cores"):
+    # What a budget may be, how wide the intervals of evaluations are, and how a snippet reads an answer.
+    read = ("max_new_tokens=64", 'output[0, inputs["input_ids"].shape[1] :]')
+    for known in ("95 %", "from 0.0 to 1.0", "two CPU cores", *read):
         text = text.replace(known, "")
     assert not re.findall(r"\d", text)
 
@@ -230,3 +232,34 @@ def test_weights_that_are_no_numbers_are_not_exported(run: Path, tmp_path: Path)
 def test_a_file_that_does_not_exist_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="nothing.json"):
         _export(run, tmp_path / "tiny", training_logs=[tmp_path / "nothing.json"])
+
+
+def family_evaluation() -> dict[str, Any]:
+    """Of images that differ in how many tokens they have."""
+    rows = [
+        row | {"num_keep": None, "flops": None, "visual_tokens": 5.0 * row["num_keep"]} for row in EVALUATION["rows"]
+    ]
+    return EVALUATION | {"rows": rows}
+
+
+def test_another_family_s_export_is_its_own_and_its_card_s_snippet_runs_without_the_package(tmp_path: Path) -> None:
+    folder, evaluation = family_folder("llava_next", tmp_path / "model"), tmp_path / "evaluation.json"
+    evaluation.write_text(json.dumps(family_evaluation()))
+    base = "someone/llava-next"
+    exported = export_checkpoint(
+        folder, tmp_path / "exported", evaluations=[evaluation], base_model=base, license="apache-2.0"
+    )
+    shutil.copytree(exported, tmp_path / "again")
+    export_checkpoint(exported, tmp_path / "again")
+    text = (exported / "README.md").read_text()
+    card = ModelCard(text)
+    assert {"adavtp", "llava_next"} <= set(card.data.tags) and "llava" not in card.data.tags
+    assert (card.data.base_model, card.data.license) == (base, "apache-2.0")
+    assert "a `llava_next` for which" in text and "a LLaVA" not in text and "scaled and cropped" not in text
+    # What was measured, in place of K: 5 * 6 of 5 * 16 tokens.
+    assert "decoder sees 30 of 80 visual tokens" in text and "| random | 0.4 | 30 |" in text
+    draw_scene("test", 0).image.save(tmp_path / "image.png")
+    code = snippet_of(text).replace("max_new_tokens=64", "max_new_tokens=2")
+    run_without_package(code, tmp_path)
+    weights = [load_file(place / "model.safetensors") for place in (folder, exported, tmp_path / "again")]
+    assert all(torch.equal(weights[0][name], own[name]) for own in weights[1:] for name in weights[0])

@@ -36,11 +36,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor
 from typer.testing import CliRunner
 
+from adavtp import AdaVTPForConditionalGeneration
 from adavtp.command_line import app
 from adavtp.hub_cards.space_folder import SPACE, space_folder
 from adavtp.modeling.budget.selection import Selection
 from counted_flops import ON_A_CPU
 from repository import ROOT
+from tiny_processors import family_folder
 
 CHECKPOINT = ROOT / "hub_cards" / "adavtp-digits"
 SCENE = ROOT / "docs" / "scene.png"
@@ -619,6 +621,30 @@ def test_only_reducers_that_the_checkpoint_can_do_are_offered(checkpoint: Any) -
     assert {"resampler", "dynamicvit", "token_fusion", "random", "grid"} < set(checkpoint.reducers)
     for reducer in checkpoint.reducers.values():
         assert checkpoint.look(Image.open(SCENE), QUESTION, 0.5, reducer).visual_tokens == pytest.approx(72, abs=1)
+
+
+@pytest.mark.parametrize("is_cut", [True, False])
+def test_another_family_is_looked_at_as_it_answers_and_drawn_where_its_images_are_whole(
+    is_cut: bool, looking: ModuleType, tmp_path: Path
+) -> None:
+    folder = family_folder("idefics3", tmp_path / "model")
+    processor = AutoProcessor.from_pretrained(folder)
+    processor.image_processor.do_image_splitting = is_cut
+    processor.save_pretrained(folder)
+    checkpoint, image = looking.Checkpoint(str(folder)), Image.new("RGB", (48, 48), "white")
+    look = checkpoint.look(image, "Which digit is red?", 0.25, "grid")
+    whole = checkpoint.look(image, "Which digit is red?", 1.0, looking.NEVER_ASKED)
+    units = 5 if is_cut else 1
+    assert (look.visual_tokens, whole.visual_tokens) == (4 * units, 16 * units)
+    assert whole.prompt_tokens - look.prompt_tokens == 12 * units and look.prefill_flops < whole.prefill_flops
+    model = AdaVTPForConditionalGeneration.from_pretrained(folder)
+    said = model.generate(image, "Which digit is red?", token_budget=0.25, reducer="grid", max_new_tokens=64)
+    assert look.answer == said
+    if is_cut:
+        assert look.picture is None and "tiles" in look.no_picture
+    else:
+        brightness = np.asarray(look.picture.convert("L").resize((4, 4), Image.Resampling.BOX))
+        assert look.no_picture is None and sorted(brightness.flatten().tolist()) == [46] * 12 + [255] * 4
 
 
 def test_dropped_patches_are_dark_and_half_seen_ones_half_so(looking: ModuleType) -> None:
