@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..families.base import has_recurrent_layers
 from .counting import flops_by_part
 
 
@@ -155,6 +156,20 @@ class DecoderCost:
         if len(plan.heads) != len(self.layers):
             raise ValueError(f"`plan` is of {len(plan.heads)} layers; the decoder has {len(self.layers)}.")
         return list(zip(plan.heads, plan.mlp, strict=True))
+
+
+def require_countable(config: PreTrainedConfig) -> None:
+    """
+    Raises:
+        ValueError: if what a decoder spends does not follow from what each of its layers does with columns.
+    """
+    text, reason = config.get_text_config(), None
+    if has_recurrent_layers(config):
+        reason = "its linear attention works through columns in pieces, and spends as much on a part of one as on all"
+    elif getattr(text, "hidden_size_per_layer_input", None):
+        reason = "its layers read embeddings of each token that are made outside of them"
+    if reason is not None:
+        raise ValueError(f"Costs of a {config.model_type!r} model are not counted: {reason}.")
 
 
 def _window(config: PreTrainedConfig, index: int) -> int | None:

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...configuration.configuration_adavtp import AdaVTPConfig
+from ..budget.schedule import BudgetSchedule
 from ..families.llava import LLAVA
 from ..modeling_adavtp import AdaVTPForConditionalGeneration
 from ..modeling_families import model_class_of
@@ -175,9 +176,10 @@ class Looks:
 def looks_of(model: PreTrainedModel, image_size: tuple[int, int], number: int) -> Looks:
     """What a weightless model of a family makes of so many images of a height and a width, in one prompt."""
     inputs = model.family.image_inputs(model.config, *image_size, number)
+    # Nobody has to be shown attention where nothing is chosen.
+    nothing = BudgetSchedule(1.0, [], 1, model.config.get_text_config().num_hidden_layers)
     with torch.inference_mode(False), torch.no_grad(), ProductsAreNoise():
-        # One that reads nothing: no attention is asked for.
-        units = FamilyVisual(model, None, inputs, model.resolve_budget(1.0, "grid", 1)).units
+        units = FamilyVisual(model, None, inputs, nothing).units
     return Looks(tuple(units.sizes.tolist()), int((units.token < 0).sum()), inputs, number)
 
 

@@ -28,13 +28,16 @@ class Gemma4Family(EncodingFamily):
     has_dial = True
     reads_videos = True
 
-    def image_inputs(self, config: PreTrainedConfig, height: int, width: int) -> dict[str, torch.Tensor]:
+    def image_inputs(
+        self, config: PreTrainedConfig, height: int, width: int, number: int = 1
+    ) -> dict[str, torch.Tensor]:
         """See [`EncodingFamily.image_inputs`]: patches, and the column and row of each."""
         vision = config.vision_config
         least, patch = vision.pooling_kernel_size, vision.patch_size
         rows, columns = (max(pixels // patch, least) for pixels in (height, width))
         places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(-1)
-        return {"pixel_values": torch.ones(1, rows * columns, 3 * patch**2), "image_position_ids": places[None]}
+        pixels = torch.ones(number, rows * columns, 3 * patch**2)
+        return {"pixel_values": pixels, "image_position_ids": places.expand(number, -1, -1)}
 
     def units(
         self, model: PreTrainedModel, kind: str, output: ModelOutput | None, inputs: Mapping[str, Any]

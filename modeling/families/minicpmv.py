@@ -20,12 +20,14 @@ class MiniCPMVFamily(EncodingFamily):
     unit_names = ("image", "tile", "frame")
     has_dial = True
 
-    def image_inputs(self, config: PreTrainedConfig, height: int, width: int) -> dict[str, torch.Tensor]:
+    def image_inputs(
+        self, config: PreTrainedConfig, height: int, width: int, number: int = 1
+    ) -> dict[str, torch.Tensor]:
         """See [`EncodingFamily.image_inputs`]: one tile, its patches side by side."""
         patch, least = config.vision_config.patch_size, 2 * config.merge_kernel_size[0] ** config.merger_times
         sides = [max(pixels // patch, least) for pixels in (height, width)]
-        pixels = torch.ones(1, 3, patch, patch * sides[0] * sides[1])
-        return {"pixel_values": pixels, "target_sizes": torch.tensor([sides])}
+        pixels = torch.ones(1, 3, patch, patch * sides[0] * sides[1] * number)
+        return {"pixel_values": pixels, "target_sizes": torch.tensor([sides] * number)}
 
     def units(
         self, model: PreTrainedModel, kind: str, output: ModelOutput | None, inputs: Mapping[str, Any]
