@@ -170,6 +170,20 @@ def test_compare_writes_a_page_two_pictures_and_the_numbers_of_a_run_it_goes_on_
     )
 
 
+def test_compare_of_another_family_has_its_numbers_and_no_gallery(tmp_path: Path) -> None:
+    folder, page = family_folder("idefics3", tmp_path / "model"), tmp_path / "page"
+    asked = ("--questions", 6, "--reducers", "random", "tome", "--budgets", 0.5, "--output", page)
+    result = run("compare", folder, *asked, "--work", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in page.iterdir()} == {"reducers.md", "reducers.json", "reducers_accuracy.png"}
+    numbers = json.loads((page / "reducers.json").read_text())
+    full, random = numbers["checkpoints"][0]["settings"]
+    # Its tiles are alike, so that FLOPs are counted; five of 16 tokens.
+    assert (full["visual_tokens"], random["visual_tokens"]) == (80, 40) and 0 < random["flops"] < full["flops"]
+    text = (page / "reducers.md").read_text()
+    assert report_markdown(numbers, "reducers_accuracy.png") == text and "acts inside a vision tower" in text
+
+
 def test_compare_refuses_a_budget_that_is_nothing_to_compare(tmp_path: Path) -> None:
     result = run("compare", "--questions", 12, "--budget", 1.0, "--output", tmp_path)
     assert result.exit_code == 2 and "1.0" in result.output
