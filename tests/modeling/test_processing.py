@@ -17,9 +17,11 @@ import torch
 from PIL import Image
 
 from adavtp import AdaVTPForConditionalGeneration, AdaVTPProcessor
+from adavtp.modeling.processing_adavtp import inputs_of_questions
 from adavtp.tasks.digit_scenes import VOCABULARY, ask_questions, draw_scene
 from adavtp.tasks.digit_scenes.processor import build_digit_processor
 from tiny_models import tiny_config, tiny_model
+from tiny_processors import family_processor
 
 NUM_PATCHES = 16
 QUESTION = "what colour is the 7 ?"
@@ -527,3 +529,26 @@ def test_saving_leaves_a_processor_as_it_was(processor: AdaVTPProcessor, tmp_pat
     processor.save_pretrained(tmp_path)
     assert processor.to_dict() == before
     assert AdaVTPProcessor.from_pretrained(tmp_path).to_dict() == before
+
+
+@pytest.mark.parametrize("name", ["llava_next", "idefics3", "qwen2_5_vl"])
+def test_a_question_to_another_family_is_what_its_own_chat_template_makes_of_it(name: str) -> None:
+    processor = family_processor(name)
+    images = [Image.new("RGB", (60, 40), "red"), Image.new("RGB", (30, 70), "blue")]
+    made = inputs_of_questions(processor, [images, [images[0]]], ["which ?", "how many ?"])
+    questions = [{"type": "text", "text": text} for text in ("which ?", "how many ?")]
+    turns = [
+        [{"role": "user", "content": [*({"type": "image", "image": image} for image in own), words]}]
+        for own, words in zip([images, images[:1]], questions, strict=True)
+    ]
+    expected = processor.apply_chat_template(
+        turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
+    )
+    assert made.keys() == expected.keys()
+    assert all(torch.equal(made[key], expected[key]) for key in expected)
+    # Turns say where images stand; the images themselves go beside them.
+    conversation = [{"role": "user", "content": [{"type": "image"}, questions[1]]}]
+    alone = inputs_of_questions(processor, [[images[0]]], [conversation])
+    assert torch.equal(alone["input_ids"], inputs_of_questions(processor, images[0], "how many ?")["input_ids"])
+    with pytest.raises(ValueError, match="places for 1 image"):
+        inputs_of_questions(processor, [images], [conversation])
