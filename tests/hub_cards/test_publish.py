@@ -343,10 +343,7 @@ REFUSED = {
         "weight(s) that its configuration asks for, model.budget_token",
     ),
     "a pickle": (_only_a_pickle, "has no weights; a published folder needs weights in safetensors form"),
-    "LLaVA": (
-        _llava,
-        "has a 'llava' model; expected is an 'adavtp' model, or another family's with its code; `adavtp convert`",
-    ),
+    "LLaVA": (_llava, "has a 'llava' model; expected is an 'adavtp' model; `adavtp convert` makes"),
     "an adapter": (lambda folder: (folder / "adapter_config.json").write_text("{}"), "`adavtp merge` makes a whole"),
     "a missing shard": (_without_a_shard, "has no model-00002-of-00002.safetensors"),
     "no code": (lambda folder: shutil.rmtree(folder / "adavtp_code"), "has no code"),
