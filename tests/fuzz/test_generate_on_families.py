@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from adavtp.modeling.reducers.base import REDUCERS
 from pruned_by_hand import HandPruned, language_inputs, visual_tokens
-from tiny_families import FAMILIES, VIDEO_FAMILIES, Prompt, Writer, batch_of, budgeted, stock_model
+from tiny_families import FAMILIES, STATEFUL, VIDEO_FAMILIES, Prompt, Writer, batch_of, budgeted, stock_model
 
 NUM_NEW_TOKENS = 3
 COLUMNS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
@@ -47,12 +47,15 @@ def calls(draw: st.DrawFn) -> Call:
     options = [{}, {}, {"use_cache": False}, {"num_beams": 2}]
     # Stock PaliGemma 2 has no static cache.
     options += [{"cache_implementation": "static"}] * (name != "paligemma2")
-    options += [{"prompt_lookup_num_tokens": 2}] * (batch_size == 1)
+    # Where a decoder keeps a state, nothing assists, and turns of unequal length are refused: test_contracts.py.
+    keeps_state = name in STATEFUL
+    options += [{"prompt_lookup_num_tokens": 2}] * (batch_size == 1 and not keeps_state)
     option = draw(st.sampled_from(options))
     # What leaves inside the decoder in a later turn depends on the turns before, and a prompt alone does not say it.
     name_of_reducer = reducer["name"] if isinstance(reducer, dict) else reducer or "adaptive"
     is_in_decoder = REDUCERS[name_of_reducer].stage == "decoder" or name_of_reducer == "aim"
-    num_turns = 1 if option or is_in_decoder else draw(st.integers(1, 3))
+    has_one_turn = option or is_in_decoder or (keeps_state and batch_size > 1)
+    num_turns = 1 if has_one_turn else draw(st.integers(1, 3))
     # GLM does not take both in one call, nor reads them as one prompt.
     shows_videos = name in VIDEO_FAMILIES and draw(st.booleans())
     turns = []
@@ -147,7 +150,8 @@ def test_every_call_on_a_family_gives_what_its_stock_class_makes_of_prompts_prun
                 torch.testing.assert_close(outputs.sequences_scores[row], scores.mean().float(), atol=1e-4, rtol=1e-3)
             else:
                 logits = torch.cat(outputs.logits) if len(rows) == 1 else torch.stack([s[row] for s in outputs.logits])
-                torch.testing.assert_close(logits[: len(answer)], expected.float(), atol=1e-4, rtol=1e-3)
+                near = {"atol": 2e-3, "rtol": 1e-2} if call.name in STATEFUL else {"atol": 1e-4, "rtol": 1e-3}
+                torch.testing.assert_close(logits[: len(answer)], expected.float(), **near)
             one.so_far, one.unread = one.so_far + answer, answer[-1:]
         behind = {name: torch.full_like(answers, int(name == "attention_mask")) for name in columns}
         so_far = {name: torch.cat([columns[name], behind[name]], dim=1) for name in columns}
