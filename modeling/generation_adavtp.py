@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 from .budget.schedule import BudgetSchedule, StackBudget
 from .budget.token_budget import TokenBudget, budget_values, num_tokens_to_keep
 from .decoder.loop import layer_masks
+from .decoder.policy import NothingLeaves
 from .decoder.pruned_cache import (
     NewColumns,
     PrunedCache,
@@ -441,9 +442,10 @@ class AdaVTPGenerationMixin(GenerationMixin):
         if cache is not None:
             # Also where there is none: a cache may be reset and used again, and must not keep an old prompt.
             pruned_cache(cache).prompt = None if prompt is None else prompt.on_cache()
+            # Also forgets what layers held where the cache was reset.
+            if has_layer_columns(cache) and policy is None and prompt is not None and prompt.visual is not None:
+                policy = NothingLeaves()
             pruned_cache(cache).policy = policy
-            # Forgets what layers held where the cache was reset.
-            has_layer_columns(cache)
 
     @staticmethod
     def create_masks_for_generate(

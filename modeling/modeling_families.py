@@ -96,18 +96,22 @@ class FamilyReductionMixin(PromptReductionMixin):
         kinds = self.family.kinds(self.config, input_ids)
         if self.family.shares_placeholder and images.get(KINDS["image"]) is None:
             kinds = kinds.clamp(max=0) + (kinds >= 0).long()
+        visual = self._visual_class(schedule)(self, kinds, images, schedule)
+        return visual, visual.units
+
+    def _visual_class(self, schedule: BudgetSchedule) -> type[FamilyVisual] | type[OpenedVisual]:
+        """What looks at images: our run of the tower where something acts inside it, and else the family's own."""
         meets_in_tower = self.config.budget_fusion == "encoder" and "budget" in self._needs(schedule.steps)
         is_opened = schedule.steps[0].reducer.stage == "encoder" or meets_in_tower
-        visual = (OpenedVisual if is_opened else FamilyVisual)(self, kinds, images, schedule)
-        return visual, visual.units
+        return OpenedVisual if is_opened else FamilyVisual
 
     def look_at_blank(
         self, device: torch.device, schedule: BudgetSchedule
-    ) -> tuple[FamilyVisual, Units, dict[str, Any]]:
+    ) -> tuple[VisualModel, Units, dict[str, Any]]:
         """See [`PromptReductionMixin.look_at_blank`]: at the smallest image that the family knows."""
         images = {name: value.to(device) for name, value in self.family.image_inputs(self.config, 1, 1).items()}
         images["pixel_values"] = images["pixel_values"].to(self.dtype)
-        visual = FamilyVisual(self, None, images, schedule)
+        visual = self._visual_class(schedule)(self, None, images, schedule)
         return visual, visual.units, images
 
     def refuse_placeholders(self, input_ids: torch.Tensor) -> None:
@@ -360,7 +364,8 @@ class FamilyModelMixin(
             rows = torch.cat([entry.flatten(0, -2) for entry in encoded[kind].pooler_output]).to(inputs_embeds)
             inputs_embeds = inputs_embeds.masked_scatter(places, rows)
             layers = getattr(encoded[kind], "deepstack_features", None) or []
-            added = [torch.zeros_like(inputs_embeds).masked_scatter(places, torch.cat(layer)) for layer in layers]
+            none = torch.zeros_like(inputs_embeds)
+            added = [none.masked_scatter(places, torch.cat(layer).to(inputs_embeds)) for layer in layers]
             deepstack = [sum(parts) for parts in zip(deepstack, added, strict=True)] if deepstack else added
         outputs = run_decoder(
             self.prompt_decoder,

@@ -5,7 +5,6 @@ import os
 import re
 from base64 import b64decode
 from collections.abc import Sequence
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -149,8 +148,8 @@ class AdaVTPProcessor(LlavaProcessor):
         Args:
             images: an image, or for each prompt an image, a list of images, or `None`. One prompt for several images
                 is asked of each; `None` asks without an image.
-            prompts: a question or a list. One with the image placeholder in it is used as it is; others go into the
-                chat template.
+            prompts: a question, or a list of questions and conversations. A text with the image placeholder in it is
+                used as it is; others go into the chat template.
 
         Returns:
             `BatchFeature`, padded on the left.
@@ -165,8 +164,8 @@ class AdaVTPProcessor(LlavaProcessor):
         images = shown if any(shown) else None
         return self(images=images, text=text, padding=True, padding_side="left", return_tensors="pt")
 
-    def _in_chat_form(self, prompt: str, num_images: int) -> str:
-        if self.image_token in prompt:
+    def _in_chat_form(self, prompt: str | list[dict[str, Any]], num_images: int) -> str:
+        if isinstance(prompt, str) and self.image_token in prompt:
             return prompt
         if self.chat_template is None:
             raise ValueError(
@@ -174,8 +173,9 @@ class AdaVTPProcessor(LlavaProcessor):
                 f"as the model was trained on it, with {self.image_token!r} where the image goes."
             )
         content = [{"type": "image"}] * num_images + [{"type": "text", "text": prompt}]
+        turns = [{"role": "user", "content": content}] if isinstance(prompt, str) else prompt
         try:
-            text = self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+            text = self.apply_chat_template(turns, add_generation_prompt=True)
         # Templates are code of the checkpoint's, and raise what they like.
         except Exception as error:
             raise ValueError(f"The processor's chat template cannot be used: {error}. Give it another.") from error
@@ -236,9 +236,7 @@ def inputs_of_questions(
             is no chat template.
     """
     if hasattr(processor, "of_questions"):
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        as_text = partial(processor.apply_chat_template, add_generation_prompt=True)
-        return processor.of_questions(images, [one if isinstance(one, str) else as_text(one) for one in prompts])
+        return processor.of_questions(images, prompts)
     shown, prompts = images_of_prompts(images, prompts)
     if processor.chat_template is None:
         raise ValueError("This processor has no chat template to put questions in; give it one.")

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 ADAPTED_PARTS: tuple[str, ...] = ("decoder", "vision")
 QUANTIZATIONS: tuple[str, ...] = ("nf4",)
 # What families have beside their text model.
-_NO_DECODER = ("vision_tower", "multi_modal_projector", "visual", "vision_model", "connector")
+_NO_DECODER = ("vision_tower", "vision_model", "visual", "multi_modal_projector", "connector", "merger")
+_NO_DECODER += ("embed_vision",)
 
 
 def add_adapters(

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
-from itertools import chain, count
+from itertools import chain
 from typing import Any
 
 import torch
@@ -341,9 +341,13 @@ class _StackCosts:
                 self._looks[num_images] = looks_of(self.model, self.image_size, num_images)
         return self._looks[num_images]
 
+    def images_of(self, num_units: int) -> int:
+        """The number of images that so many units are of."""
+        return -(-num_units // len(self.looks(1).sizes))
+
     def others_of(self, num_units: int) -> int:
         """Separators of the images that so many units are of."""
-        return next(looks.others for number in count() if len((looks := self.looks(number)).sizes) >= num_units)
+        return self.looks(self.images_of(num_units)).others
 
     def planned(self, token_budget: StackBudget | None, num_images: int) -> VisualTokens:
         """How many tokens go where, by the model's own rules."""
@@ -416,7 +420,12 @@ class _StackCosts:
         """The same where the numbers of tokens are given."""
         if not tokens.sizes:
             return Counter()
-        num_images = next(number for number in count() if len(self.looks(number).sizes) >= len(tokens.sizes))
+        num_images = self.images_of(len(tokens.sizes))
+        if tokens.sizes != (expected := self.looks(num_images).sizes):
+            raise ValueError(
+                f"`selection` is of {list(tokens.sizes)} visual tokens, and images of the size that is counted have "
+                f"{list(expected)}; pass the `image_size` that they were of."
+            )
         try:
             as_planned = self.planned(token_budget, num_images)
         except ValueError:

@@ -61,6 +61,22 @@ class DecoderPolicy:
         raise NotImplementedError(f"{type(self).__name__} has to define expand(expand_size).")
 
 
+class NothingLeaves(DecoderPolicy):
+    """
+    For an image in a later turn behind layers that hold different columns: all of it stays, and the loop reads it as a
+    prompt, whose columns may see each other in both directions or get something added behind the first layers.
+    """
+
+    name, layers = "nothing", frozenset()
+
+    def expand(self, expand_size: int) -> "NothingLeaves":
+        """See [`DecoderPolicy.expand`]."""
+        return self
+
+    def depth_of_tokens(self, is_token: torch.Tensor, depth: torch.Tensor) -> None:
+        """Every layer sees every token, which a selection says by `None`."""
+
+
 class VisualTokenPolicy(DecoderPolicy):
     """
     Visual tokens leave as a plan says how many and a reducer says which.

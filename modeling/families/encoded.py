@@ -143,9 +143,10 @@ class EncodingFamily(Family):
                     f"is {kind!r}."
                 )
         if getattr(reducer, "tile_grid", None) is not None:
+            by = "attention" if self.knows_tiles else "novelty"
             return (
                 "`tile_grid` tells apart the tiles of prompts that do not say which they are, and this family's units "
-                "are known; share by attention with token_budget={'prompt': n, 'unit_weights': 'attention'}."
+                f"are known; share with token_budget={{'prompt': n, 'unit_weights': '{by}'}}."
             )
         unknown = sorted({"pixel_values", "tower_patches"} & set(reducer.needs))
         if unknown:

@@ -48,7 +48,7 @@ class QwenVLFamily(EncodingFamily):
         attention_mask: torch.Tensor,
         inputs: Mapping[str, Any],
     ) -> torch.Tensor:
-        """See [`EncodingFamily.positions`]. What the family would remember on its module is put back."""
+        """See [`EncodingFamily.positions`]."""
         text = count_positions(attention_mask)
         types = inputs.get("mm_token_type_ids")
         if types is None or not bool(types.any()):

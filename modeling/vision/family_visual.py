@@ -201,7 +201,7 @@ class OpenedVisual(VisualModel):
 
     Args:
         model: the family's, with a head and a budget's modules.
-        kinds: `[batch, sequence]`, whose placeholder each column is.
+        kinds: `[batch, sequence]`, whose placeholder each column is; `None` for a prompt of nothing but its images.
         images: of one call.
         schedule: the stack and its budget.
 
@@ -213,7 +213,11 @@ class OpenedVisual(VisualModel):
     """
 
     def __init__(
-        self, model: "PreTrainedModel", kinds: torch.Tensor, images: Mapping[str, Any], schedule: BudgetSchedule
+        self,
+        model: "PreTrainedModel",
+        kinds: torch.Tensor | None,
+        images: Mapping[str, Any],
+        schedule: BudgetSchedule,
     ) -> None:
         family: EncodingFamily = model.family
         super().__init__(family.tower(model), nn.Identity(), model.budget_token, model.config, model.training)
@@ -228,6 +232,8 @@ class OpenedVisual(VisualModel):
         side = self.config.vision_config.image_size // self.config.vision_config.patch_size
         number = len(images[KINDS["image"]])
         grids, none = [(1, side, side)] * number, torch.zeros(number * side**2, dtype=torch.bool)
+        if kinds is None:
+            kinds = torch.zeros(1, len(none), dtype=torch.long, device=images[KINDS["image"]].device)
         self.units: Units = units_of_kinds(kinds, {"image": KindUnits(grids, none)})
 
     def encode_and_reduce(self, images: Mapping[str, Any], *args: Any, **kwargs: Any) -> VisualTokens:

@@ -531,6 +531,12 @@ def test_saving_leaves_a_processor_as_it_was(processor: AdaVTPProcessor, tmp_pat
     assert AdaVTPProcessor.from_pretrained(tmp_path).to_dict() == before
 
 
+def test_a_conversation_goes_into_the_chat_template_once(processor: AdaVTPProcessor) -> None:
+    turns = [{"role": "user", "content": [{"type": "text", "text": "which digit is red ?"}]}]
+    asked = processor.of_questions(None, "which digit is red ?")["input_ids"]
+    assert torch.equal(inputs_of_questions(processor, None, [turns])["input_ids"], asked)
+
+
 @pytest.mark.parametrize("name", ["llava_next", "idefics3", "qwen2_5_vl"])
 def test_a_question_to_another_family_is_what_its_own_chat_template_makes_of_it(name: str) -> None:
     processor = family_processor(name)

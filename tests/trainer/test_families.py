@@ -89,6 +89,15 @@ def test_a_batch_is_what_the_family_s_processor_writes_and_the_answers_are_its_t
 
 
 @pytest.mark.parametrize("name", PROCESSED)
+def test_an_answer_that_is_a_part_of_a_role_s_name_is_found_behind_it(name: str) -> None:
+    collator = BudgetCollator(family_processor(name))
+    said = [collator([{"images": [], "messages": [user("which ?"), assistant(word)]}]) for word in ("red", "is")]
+    red, part_of_assistant = (batch["input_ids"][batch["labels"] >= 0] for batch in said)
+    assert len(part_of_assistant) == len(red)
+    assert torch.equal(part_of_assistant[1:], red[1:])
+
+
+@pytest.mark.parametrize("name", PROCESSED)
 def test_a_row_is_read_in_the_length_that_it_has_in_a_batch(name: str) -> None:
     processor, rows = family_processor(name), rows_of_many_sizes()
     reader, collator = ConversationReader(processor), BudgetCollator(processor)

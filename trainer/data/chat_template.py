@@ -1,6 +1,7 @@
 """A conversation in the chat template, as token ids with targets on the assistant's turns alone."""
 
 from bisect import bisect_right
+from os.path import commonprefix
 from typing import Any, NamedTuple
 
 from transformers import BatchEncoding, ProcessorMixin
@@ -140,7 +141,7 @@ def _turns(processor: ProcessorMixin, messages: list[Message], text: str) -> lis
         through[-1] = text
     turns = []
     for index, prompt, to in zip(answers, before, through, strict=True):
-        begin = len(prompt) if to.startswith(prompt) else _first_word(processor, messages[: index + 1], to)
+        begin = len(prompt) if to.startswith(prompt) else _first_word(messages[index], prompt, to)
         if begin < 0 or not text.startswith(to):
             raise ValueError(
                 "`processor.chat_template` rewrites earlier turns when later ones are added, so the assistant's turns "
@@ -150,11 +151,10 @@ def _turns(processor: ProcessorMixin, messages: list[Message], text: str) -> lis
     return turns
 
 
-def _first_word(processor: ProcessorMixin, messages: list[Message], text: str) -> int:
-    """Where the words of the last message begin in the text, behind those of the others; -1 if they are not there."""
-    earlier = processor.apply_chat_template(messages[:-1])
-    words = "".join(part.get("text", "") for part in messages[-1]["content"]).strip()
-    return text.find(words, len(earlier)) if text.startswith(earlier) else -1
+def _first_word(answer: Message, prompt: str, text: str) -> int:
+    """Where the words of an answer begin in the text, behind what it has in common with the prompt for it; or -1."""
+    words = "".join(part.get("text", "") for part in answer["content"]).strip()
+    return text.find(words, len(commonprefix([prompt, text])))
 
 
 def _tokens(processor: ProcessorMixin, text: str, **options: Any) -> BatchEncoding:

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from adavtp.command_line import app
+from adavtp.modeling.budget.selection import Selection
 from adavtp.modeling.costs.model_costs import ModelCosts
 from adavtp.modeling.costs.weightless import family_prompt, looks_of
 from adavtp.modeling.parts import parts_of_names
@@ -69,6 +70,14 @@ def test_prompts_of_several_images_and_of_none_cost_what_torch_counts(name: str,
     seen, _ = what_torch_counts(name, num_images, **asked)
     counted = ModelCosts.of(with_budget(name).config, SIZES[name]).of_prompt(TEXT, num_images=num_images, **asked)
     assert counted.total == pytest.approx(seen["total"], rel=1e-2)
+
+
+def test_a_selection_of_an_image_of_another_size_is_not_counted_as_if_it_were_of_this_one() -> None:
+    costs, selection = ModelCosts.of(with_budget("qwen2_5_vl").config, (16, 16)), Selection.everything(1, 64, "cpu")
+    with pytest.raises(
+        ValueError, match=r"`selection` is of \[64\] visual tokens, .* have \[4\]; pass"
+    ):
+        costs.of_selection(selection, TEXT, token_budget=0.5, reducer="divprune")
 
 
 def test_what_leaves_inside_a_family_s_decoder_costs_what_torch_counts() -> None:

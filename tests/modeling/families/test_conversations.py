@@ -95,6 +95,8 @@ def test_what_left_inside_the_decoder_stays_away_in_later_turns(name: str) -> No
     conversation.turn(ONE, token_budget=0.75)
     conversation.turn(NONE, token_budget=0.75)
     conversation.turn(ONE, token_budget=0.5)
+    # Behind layers that hold different columns, also an image of which nothing leaves.
+    conversation.turn(ONE, token_budget=1.0)
 
 
 @every_family
