@@ -74,9 +74,7 @@ def test_prompts_of_several_images_and_of_none_cost_what_torch_counts(name: str,
 
 def test_a_selection_of_an_image_of_another_size_is_not_counted_as_if_it_were_of_this_one() -> None:
     costs, selection = ModelCosts.of(with_budget("qwen2_5_vl").config, (16, 16)), Selection.everything(1, 64, "cpu")
-    with pytest.raises(
-        ValueError, match=r"`selection` is of \[64\] visual tokens, .* have \[4\]; pass"
-    ):
+    with pytest.raises(ValueError, match=r"`selection` is of \[64\] visual tokens, .* have \[4\]; pass"):
         costs.of_selection(selection, TEXT, token_budget=0.5, reducer="divprune")
 
 
