@@ -150,3 +150,9 @@ def test_a_damaged_checkpoint_is_a_sentence_that_names_it(damage: str, tmp_path:
         model = Model.from_pretrained(folder)
         model.generate(Image.new("RGB", (32, 32)), QUESTION, max_new_tokens=1)
     assert "Traceback" not in str(said.value)
+
+
+def test_what_transformers_refuses_of_a_caller_is_not_laid_to_the_files(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    with torch.device("meta"), pytest.raises(RuntimeError, match="with a meta device context manager"):
+        Model.from_pretrained(tmp_path)
