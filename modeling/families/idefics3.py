@@ -14,6 +14,7 @@ class Idefics3Family(EncodingFamily):
     """All tiles have equally many tokens, and a token is made of the patches of a square."""
 
     why_not_in_decoder = None
+    unit_names = ("tile", "frame")
     units_differ = False
 
     def image_inputs(
@@ -22,8 +23,6 @@ class Idefics3Family(EncodingFamily):
         """See [`EncodingFamily.image_inputs`]: tiles, and a view of the whole image behind several."""
         side = config.vision_config.image_size
         return {"pixel_values": torch.ones(1, number * num_tiles(height, width, side, side), 3, side, side)}
-
-    unit_names = ("tile", "frame")
 
     def units(self, model: PreTrainedModel, kind: str, output: ModelOutput, inputs: Mapping[str, Any]) -> KindUnits:
         """See [`EncodingFamily.units`]."""
