@@ -106,9 +106,12 @@ class BudgetFields:
             were trained with.
         controller_head (`str`, *optional*, defaults to `"patch_budget"`):
             How the controller scores a patch, one of `"budget_token"`, `"patch"`, `"patch_budget"`, `"dot"`.
-        controller_choice (`"best"` or `"spread"`, *optional*, defaults to `"best"`):
+        controller_choice (`"best"`, `"spread"` or `"mmr"`, *optional*, defaults to `"best"`):
             What a controller that is not in training keeps. `"best"`: the K best scores. `"spread"`: of a larger
-            number of good scores those that are most unlike each other.
+            number of good scores those that are most unlike each other. `"mmr"`: one after another the token whose
+            score, less its likeness to what is kept, is largest (maximal marginal relevance).
+        controller_mmr_lambda (`float`, *optional*, defaults to 0.5):
+            Only for `controller_choice="mmr"`: from 0, likeness alone, to 1, the score alone.
         controller_temperature (`float`, *optional*, defaults to 1.0):
             Temperature of the straight-through gradient of the choice. Larger is smoother.
         gradient_gates (`"attention"` or `"features"`, *optional*, defaults to `"attention"`):
@@ -153,7 +156,8 @@ class BudgetFields:
     question_aware: bool = True
     question_norm: bool = False
     controller_head: Literal["budget_token", "patch", "patch_budget", "dot"] = "patch_budget"
-    controller_choice: Literal["best", "spread"] = "best"
+    controller_choice: Literal["best", "spread", "mmr"] = "best"
+    controller_mmr_lambda: float | int = 0.5
     controller_temperature: float | int = 1.0
     gradient_gates: Literal["attention", "features"] = "attention"
     selection_output: Literal["gather", "mask"] = "gather"
@@ -168,8 +172,9 @@ class BudgetFields:
             self.reducers = chosen_entries(reducer)
         self.reducers = chosen_entries(["adaptive"] if self.reducers is None else self.reducers)
         self.trained_reducers = reducer_entries(self.trained_reducers or [])
-        if not 0.0 <= self.min_token_entropy <= 1.0:
-            raise ValueError(f"`min_token_entropy` is {self.min_token_entropy}; allowed are 0 to 1.")
+        for share in ("min_token_entropy", "controller_mmr_lambda"):
+            if not 0.0 <= getattr(self, share) <= 1.0:
+                raise ValueError(f"`{share}` is {getattr(self, share)}; allowed are 0 to 1.")
         if not 0 < self.controller_temperature < math.inf:
             raise ValueError(
                 f"`controller_temperature` is {self.controller_temperature}; it must be above 0 and finite."

@@ -12,7 +12,7 @@ from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..budget.selection import Selection
 from ..budget.top_k import sample_top_k, top_k_mask
 from ..vision.features import VisionFeatures
-from .base import ScoringReducer, register_reducer
+from .base import ScoringReducer, directions, register_reducer, take_tokens
 from .divprune import cosine_distances, farthest_first, first_picks
 
 
@@ -71,9 +71,15 @@ class VisionTokenController(ScoringReducer):
         training as it does in evaluation, so that what trains meets the choice it will get.
         """
         if not (self.training and any(parameter.requires_grad for parameter in self.parameters())):
-            if self.config.controller_choice == "best":
+            choice = self.config.controller_choice
+            if choice == "best":
                 return super().forward(features, num_keep)
-            return Selection.from_keep(spread_choice(self.scores(features).float(), features.patches, num_keep))
+            scores = self.scores(features).float()
+            if choice == "spread":
+                return Selection.from_keep(spread_choice(scores, features.patches, num_keep))
+            return Selection.from_keep(
+                mmr_choice(scores, features.patches, num_keep, self.config.controller_mmr_lambda)
+            )
         return Selection.from_keep(
             *sample_top_k(self.scores(features), num_keep, self.config.controller_temperature, training=True)
         )
@@ -95,3 +101,24 @@ def spread_choice(scores: torch.Tensor, patches: torch.Tensor, num_keep: torch.T
         cosine_distances(patches.detach()), int(num_keep.max()), top_k_mask(scores, pool_size), scores.argmax(dim=-1)
     )
     return first_picks(order, num_keep, num_tokens)
+
+
+def mmr_choice(scores: torch.Tensor, patches: torch.Tensor, num_keep: torch.Tensor, mmr_lambda: float) -> torch.Tensor:
+    """
+    Maximal marginal relevance, as IDPruner has it (arXiv 2602.13315): the best score is kept first, and then, one
+    after another, the token with the largest lambda r_i - (1 - lambda) max_j cos(x_i, x_j), j among those kept and r
+    the scores of an image brought into [0, 1]; of equal ones the earlier. `[num_images, num_tokens]` bool, `num_keep`
+    true in each row.
+    """
+    lowest, highest = scores.aminmax(dim=-1, keepdim=True)
+    relevance = (scores - lowest) / (highest - lowest + 1e-6)
+    unit = directions(patches.detach())
+    cosines = unit @ unit.transpose(1, 2)
+    picks = [relevance.argmax(dim=-1, keepdim=True)]
+    joined, likeness = torch.zeros_like(scores, dtype=torch.bool), torch.full_like(scores, -torch.inf)
+    for _ in range(int(num_keep.max()) - 1):
+        joined = joined.scatter(1, picks[-1], True)
+        likeness = torch.maximum(likeness, take_tokens(cosines, picks[-1])[:, 0])
+        worth = mmr_lambda * relevance - (1 - mmr_lambda) * likeness
+        picks.append(worth.masked_fill(joined, -torch.inf).argmax(dim=-1, keepdim=True))
+    return first_picks(torch.cat(picks, dim=-1), num_keep, scores.shape[-1])

@@ -180,11 +180,11 @@ def test_every_decoder_costs_what_torch_counts(text: str) -> None:
     ids=["read-only", "mutual", "option B"],
 )
 def test_every_controller_costs_what_torch_counts(head: str, budget_fields: dict[str, str]) -> None:
-    # Each choice with each head, and with and without the question.
-    best = ("budget" in head) != ("budget_fusion" in budget_fields)
+    # Each choice with several heads, and with and without the question.
+    number = ["budget_token", "patch", "patch_budget", "dot"].index(head) + len(budget_fields)
     model = uneven_model(
         controller_head=head,
-        controller_choice="best" if best else "spread",
+        controller_choice=["best", "spread", "mmr"][number % 3],
         question_aware=head in ("budget_token", "dot"),
         **budget_fields,
     )

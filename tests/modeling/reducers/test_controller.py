@@ -1,13 +1,15 @@
 """What the controller promises: exactly K patches, chosen for image, budget and question, by scores that learn."""
 
 import math
+from itertools import combinations
 from typing import Any
 
 import pytest
 import torch
 
 from adavtp import AdaVTPForConditionalGeneration, VisionFeatures
-from adavtp.modeling.reducers.adaptive import VisionTokenController, spread_choice
+from adavtp.modeling.budget.top_k import top_k_mask
+from adavtp.modeling.reducers.adaptive import VisionTokenController, mmr_choice, spread_choice
 from layers_by_hand import gelu, linear, normalised
 from tiny_models import (
     GATE_IDS,
@@ -168,15 +170,62 @@ def test_a_spread_choice_keeps_good_tokens_that_differ() -> None:
         assert set(keep[image].nonzero()[:, 0].tolist()) == expected
 
 
+def mmr_by_hand(scores: list[float], patches: torch.Tensor, count: int, mmr_lambda: float) -> set[int]:
+    """Every candidate's worth anew at every step; of equal ones the first."""
+    low, high = min(scores), max(scores)
+    relevance = [(score - low) / (high - low + 1e-6) for score in scores]
+    unit = [patch / patch.norm() for patch in patches]
+    kept = [relevance.index(max(relevance))]
+    while len(kept) < count:
+        rest = [token for token in range(len(scores)) if token not in kept]
+        worth = [
+            mmr_lambda * relevance[token] - (1 - mmr_lambda) * max(float(unit[token] @ unit[other]) for other in kept)
+            for token in rest
+        ]
+        kept.append(rest[worth.index(max(worth))])
+    return set(kept)
+
+
+@pytest.mark.parametrize("mmr_lambda", [0.0, 0.3, 0.5, 1.0])
+def test_maximal_marginal_relevance_weighs_scores_against_what_is_kept(mmr_lambda: float) -> None:
+    torch.manual_seed(0)
+    scores, patches = 5 * torch.randn(17, NUM_PATCHES), torch.randn(17, NUM_PATCHES, 8)
+    num_keep = torch.arange(17).clamp(1, NUM_PATCHES)
+    keep = mmr_choice(scores, patches, num_keep, mmr_lambda)
+    assert keep.sum(dim=-1).tolist() == num_keep.tolist()
+    for image, count in enumerate(num_keep.tolist()):
+        expected = mmr_by_hand(scores[image].tolist(), patches[image], count, mmr_lambda)
+        assert set(keep[image].nonzero()[:, 0].tolist()) == expected
+    if mmr_lambda == 1.0:
+        assert torch.equal(keep, top_k_mask(scores, num_keep))
+
+
 @torch.no_grad()
-def test_the_configuration_says_whether_the_choice_is_spread() -> None:
+def test_the_configuration_says_how_the_choice_is_made() -> None:
     model = tiny_model(controller_choice="spread")
     batch = tiny_batch(model.config)
-    spread = model.select_tokens(**batch, token_budget=[0.2, 0.7]).keep
-    model.config.controller_choice = "best"
-    best = model.select_tokens(**batch, token_budget=[0.2, 0.7]).keep
-    assert spread.sum(dim=-1).tolist() == best.sum(dim=-1).tolist() == [3, 11]
-    assert not torch.equal(spread, best)
+    chosen = []
+    for settings in ({}, {"controller_choice": "best"}, {"controller_choice": "mmr", "controller_mmr_lambda": 0.1}):
+        for name, value in settings.items():
+            setattr(model.config, name, value)
+        chosen.append(model.select_tokens(**batch, token_budget=[0.2, 0.7]).keep)
+    assert all(keep.sum(dim=-1).tolist() == [3, 11] for keep in chosen)
+    assert not any(torch.equal(one, other) for one, other in combinations(chosen, 2))
+    # With lambda 1 only the scores count.
+    model.config.controller_mmr_lambda = 1.0
+    assert torch.equal(model.select_tokens(**batch, token_budget=[0.2, 0.7]).keep, chosen[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("choice", ["spread", "mmr"])
+def test_a_choice_among_tokens_does_not_depend_on_the_batch(choice: str) -> None:
+    model = tiny_model(controller_choice=choice)
+    counts, budgets = [1, 0, 2], [0.2, 1.0, 0.7]
+    batch = tiny_batch(model.config, counts, lengths=[5, 19, 9])
+    together = model.select_tokens(**batch, token_budget=budgets).keep
+    for number, rows in ((0, slice(0, 1)), (2, slice(1, 3))):
+        own = model.select_tokens(**alone(batch, number, counts), token_budget=budgets[number]).keep
+        assert torch.equal(own, together[rows])
 
 
 def test_a_frozen_controller_chooses_in_training_as_in_evaluation() -> None:
