@@ -135,6 +135,7 @@ def encode_image(
     budget: torch.Tensor | None = None,
     question: torch.Tensor | None = None,
     attention_layers: Sequence[int] = (),
+    received_layers: Sequence[int] = (),
 ) -> VisionFeatures:
     """
     Runs the vision tower up to its feature layer, with the budget beside the patches or after them.
@@ -147,6 +148,7 @@ def encode_image(
         budget: `[num_images]`, kept fractions, with `budget_token`.
         question: `[num_images, text_hidden_size]` or `None`.
         attention_layers: tower layers, from 0, whose queries and keys are wanted: any that runs, and the one above.
+        received_layers: of these, those of which is wanted how much each token receives.
 
     Returns:
         `VisionFeatures` with patches, positions, CLS, attention and, with `budget_token`, budget.
@@ -171,7 +173,9 @@ def encode_image(
             states[index] = hidden_states
         if index in attention_layers:
             entering = tower_pass.without_budget(hidden_states)
-            attention[index] = TowerAttention.of_layer(tower_layers(tower)[index], entering, config.has_cls)
+            attention[index] = TowerAttention.of_layer(
+                tower_layers(tower)[index], entering, config.has_cls, with_received=index in received_layers
+            )
         if index < len(tower_pass.layers):
             hidden_states = tower_pass.run_layer(index, hidden_states)
     patches = torch.cat([tower_pass.patches(states[index]) for index in wanted], dim=-1)

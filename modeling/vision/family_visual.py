@@ -59,6 +59,8 @@ class FamilyVisual(VisualModel):
             )
         layers = sorted({*wanted_layers(schedule.steps), *([FIRST_LAYER] if shares_by_attention else [])})
         modules = [family.attention_module(model, layer) for layer in layers]
+        # Where there is no CLS, what tokens receive is what ranks them.
+        self._with_received = wanted_layers(schedule.steps, "received") if self.config.has_cls else []
         outputs, rows, self._found = {}, {layer: [] for layer in layers}, {}
         for kind, pixels in KINDS.items():
             if images.get(pixels) is None:
@@ -67,7 +69,7 @@ class FamilyVisual(VisualModel):
                 outputs[kind] = model.encoded(kind, images)
             self._found[kind] = family.units(model, kind, outputs[kind], images)
             for layer, module, calls in zip(layers, modules, noted, strict=True):
-                rows[layer].append(self._attention(module, calls, kind))
+                rows[layer].append(self._attention(module, calls, kind, layer in self._with_received))
         if kinds is None:
             places = len(self._found["image"].is_separator)
             kinds = torch.zeros(1, places, dtype=torch.long, device=images[KINDS["image"]].device)
@@ -99,7 +101,7 @@ class FamilyVisual(VisualModel):
         """See [`VisualModel.budget_of_units`]."""
         weights = None
         if schedule.is_shared and schedule.unit_weights == "attention":
-            attention = self._attention_of_units(self._rows[FIRST_LAYER], units.is_token.to(self._place.device))
+            attention = self._attention_of_units(FIRST_LAYER, units.is_token.to(self._place.device))
             weights = shares_of_tiles(cls_scores(attention).cpu(), units)
         elif schedule.is_shared and schedule.unit_weights == "novelty":
             weights = novelty_of_units(
@@ -160,7 +162,7 @@ class FamilyVisual(VisualModel):
                 question = patches.new_zeros(len(patches), self.config.get_text_config().hidden_size)
             token = self.budget_token(fraction, question)
             budget = self.budget_token.cross_attention(token, patches, is_token)
-        attention = {layer: self._attention_of_units(rows, is_token) for layer, rows in self._rows.items()}
+        attention = {layer: self._attention_of_units(layer, is_token) for layer in self._rows}
         features = VisionFeatures(
             patches, positions, budget=budget, attention=attention, num_patches=is_token.shape[1]
         )
@@ -176,22 +178,31 @@ class FamilyVisual(VisualModel):
         padded = tokens.new_zeros(*is_token.shape, *tokens.shape[1:])
         return padded.masked_scatter(is_token.reshape(*is_token.shape, *[1] * (tokens.dim() - 1)), tokens)
 
-    def _attention(self, module: nn.Module, calls: list[tuple[tuple, dict[str, Any]]], kind: str) -> torch.Tensor:
-        """Attention and key of every row of the encoder's output in every head, `[rows, heads, 1 + head_dim]`."""
+    def _attention(
+        self, module: nn.Module, calls: list[tuple[tuple, dict[str, Any]]], kind: str, with_received: bool
+    ) -> torch.Tensor:
+        """
+        Attention (and what is received, where it is asked for and not the same) and key of every row of the encoder's
+        output in every head, `[rows, heads, (1 or 2) + head_dim]`.
+        """
         values, family = [], self.model.family
         first = int(self.config.has_cls)
         for query, key in queries_and_keys(module, calls):
             for own_query, own_key in family.images_of_attention(self.model, kind, query, key, self.images):
-                row = row_of_cls(own_query, own_key) if first else received(own_query, own_key)
-                joined = torch.cat([row[..., None], own_key[:, :, first:]], dim=-1)
+                rows = [row_of_cls(own_query, own_key) if first else received(own_query, own_key)]
+                if with_received:
+                    rows.append(received(own_query, own_key)[..., first:])
+                joined = torch.cat([torch.stack(rows, dim=-1), own_key[:, :, first:]], dim=-1)
                 values.append(joined.transpose(1, 2).flatten(0, 1))
         of_patches = torch.cat(values)
         pooled = family.pooled(self.model, kind, of_patches.flatten(1), self.images)
         return pooled.unflatten(1, of_patches.shape[1:])
 
-    def _attention_of_units(self, rows: torch.Tensor, is_token: torch.Tensor) -> TowerAttention:
-        padded = self._of_units(rows, is_token).transpose(1, 2)
-        return TowerAttention(None, None, padded[..., 1:], padded[..., 0].contiguous())
+    def _attention_of_units(self, layer: int, is_token: torch.Tensor) -> TowerAttention:
+        padded = self._of_units(self._rows[layer], is_token).transpose(1, 2)
+        number = int(layer in self._with_received)
+        row, received_by, keys = padded[..., 0], padded[..., number], padded[..., number + 1 :]
+        return TowerAttention(None, None, keys, row.contiguous(), received_by.contiguous())
 
 
 class OpenedVisual(VisualModel):

@@ -221,7 +221,12 @@ class VisualModel:
         }
         if first.stage != "encoder" or (not self.training and bool((num_keep == units.sizes).all())):
             features = encode_image(
-                self.tower, pixel_values, self.config, **arguments, attention_layers=attention_layers
+                self.tower,
+                pixel_values,
+                self.config,
+                **arguments,
+                attention_layers=attention_layers,
+                received_layers=wanted_layers(steps, "received"),
             )
             # What the tower makes beyond a unit's own tokens is none of them.
             is_token = units.is_token.to(features.positions.device)
@@ -263,9 +268,9 @@ class VisualModel:
         )
 
 
-def wanted_layers(steps: list[Step]) -> list[int]:
-    """The tower layers whose attention a stack reads."""
-    reading = [step.reducer for step in steps if "attention" in step.reducer.needs]
+def wanted_layers(steps: list[Step], need: str = "attention") -> list[int]:
+    """The tower layers whose attention a stack reads, or of which it needs how much each token receives."""
+    reading = [step.reducer for step in steps if need in step.reducer.needs]
     return sorted({layer for reducer in reading for layer in reducer.attention_layers})
 
 

@@ -28,6 +28,7 @@ from tiny_families import (
 NUM_NEW_TOKENS = 2
 # Where the default cannot act, or changes hidden states inside the decoder, which cannot be done by hand.
 OTHERWISE = {
+    "apet_layer": {"merge": False},
     "prumerge": {"attention": "per_head"},
     "prumerge+": {"attention": "per_head"},
     "sparsevlm": {"version": "v2"},
