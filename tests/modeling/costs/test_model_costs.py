@@ -16,10 +16,11 @@ from counted_flops import (
     uneven_model,
 )
 
-READ_THE_TOWER = ["adaptive", "tome", "token_fusion", "dynamicvit", "dart", "aim_merge"]
-READ_FEATURES = ["downsample", "divprune", "pool", "resampler", "random", "grid", "cdpruner", "query"]
-READ_CLS = ["prumerge", "prumerge+", "visionzip", "hired", "cls_attention", "vispruner"]
-IN_DECODER = ["fastv", "vtw", "pyramiddrop", "dart_layer", "depth", "head_threshold", "aim", "aim_prune"]
+READ_THE_TOWER = ["adaptive", "tome", "token_fusion", "dynamicvit", "dart", "aim_merge", "hiprune"]
+READ_FEATURES = ["downsample", "divprune", "pool", "resampler", "random", "grid", "cdpruner", "query", "apet"]
+READ_CLS = ["prumerge", "prumerge+", "visionzip", "hired", "cls_attention", "vispruner", "scope"]
+IN_DECODER = ["fastv", "vtw", "pyramiddrop", "dart_layer", "depth", "head_threshold", "aim", "aim_prune", "priortr"]
+IN_DECODER += ["apet_layer"]
 WITH_PARAMETERS = [
     {"name": "fastv", "layer": 3, "rows": "all"},
     {"name": "tome", "merge": "importance"},
