@@ -126,6 +126,10 @@ class BudgetFields:
         visual_position_ids (`"original"` or `"compact"`, *optional*, defaults to `"original"`):
             `"original"`: every surviving token keeps the rotary position it has in the full prompt. `"compact"`:
             positions are counted again without the dropped tokens.
+        visual_attention (`"plain"` or `"rescaled"`, *optional*, defaults to `"plain"`):
+            `"rescaled"`: while a prompt is read of which visual tokens were dropped, attention to those that are left
+            is raised by how many they stand for and by how far away they are (RESTORE, arXiv 2606.01711), whatever
+            the reducer. It needs a decoder in which reducers can act, and `"eager"` or `"sdpa"` attention.
 
     Raises:
         ValueError: if a field has a value that is not allowed.
@@ -162,6 +166,7 @@ class BudgetFields:
     gradient_gates: Literal["attention", "features"] = "attention"
     selection_output: Literal["gather", "mask"] = "gather"
     visual_position_ids: Literal["original", "compact"] = "original"
+    visual_attention: Literal["plain", "rescaled"] = "plain"
 
     def __post_init__(self, **kwargs: Any) -> None:
         reducer = kwargs.pop("reducer", None)

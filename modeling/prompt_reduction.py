@@ -16,6 +16,7 @@ from ..configuration.configuration_adavtp import AdaVTPConfig
 from .budget.schedule import BudgetSchedule, StackBudget
 from .decoder.policy import VisualTokenPolicy
 from .decoder.pruned_cache import NewColumns, PrunedPrompt
+from .decoder.reducer import KeepsAllReducer
 from .families.base import Family, Units, has_recurrent_layers
 from .families.llava import LLAVA
 from .prompt import PreparedInputs, Prompt, is_before_answer, left_padded, without_first_labels
@@ -186,7 +187,8 @@ class PromptReductionMixin:
         selection = tokens.selection
         gates_attention = selection.gates is not None and self.config.gradient_gates == "attention"
         # Hidden columns would leave in the decoder, and with them the labels that stand at them.
-        is_hidden = selection_output == "mask" and tokens.decoder is None and not gates_attention
+        acts_in_decoder = tokens.decoder is not None or self.config.visual_attention == "rescaled"
+        is_hidden = selection_output == "mask" and not acts_in_decoder and not gates_attention
         embeddings, stays = visual.embeddings(tokens, units, in_place=is_hidden)
         keep = torch.ones_like(placeholders).masked_scatter(placeholders, stays)
         visual_index = torch.full_like(prompt.input_ids, -1).masked_scatter(placeholders, units.token)
@@ -219,7 +221,7 @@ class PromptReductionMixin:
             at_placeholders = self.family.placeholders(self.config, prompt.input_ids)[..., None]
             features = embeddings.features.to(prompt.inputs_embeds.device, prompt.inputs_embeds.dtype)
             prompt = replace(prompt, inputs_embeds=prompt.inputs_embeds.masked_scatter(at_placeholders, features))
-        if tokens.decoder is not None:
+        if acts_in_decoder:
             selection.depth = selection.keep * self.config.text_config.num_hidden_layers
         return PreparedInputs(prompt, embeddings, selection, self._decoder_policy(tokens, prompt, units))
 
@@ -405,22 +407,33 @@ class PromptReductionMixin:
         return torch.full_like(placeholders, other, dtype=flat.dtype).masked_scatter(placeholders, at_placeholders)
 
     def _decoder_policy(self, tokens: VisualTokens, prompt: Prompt, units: Units) -> VisualTokenPolicy | None:
-        """What a decoder-stage reducer of the stack does with a prompt, or `None` if nothing leaves in the decoder."""
-        if tokens.decoder is None:
+        """
+        What a decoder-stage reducer of the stack does with a prompt, and what is left of it is rescaled by; `None` if
+        the decoder runs as it is.
+        """
+        name, reducer, num_keep, num_whole = "visual_attention='rescaled'", KeepsAllReducer(self.config), None, None
+        if tokens.decoder is not None:
+            name, reducer = tokens.decoder.name, tokens.decoder.reducer
+        if self.config.visual_attention == "rescaled":
+            if (reason := self.family.why_not(self.config, reducer)) is not None:
+                raise ValueError(f"`visual_attention` is 'rescaled': {reason}")
+            num_whole = torch.zeros(len(prompt.input_ids), dtype=torch.long)
+            num_whole.index_add_(0, units.sample, units.sizes)
+        elif tokens.decoder is None:
             return None
-        num_keep = None
         if tokens.decoder_keep is not None:
             num_keep = torch.zeros(len(prompt.input_ids), dtype=torch.long)
             num_keep.index_add_(0, units.sample, tokens.decoder_keep)
         is_flat = prompt.attention_mask.dim() == 2
         return VisualTokenPolicy.of_prompt(
-            tokens.decoder.name,
-            tokens.decoder.reducer,
+            name,
+            reducer,
             prompt.visual_index,
             is_before_answer(prompt.attention_mask, prompt.labels) if is_flat else None,
             num_keep,
             self.config.text_config.num_hidden_layers,
             always=self.training,
+            num_whole=num_whole,
         )
 
 

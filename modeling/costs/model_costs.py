@@ -124,6 +124,10 @@ class VisualTokens:
         ends = torch.bincount(selection.depth.cpu().flatten(), minlength=num_layers + 1)
         return cls(sizes, num_keep, tuple((ends.sum() - ends.cumsum(dim=0)[:num_layers]).tolist()), others)
 
+    def falls_before(self, layer: int) -> bool:
+        """Whether a decoder layer, 1 or above, sees fewer than the one below."""
+        return self.of_layers[layer] < self.of_layers[layer - 1]
+
     @property
     def mean(self) -> float:
         """Of a unit, that a decoder layer sees: mean over layers and units; 0 without any."""
@@ -398,9 +402,14 @@ class _StackCosts:
         if not num_images:
             return Counter()
         leaves_inside = self.decoder is not None and tokens.of_layers[-1] < tokens.of_layers[0]
-        if not leaves_inside:
+        is_rescaled = self.config.visual_attention == "rescaled"
+        if not leaves_inside and not is_rescaled:
             return self._run(token_budget, num_images, _TEXTS[0], 0)
-        stop = self.decoder.reducer.cuts(len(tokens.of_layers))[-1]
+        stop = self.decoder.reducer.cuts(len(tokens.of_layers))[-1] if leaves_inside else 0
+        if is_rescaled:
+            # Wherever columns leave, attention among those that are left is rescaled anew.
+            falls = (layer for layer in range(1, len(tokens.of_layers)) if tokens.falls_before(layer))
+            stop = max(stop, *falls, 0)
         asked = (_written(token_budget), num_images)
         return self._on_parabola(
             asked, text_tokens, _TEXTS, lambda text: self._run(token_budget, num_images, text, stop)

@@ -12,6 +12,7 @@ import torch
 
 from .plan import DecoderPlan
 from .reducer import DecoderReducer, best_visual
+from .rescaling import rescaling_bias
 from .view import DecoderView, LayerView
 
 _SCORES = "scores of the last cut"
@@ -44,6 +45,13 @@ class DecoderPolicy:
 
     name: str
     layers: frozenset[int]
+
+    def bias(self, position_embeddings: tuple[torch.Tensor, torch.Tensor], index: torch.Tensor) -> torch.Tensor | None:
+        """
+        What is added to the logits of attention among the columns `[batch, n]` that are in the sequence, which stood
+        at `index` in the prompt: `[batch, 1, n, n]`, or `None` for nothing.
+        """
+        return None
 
     def decide(self, layer: int, view: LayerView) -> Decision | None:
         """
@@ -108,6 +116,7 @@ class VisualTokenPolicy(DecoderPolicy):
         num_keep: torch.Tensor | None,
         num_layers: int,
         always: bool = False,
+        num_whole: torch.Tensor | None = None,
     ) -> "VisualTokenPolicy | None":
         """
         What a reducer does with the prompts of a batch.
@@ -122,6 +131,7 @@ class VisualTokenPolicy(DecoderPolicy):
             num_layers: of the decoder.
             always: whether there is a policy even where nothing leaves, as in training, where every batch has to run
                 the same modules.
+            num_whole: see [`DecoderPlan`].
 
         Returns:
             The policy, or `None` if nothing leaves.
@@ -139,14 +149,17 @@ class VisualTokenPolicy(DecoderPolicy):
                 for visual, keep in zip(num_visual, wanted, strict=True)
             ]
         )
-        if not always and bool((counts == counts[:, :1]).all()):
+        is_rescaled = num_whole is not None and num_whole.tolist() != num_visual
+        if not always and not is_rescaled and bool((counts == counts[:, :1]).all()):
             return None
         if asks is None:
             raise ValueError(
-                f"{name!r} drops tokens inside the decoder, which needs an `attention_mask` of shape "
+                f"{name!r} acts inside the decoder, which needs an `attention_mask` of shape "
                 "[batch, sequence] and no gates inside attention; use gradient_gates='features', or another reducer."
             )
-        return cls(name, reducer, DecoderPlan(counts, visual_index, _last(asks)))
+        if num_whole is not None:
+            num_whole = num_whole.to(visual_index.device)
+        return cls(name, reducer, DecoderPlan(counts, visual_index, _last(asks), num_whole))
 
     def _leaving(self, layer: int) -> torch.Tensor:
         """`[batch]` int64 on the CPU, visual tokens that leave before a layer."""
@@ -167,13 +180,15 @@ class VisualTokenPolicy(DecoderPolicy):
         return Decision(keep, num_leaving, hidden_states)
 
     def _seen(self, view: LayerView) -> DecoderView:
-        visual_index, length = self.plan.visual_index, self.plan.visual_index.shape[1]
-        # Assisted decoding puts its candidates behind the prompt.
-        in_prompt = view.is_real & (view.index < length)
-        is_visual = in_prompt & (visual_index.gather(1, view.index.clamp(0, length - 1)) >= 0)
         # Where a prompt ends with an image, the column that asks may have left; the last before it asks then.
         may_ask = view.is_real & (view.index <= self.plan.last[:, None])
-        return DecoderView(**vars(view), is_visual=is_visual, last=_last(may_ask))
+        return DecoderView(**vars(view), is_visual=self.plan.is_visual(view.index), last=_last(may_ask))
+
+    def bias(self, position_embeddings: tuple[torch.Tensor, torch.Tensor], index: torch.Tensor) -> torch.Tensor | None:
+        """See [`DecoderPolicy.bias`]."""
+        if self.plan.num_whole is None:
+            return None
+        return rescaling_bias(position_embeddings, self.plan.is_visual(index), self.plan.num_whole)
 
     def depth_of_tokens(self, is_token: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
         """

@@ -75,6 +75,16 @@ class DecoderReducer(TokenReducer):
         return best_visual(view.is_visual, scores, num_keep), view.hidden_states
 
 
+class KeepsAllReducer(DecoderReducer):
+    """Stands where no reducer acts inside the decoder, and something else does."""
+
+    def cuts(self, num_layers: int) -> list[int]:
+        return []
+
+    def layer_counts(self, num_visual: int, num_keep: int | None, num_layers: int) -> list[int]:
+        return [num_visual] * num_layers
+
+
 def best_visual(is_visual: torch.Tensor, scores: torch.Tensor, num_keep: torch.Tensor) -> torch.Tensor:
     """
     Marks all columns but the visual tokens that are not among the `num_keep` best of their row.

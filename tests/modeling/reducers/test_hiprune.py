@@ -1,16 +1,19 @@
 """What HiPrune promises: anchors of a middle layer, their neighbours, and registers of the layer of the features."""
 
 import math
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
 from transformers import CLIPVisionModel, SiglipVisionModel
 
+from adavtp.modeling.budget.top_k import top_k_mask
 from adavtp.modeling.reducers.base import build_reducer
 from adavtp.modeling.reducers.hiprune import HiPruneReducer
 from adavtp.modeling.vision.encode import encode_image
 from adavtp.modeling.vision.features import VisionFeatures
+from tiny_families import Writer, batch_of, budgeted, stock_model
 from tiny_features import tiny_features
 from tiny_models import NUM_PATCHES, tiny_config, tiny_vision_config
 
@@ -109,3 +112,23 @@ def test_in_published_numbers_of_tokens_a_tenth_are_anchors_and_buffers() -> Non
         kept = set(reducer()(features, torch.tensor([num_keep])).positions[0].tolist())
         assert [token in kept for token in chosen] == [rank < number for rank in range(6)]
         assert math.isclose(len(kept), num_keep)
+
+
+@torch.no_grad()
+def test_in_a_family_with_cls_too_registers_are_what_all_tokens_look_at() -> None:
+    prompt = Writer("internvl").prompt(images=((2, 2),))
+    batch = batch_of("internvl", [prompt])
+    model, stock = budgeted("internvl"), deepcopy(stock_model("internvl"))
+    stock.set_attn_implementation("eager")
+    vision = stock.model.vision_tower
+    layer = build_reducer("hiprune", model.config).attention_layers[-1]
+    received = vision(batch["pixel_values"], output_attentions=True).attentions[layer].mean(dim=(1, 2))[:, 1:]
+    # A token is made of the patches of a square.
+    height, width = (
+        image // patch for image, patch in zip(vision.config.image_size, vision.config.patch_size, strict=True)
+    )
+    pooled = torch.nn.functional.avg_pool2d(received.view(-1, 1, height, width), 2).flatten(1)
+    reducer = {"name": "hiprune", "alpha": 0.0}
+    keep = model.select_tokens(**batch, token_budget=0.5, reducer=reducer).keep
+    assert torch.equal(keep, top_k_mask(pooled, keep.shape[1] // 2))
+    assert not torch.equal(keep, model.select_tokens(**batch, token_budget=0.5, reducer="cls_attention").keep)
