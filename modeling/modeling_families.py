@@ -96,10 +96,13 @@ class FamilyReductionMixin(PromptReductionMixin):
         kinds = self.family.kinds(self.config, input_ids)
         if self.family.shares_placeholder and images.get(KINDS["image"]) is None:
             kinds = kinds.clamp(max=0) + (kinds >= 0).long()
-        visual = self._visual_class(schedule)(self, kinds, images, schedule)
+        visual_class = self._visual_class(schedule)
+        if visual_class is OpenedVisual:
+            super().refuse_other_features(images)
+        visual = visual_class(self, kinds, images, schedule)
         return visual, visual.units
 
-    def _visual_class(self, schedule: BudgetSchedule) -> type[FamilyVisual] | type[OpenedVisual]:
+    def _visual_class(self, schedule: BudgetSchedule) -> type[FamilyVisual]:
         """What looks at images: our run of the tower where something acts inside it, and else the family's own."""
         meets_in_tower = self.config.budget_fusion == "encoder" and "budget" in self._needs(schedule.steps)
         is_opened = schedule.steps[0].reducer.stage == "encoder" or meets_in_tower

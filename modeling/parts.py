@@ -45,16 +45,19 @@ def parts_of_names(model: PreTrainedModel) -> Callable[[str], str]:
 def modules_of_parts(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
     """
     The outermost modules of tower and projector that run as modules do, none inside another: of lists their members,
-    and of a tower that has modules of both parts its children.
+    of what holds a list its children, since a tower may walk through the list by itself, and so of the tower, and of
+    the layers of one inside which something may act.
 
     Args:
         model: see [`parts_of_names`].
     """
     part_of, modules = parts_of_names(model), {"vision": [], "projector": []}
     tower = model.get_encoder(modality="image")
+    apart = {tower, *(layers_of(tower) if getattr(model.config, "opens_tower", False) else ())}
 
     def add(module: nn.Module, name: str) -> None:
-        if module is tower or isinstance(module, nn.ModuleList):
+        holds = any(isinstance(child, nn.ModuleList) for child in module.children())
+        if module in apart or holds or isinstance(module, nn.ModuleList):
             for child_name, child in module.named_children():
                 add(child, f"{name}.{child_name}")
         elif (part := part_of(name)) in modules:

@@ -6,6 +6,7 @@ own class reads an ordinary prompt with fewer placeholders and as many features.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ from .families.base import Family, Units, has_recurrent_layers
 from .families.llava import LLAVA
 from .prompt import PreparedInputs, Prompt, is_before_answer, left_padded, without_first_labels
 from .reducers.adaptive import VisionTokenController
-from .reducers.bank import ImpossibleReducerError, ReducerBank, ReducerSpec, Step, named
+from .reducers.bank import ReducerBank, ReducerSpec, Step, named
 from .vision.budget_token import BudgetToken
 from .vision.visual_model import VisualModel, VisualTokens
 
@@ -52,7 +53,8 @@ class PromptReductionMixin:
     @property
     def bank(self) -> ReducerBank:
         """The reducers that this model has."""
-        return ReducerBank(self.config, self.controller, self.reducers, self._reducers_of_calls)
+        why_not = partial(self.family.why_not, self.config)
+        return ReducerBank(self.config, self.controller, self.reducers, self._reducers_of_calls, why_not)
 
     def set_reducer(self, reducer: ReducerSpec, **parameters: Any) -> None:
         """See [`ReducerBank.set_reducer`]."""
@@ -60,7 +62,7 @@ class PromptReductionMixin:
 
     def steps(self, reducer: ReducerSpec | None = None) -> list[Step]:
         """See [`ReducerBank.steps`]; a `ValueError` if one of them cannot act on this family, with the reason."""
-        return self._possible(self.bank.steps(reducer))
+        return self.bank.steps(reducer)
 
     def why_not(self, reducer: ReducerSpec | None = None) -> str | None:
         """
@@ -69,18 +71,10 @@ class PromptReductionMixin:
         """
         try:
             with torch.random.fork_rng(devices=[]):
-                self._possible(self.bank.steps(reducer, with_new_weights=True))
+                self.bank.steps(reducer, with_new_weights=True)
         except ValueError as error:
             return str(error)
         return None
-
-    def _possible(self, steps: list[Step]) -> list[Step]:
-        for step in steps:
-            if (reason := self.family.why_not(self.config, step.reducer)) is not None:
-                raise ImpossibleReducerError(
-                    f"Reducer {step.name!r} cannot act on a {self.config.model_type!r} model: {reason}"
-                )
-        return steps
 
     @property
     def prompt_decoder(self) -> "PreTrainedModel":

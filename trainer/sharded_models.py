@@ -27,6 +27,8 @@ def require_same_modules(model: PromptReductionMixin, is_fsdp: bool) -> None:
             reason = "acts inside the decoder, for prompts with images only"
         elif len(steps) > 1 or reducer.one_count:
             reason = "runs once for every number of tokens that the images of a batch have or keep"
+        elif reducer.stage == "encoder" and model.family.units_differ:
+            reason = "lets the tower run once for every number of tokens that the images of a batch have"
         elif not is_fsdp and model.family.units_differ and any(True for _ in reducer.parameters()):
             reason = "runs once for every size of image in a batch, and ZeRO-3 puts its weights together each time"
         elif is_fsdp and "attention" in reducer.needs:

@@ -19,6 +19,10 @@ from ..reducers.base import TokenReducer
 from .base import Family, Units, has_recurrent_layers
 
 KINDS = {"image": "pixel_values", "video": "pixel_values_videos"}
+JOINS_PATCHES = (
+    "it acts inside the vision tower, behind which this family makes one token of all patches of a square, by their "
+    "mean, a pixel shuffle or a merger: once some of them have left, there is none to make. Use a reducer behind it."
+)
 
 
 @dataclass
@@ -49,6 +53,7 @@ class EncodingFamily(Family):
         shares_placeholder: whether videos have the placeholders of images.
         knows_tiles: whether the inputs of a call say which part of a picture each tile shows.
         projector_in_tower: modules of the tower that join patches into tokens of the decoder's width, by name.
+        why_not_in_tower: why reducers cannot act inside the vision tower; `None` where they can.
         why_not_in_decoder: why the loop over decoder layers cannot stand in for the family's own, which may do more
             with embeddings than to put features in the places of placeholders; `None` where it can.
     """
@@ -57,6 +62,9 @@ class EncodingFamily(Family):
     shares_placeholder: bool = False
     knows_tiles: bool = False
     projector_in_tower: tuple[str, ...] = ()
+    why_not_in_tower: str | None = (
+        "it acts inside the vision tower, and what this family's encoder makes of a tower's patches is not known."
+    )
     why_not_in_decoder: str | None = "it acts inside the decoder, whose inputs are not known for this family."
 
     def kinds(self, config: PreTrainedConfig, input_ids: torch.Tensor) -> torch.Tensor:
@@ -78,8 +86,8 @@ class EncodingFamily(Family):
         Args:
             model: with a head.
             kind: `"image"` or `"video"`.
-            output: of the family's encoder; `pooler_output` has an entry for each image, `[rows, hidden_size]`. A
-                family with a dial answers without.
+            output: of the family's encoder; `pooler_output` has an entry for each image, `[rows, hidden_size]`. For
+                images, a family with a dial or whose tower is opened answers without.
             inputs: of the call: pixels, grids, sizes.
         """
         sizes = [entry.reshape(-1, entry.shape[-1]).shape[0] for entry in output.pooler_output]
@@ -129,6 +137,12 @@ class EncodingFamily(Family):
 
     def why_not(self, config: PreTrainedConfig, reducer: TokenReducer | type[TokenReducer]) -> str | None:
         """See [`Family.why_not`]."""
+        if reducer.stage == "encoder":
+            if self.why_not_in_tower is not None:
+                return self.why_not_in_tower
+            if not config.opens_tower:
+                kind = config.vision_config.model_type
+                return f"it acts inside the vision tower, and a {kind!r} tower's layers are not taken apart here."
         if reducer.stage == "decoder":
             if has_recurrent_layers(config):
                 return (
@@ -192,12 +206,31 @@ class EncodingFamily(Family):
         """One call of the tower's attention as calls for images that do not see each other."""
         return [(query, key)]
 
+    # What our own run of a tower needs, in families whose configuration says `opens_tower`.
+
     def projected(self, model: PreTrainedModel, patches: torch.Tensor) -> torch.Tensor:
         """
-        Patches `[..., hidden_size]` as the tower's last layer leaves them as tokens in the decoder's space; of a
-        family whose configuration says that it `opens_tower`.
+        Patches `[num_units, num_patches, width]` of the feature layer, of which some may have left, as tokens in the
+        decoder's space.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not open its tower.")
+        return model.base_model.multi_modal_projector(patches)
+
+    def packed(self, model: PreTrainedModel, tokens: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """What stands at the placeholders of whole units, of `projected` ones; whatever for separators."""
+        return tokens.flatten(0, 1)
+
+    def patches_of_units(self, model: PreTrainedModel, inputs: Mapping[str, Any], every: torch.Tensor) -> torch.Tensor:
+        """
+        Of each unit the patches that are tokens, `[num_units, patches of the tower]` bool; `every` is true everywhere.
+
+        Raises:
+            ValueError: if tokens are not patches, because the family makes these images smaller behind its tower.
+        """
+        return every
+
+    def separator(self, model: PreTrainedModel) -> torch.Tensor | None:
+        """What stands at separators, `[hidden_size]`."""
+        return getattr(model.base_model, "image_newline", None)
 
     # The dial that a family may have of its own.
 

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .encoded import EncodingFamily, num_tiles
+from .encoded import JOINS_PATCHES, EncodingFamily, num_tiles
 
 
 class InternVLFamily(EncodingFamily):
     """Frames of a video are images."""
 
+    why_not_in_tower = JOINS_PATCHES
     why_not_in_decoder = None
     unit_names = ("tile", "frame")
     takes_tensor = ("image",)

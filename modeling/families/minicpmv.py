@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .encoded import KINDS, EncodingFamily, KindUnits, means_of_squares
+from .encoded import JOINS_PATCHES, KINDS, EncodingFamily, KindUnits, means_of_squares
 
 _SIZES = {"image": "target_sizes", "video": "target_sizes_videos"}
 
@@ -17,6 +17,7 @@ class MiniCPMVFamily(EncodingFamily):
     Every tile and every frame of a video is a unit: which of them belong together is not among what the model gets.
     """
 
+    why_not_in_tower = JOINS_PATCHES
     unit_names = ("image", "tile", "frame")
     has_dial = True
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..prompt import count_positions
-from .encoded import EncodingFamily, KindUnits
+from .encoded import JOINS_PATCHES, EncodingFamily, KindUnits
 
 
 class QwenVLFamily(EncodingFamily):
@@ -20,6 +20,7 @@ class QwenVLFamily(EncodingFamily):
     """
 
     reads_videos = True
+    why_not_in_tower = JOINS_PATCHES
     why_not_in_decoder = None
     projector_in_tower = ("merger", "deepstack_merger_list")
 

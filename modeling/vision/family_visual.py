@@ -38,7 +38,12 @@ class FamilyVisual(VisualModel):
     Attributes:
         units: what the tokens come in.
         made: what stands at the placeholders of the whole prompt.
+
+    Raises:
+        ValueError: if placeholders and images do not agree, or the budget or a reducer wants what is not known.
     """
+
+    made: VisualEmbeddings
 
     def __init__(
         self,
@@ -47,9 +52,28 @@ class FamilyVisual(VisualModel):
         images: Mapping[str, Any],
         schedule: BudgetSchedule,
     ) -> None:
-        super().__init__(None, None, model.budget_token, model.config, model.training)
-        self.model, self.images = model, images
         family: EncodingFamily = model.family
+        super().__init__(family.tower(model), None, model.budget_token, model.config, model.training)
+        self.model, self.images = model, images
+        self._found: dict[str, KindUnits] = {}
+        outputs, rows = self._look(schedule)
+        if kinds is None:
+            places = len(self._found["image"].is_separator)
+            kinds = torch.zeros(1, places, dtype=torch.long, device=images[KINDS["image"]].device)
+        self.units: Units = units_of_kinds(kinds, self._found)
+        self._kinds = kinds[kinds >= 0]
+        if outputs:
+            self.made = _in_the_order_of_columns(self._kinds, outputs)
+        # The rows of attention come kind by kind.
+        order = _order_of_kinds(self._kinds)
+        self._rows = {layer: torch.cat(parts)[order] for layer, parts in rows.items()}
+        is_token = self.units.token >= 0
+        place = torch.empty(int(is_token.sum()), dtype=torch.long, device=is_token.device)
+        self._place = place.scatter(0, self.units.token[is_token], is_token.nonzero()[:, 0])
+
+    def _look(self, schedule: BudgetSchedule) -> tuple[dict[str, ModelOutput], dict[int, list[torch.Tensor]]]:
+        """What the family's encoder makes of each kind, and attention by layer, kind by kind; finds their units."""
+        model, family, images = self.model, self.model.family, self.images
         shares_by_attention = schedule.is_shared and schedule.unit_weights == "attention"
         if shares_by_attention and not family.knows_tiles:
             raise ValueError(
@@ -61,7 +85,7 @@ class FamilyVisual(VisualModel):
         modules = [family.attention_module(model, layer) for layer in layers]
         # Where there is no CLS, what tokens receive is what ranks them.
         self._with_received = wanted_layers(schedule.steps, "received") if self.config.has_cls else []
-        outputs, rows, self._found = {}, {layer: [] for layer in layers}, {}
+        outputs, rows = {}, {layer: [] for layer in layers}
         for kind, pixels in KINDS.items():
             if images.get(pixels) is None:
                 continue
@@ -70,17 +94,7 @@ class FamilyVisual(VisualModel):
             self._found[kind] = family.units(model, kind, outputs[kind], images)
             for layer, module, calls in zip(layers, modules, noted, strict=True):
                 rows[layer].append(self._attention(module, calls, kind, layer in self._with_received))
-        if kinds is None:
-            places = len(self._found["image"].is_separator)
-            kinds = torch.zeros(1, places, dtype=torch.long, device=images[KINDS["image"]].device)
-        self.units: Units = units_of_kinds(kinds, self._found)
-        self.made = _in_the_order_of_columns(kinds[kinds >= 0], outputs)
-        # The rows of attention come kind by kind.
-        order = _order_of_kinds(kinds[kinds >= 0])
-        self._rows = {layer: torch.cat(parts)[order] for layer, parts in rows.items()}
-        is_token = self.units.token >= 0
-        place = torch.empty(int(is_token.sum()), dtype=torch.long, device=is_token.device)
-        self._place = place.scatter(0, self.units.token[is_token], is_token.nonzero()[:, 0])
+        return outputs, rows
 
     def embeddings(self, tokens: VisualTokens, units: Units, in_place: bool) -> tuple[VisualEmbeddings, torch.Tensor]:
         """See [`VisualModel.embeddings`]."""
@@ -147,11 +161,9 @@ class FamilyVisual(VisualModel):
         num_keep: torch.Tensor | None,
         question: torch.Tensor | None,
     ) -> tuple[VisionFeatures, Selection]:
-        """The family's tokens, padded to the largest unit, and what the budget read of them."""
+        """The family's tokens, and what the budget read of them."""
         is_token = units.is_token.to(self._place.device)
         patches = self._of_units(self.made.features, is_token)
-        positions = torch.arange(is_token.shape[1], device=is_token.device).expand(is_token.shape)
-        positions = positions.masked_fill(~is_token, -1)
         fraction, meets_budget = self._budget_fraction(schedule, units)
         budget = None
         if meets_budget:
@@ -163,6 +175,16 @@ class FamilyVisual(VisualModel):
             token = self.budget_token(fraction, question)
             budget = self.budget_token.cross_attention(token, patches, is_token)
         attention = {layer: self._attention_of_units(layer, is_token) for layer in self._rows}
+        return self._whole(budget, attention)
+
+    def _whole(
+        self, budget: torch.Tensor | None, attention: dict[int, TowerAttention]
+    ) -> tuple[VisionFeatures, Selection]:
+        """All of what was made, padded to the largest unit."""
+        is_token = self.units.is_token.to(self._place.device)
+        patches = self._of_units(self.made.features, is_token)
+        positions = torch.arange(is_token.shape[1], device=is_token.device).expand(is_token.shape)
+        positions = positions.masked_fill(~is_token, -1)
         features = VisionFeatures(
             patches, positions, budget=budget, attention=attention, num_patches=is_token.shape[1]
         )
@@ -205,63 +227,63 @@ class FamilyVisual(VisualModel):
         return TowerAttention(None, None, keys, row.contiguous(), received_by.contiguous())
 
 
-class OpenedVisual(VisualModel):
+class OpenedVisual(FamilyVisual):
     """
     The visual half of a family whose tower we run ourselves, layer by layer: reducers and the budget act inside it.
     Behind it tokens are in the decoder's space, as they are of families that encode as a whole.
-
-    Args:
-        model: the family's, with a head and a budget's modules.
-        kinds: `[batch, sequence]`, whose placeholder each column is; `None` for a prompt of nothing but its images.
-        images: of one call.
-        schedule: the stack and its budget.
-
-    Attributes:
-        units: what the tokens come in.
-
-    Raises:
-        ValueError: if a reducer of the stack needs what only the family's own run of the tower gives.
     """
 
-    def __init__(
+    def _look(self, schedule: BudgetSchedule) -> tuple[dict[str, ModelOutput], dict[int, list[torch.Tensor]]]:
+        """Nothing yet: what leaves in the tower is known when it is known how many tokens each unit has."""
+        needs = {need for step in schedule.steps for need in step.reducer.needs}
+        clash = None
+        if "attention" in needs:
+            clash = "something reads the attention of the whole tower; use one of them."
+        elif "budget" in needs and self.config.budget_fusion == "post":
+            clash = "something reads the budget behind it; let it meet the image inside with budget_fusion='encoder'."
+        elif schedule.is_shared and schedule.unit_weights != "size":
+            clash = f"`unit_weights` is {schedule.unit_weights!r}, which the whole tower's tokens say; use 'size'."
+        if clash is not None:
+            raise ValueError(f"`reducer` is {schedule.names}, where something acts inside the tower and {clash}")
+        if self.images.get(KINDS["video"]) is not None:
+            raise ValueError(
+                f"`{KINDS['video']}` was given and `reducer` is {schedule.names}, where something acts inside the "
+                "tower, behind which this family makes frames smaller; let all of it act behind, a budget with "
+                "budget_fusion='post'."
+            )
+        self._found["image"] = self.model.family.units(self.model, "image", None, self.images)
+        return {}, {}
+
+    def _encode(
         self,
-        model: "PreTrainedModel",
-        kinds: torch.Tensor | None,
         images: Mapping[str, Any],
         schedule: BudgetSchedule,
-    ) -> None:
-        family: EncodingFamily = model.family
-        super().__init__(family.tower(model), nn.Identity(), model.budget_token, model.config, model.training)
-        self.model = model
-        needs = {need for step in schedule.steps for need in step.reducer.needs}
-        if "attention" in needs or ("budget" in needs and self.config.budget_fusion == "post"):
-            missing = "the attention of the whole tower" if "attention" in needs else "the budget behind it"
-            raise ValueError(
-                f"`reducer` is {schedule.names}, where something acts inside the tower and something reads {missing}; "
-                "use one of them, or let the budget meet the image inside with budget_fusion='encoder'."
-            )
+        units: Units,
+        num_keep: torch.Tensor | None,
+        question: torch.Tensor | None,
+    ) -> tuple[VisionFeatures, Selection]:
+        """The tower's tokens, projected, reduced on the way if the first step acts there."""
+        model, family = self.model, self.model.family
+        pixels = torch.stack(family.pixels(model, "image", images, len(units.sizes)))
         side = self.config.vision_config.image_size // self.config.vision_config.patch_size
-        number = len(images[KINDS["image"]])
-        grids, none = [(1, side, side)] * number, torch.zeros(number * side**2, dtype=torch.bool)
-        if kinds is None:
-            kinds = torch.zeros(1, len(none), dtype=torch.long, device=images[KINDS["image"]].device)
-        self.units: Units = units_of_kinds(kinds, {"image": KindUnits(grids, none)})
-
-    def encode_and_reduce(self, images: Mapping[str, Any], *args: Any, **kwargs: Any) -> VisualTokens:
-        """See [`VisualModel.encode_and_reduce`]."""
-        return super().encode_and_reduce(images[KINDS["image"]], *args, **kwargs)
-
-    def _encode(self, *args: Any) -> tuple[VisionFeatures, Selection]:
-        """See [`VisualModel._encode`]; projected."""
-        features, selection = super()._encode(*args)
-        patches = self.model.family.projected(self.model, features.patches)
+        acts_inside = self._acts_in_tower(schedule, units, num_keep)
+        is_token = torch.ones(len(pixels), side**2, dtype=torch.bool)
+        if acts_inside:
+            is_token = family.patches_of_units(model, images, is_token)
+        features, selection = self._run_tower(pixels, is_token, schedule, units, num_keep, question)
+        tokens = family.projected(model, features.patches).to(self._place.device)
+        made = tokens.new_zeros(len(units.token), tokens.shape[-1])
+        if not acts_inside:
+            made = family.packed(model, tokens, images)
+        separator = family.separator(model)
+        if separator is not None:
+            made = torch.where((units.token < 0)[:, None], separator.to(made), made)
+        self.made = VisualEmbeddings(made, kinds=self._kinds)
+        if not acts_inside:
+            return self._whole(features.budget, {})
         if selection.features is not None:
-            selection.features = patches
-        return replace(features, patches=patches), selection
-
-    def _projected(self, features: VisionFeatures, with_tower_patches: bool) -> VisionFeatures:
-        """The tokens are in the decoder's space already."""
-        return features
+            selection.features = tokens
+        return replace(features, patches=tokens), selection
 
 
 def _order_of_kinds(kind: torch.Tensor) -> torch.Tensor:

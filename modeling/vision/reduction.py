@@ -69,32 +69,40 @@ def reduce_in_tower(
     pixel_values: torch.Tensor,
     config: AdaVTPConfig,
     num_keep: torch.Tensor,
-    sizes: torch.Tensor,
+    is_token: torch.Tensor,
     budget_token: BudgetToken | None = None,
     budget: torch.Tensor | None = None,
     question: torch.Tensor | None = None,
 ) -> tuple[VisionFeatures, Selection]:
     """
-    Runs the tower with a reducer in it, which keeps `num_keep` of the `sizes` patches of each image, `[num_images]`
-    int64; all else is as in [`encode_image`].
+    Runs the tower with a reducer in it; all but what follows is as in [`encode_image`].
+
+    Args:
+        num_keep: `[num_images]` int64, tokens to keep of each image.
+        is_token: `[num_images, patches of the tower]` bool on the CPU, see [`TowerPass`].
 
     Returns:
-        The tokens that are left, and the selection of patches that they are.
+        The tokens that are left, and the selection that they are of each image's tokens, which are counted without the
+        patches that are none.
     """
-    num_patches = int(sizes.max())
+    sizes = is_token.sum(dim=-1)
+    most = int(sizes.max())
     keeps_all = num_keep >= sizes if not reducer.training else torch.zeros(len(num_keep), dtype=torch.bool)
-    groups, results = image_groups(keeps_all, num_keep if reducer.one_count else None), []
+    groups, results = image_groups(keeps_all, sizes, num_keep if reducer.one_count else None), []
     for rows in groups:
-        images = pixel_values[rows]
+        images, own_tokens, num_patches = pixel_values[rows], is_token[rows], int(sizes[rows[0]])
         own = {
             name: None if value is None else value[rows]
             for name, value in (("budget", budget), ("question", question))
         }
         if keeps_all[rows[0]]:
             features = encode_image(tower, images, config, budget_token, **own)
-            results.append((features, Selection.everything(len(rows), num_patches, features.patches.device)))
+            patches = features.patches[own_tokens.to(features.patches.device)].unflatten(0, (len(rows), -1))
+            selection = Selection.everything(len(rows), num_patches, patches.device)
+            features = replace(features, patches=patches, positions=selection.positions, num_patches=most)
+            results.append((features, _of_longer_rows(selection, most)))
             continue
-        tower_pass, token = start_pass(tower, config, budget_token, **own)
+        tower_pass, token = start_pass(tower, config, budget_token, **own, is_token=own_tokens)
         encoded = reducer(tower_pass, images, num_keep[rows])
         patches = tower_pass.patches(encoded.sequence)
         selection = reducer.selection(encoded, patches, num_patches)
@@ -108,9 +116,16 @@ def reduce_in_tower(
         gates_attention = selection.gates is not None and config.gradient_gates == "attention"
         positions = encoded.positions if gates_attention else selection.positions
         cls = tower_pass.cls(encoded.sequence)
-        left = VisionFeatures(patches, positions, cls=cls, budget=budget_state, num_patches=num_patches)
-        results.append((left, selection))
+        left = VisionFeatures(patches, positions, cls=cls, budget=budget_state, num_patches=most)
+        results.append((left, _of_longer_rows(selection, most)))
     return _joined(groups, results)
+
+
+def _of_longer_rows(selection: Selection, num_patches: int) -> Selection:
+    """A selection in a batch in which others have more tokens."""
+    rest = (0, num_patches - selection.keep.shape[1])
+    gates = None if selection.gates is None else nn.functional.pad(selection.gates, rest)
+    return replace(selection, keep=nn.functional.pad(selection.keep, rest), gates=gates)
 
 
 def image_groups(*keys: torch.Tensor | None) -> list[torch.Tensor]:

@@ -201,6 +201,24 @@ class VisualModel:
         question: torch.Tensor | None,
     ) -> tuple[VisionFeatures, Selection]:
         """The tower's tokens, reduced on the way if the first step acts there."""
+        return self._run_tower(pixel_values, units.is_token, schedule, units, num_keep, question)
+
+    def _acts_in_tower(self, schedule: BudgetSchedule, units: Units, num_keep: torch.Tensor | None) -> bool:
+        """Whether tokens leave, or have gates, inside the tower."""
+        if schedule.steps[0].reducer.stage != "encoder":
+            return False
+        return self.training or not bool((num_keep == units.sizes).all())
+
+    def _run_tower(
+        self,
+        pixel_values: torch.Tensor,
+        is_token: torch.Tensor,
+        schedule: BudgetSchedule,
+        units: Units,
+        num_keep: torch.Tensor | None,
+        question: torch.Tensor | None,
+    ) -> tuple[VisionFeatures, Selection]:
+        """As `_encode`; `is_token` `[num_units, patches of the tower]` bool on the CPU says which are tokens."""
         size = self.config.vision_config.image_size
         if tuple(pixel_values.shape[-2:]) != (size, size):
             raise ValueError(
@@ -219,7 +237,7 @@ class VisualModel:
             "budget": fraction,
             "question": question if self.config.question_aware else None,
         }
-        if first.stage != "encoder" or (not self.training and bool((num_keep == units.sizes).all())):
+        if not self._acts_in_tower(schedule, units, num_keep):
             features = encode_image(
                 self.tower,
                 pixel_values,
@@ -229,7 +247,7 @@ class VisualModel:
                 received_layers=wanted_layers(steps, "received"),
             )
             # What the tower makes beyond a unit's own tokens is none of them.
-            is_token = units.is_token.to(features.positions.device)
+            is_token = is_token.to(features.positions.device)
             size = is_token.shape[1]
             positions = features.positions[:, :size].masked_fill(~is_token, -1)
             features = replace(features, patches=features.patches[:, :size], positions=positions, num_patches=size)
@@ -239,7 +257,7 @@ class VisualModel:
                 f"{steps[0].name!r} changes the tokens inside the tower, and another reducer of this stack reads the "
                 "attention of the whole tower; use one of them."
             )
-        return reduce_in_tower(self.tower, first, pixel_values, self.config, num_keep, units.sizes, **arguments)
+        return reduce_in_tower(self.tower, first, pixel_values, self.config, num_keep, is_token, **arguments)
 
     def _budget_fraction(self, schedule: BudgetSchedule, units: Units) -> tuple[torch.Tensor | None, bool]:
         """
