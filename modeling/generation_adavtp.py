@@ -20,6 +20,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import ModelOutput
 
 from .budget.schedule import BudgetSchedule, StackBudget
+from .budget.selection import Selection
 from .budget.token_budget import TokenBudget, budget_values, num_tokens_to_keep
 from .decoder.loop import layer_masks
 from .decoder.policy import NothingLeaves
@@ -37,8 +38,10 @@ from .families.encoded import KINDS
 from .processing_adavtp import AdaVTPProcessor, inputs_of_questions
 from .prompt import PreparedInputs, Prompt, check_columns
 from .reducers.bank import ImpossibleReducerError, MissingWeightsError, ReducerSpec
+from .vision.shown_image import shares_of_units, shown_images
 
 if TYPE_CHECKING:
+    import PIL.Image
     from transformers.generation.utils import GenerateOutput
 
     from .prompt_reduction import PromptReductionMixin
@@ -285,6 +288,31 @@ class AdaVTPGenerationMixin(GenerationMixin):
     def inputs_of_questions(self, images: Any, prompts: str | Sequence[str | list[dict[str, Any]]]) -> BatchFeature:
         """Inputs for `generate`, by the model's own processor; see [`processing_adavtp.inputs_of_questions`]."""
         return inputs_of_questions(self.processor, images, prompts)
+
+    def picture_of_kept(
+        self,
+        image: ImageInput,
+        prompt: str | list[dict[str, Any]],
+        selection: Selection,
+        least_height: int = 1,
+        most_height: int | None = None,
+    ) -> "PIL.Image.Image":
+        """
+        An image with what was not kept of it dark: the brighter, the more decoder layers see it. Tiles lie in their
+        places, a view of the whole beside them.
+
+        Args:
+            image: of a prompt that shows one.
+            prompt: that shows it, see [`inputs_of_questions`].
+            selection: what was kept, as `select_tokens` and `generate` hand it back.
+            least_height, most_height: in pixels, see [`ShownImage.drawn`].
+
+        Raises:
+            ValueError: if `selection` is of another prompt.
+        """
+        (shown,) = shown_images(self, self.processor, [image], prompt)
+        shares = shares_of_units(selection, self.config.get_text_config().num_hidden_layers)
+        return shown.drawn(shares, least_height, most_height)
 
     @property
     def _input_device(self) -> torch.device | int | str:

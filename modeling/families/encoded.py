@@ -118,6 +118,10 @@ class EncodingFamily(Family):
         pixels, grids = inputs[KINDS[kind]], inputs.get(f"{kind}_grid_thw")
         return list(pixels if grids is None else pixels.split(grids.prod(dim=-1).tolist()))
 
+    def pictures(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """See [`Family.pictures`]."""
+        return self.pixels(model, "image", inputs, len(inputs[KINDS["image"]]))
+
     def blocks(self, config: PreTrainedConfig, input_ids: torch.Tensor) -> torch.Tensor | None:
         """
         `[batch, sequence]` int64, of columns that see each other in both directions the number of their block, -1 of

@@ -58,6 +58,12 @@ class Gemma4Family(EncodingFamily):
         """See [`EncodingFamily.pixels`]."""
         return list(inputs[KINDS[kind]].split(self._num_frames(kind, inputs)))
 
+    def pictures(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """See [`Family.pictures`]."""
+        patch, sizes = model.config.vision_config.patch_size, self._patches("image", inputs)
+        pairs = zip(inputs[KINDS["image"]], sizes, strict=True)
+        return [as_image(patches[: math.prod(size)], size, patch) for patches, size in pairs]
+
     def images_of_attention(
         self, model: PreTrainedModel, kind: str, query: torch.Tensor, key: torch.Tensor, inputs: Mapping[str, Any]
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -44,6 +44,12 @@ class MiniCPMVFamily(EncodingFamily):
         columns = inputs[_SIZES[kind]].prod(dim=-1) * model.config.vision_config.patch_size
         return list(inputs[KINDS[kind]].split(columns.tolist(), dim=-1))
 
+    def pictures(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """See [`Family.pictures`]."""
+        rows, sizes = self.pixels(model, "image", inputs, 0), inputs[_SIZES["image"]].tolist()
+        tiles = [row[0].unflatten(-1, (*size, -1)) for row, size in zip(rows, sizes, strict=True)]
+        return [tile.transpose(1, 2).flatten(3).flatten(1, 2) for tile in tiles]
+
     def pooled(
         self, model: PreTrainedModel, kind: str, values: torch.Tensor, inputs: Mapping[str, Any]
     ) -> torch.Tensor:
