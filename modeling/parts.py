@@ -45,7 +45,7 @@ def parts_of_names(model: PreTrainedModel) -> Callable[[str], str]:
 def modules_of_parts(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
     """
     The outermost modules of tower and projector that run as modules do, none inside another: of lists their members,
-    and of a tower that has modules of both parts its children.
+    of what holds a list its children, since a tower may walk through the list by itself, and so of the tower.
 
     Args:
         model: see [`parts_of_names`].
@@ -54,7 +54,8 @@ def modules_of_parts(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
     tower = model.get_encoder(modality="image")
 
     def add(module: nn.Module, name: str) -> None:
-        if module is tower or isinstance(module, nn.ModuleList):
+        holds = any(isinstance(child, nn.ModuleList) for child in module.children())
+        if module is tower or holds or isinstance(module, nn.ModuleList):
             for child_name, child in module.named_children():
                 add(child, f"{name}.{child_name}")
         elif (part := part_of(name)) in modules:
