@@ -27,7 +27,7 @@ from ..parts import modules_of_parts
 from ..reducers.aim import merged_count
 from ..reducers.base import REDUCERS, ScoringReducer
 from .counting import flops_by_part, halves_of_tower_layers, remembered, weights_on_parabola
-from .decoder import DecodeCost, DecoderCost, ExecutionPlan, require_countable
+from .decoder import DecodeCost, DecoderCost, ExecutionPlan
 from .weightless import Looks, family_prompt, looks_of, noise_prompts, weightless_model, with_budget_in
 
 # Nothing is chosen and everything is kept. At the full budget a reducer is not asked, and the one that stands for it
@@ -144,12 +144,10 @@ class ModelCosts:
         image_size: height and width in pixels, as the family's processor leaves them; LLaVA's images have one size.
 
     Raises:
-        ValueError: if the size is missing where images differ, or given where they do not; or if the decoder is of a
-            kind that is not counted, with the reason.
+        ValueError: if the size is missing where images differ, or given where they do not.
     """
 
     def __init__(self, config: PreTrainedConfig, image_size: tuple[int, int] | None = None) -> None:
-        require_countable(config)
         self.config, self.image_size = config, image_size
         self._stacks: dict[Any, _StackCosts] = {}
         self._prompts: dict[Any, Costs] = {}

@@ -56,6 +56,9 @@ def weightless_model(config: PreTrainedConfig, **changes: Any) -> PreTrainedMode
     with torch.device("meta"):
         model = (AdaVTPForConditionalGeneration if is_llava else model_class_of(config.model_type))(config)
     make_weightless(model)
+    if hasattr(model, "set_experts_implementation"):
+        # One by one: torch's counter knows no product of all experts at once.
+        model.set_experts_implementation("eager")
     # Words differ, so that a method which asks what each has to do with the images can tell one from another.
     table = model.get_input_embeddings().weight
     table.data = torch.arange(len(table), dtype=table.dtype)[:, None].expand(table.shape)

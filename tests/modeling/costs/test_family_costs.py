@@ -15,19 +15,20 @@ from adavtp.modeling.costs.model_costs import ModelCosts
 from adavtp.modeling.costs.weightless import family_prompt, looks_of
 from adavtp.modeling.parts import parts_of_names
 from counted_flops import ON_A_CPU
-from tiny_families import FAMILIES, STATEFUL, budgeted, with_budget
+from tiny_families import FAMILIES, budgeted, with_budget
 
 # Height and width in pixels: of tokens, or of tiles.
 SIZES = dict.fromkeys(FAMILIES, (24, 32)) | dict.fromkeys(("internvl", "idefics3", "smolvlm"), (48, 96))
-SIZES |= {"llava_next": (48, 40), "llava_onevision": (48, 40)}
+SIZES |= {"llava_next": (48, 40), "llava_onevision": (48, 40), "minicpmv4_6": (32, 48)}
 TEXT = 9
-NOT_COUNTED = (*STATEFUL, "gemma4")
 
 
-def what_torch_counts(name: str, num_images: int = 1, **asked: object) -> tuple[dict[str, float], dict[str, float]]:
+def what_torch_counts(
+    name: str, num_images: int = 1, text_tokens: int = TEXT, **asked: object
+) -> tuple[dict[str, float], dict[str, float]]:
     """Of a prompt's forward, part by part, and of the step behind it; with real weights, which choose differently."""
     model = budgeted(name)
-    inputs = family_prompt(model, looks_of(model, SIZES[name], num_images) if num_images else None, TEXT)
+    inputs = family_prompt(model, looks_of(model, SIZES[name], num_images) if num_images else None, text_tokens)
     inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=ON_A_CPU) as counter:
         outputs = model(**inputs, **asked, logits_to_keep=1, use_cache=True)
@@ -46,7 +47,7 @@ def what_torch_counts(name: str, num_images: int = 1, **asked: object) -> tuple[
 
 
 @pytest.mark.parametrize("token_budget", [1.0, 0.5])
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in NOT_COUNTED])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_prompt_costs_what_torch_counts(name: str, token_budget: float) -> None:
     seen, step = what_torch_counts(name, token_budget=token_budget, reducer="adaptive")
     costs = ModelCosts.of(with_budget(name).config, SIZES[name])
@@ -58,10 +59,19 @@ def test_a_prompt_costs_what_torch_counts(name: str, token_budget: float) -> Non
     assert counted.decode_per_token == pytest.approx(step["step"], rel=1e-2)
 
 
-@pytest.mark.parametrize("name", NOT_COUNTED)
-def test_of_a_decoder_that_is_no_sum_of_its_layers_no_cost_is_made_up(name: str) -> None:
-    with pytest.raises(ValueError, match=f"Costs of a '{name}' model are not counted: its l"):
-        ModelCosts.of(with_budget(name).config, SIZES[name])
+@pytest.mark.parametrize("name", ["qwen3_5", "gemma4"])
+def test_long_prompts_and_what_follows_them_cost_what_torch_counts(name: str) -> None:
+    seen, step = what_torch_counts(name, 0, 150)
+    counted = ModelCosts.of(with_budget(name).config, SIZES[name]).of_prompt(150, num_images=0)
+    assert counted.total == pytest.approx(seen["total"], rel=1e-3)
+    assert counted.decode_per_token == pytest.approx(step["step"], rel=1e-3)
+
+
+def test_of_a_mixture_the_experts_that_run_are_counted() -> None:
+    seen, step = what_torch_counts("qwen3_vl_moe", token_budget=0.5)
+    counted = ModelCosts.of(with_budget("qwen3_vl_moe").config, (24, 32)).of_prompt(TEXT, token_budget=0.5)
+    assert counted.total == pytest.approx(seen["total"], rel=1e-2)
+    assert counted.decode_per_token == pytest.approx(step["step"], rel=1e-2)
 
 
 @pytest.mark.parametrize(("name", "num_images"), [("llava_next", 2), ("qwen2_5_vl", 2), ("mistral3", 0)])
