@@ -380,7 +380,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
         ids = input_ids if embeds is None else reader.ids_of_embeds(embeds)
         new = new_columns(ids, model_kwargs, past_length, earlier)
         new = reader.with_own_positions(new, images, model_kwargs) if past_length else new
-        require_no_gaps(self.config.get_text_config(), new)
+        require_no_gaps(self.config, new)
         token_types = reader.token_types_of(model_kwargs, new.input_ids.shape[1])
         prompt = Prompt(
             new.input_ids, new.attention_mask, new.position_ids, token_types=token_types, inputs_embeds=embeds
@@ -447,8 +447,8 @@ class AdaVTPGenerationMixin(GenerationMixin):
                 policy = NothingLeaves()
             pruned_cache(cache).policy = policy
 
-    @staticmethod
     def create_masks_for_generate(
+        self,
         config: PreTrainedConfig,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
@@ -458,13 +458,15 @@ class AdaVTPGenerationMixin(GenerationMixin):
         """
         See [`transformers.masking_utils.create_masks_for_generate`], which makes the decoder's mask ahead of a forward
         that may be compiled. Where layers hold different columns each has its own; in prefill the loop makes them.
+        Elsewhere a family's own stands.
         """
         if pruned_cache(past_key_values).policy is not None:
             return attention_mask
         masks = layer_masks(config.get_text_config(), inputs_embeds, attention_mask, past_key_values)
         if masks is not None:
             return masks
-        return create_masks_for_generate(
+        of_family = getattr(super(), "create_masks_for_generate", create_masks_for_generate)
+        return of_family(
             config=config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

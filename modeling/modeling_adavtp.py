@@ -227,7 +227,7 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
             if input_ids is not None and encoded is None:
                 inputs_embeds = self._text_embeds(input_ids, past_key_values, token_budget, reducer)
                 attention_mask, position_ids = behind_cache(
-                    self.config.text_config, input_ids, attention_mask, position_ids, past_key_values
+                    self.config, input_ids, attention_mask, position_ids, past_key_values
                 )
             if labels is not None and attention_mask is not None:
                 labels = without_first_labels(labels, attention_mask)

@@ -65,11 +65,6 @@ def modules_of_parts(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
     return modules
 
 
-def layers_of(model: nn.Module) -> nn.ModuleList:
-    """The layers of a vision tower or of a text model, from the bottom: its longest list of modules."""
-    return max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=len)
-
-
 def never_run_in_tower(model: PreTrainedModel) -> tuple[str, ...]:
     """
     What the names of parameters of the tower start with that no forward uses: its layers above the feature layer, and
