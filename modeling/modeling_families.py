@@ -43,7 +43,15 @@ from .generation_adavtp import AdaVTPGenerationMixin
 from .hub.custom_reducers import CustomReducersMixin
 from .hub.loading import CompleteLoadingMixin
 from .hub.saving import CODE_FOLDER, SelfContainedMixin, own_class, without_auto_class
-from .prompt import PreparedInputs, Prompt, check_columns, of_columns, rows_to_keep, without_first_labels
+from .prompt import (
+    PreparedInputs,
+    Prompt,
+    check_columns,
+    labels_of_logits,
+    of_columns,
+    rows_to_keep,
+    without_first_labels,
+)
 from .prompt_reduction import PromptReductionMixin
 from .reducers.bank import ReducerSpec
 from .reducers.published import PUBLISHED_REDUCERS
@@ -153,9 +161,14 @@ class FamilyReductionMixin(PromptReductionMixin):
         return replace(new, position_ids=position_ids, begin=begin)
 
     def _encoder_arguments(self, kind: str) -> tuple[str, ...]:
-        encoder = getattr(self.base_model, f"get_{kind}_features", None)
-        names = () if encoder is None else inspect.signature(encoder).parameters
-        return tuple(name for name in names if name not in ("kwargs", "return_dict"))
+        return _arguments_of(type(self.base_model), f"get_{kind}_features")
+
+
+@cache
+def _arguments_of(model_class: type[PreTrainedModel], encoder: str) -> tuple[str, ...]:
+    """What a method takes that encodes images or videos; nothing where there is none."""
+    names = inspect.signature(getattr(model_class, encoder)).parameters if hasattr(model_class, encoder) else ()
+    return tuple(name for name in names if name not in ("self", "kwargs", "return_dict"))
 
 
 class FamilyGenerationMixin(AdaVTPGenerationMixin):
@@ -263,11 +276,12 @@ class FamilyModelMixin(
                 stack of reducers a dictionary with a budget for each by name.
             reducer: what selects in this call, in the form of `set_reducer`; by default the configuration's.
             selection_output: `"gather"` (dropped columns leave the sequence) or `"mask"` (they stay, hidden).
-            inputs: whatever else the family's forward takes.
+            inputs: whatever else the family's forward takes. With `labels`, a number as `logits_to_keep` makes the
+                loss that of the last so many columns.
 
         Returns:
             The family's output, with `selection`, the visual tokens that were kept, and `labels`, those of the kept
-            columns.
+            columns whose logits were made.
 
         Raises:
             ValueError: if an argument is not allowed; the message names it, its value and what is allowed.
@@ -321,6 +335,7 @@ class FamilyModelMixin(
             )
             prepared.selection.depth = prepared.policy.depth_of_tokens(prepared.selection.is_token, depth)
         else:
+            columns["labels"] = labels_of_logits(columns["labels"], inputs.get("logits_to_keep", 0))
             outputs = super().forward(
                 **columns,
                 past_key_values=past_key_values,
@@ -381,6 +396,7 @@ class FamilyModelMixin(
         if labels is not None:
             if outputs.column_index is not None:
                 labels = of_columns(labels, outputs.column_index, -100)
+            labels = labels_of_logits(labels, logits_to_keep)
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.get_text_config().vocab_size, **kwargs
             )
@@ -472,6 +488,7 @@ class FamilyModelMixin(
                 chosen = pruned_cache(past_key_values).prompt.selection
                 chosen.depth = policy.depth_of_tokens(chosen.is_token, depth)
             return outputs
+        labels = labels_of_logits(labels, inputs.get("logits_to_keep", 0))
         outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
