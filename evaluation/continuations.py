@@ -164,16 +164,8 @@ def score_continuations(
     started = now(model.device)
     given = {**inputs, **setting.arguments(), "labels": labels, "selection_output": "gather", "use_cache": False}
     # What predicts the first target stands one column before it.
-    columns = slice(-max(num_targets) - 1, None)
-    if model.prompt_reader is model:
-        outputs = model(**given)
-        logits = outputs.logits[:, columns].float()[:, :-1]
-    else:
-        # Below the head nothing is computed that is not asked for.
-        outputs = model.prompt_reader(**given)
-        logits = model.lm_head(outputs.last_hidden_state[:, columns]).float()[:, :-1]
-    targets = outputs["labels"][:, columns][:, 1:]
-    log_likelihood, is_greedy = _log_likelihood(logits, targets)
+    outputs = model(**given, logits_to_keep=max(num_targets) + 1)
+    log_likelihood, is_greedy = _log_likelihood(outputs.logits.float()[:, :-1], outputs["labels"][:, 1:])
     seconds = now(model.device) - started
     selections = selections_of_prompts(outputs.get("selection"), len(whole))
     flops = CountedFlops(model.config, setting, may_be_unknown=True)

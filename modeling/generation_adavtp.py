@@ -19,7 +19,7 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import ModelOutput
 
-from .budget.schedule import BudgetSchedule, StackBudget
+from .budget.schedule import StackBudget
 from .budget.selection import Selection
 from .budget.token_budget import TokenBudget, budget_values, num_tokens_to_keep
 from .decoder.loop import layer_masks
@@ -34,6 +34,7 @@ from .decoder.pruned_cache import (
     require_no_gaps,
 )
 from .evaluation_mode import evaluating
+from .families.base import Units
 from .families.encoded import KINDS
 from .processing_adavtp import AdaVTPProcessor, inputs_of_questions
 from .prompt import PreparedInputs, Prompt, check_columns
@@ -54,17 +55,18 @@ class BudgetState:
 
     Attributes:
         step: number of tokens generated so far; 0 before prefill.
-        num_visual_tokens: visual tokens of one image before reduction, N.
-        num_images: `[batch]` int64, images in each prompt.
+        num_visual_tokens: visual tokens of the largest unit (image, tile, frame or video) before reduction, N.
+        num_images: `[batch]` int64, units in each prompt; of LLaVA, images.
         prompt_length: `[batch]` int64, tokens in each prompt, placeholders and no padding counted.
-        pixel_values: `[sum of num_images, channels, height, width]`.
+        pixel_values: of the images, as the family's processor returns them: of LLaVA `[sum of num_images, channels,
+            height, width]`. `None` where the prompts show nothing but videos.
     """
 
     step: int
     num_visual_tokens: int
     num_images: torch.LongTensor
     prompt_length: torch.LongTensor
-    pixel_values: torch.Tensor
+    pixel_values: torch.Tensor | None
 
 
 class BudgetProcessor:
@@ -408,19 +410,20 @@ class AdaVTPGenerationMixin(GenerationMixin):
         ids = input_ids if embeds is None else reader.ids_of_embeds(embeds)
         new = new_columns(ids, model_kwargs, past_length, earlier)
         new = reader.with_own_positions(new, images, model_kwargs) if past_length else new
-        require_no_gaps(self.config.get_text_config(), new)
+        require_no_gaps(self.config, new)
         token_types = reader.token_types_of(model_kwargs, new.input_ids.shape[1])
         prompt = Prompt(
             new.input_ids, new.attention_mask, new.position_ids, token_types=token_types, inputs_embeds=embeds
         )
         prepared = PreparedInputs(reader.padded_on_the_left(prompt))
         if images is not None:
+            looked = reader.looked_at(prepared.prompt.input_ids, images, schedule)
             if processors:
-                state = self._budget_state(new, images, schedule)
+                state = _budget_state(new, images, looked[1])
                 token_budget = processors(new.input_ids, self._one_budget(token_budget), state)
                 schedule = reader.resolve_budget(token_budget, reducer, len(input_ids))
             # The mask form is for training; in a cache its hidden columns would cost what they cost unpruned.
-            prepared = reader.prepare_inputs(prepared.prompt, images, schedule, "gather")
+            prepared = reader.prepare_inputs(prepared.prompt, images, schedule, "gather", looked)
         if embeds is not None:
             model_kwargs["inputs_embeds"] = prepared.prompt.inputs_embeds
         pruned = reader.pruned_prompt(new, prepared, input_ids.shape[1])
@@ -434,16 +437,6 @@ class AdaVTPGenerationMixin(GenerationMixin):
                 "budget, so pass one for the whole stack."
             )
         return self.config.token_budget if token_budget is None else token_budget
-
-    def _budget_state(self, new: NewColumns, images: Any, schedule: BudgetSchedule) -> BudgetState:
-        units = self.prompt_reader.looked_at(new.input_ids, images, schedule)[1]
-        return BudgetState(
-            step=0,
-            num_visual_tokens=int(units.sizes.max()),
-            num_images=torch.bincount(units.sample, minlength=len(new.input_ids)).to(new.input_ids.device),
-            prompt_length=new.attention_mask.sum(dim=-1),
-            pixel_values=images if isinstance(images, torch.Tensor) else images.get("pixel_values"),
-        )
 
     def _prepare_cache_for_generation(
         self,
@@ -475,8 +468,8 @@ class AdaVTPGenerationMixin(GenerationMixin):
                 policy = NothingLeaves()
             pruned_cache(cache).policy = policy
 
-    @staticmethod
     def create_masks_for_generate(
+        self,
         config: PreTrainedConfig,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
@@ -486,13 +479,15 @@ class AdaVTPGenerationMixin(GenerationMixin):
         """
         See [`transformers.masking_utils.create_masks_for_generate`], which makes the decoder's mask ahead of a forward
         that may be compiled. Where layers hold different columns each has its own; in prefill the loop makes them.
+        Elsewhere a family's own stands.
         """
         if pruned_cache(past_key_values).policy is not None:
             return attention_mask
         masks = layer_masks(config.get_text_config(), inputs_embeds, attention_mask, past_key_values)
         if masks is not None:
             return masks
-        return create_masks_for_generate(
+        of_family = getattr(super(), "create_masks_for_generate", create_masks_for_generate)
+        return of_family(
             config=config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -568,6 +563,16 @@ class AdaVTPGenerationMixin(GenerationMixin):
 
 def _ends_in_padding(attention_mask: torch.Tensor | None) -> bool:
     return attention_mask is not None and attention_mask.dim() == 2 and not bool(attention_mask[:, -1].all())
+
+
+def _budget_state(new: NewColumns, images: Any, units: Units) -> BudgetState:
+    return BudgetState(
+        step=0,
+        num_visual_tokens=int(units.sizes.max()),
+        num_images=torch.bincount(units.sample, minlength=len(new.input_ids)).to(new.input_ids.device),
+        prompt_length=new.attention_mask.sum(dim=-1),
+        pixel_values=images if isinstance(images, torch.Tensor) else images.get(KINDS["image"]),
+    )
 
 
 def _require_gather(selection_output: str | None) -> None:

@@ -40,6 +40,7 @@ from .prompt import (
     at_columns,
     check_columns,
     count_positions,
+    labels_of_logits,
     of_columns,
     rows_to_keep,
     without_first_labels,
@@ -227,7 +228,7 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
             if input_ids is not None and encoded is None:
                 inputs_embeds = self._text_embeds(input_ids, past_key_values, token_budget, reducer)
                 attention_mask, position_ids = behind_cache(
-                    self.config.text_config, input_ids, attention_mask, position_ids, past_key_values
+                    self.config, input_ids, attention_mask, position_ids, past_key_values
                 )
             if labels is not None and attention_mask is not None:
                 labels = without_first_labels(labels, attention_mask)
@@ -469,7 +470,8 @@ class AdaVTPForConditionalGeneration(AdaVTPPreTrainedModel, AdaVTPGenerationMixi
             past_key_values: cache of earlier tokens, for text.
             inputs_embeds: `[batch, sequence, text_hidden_size]` in place of `input_ids`, for text.
             labels: `[batch, sequence]`, -100 where there is no target.
-            logits_to_keep: compute logits of only the last so many positions, or of these positions.
+            logits_to_keep: compute logits of only the last so many positions, or of these positions. With `labels`, a
+                number makes the loss that of the last so many.
             token_budget: a float in [0, 1] (fraction of each image's patches that are kept), an int >= 2 (their
                 number), or one such value per sample; for a stack of reducers also a dictionary with a budget for
                 each by name, of the tokens that it gets. `None`: the reducer's own rule where it has one, else the
@@ -507,7 +509,7 @@ class AdaVTPForConditionalGeneration(AdaVTPPreTrainedModel, AdaVTPGenerationMixi
             **kwargs,
         )
         logits = self.lm_head(rows_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
+        loss, outputs.labels = None, labels_of_logits(outputs.labels, logits_to_keep)
         if labels is not None:
             loss = self.loss_function(
                 logits=logits, labels=outputs.labels, vocab_size=self.config.text_config.vocab_size, **kwargs

@@ -27,14 +27,13 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import ModelOutput, can_return_tuple
 
 from ..configuration.configuration_families import PREFIX, family_config_class
 from .budget.schedule import BudgetSchedule, StackBudget
-from .decoder.loop import layer_masks, run_decoder
+from .decoder.loop import run_decoder
 from .decoder.policy import DecoderPolicy
 from .decoder.pruned_cache import NewColumns, behind_cache, has_layer_columns, pending_policy, pruned_cache
 from .families.adapters import adapter_of
@@ -44,7 +43,15 @@ from .generation_adavtp import AdaVTPGenerationMixin
 from .hub.custom_reducers import CustomReducersMixin
 from .hub.loading import CompleteLoadingMixin
 from .hub.saving import CODE_FOLDER, SelfContainedMixin, own_class, without_auto_class
-from .prompt import PreparedInputs, Prompt, check_columns, without_first_labels
+from .prompt import (
+    PreparedInputs,
+    Prompt,
+    check_columns,
+    labels_of_logits,
+    of_columns,
+    rows_to_keep,
+    without_first_labels,
+)
 from .prompt_reduction import PromptReductionMixin
 from .reducers.bank import ReducerSpec
 from .reducers.published import PUBLISHED_REDUCERS
@@ -157,9 +164,14 @@ class FamilyReductionMixin(PromptReductionMixin):
         return replace(new, position_ids=position_ids, begin=begin)
 
     def _encoder_arguments(self, kind: str) -> tuple[str, ...]:
-        encoder = getattr(self.base_model, f"get_{kind}_features", None)
-        names = () if encoder is None else inspect.signature(encoder).parameters
-        return tuple(name for name in names if name not in ("kwargs", "return_dict"))
+        return _arguments_of(type(self.base_model), f"get_{kind}_features")
+
+
+@cache
+def _arguments_of(model_class: type[PreTrainedModel], encoder: str) -> tuple[str, ...]:
+    """What a method takes that encodes images or videos; nothing where there is none."""
+    names = inspect.signature(getattr(model_class, encoder)).parameters if hasattr(model_class, encoder) else ()
+    return tuple(name for name in names if name not in ("self", "kwargs", "return_dict"))
 
 
 class FamilyGenerationMixin(AdaVTPGenerationMixin):
@@ -267,11 +279,12 @@ class FamilyModelMixin(
                 stack of reducers a dictionary with a budget for each by name.
             reducer: what selects in this call, in the form of `set_reducer`; by default the configuration's.
             selection_output: `"gather"` (dropped columns leave the sequence) or `"mask"` (they stay, hidden).
-            inputs: whatever else the family's forward takes.
+            inputs: whatever else the family's forward takes. With `labels`, a number as `logits_to_keep` makes the
+                loss that of the last so many columns.
 
         Returns:
             The family's output, with `selection`, the visual tokens that were kept, and `labels`, those of the kept
-            columns.
+            columns whose logits were made.
 
         Raises:
             ValueError: if an argument is not allowed; the message names it, its value and what is allowed.
@@ -314,7 +327,7 @@ class FamilyModelMixin(
         columns = {
             "input_ids": prepared.prompt.input_ids,
             "attention_mask": prepared.prompt.attention_mask,
-            "position_ids": prepared.prompt.position_ids + self.family.first_position,
+            "position_ids": self._as_family_counts(prepared.prompt.position_ids),
             "labels": prepared.prompt.labels,
         }
         inputs = {name: value for name, value in inputs.items() if name not in TOKEN_TYPES}
@@ -325,6 +338,7 @@ class FamilyModelMixin(
             )
             prepared.selection.depth = prepared.policy.depth_of_tokens(prepared.selection.is_token, depth)
         else:
+            columns["labels"] = labels_of_logits(columns["labels"], inputs.get("logits_to_keep", 0))
             outputs = super().forward(
                 **columns,
                 past_key_values=past_key_values,
@@ -362,10 +376,9 @@ class FamilyModelMixin(
         for number, kind in enumerate(KINDS):
             if encoded is None or kind not in encoded:
                 continue
-            kinds = self.family.kinds(self.config, input_ids)
-            places = (kinds >= 0 if self.family.shares_placeholder else kinds == number)[..., None]
-            rows = torch.cat([entry.flatten(0, -2) for entry in encoded[kind].pooler_output]).to(inputs_embeds)
-            inputs_embeds = inputs_embeds.masked_scatter(places, rows)
+            places = (self.family.kinds(self.config, input_ids) == number)[..., None]
+            features = torch.cat([entry.flatten(0, -2) for entry in encoded[kind].pooler_output]).to(inputs_embeds)
+            inputs_embeds = inputs_embeds.masked_scatter(places, features)
             layers = getattr(encoded[kind], "deepstack_features", None) or []
             none = torch.zeros_like(inputs_embeds)
             added = [none.masked_scatter(places, torch.cat(layer).to(inputs_embeds)) for layer in layers]
@@ -382,12 +395,11 @@ class FamilyModelMixin(
             blocks=None if policy is None else self.family.blocks(self.config, input_ids),
             **kwargs,
         )
-        rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits, loss = self.lm_head(outputs.last_hidden_state[:, rows, :]), None
+        logits, loss = self.lm_head(rows_to_keep(outputs.last_hidden_state, logits_to_keep)), None
         if labels is not None:
             if outputs.column_index is not None:
-                labels = labels.gather(1, outputs.column_index.clamp(min=0))
-                labels = labels.masked_fill(outputs.column_index < 0, -100)
+                labels = of_columns(labels, outputs.column_index, -100)
+            labels = labels_of_logits(labels, logits_to_keep)
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.get_text_config().vocab_size, **kwargs
             )
@@ -421,6 +433,11 @@ class FamilyModelMixin(
         prompt = Prompt(input_ids, new.attention_mask, new.position_ids, labels, token_types=token_types)
         return new, prompt
 
+    def _as_family_counts(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """Positions from 0 as positions from the family's first."""
+        # In a step of decoding every operation counts.
+        return position_ids + self.family.first_position if self.family.first_position else position_ids
+
     def _forward_of_text(
         self,
         input_ids: torch.LongTensor | None,
@@ -445,10 +462,10 @@ class FamilyModelMixin(
             if has_to_look:
                 zero = self.zero_of_a_blank_image(input_ids, schedule)
             attention_mask, counted = behind_cache(
-                self.config.get_text_config(), input_ids, attention_mask, position_ids, past_key_values
+                self.config, input_ids, attention_mask, position_ids, past_key_values
             )
             if position_ids is None and counted is not None:
-                position_ids = counted + self.family.first_position
+                position_ids = self._as_family_counts(counted)
         elif inputs.get("mm_encoder_outputs") is not None:
             self.refuse_budget_of_encoded(token_budget, reducer)
         if labels is not None and attention_mask is not None:
@@ -474,6 +491,7 @@ class FamilyModelMixin(
                 chosen = pruned_cache(past_key_values).prompt.selection
                 chosen.depth = policy.depth_of_tokens(chosen.is_token, depth)
             return outputs
+        labels = labels_of_logits(labels, inputs.get("logits_to_keep", 0))
         outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -517,7 +535,6 @@ def family_model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "config_class": config_class,
         "readable_model_types": (config_class.model_type,),
         "forward": _named_forward(stock),
-        "create_masks_for_generate": _masks(stock),
     }
     # LLaVA-like files hold names of an older layout, which are mapped by the name of the class.
     mapping = get_checkpoint_conversion_mapping(stock.__name__) or get_checkpoint_conversion_mapping(
@@ -543,34 +560,6 @@ def _named_forward(stock: type[PreTrainedModel]) -> Callable[..., Any]:
     forward.__signature__ = inspect.Signature([*named, *own, rest])
     forward.__doc__ = FamilyModelMixin.forward.__doc__
     return forward
-
-
-def _masks(stock: type[PreTrainedModel]) -> Any:
-    """Ours where layers hold different columns, and elsewhere the family's own."""
-    own = getattr(stock, "create_masks_for_generate", create_masks_for_generate)
-
-    def masks(
-        config: PreTrainedConfig,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
-        **kwargs: Any,
-    ) -> Any:
-        if pruned_cache(past_key_values).policy is not None:
-            # The loop makes them.
-            return attention_mask
-        of_layers = layer_masks(config.get_text_config(), inputs_embeds, attention_mask, past_key_values)
-        if of_layers is not None:
-            return of_layers
-        return own(
-            config=config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
-
-    return staticmethod(masks)
 
 
 def model_class_of(model_type: str) -> type[PreTrainedModel]:

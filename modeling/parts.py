@@ -6,6 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .families.adapters import adapter_of
+from .families.encoded import layers_of
 from .hub.loading import NEW_MODULES
 
 PARTS: tuple[str, ...] = ("controller", "projector", "vision", "decoder")
@@ -66,11 +67,6 @@ def modules_of_parts(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
     for name, module in model.base_model.named_children():
         add(module, f"{model.base_model_prefix}.{name}")
     return modules
-
-
-def layers_of(model: nn.Module) -> nn.ModuleList:
-    """The layers of a vision tower or of a text model, from the bottom: its longest list of modules."""
-    return max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=len)
 
 
 def never_run_in_tower(model: PreTrainedModel) -> tuple[str, ...]:

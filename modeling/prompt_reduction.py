@@ -159,6 +159,7 @@ class PromptReductionMixin:
         images: Any,
         schedule: BudgetSchedule,
         selection_output: str | None = None,
+        looked: tuple[VisualModel, Units] | None = None,
     ) -> PreparedInputs:
         """
         Encodes the images, chooses, and drops the columns of what was not chosen.
@@ -169,13 +170,14 @@ class PromptReductionMixin:
             images: in the order of their placeholders, what [`images_in`] took from the arguments of a call.
             schedule: the stack and its budget.
             selection_output: `"gather"` or `"mask"`; by default the configuration's.
+            looked: what [`looked_at`] said of this prompt, these images and this stack, where it was asked before.
 
         Raises:
             ValueError: if placeholders and images do not agree, or a reducer cannot do what it is asked to.
         """
         selection_output = self.checked_output(selection_output)
         placeholders = self.family.placeholders(self.config, prompt.input_ids)
-        visual, units = self.looked_at(prompt.input_ids, images, schedule)
+        visual, units = looked or self.looked_at(prompt.input_ids, images, schedule)
         question, question_ids = self._questions(schedule.steps, prompt, placeholders, units)
         tokens = visual.encode_and_reduce(images, units, schedule, question, question_ids)
         selection = tokens.selection

@@ -5,7 +5,7 @@ modules in the same order; one that does not lets the others wait forever. Whate
 batch does: texts look at a blank image, and every image goes through the reducer. Some reducers cannot promise that.
 """
 
-from ..modeling.parts import layers_of
+from ..modeling.families.encoded import layers_of
 from ..modeling.prompt_reduction import PromptReductionMixin
 
 

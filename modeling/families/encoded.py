@@ -184,8 +184,8 @@ class EncodingFamily(Family):
 
     def attention_module(self, model: PreTrainedModel, layer: int) -> nn.Module:
         """The attention of the tower's layer `layer`, from 0."""
-        blocks = max((m for m in self.tower(model).modules() if isinstance(m, nn.ModuleList)), key=len)
-        return next(m for m in blocks[layer].modules() if type(m).__name__.endswith("Attention"))
+        layer_of_tower = layers_of(self.tower(model))[layer]
+        return next(m for m in layer_of_tower.modules() if type(m).__name__.endswith("Attention"))
 
     def pooled(
         self, model: PreTrainedModel, kind: str, values: torch.Tensor, inputs: Mapping[str, Any]
@@ -252,6 +252,11 @@ class EncodingFamily(Family):
     ) -> list[torch.Tensor]:
         """The tokens `[num_tokens, hidden_size]` that one setting makes of some units of a kind, each by itself."""
         raise NotImplementedError(f"{type(self).__name__} has no dial.")
+
+
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """The layers of a vision tower or of a text model, from the bottom: its longest list of modules."""
+    return max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=len)
 
 
 def num_tiles(height: int, width: int, tile_height: int, tile_width: int) -> int:

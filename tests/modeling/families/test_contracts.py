@@ -1,5 +1,6 @@
 """What a budget promises holds for every family: against the stock class, and against prompts pruned by hand."""
 
+from collections import Counter
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import LlavaNextProcessor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlavaNextProcessor, PreTrainedModel
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from adavtp import AdaVTPProcessor
@@ -30,6 +32,18 @@ from tiny_families import (
 REFERENCE = Path(__file__).parents[3] / "hub_cards/adavtp-digits"
 
 
+class Operations(TorchDispatchMode):
+    """Counts, by name, what torch does inside the `with`; a view does nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.counts[str(func.overloadpacket)] += not func.is_view
+        return func(*args, **kwargs or {})
+
+
 def answers(name: str, prompts: list, side: str = "left", **arguments: object) -> list[list[int]]:
     batch = batch_of(name, prompts, side)
     written = budgeted(name).generate(**batch, max_new_tokens=4, do_sample=False, **arguments)
@@ -42,6 +56,22 @@ def test_at_full_budget_logits_are_the_stock_class_s_to_the_bit(name: str) -> No
     batch = batch_of(name, ragged_prompts(name)[1:2])
     with torch.no_grad():
         assert torch.equal(budgeted(name)(**batch, token_budget=1.0).logits, stock_model(name)(**batch).logits)
+
+
+@pytest.mark.parametrize("token_budget", [1.0, 0.4])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_step_of_decoding_does_nothing_that_the_stock_class_does_not(name: str, token_budget: float) -> None:
+    batch = batch_of(name, [Writer(name).prompt()])
+
+    def second_step(model: PreTrainedModel, **budget: float) -> Counter[str]:
+        with torch.no_grad():
+            cache = model(**batch, **budget, use_cache=True).past_key_values
+            model(input_ids=batch["input_ids"][:, -1:], past_key_values=cache)
+            with Operations() as operations:
+                model(input_ids=batch["input_ids"][:, -1:], past_key_values=cache)
+        return operations.counts
+
+    assert second_step(budgeted(name), token_budget=token_budget) <= second_step(stock_model(name))
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *MIXTURES])
