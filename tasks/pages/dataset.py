@@ -12,7 +12,7 @@ from datasets import List, Value
 
 from ..rows import QUESTION_FEATURES, TEXT, built, conversation, encoded_image
 from ..splits import random_numbers, require_at_least, split_number
-from .drawing import MOST_ENTRIES, draw_page, require_max_entries
+from .drawing import MOST_ENTRIES, TEXT_SHARE, draw_page, require_contents
 from .page import FORMS, NUM_CELLS, PATCH_LABELS, patch_labels
 from .questions import QUESTION_KINDS, SHORT_KINDS, ask_questions, kinds_of_page, require_kinds
 
@@ -42,6 +42,7 @@ def load_pages(
     kinds: Sequence[str] | None = None,
     num_questions: int = 12,
     max_entries: int = MOST_ENTRIES,
+    text_share: float = TEXT_SHARE,
 ) -> datasets.Dataset:
     """
     A data set with one row per page and several questions about each.
@@ -54,7 +55,7 @@ def load_pages(
         kinds: the kinds of question, repetitions allowed; those that a page can be asked take turns on it. By default
             `SHORT_KINDS`.
         num_questions: how many questions every page is asked; fewer where it has not as many that differ.
-        max_entries: most entries on a page, 5 to 15; pages with few are easier to learn from.
+        max_entries, text_share: as in [`draw_page`].
 
     Returns:
         Rows of `image`, `form`, `questions`, `answers` and `kinds`, `answer_patches` (for each question the patches,
@@ -65,8 +66,8 @@ def load_pages(
     """
     require_at_least("num_pages", num_pages, 1)
     require_at_least("num_questions", num_questions, 1)
-    require_max_entries(max_entries)
-    asked = {"num_questions": num_questions, "max_entries": max_entries}
+    require_contents(max_entries, text_share)
+    asked = {"num_questions": num_questions, "max_entries": max_entries, "text_share": text_share}
     return built(_generate_pages, _PAGE_FEATURES, _arguments(num_pages, split, seed, kinds) | asked, cache_dir)
 
 
@@ -111,10 +112,11 @@ def _generate_pages(
     recipe: int,
     num_questions: int,
     max_entries: int,
+    text_share: float,
     kinds: tuple[str, ...] = SHORT_KINDS,
 ) -> Iterator[dict[str, Any]]:
     for index in range(count):
-        page = draw_page(split, index, seed, max_entries)
+        page = draw_page(split, index, seed, max_entries, text_share)
         rng = random_numbers(split, index, seed, for_questions=True)
         possible = kinds_of_page(page, kinds)
         order = rng.permutation(len(possible)).tolist()

@@ -13,8 +13,8 @@ from .typefaces import FACES, NUDGE, glyph_masks
 FEWEST_ENTRIES, MOST_ENTRIES = 5, 15
 _MOST_COLUMNS = 4
 _LARGEST_MARGIN = 4
-# Of lines without an entry, the share that has text.
-_TEXT_SHARE = 0.8
+# Of the places for other text, a line or the rest of one, the share that has it.
+TEXT_SHARE = 0.85
 
 
 def draw_page(
@@ -22,6 +22,7 @@ def draw_page(
     index: int,
     seed: int = 0,
     max_entries: int = MOST_ENTRIES,
+    text_share: float = TEXT_SHARE,
     forms: Sequence[str] = FORMS,
 ) -> Page:
     """
@@ -33,34 +34,37 @@ def draw_page(
         index: which page of the split, 0 or more. The forms take turns.
         seed: which of the endless sequences of pages, 0 or more.
         max_entries: most entries on a page, 5 to 15; pages with few are easier to learn from.
+        text_share: of the places for text that no question asks about, the share that has it, 0 to 1.
         forms: of `FORMS`.
 
     Raises:
         ValueError: if an argument is outside what is allowed.
     """
     rng = random_numbers(split, index, seed)
-    require_max_entries(max_entries)
+    require_contents(max_entries, text_share)
     if not forms or not set(forms) <= set(FORMS):
         raise ValueError(f"forms is {forms!r}; allowed are some of {', '.join(FORMS)}")
     form = forms[index % len(forms)]
-    setter = _Setter(split, rng)
+    setter = _Setter(split, text_share, rng)
     _SETTERS[form](setter, max_entries)
     face = FACES[split][rng.integers(len(FACES[split]))]
     image = _print(setter.glyphs, setter.underlined, face, rng)
     return Page(Image.fromarray(image), form, setter.glyphs, tuple(setter.entries), index)
 
 
-def require_max_entries(max_entries: int) -> None:
-    """Raises `ValueError` for a number of entries that no page has room for, or too few to ask about."""
+def require_contents(max_entries: int, text_share: float) -> None:
+    """Raises `ValueError` for more entries than a page has room for, too few to ask about, or a share that is none."""
     if not is_whole(max_entries) or not FEWEST_ENTRIES <= max_entries <= MOST_ENTRIES:
         raise ValueError(f"max_entries is {max_entries!r}; allowed are {FEWEST_ENTRIES} to {MOST_ENTRIES}")
+    if not 0 <= text_share <= 1:
+        raise ValueError(f"text_share is {text_share!r}; allowed are 0 to 1")
 
 
 class _Setter:
     """A page while it is set: its grid, what is on it so far, and where its text begins and ends."""
 
-    def __init__(self, split: str, rng: np.random.Generator) -> None:
-        self.split, self.rng = split, rng
+    def __init__(self, split: str, text_share: float, rng: np.random.Generator) -> None:
+        self.split, self.text_share, self.rng = split, text_share, rng
         self.glyphs = np.full((NUM_CELLS, NUM_CELLS), BLANK)
         self.entries: list[Entry] = []
         self.underlined: list[tuple[int, int, int]] = []
@@ -98,7 +102,9 @@ class _Setter:
         return tuple((row, column + offset) for offset in range(len(text)))
 
     def text(self, row: int, start: int, end: int) -> None:
-        """Sets small letters, in words of two to six, from column `start` up to `end`."""
+        """Perhaps sets small letters, in words of two to six, from column `start` up to `end`."""
+        if self.rng.random() >= self.text_share:
+            return
         while end - start >= 2:
             length = min(self.number(2, 6), end - start)
             word = "".join(SMALL[number] for number in self.rng.integers(0, len(SMALL), length))
@@ -110,8 +116,7 @@ class _Setter:
     def text_around(self, first: int, last: int) -> None:
         """Sets text above and below the lines from `first` to `last`, one line apart."""
         for row in [*range(first - 1), *range(last + 2, NUM_CELLS)]:
-            if self.rng.random() < _TEXT_SHARE:
-                self.text(row, self.left, self.end - self.number(0, 5))
+            self.text(row, self.left, self.end - self.number(0, 5))
 
 
 def _set_ledger(page: _Setter, most: int) -> None:
@@ -137,8 +142,7 @@ def _set_notes(page: _Setter, most: int) -> None:
     values = dict(zip(keys, page.values(keys), strict=True))
     for row in range(NUM_CELLS):
         if row not in marked:
-            if page.rng.random() < _TEXT_SHARE:
-                page.text(row, page.left, page.end - page.number(0, 4))
+            page.text(row, page.left, page.end - page.number(0, 4))
             continue
         key, column = marked[row], page.number(page.left, page.end - 5)
         key_places, value_places = page.put(row, column, key), page.put(row, column + 3, values[key])

@@ -11,8 +11,8 @@ SHORT_KINDS: tuple[str, ...] = ("value_of_key", "key_of_value", "cell", "larger"
 LONG_KINDS: tuple[str, ...] = ("read_line", "read_entries")
 QUESTION_KINDS: tuple[str, ...] = SHORT_KINDS + LONG_KINDS
 
-# Lines that are read aloud have this many glyphs.
-_SHORTEST_LINE, _LONGEST_LINE = 8, 20
+# How many glyphs a line that is read aloud has, and all entries together.
+_LINE_LENGTHS, _ENTRIES_LENGTHS = range(8, 21), range(20, 61)
 
 _QUESTIONS = (
     "what is the value of",
@@ -90,6 +90,8 @@ _Asked = tuple[str, str, Sequence[Place]]
 def _can_be_asked(page: Page, kind: str) -> bool:
     if kind == "read_line":
         return bool(_readable_lines(page))
+    if kind == "read_entries":
+        return len(_read_entries(page)[1]) in _ENTRIES_LENGTHS
     if kind in ("value_of_key", "key_of_value", "larger"):
         return page.form != "table"
     return kind != "cell" or page.form == "table"
@@ -106,11 +108,7 @@ def _first_entries(page: Page) -> list[Entry]:
 
 
 def _readable_lines(page: Page) -> list[Entry]:
-    return [
-        entry
-        for entry in _first_entries(page)
-        if _SHORTEST_LINE <= (page.glyphs[entry.row] != BLANK).sum() <= _LONGEST_LINE
-    ]
+    return [entry for entry in _first_entries(page) if int((page.glyphs[entry.row] != BLANK).sum()) in _LINE_LENGTHS]
 
 
 def _ask_value_of_key(page: Page, rng: np.random.Generator) -> _Asked:
@@ -157,12 +155,18 @@ def _ask_read_line(page: Page, rng: np.random.Generator) -> _Asked:
 
 
 def _ask_read_entries(page: Page, rng: np.random.Generator) -> _Asked:
+    words, places = _read_entries(page)
+    return "read all the entries .", " ".join(words), places
+
+
+def _read_entries(page: Page) -> tuple[list[str], list[Place]]:
+    """Keys and values in reading order, a table's key once in its row; and the places of their glyphs."""
     words, places = [], []
     for line in _first_entries(page):
         entries = [entry for entry in page.entries if entry.row == line.row]
         words += [line.key, *(entry.value for entry in entries)]
         places += [*line.key_places, *(place for entry in entries for place in entry.value_places)]
-    return "read all the entries .", " ".join(words), places
+    return words, places
 
 
 _ASKERS: dict[str, Callable[[Page, np.random.Generator], _Asked]] = {
