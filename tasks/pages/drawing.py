@@ -10,8 +10,9 @@ from .page import BLANK, CAPITALS, CELL, FORMS, GLYPHS, NUM_CELLS, SMALL, Entry,
 from .questions import WORDS
 from .typefaces import FACES, NUDGE, glyph_masks
 
-FEWEST_ENTRIES, MOST_ENTRIES = 5, 15
-_MOST_COLUMNS = 4
+# A page has at least five entries, unless it is asked to have fewer.
+_FEWEST_ENTRIES, MOST_ENTRIES = 5, 15
+_MOST_ROWS, _MOST_COLUMNS = 7, 4
 _LARGEST_MARGIN = 4
 # Of the places for other text, a line or the rest of one, the share that has it.
 TEXT_SHARE = 0.85
@@ -33,7 +34,8 @@ def draw_page(
             and value.
         index: which page of the split, 0 or more. The forms take turns.
         seed: which of the endless sequences of pages, 0 or more.
-        max_entries: most entries on a page, 5 to 15; pages with few are easier to learn from.
+        max_entries: most entries on a page, 1 to 15; pages with few are easier to learn from. A table has four cells
+            at least.
         text_share: of the places for text that no question asks about, the share that has it, 0 to 1.
         forms: of `FORMS`.
 
@@ -53,9 +55,9 @@ def draw_page(
 
 
 def require_contents(max_entries: int, text_share: float) -> None:
-    """Raises `ValueError` for more entries than a page has room for, too few to ask about, or a share that is none."""
-    if not is_whole(max_entries) or not FEWEST_ENTRIES <= max_entries <= MOST_ENTRIES:
-        raise ValueError(f"max_entries is {max_entries!r}; allowed are {FEWEST_ENTRIES} to {MOST_ENTRIES}")
+    """Raises `ValueError` for more entries than a page has room for, or none, or a share that is none."""
+    if not is_whole(max_entries) or not 1 <= max_entries <= MOST_ENTRIES:
+        raise ValueError(f"max_entries is {max_entries!r}; allowed are 1 to {MOST_ENTRIES}")
     if not 0 <= text_share <= 1:
         raise ValueError(f"text_share is {text_share!r}; allowed are 0 to 1")
 
@@ -121,7 +123,7 @@ class _Setter:
 
 def _set_ledger(page: _Setter, most: int) -> None:
     """Key at the left, value at the right or behind the key, and text in the rest of the line."""
-    keys = page.keys(page.number(FEWEST_ENTRIES, most))
+    keys = page.keys(page.number(min(_FEWEST_ENTRIES, most), most))
     pitch = page.number(1, 2) if 2 * len(keys) <= NUM_CELLS else 1
     top = page.number(0, NUM_CELLS - pitch * (len(keys) - 1) - 1)
     behind_key = page.rng.random() < 0.3
@@ -137,7 +139,7 @@ def _set_ledger(page: _Setter, most: int) -> None:
 
 def _set_notes(page: _Setter, most: int) -> None:
     """Lines of text, some of them with an underlined key and value anywhere in it."""
-    keys = page.keys(page.number(FEWEST_ENTRIES, most))
+    keys = page.keys(page.number(min(_FEWEST_ENTRIES, most), most))
     marked = dict(zip(sorted(page.rng.permutation(NUM_CELLS)[: len(keys)].tolist()), keys, strict=True))
     values = dict(zip(keys, page.values(keys), strict=True))
     for row in range(NUM_CELLS):
@@ -154,8 +156,8 @@ def _set_notes(page: _Setter, most: int) -> None:
 
 def _set_table(page: _Setter, most: int) -> None:
     """Heads of rows at the left, heads of columns above, a value in every cell, and text around it."""
-    num_columns = page.number(2, min(_MOST_COLUMNS, most // 2))
-    num_rows = page.number(2, min(7, most // num_columns))
+    num_columns = page.number(2, max(2, min(_MOST_COLUMNS, most // 2)))
+    num_rows = page.number(2, max(2, min(_MOST_ROWS, most // num_columns)))
     names = page.keys(num_rows + num_columns)
     rows, columns = names[:num_rows], names[num_rows:]
     values = iter(page.values([key for key in rows for _ in columns]))

@@ -92,6 +92,8 @@ def _can_be_asked(page: Page, kind: str) -> bool:
         return bool(_readable_lines(page))
     if kind == "read_entries":
         return len(_read_entries(page)[1]) in _ENTRIES_LENGTHS
+    if kind in ("larger", "below") and len(_first_entries(page)) < 2:
+        return False
     if kind in ("value_of_key", "key_of_value", "larger"):
         return page.form != "table"
     return kind != "cell" or page.form == "table"

@@ -249,7 +249,7 @@ def test_a_page_is_not_asked_the_same_twice(cache_dir: Path) -> None:
     [
         ({"kinds": ["colour"]}, "kinds contains 'colour'"),
         ({"split": "dev"}, "split is 'dev'"),
-        ({"max_entries": 16}, "max_entries is 16; allowed are 5 to 15"),
+        ({"max_entries": 16}, "max_entries is 16; allowed are 1 to 15"),
         ({"text_share": 1.5}, "text_share is 1.5; allowed are 0 to 1"),
         ({"num_pages": 0}, "num_pages is 0"),
     ],
