@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...tasks.conversation_rows import UNDERSTOOD, common_row, row_features, tar_row, turns_column
+from ...tasks.drawn_tasks import TASK_NAMES, drawn_task
 from ...tasks.stored_images import hub_caches, with_undecoded_images
 from .llava_json import load_llava_instruct
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 # Format of a source -> its fields beside `path`, `format` and `weight`.
 FIELDS = {
     "digit-scenes": ("split", "num_questions", "seed", "image_size", "cache_dir", "kinds"),
+    "pages": ("split", "num_questions", "seed", "cache_dir", "kinds"),
     "json": ("images", "trust_image_paths"),
     "saved": ("images", "trust_image_paths"),
     "parquet": ("images", "trust_image_paths", "streaming"),
@@ -56,6 +58,7 @@ def load_conversations(sources: list[dict[str, Any]], seed: int = 0) -> "Dataset
             | `saved` | folder written by `Dataset.save_to_disk` | `images` (itself) |
             | `hub` | as for `load_dataset` | `name`, `split` ("train"), `revision`, `streaming` (false), `images` |
             | `digit-scenes` | `"digit-scenes"` | those of `load_digit_questions` |
+            | `pages` | `"pages"` | those of `load_page_questions` |
 
             `format` is recognised by the path where it is not given. `weight` is above 0, and given for all sources
             or for none; with several sources of which one is streamed it has to be given. `images` is the folder that
@@ -117,8 +120,8 @@ def _named(expected: Any) -> str:
 
 
 def _format(path: str) -> str:
-    if path == "digit-scenes":
-        return "digit-scenes"
+    if path in TASK_NAMES:
+        return path
     endings = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".tar": "webdataset"}
     if Path(path).suffix in endings:
         return endings[Path(path).suffix]
@@ -134,10 +137,8 @@ def _records(kind: str, path: str, given: dict[str, Any]) -> "Dataset | Iterable
     """A source as `datasets` loads it."""
     import datasets
 
-    if kind == "digit-scenes":
-        from ...tasks.digit_scenes import load_digit_questions
-
-        return load_digit_questions(**given)
+    if kind in TASK_NAMES:
+        return drawn_task(kind).load_questions(**given)
     if kind == "saved":
         saved = datasets.load_from_disk(path)
         if isinstance(saved, datasets.DatasetDict):

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArgum
 
 from ...hub_cards.training_record import check_record, check_types
 from ...modeling.processing_adavtp import AdaVTPProcessor
-from ...tasks.digit_scenes import load_digit_questions, load_digit_scenes
+from ...tasks.drawn_tasks import TASK_NAMES, DrawnTask, drawn_task
 from ..adapters import add_adapters
 from ..data.budget_stream import BudgetStream
 from ..data.collator import BudgetCollator
@@ -32,14 +32,14 @@ from ..data.stream import ConversationStream, measured_lengths
 from ..tower_pretraining import PatchLabelCollator, TowerTrainer
 from ..trainer import AdaVTPTrainer
 from ..training_arguments import AdaVTPTrainingArguments
-from .recipe import Stage
+from .recipe import DEFAULT_TASK, Stage
 
 
 def stage_arguments(stage: Stage, folder: Path, seed: int) -> TrainingArguments:
     """The training arguments of one stage. They come before its model: DeepSpeed learns from them how to load it."""
     common = {"report_to": [], "seed": seed}
     if stage.kind == "patch_labels":
-        fixed = {"label_names": ["patch_digits", "patch_colours"], "remove_unused_columns": False}
+        fixed = {"label_names": list(_task(stage.data).patch_labels), "remove_unused_columns": False}
         return TrainingArguments(str(folder), **fixed | common | stage.training)
     return AdaVTPTrainingArguments(str(folder), **common | stage.training)
 
@@ -75,7 +75,9 @@ def stage_trainer(
             evaluated = _encoded(evaluated, ConversationReader(processor, stage.eval_data.get("max_length")))
     data = {"train_dataset": train, "eval_dataset": evaluated}
     if stage.kind == "patch_labels":
-        return TowerTrainer(model, arguments, data_collator=PatchLabelCollator(processor.image_processor), **data)
+        classes = _task(stage.data).patch_labels
+        collator = PatchLabelCollator(processor.image_processor, tuple(classes))
+        return TowerTrainer(model, arguments, classes, stage.num_patches, data_collator=collator, **data)
     model.set_reducer(stage.reducer)
     if stage.gradient_gates is not None:
         model.config.gradient_gates = stage.gradient_gates
@@ -96,13 +98,21 @@ def check_data(stage: Stage) -> None:
         if name == "eval_data" and not data:
             continue
         if stage.kind != "conversations":
-            _check_arguments(load_digit_scenes, data, where)
+            _check_arguments(_task(data).load_examples, _but_path(data), where)
         elif "sources" in data:
             check_types(data, {"sources": list[dict[str, Any]], "max_length": int | None}, where)
         else:
             check_record(data, {"path": str}, where)
-            if data["path"] == "digit-scenes":
-                _check_arguments(load_digit_questions, {key: data[key] for key in data if key != "path"}, where)
+            if data["path"] in TASK_NAMES:
+                _check_arguments(_task(data).load_questions, _but_path(data), where)
+
+
+def _task(data: dict[str, Any]) -> DrawnTask:
+    return drawn_task(data.get("path", DEFAULT_TASK))
+
+
+def _but_path(data: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in data.items() if name != "path"}
 
 
 def _check_arguments(function: Callable[..., Any], data: dict[str, Any], where: str) -> None:
@@ -115,17 +125,17 @@ def _check_arguments(function: Callable[..., Any], data: dict[str, Any], where: 
 
 def _rows(stage: Stage, data: dict[str, Any], seed: int, processor: ProcessorMixin) -> Any:
     """
-    Digit scenes for the first two kinds. For conversations: `sources`; or as `path` `"digit-scenes"`, a folder written
-    by `Dataset.save_to_disk`, or whatever `datasets.load_dataset` takes, of which a row that cannot be read is an
-    error.
+    Drawn examples for the first two kinds, of the task that `path` names. For conversations: `sources`; or as `path` a
+    drawn task, a folder written by `Dataset.save_to_disk`, or whatever `datasets.load_dataset` takes, of which a row
+    that cannot be read is an error.
     """
     if stage.kind != "conversations":
-        return load_digit_scenes(**data)
+        return _task(data).load_examples(**_but_path(data))
     if "sources" in data:
         return load_conversations(data["sources"], seed)
-    path, arguments = data["path"], {name: value for name, value in data.items() if name != "path"}
-    if path == "digit-scenes":
-        return load_digit_questions(**arguments)
+    path, arguments = data["path"], _but_path(data)
+    if path in TASK_NAMES:
+        return _task(data).load_questions(**arguments)
     is_saved = (Path(path) / "dataset_info.json").is_file()
     rows = conversation_rows((load_from_disk if is_saved else load_dataset)(path, **arguments), path)
     reader = ConversationReader(processor)

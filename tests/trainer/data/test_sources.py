@@ -434,7 +434,7 @@ def test_unknown_columns_are_named_beside_those_that_are_understood(tmp_path: Pa
     [
         ({"shuffle": True}, "unknown fields \\['shuffle'\\]; allowed are path, format, weight, images, trust"),
         ({"split": "train"}, "a 'parquet' source has unknown fields \\['split'\\]"),
-        ({"format": "csv"}, "`format` is 'csv'; allowed are 'digit-scenes', 'json'"),
+        ({"format": "csv"}, "`format` is 'csv'; allowed are 'digit-scenes', 'pages', 'json'"),
         ({"weight": 0}, "`weight` is 0; allowed are numbers above 0"),
         ({"weight": -1.0}, "`weight` is -1.0"),
         ({"weight": float("nan")}, "`weight` is nan"),
