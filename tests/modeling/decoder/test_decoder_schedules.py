@@ -21,6 +21,7 @@ from adavtp.modeling.reducers.fastv import FastVReducer
 from adavtp.modeling.reducers.head_threshold import HeadThresholdReducer
 from adavtp.modeling.reducers.priortr import PriorTRReducer
 from adavtp.modeling.reducers.pyramiddrop import PyramidDropReducer
+from adavtp.modeling.reducers.random_layer import RandomLayerReducer
 from adavtp.modeling.reducers.sparsevlm import SparseVLMReducer
 from adavtp.modeling.reducers.vtw import VTWReducer
 from tiny_decoder_views import deep_config
@@ -41,6 +42,7 @@ REDUCERS: dict[str, Callable[[int], DecoderReducer]] = {
     "aim_prune": lambda layers: AimPrune(deep_config(layers)),
     "apet_layer": lambda layers: ApETLayerReducer(deep_config(layers)),
     "priortr": lambda layers: PriorTRReducer(deep_config(layers)),
+    "random_layer": lambda layers: RandomLayerReducer(deep_config(layers)),
 }
 DEPTHS = [1, 2, 3, 4, 7, 24, 32]
 

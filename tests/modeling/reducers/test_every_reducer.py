@@ -118,7 +118,7 @@ REFUSED: dict[str, dict[str, list[Any]]] = {
         "ratios": [[0.5, 0.6, 0.1], [1.0, 0.5, 0.1], [0.5, 0.2, 0.0], [0.5], [], 0.5],
     },
     "query": {"temperature": [0.0, -1.0, math.inf, math.nan]},
-    "random_layer": {"layer": [0, 8], "seed": [-1, 0.5]},
+    "random_layer": {"layer": [0, 8], "ratio": [-0.1, 1.1], "seed": [-1, 0.5]},
     "resampler": {"num_layers": [0], "num_heads": [3, 0]},
     "scope": {"alpha": [-0.5, math.inf, math.nan, "1", True]},
     "sparsevlm": {"version": ["v3"], "tokens": [100], "merge": ["max"], "order": ["random"], "num_heads": [0, 1.5]},
