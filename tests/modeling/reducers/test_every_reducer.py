@@ -93,6 +93,7 @@ REFUSED: dict[str, dict[str, list[Any]]] = {
     "aim_prune": {"layer": [0, 8], "slope": [0.0, 1.5]},
     "apet": {"basis": [0, -1, 2.5, True]},
     "apet_layer": {"layer": [0, 8], "basis": [0], "merge": [1]},
+    "autoprune": {"k0": [0, -1.0, math.inf, "1"], "gamma": [-0.1, math.nan, True]},
     "cdpruner": {"theta": [-0.1, 1.0, math.nan]},
     "cls_attention": {"layer": [-1, 3, 0.5, "1"]},
     "dart": {"pivots": [0, -1, 2.5, True]},
