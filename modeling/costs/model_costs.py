@@ -370,6 +370,8 @@ class _StackCosts:
         if self.decoder is not None and visual:
             mean = budget.of_step(self.decoder, entering)
             keep = None if mean is None else int(mean.sum())
+            if (keep is None or keep < visual) and self.decoder.reducer.adapts:
+                raise _not_known(self.decoder.name, "each prompt has a schedule of its own, by what is seen of it")
             if keep is None or keep < visual:
                 of_layers = tuple(self.decoder.reducer.layer_counts(visual, keep, num_layers))
         of_layers = of_layers or (visual,) * num_layers
@@ -388,10 +390,7 @@ class _StackCosts:
                 reason = "it moves tokens between the images of a prompt"
         if reason is None:
             return wanted
-        raise ValueError(
-            f"How many tokens {step.name!r} keeps is not known before it has run: {reason}. Pass a "
-            "`token_budget`, or the `selection` of what it kept."
-        )
+        raise _not_known(step.name, reason)
 
     def spent(
         self, token_budget: StackBudget | None, num_images: int, text_tokens: int, tokens: VisualTokens
@@ -510,6 +509,13 @@ class _StackCosts:
             finally:
                 hook.remove()
         return self._runs[key]
+
+
+def _not_known(name: str, reason: str) -> ValueError:
+    return ValueError(
+        f"How many tokens {name!r} keeps is not known before it has run: {reason}. Pass a `token_budget`, or the "
+        "`selection` of what it kept."
+    )
 
 
 def _stop(*_: Any) -> None:

@@ -5,7 +5,8 @@ deciding never waits for the device. A new dial is a new policy and, where it tu
 [`Decision`].
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -93,18 +94,30 @@ class VisualTokenPolicy(DecoderPolicy):
         name: of the reducer.
         reducer: what scores and chooses.
         plan: how many visual tokens each layer sees.
+        wanted: of each row the mean number that the plan was made for, `None` for the reducer's own rule; for a
+            reducer that decides at its first cut.
     """
 
-    def __init__(self, name: str, reducer: DecoderReducer, plan: DecoderPlan) -> None:
-        self.name, self.reducer, self.plan = name, reducer, plan
+    def __init__(
+        self, name: str, reducer: DecoderReducer, plan: DecoderPlan, wanted: Sequence[int | None] = ()
+    ) -> None:
+        self.name, self.reducer, self.wanted = name, reducer, wanted
         num_layers = plan.counts.shape[1]
         self.cuts = [cut for cut in reducer.cuts(num_layers) if cut > 0]
+        falls = self._follow(plan)
+        if reducer.adapts and self.cuts:
+            falls = range(self.cuts[0], num_layers)
+        self.layers = frozenset(falls) | self._scored
+
+    def _follow(self, plan: DecoderPlan) -> list[int]:
+        """From here on tokens leave as a plan says; the layers before which some do."""
+        self.plan, num_layers = plan, plan.counts.shape[1]
         falls = [layer for layer in range(1, num_layers) if bool((self._leaving(layer) > 0).any())]
         # Scores are for what leaves before the next cut, which makes its own.
         spans = pairwise([*self.cuts, num_layers])
         self._scored = {start for start, end in spans if any(start <= layer < end for layer in falls)}
-        self.layers = frozenset(falls) | self._scored
         self._num_keep = plan.counts.to(plan.visual_index.device, non_blocking=True)
+        return falls
 
     @classmethod
     def of_prompt(
@@ -143,9 +156,7 @@ class VisualTokenPolicy(DecoderPolicy):
         wanted = [None] * len(num_visual) if num_keep is None else num_keep.tolist()
         counts = torch.tensor(
             [
-                [visual] * num_layers
-                if visual == 0 or (keep is not None and keep >= visual)
-                else reducer.layer_counts(visual, keep, num_layers)
+                [visual] * num_layers if _keeps_all(visual, keep) else reducer.layer_counts(visual, keep, num_layers)
                 for visual, keep in zip(num_visual, wanted, strict=True)
             ]
         )
@@ -159,7 +170,7 @@ class VisualTokenPolicy(DecoderPolicy):
             )
         if num_whole is not None:
             num_whole = num_whole.to(visual_index.device)
-        return cls(name, reducer, DecoderPlan(counts, visual_index, _last(asks), num_whole))
+        return cls(name, reducer, DecoderPlan(counts, visual_index, _last(asks), num_whole), wanted)
 
     def _leaving(self, layer: int) -> torch.Tensor:
         """`[batch]` int64 on the CPU, visual tokens that leave before a layer."""
@@ -167,7 +178,10 @@ class VisualTokenPolicy(DecoderPolicy):
 
     def decide(self, layer: int, view: LayerView) -> Decision | None:
         """See [`DecoderPolicy.decide`]. At a cut the reducer scores anew; in between, the last scores decide."""
-        seen, num_leaving, num_keep = self._seen(view), self._leaving(layer).tolist(), self._num_keep[:, layer]
+        seen = self._seen(view)
+        if self.reducer.adapts and layer == self.cuts[0]:
+            self._adapt(seen)
+        num_leaving, num_keep = self._leaving(layer).tolist(), self._num_keep[:, layer]
         if layer in self._scored:
             with torch.no_grad():
                 view.carried[_SCORES] = self.reducer.scores(seen, self.cuts.index(layer))
@@ -178,6 +192,16 @@ class VisualTokenPolicy(DecoderPolicy):
             return Decision(keep, num_leaving, view.hidden_states)
         keep, hidden_states = self.reducer.reduce(seen, view.carried[_SCORES], num_keep)
         return Decision(keep, num_leaving, hidden_states)
+
+    def _adapt(self, seen: DecoderView) -> None:
+        """Lets the reducer say how many leave where, now that it sees the prompts; the device is waited for."""
+        num_visual, num_layers = self.plan.counts[:, 0].tolist(), self.plan.counts.shape[1]
+        with torch.no_grad():
+            adapted = self.reducer.adapted_counts(seen, num_visual, self.wanted, num_layers)
+        pairs = zip(num_visual, self.wanted, strict=True)
+        keeps_all = torch.tensor([_keeps_all(visual, keep) for visual, keep in pairs])
+        counts = torch.where(keeps_all[:, None], self.plan.counts, torch.tensor(adapted))
+        self._follow(replace(self.plan, counts=counts))
 
     def _seen(self, view: LayerView) -> DecoderView:
         # Where a prompt ends with an image, the column that asks may have left; the last before it asks then.
@@ -210,7 +234,13 @@ class VisualTokenPolicy(DecoderPolicy):
 
     def expand(self, expand_size: int) -> "VisualTokenPolicy":
         """See [`DecoderPolicy.expand`]."""
-        return VisualTokenPolicy(self.name, self.reducer, self.plan.expand(expand_size))
+        wanted = [keep for keep in self.wanted for _ in range(expand_size)]
+        return VisualTokenPolicy(self.name, self.reducer, self.plan.expand(expand_size), wanted)
+
+
+def _keeps_all(num_visual: int, num_keep: int | None) -> bool:
+    """Whether a prompt with so many visual tokens is to keep them all."""
+    return num_visual == 0 or (num_keep is not None and num_keep >= num_visual)
 
 
 def _last(marked: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from .aim import AimReducer
 from .apet import ApETLayerReducer, ApETReducer
+from .autoprune import AutoPruneReducer
 from .cdpruner import CDPrunerReducer
 from .cls_attention import CLSAttentionReducer
 from .controls import GridReducer, RandomReducer
@@ -37,6 +38,7 @@ PUBLISHED_REDUCERS = (
     AimReducer,
     ApETLayerReducer,
     ApETReducer,
+    AutoPruneReducer,
     CDPrunerReducer,
     CLSAttentionReducer,
     GridReducer,

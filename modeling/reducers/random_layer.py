@@ -9,15 +9,15 @@ import torch
 
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..decoder.view import DecoderView
-from .base import register_reducer, require_count
+from .base import register_reducer, require_count, require_share
 from .one_cut import OneCutReducer
 
 
 @register_reducer("random_layer")
 class RandomLayerReducer(OneCutReducer):
     """
-    Drops visual tokens at random before layer k. There is no rule without a budget: how many leave is not published in
-    a form that we could read, and no code is.
+    Drops visual tokens at random before layer k. How many the authors drop there we could not read, and there is no
+    code of theirs yet; the own rule (no budget) is ours.
 
     In training every call draws anew. In evaluation a token's draw depends on `seed` and on its number among the
     prompt's visual tokens at the cut, so that it does not change with what shares the batch.
@@ -25,16 +25,21 @@ class RandomLayerReducer(OneCutReducer):
     Args:
         layer: k, the first layer that sees fewer tokens, in [1, number of layers - 1]; by default 20 of 32, in
             proportion. A budget below k / number of layers is refused.
+        ratio: in [0, 1], the share of visual tokens that the own rule drops; it keeps round((1 - ratio) N).
         seed: of the draw in evaluation, a whole number from 0.
     """
 
-    name, published_layer, has_own_rule = "random_layer", 20, False
+    name, published_layer = "random_layer", 20
     paper = "random from the information horizon on (arXiv 2512.07580)"
 
-    def __init__(self, config: AdaVTPConfig, layer: int | None = None, seed: int = 0) -> None:
+    def __init__(self, config: AdaVTPConfig, layer: int | None = None, ratio: float = 0.5, seed: int = 0) -> None:
         super().__init__(config, layer)
+        require_share("ratio", ratio)
         require_count("seed", seed, least=0)
-        self.seed = seed
+        self.ratio, self.seed = ratio, seed
+
+    def num_left(self, num_visual: int) -> int:
+        return round(num_visual * (1 - self.ratio))
 
     def scores(self, view: DecoderView, cut: int) -> torch.Tensor:
         if self.training:

@@ -23,6 +23,7 @@ IN_DECODER = ["fastv", "vtw", "pyramiddrop", "dart_layer", "depth", "head_thresh
 IN_DECODER += ["apet_layer"]
 WITH_PARAMETERS = [
     {"name": "fastv", "layer": 3, "rows": "all"},
+    {"name": "random_layer", "layer": 3},
     {"name": "tome", "merge": "importance"},
     {"name": "prumerge", "attention": "per_head"},
     {"name": "cls_attention", "layer": 1},

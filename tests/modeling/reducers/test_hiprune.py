@@ -1,6 +1,5 @@
 """What HiPrune promises: anchors of a middle layer, their neighbours, and registers of the layer of the features."""
 
-import math
 from copy import deepcopy
 from dataclasses import replace
 
@@ -99,7 +98,6 @@ def test_anchors_are_of_the_ninth_layer_of_24() -> None:
 
 
 def test_in_published_numbers_of_tokens_a_tenth_are_anchors_and_buffers() -> None:
-    assert [round(count * 0.1 / 5) for count in (64, 128, 192)] == [1, 3, 4]
     for num_keep, number in ((64, 1), (128, 3), (192, 4), (125, 2), (175, 4)):
         features = replace(tiny_features(1, 576), num_patches=576)
         middle = torch.zeros(1, 4, 576)
@@ -109,9 +107,8 @@ def test_in_published_numbers_of_tokens_a_tenth_are_anchors_and_buffers() -> Non
             middle[..., token] = 1.0 - 0.1 * rank
         deep = torch.arange(576.0).expand(1, 4, -1) / 576
         features.attention[MIDDLE].received, features.attention[DEEP].received = middle, deep
-        kept = set(reducer()(features, torch.tensor([num_keep])).positions[0].tolist())
+        kept = reducer()(features, torch.tensor([num_keep])).positions[0].tolist()
         assert [token in kept for token in chosen] == [rank < number for rank in range(6)]
-        assert math.isclose(len(kept), num_keep)
 
 
 @torch.no_grad()

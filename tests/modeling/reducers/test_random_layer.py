@@ -7,7 +7,7 @@ from tiny_decoder_views import deep_config, tiny_view
 from tiny_models import alone, tiny_batch, tiny_model, tiny_text_config
 
 
-def chance(**parameters: int) -> RandomLayerReducer:
+def chance(**parameters: float) -> RandomLayerReducer:
     return RandomLayerReducer(deep_config(32), **parameters).eval()
 
 
@@ -47,6 +47,7 @@ def test_in_the_model_a_prompt_loses_the_same_tokens_in_any_batch() -> None:
     assert torch.equal(own[0], depth[0])
 
 
-def test_the_cut_lies_before_layer_20_of_32_and_there_is_no_rule_without_a_budget() -> None:
-    assert chance().cuts(32) == [20] and not chance().has_own_rule
+def test_the_cut_lies_before_layer_20_of_32() -> None:
+    assert chance().cuts(32) == [20]
     assert chance().layer_counts(576, 360, 32) == [576] * 20 + [0] * 12
+    assert chance(ratio=0.75).layer_counts(576, None, 32) == [576] * 20 + [144] * 12
