@@ -18,7 +18,7 @@ from transformers.integrations import deepspeed
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ...modeling.modeling_adavtp import AdaVTPForConditionalGeneration
 from ...tasks.digit_scenes.processor import build_digit_processor
-from ..adapter_folders import ADAPTER_CONFIG, merge_adapter, processor_for
+from ..adapter_folders import ADAPTER_CONFIG, merge_adapter
 from ..adapters import quantization
 from .recipe import Recipe, Stage
 
@@ -64,7 +64,7 @@ def model_on_disk(recipe: Recipe, stage: Stage, before: Path | None) -> ModelAnd
         if "unexpected keyword" not in str(error):
             raise
         raise ValueError(f"`model` has {', '.join(fields)}, of which one is unknown: {error}") from error
-    return model, processor_for(model, checkpoint)
+    return model, model.processor
 
 
 def _under_adapters(checkpoint: str, stage: Stage) -> dict[str, Any]:
