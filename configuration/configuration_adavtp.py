@@ -114,6 +114,9 @@ class BudgetFields:
             Only for `controller_choice="mmr"`: from 0, likeness alone, to 1, the score alone.
         controller_temperature (`float`, *optional*, defaults to 1.0):
             Temperature of the straight-through gradient of the choice. Larger is smoother.
+        untrained_controller (`bool`, *optional*, defaults to `False`):
+            Whether the controller still has the random weights that it began with, as it does where a checkpoint has
+            none for it, until it is trained. It then refuses to choose, except in training.
         gradient_gates (`"attention"` or `"features"`, *optional*, defaults to `"attention"`):
             Where the gates of the choice act in training, and so what its gradient asks. `"attention"`: a gate
             multiplies the attention that its token gets in every decoder layer, as in DynamicViT (arXiv 2106.02034);
@@ -163,6 +166,7 @@ class BudgetFields:
     controller_choice: Literal["best", "spread", "mmr"] = "best"
     controller_mmr_lambda: float | int = 0.5
     controller_temperature: float | int = 1.0
+    untrained_controller: bool = False
     gradient_gates: Literal["attention", "features"] = "attention"
     selection_output: Literal["gather", "mask"] = "gather"
     visual_position_ids: Literal["original", "compact"] = "original"

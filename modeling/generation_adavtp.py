@@ -128,8 +128,15 @@ class BudgetProcessorList(list[Callable[[torch.LongTensor, torch.Tensor, BudgetS
 
 
 class AdaVTPGenerationMixin(GenerationMixin):
-    """Teaches `generate` to prune the prompt, and to be called with an image and a question."""
+    """
+    Teaches `generate` to prune the prompt, and to be called with an image and a question.
 
+    Attributes:
+        processor_class: whose `from_pretrained` loads the processor that belongs to the model.
+        trusts_remote_code: whether code beside the checkpoint may run.
+    """
+
+    processor_class: type = AdaVTPProcessor
     _processor: ProcessorMixin | None = None
     trusts_remote_code = False
 
@@ -152,7 +159,9 @@ class AdaVTPGenerationMixin(GenerationMixin):
                     "`generate(image, prompt)` needs a processor and this model was not loaded from a checkpoint that "
                     "has one; set `model.processor = AdaVTPProcessor(...)` or pass `input_ids` and `pixel_values`."
                 )
-            self._processor = self._saved_processor()
+            self._processor = self.processor_class.from_pretrained(
+                self.name_or_path, trust_remote_code=self.trusts_remote_code
+            )
         return self._processor
 
     @processor.setter
@@ -282,10 +291,6 @@ class AdaVTPGenerationMixin(GenerationMixin):
                 "P-tuning) puts tokens of its own before a prompt that this model shortens. Use LoRA or IA3."
             )
         return True
-
-    def _saved_processor(self) -> ProcessorMixin:
-        """The processor beside the checkpoint."""
-        return AdaVTPProcessor.from_pretrained(self.name_or_path, trust_remote_code=self.trusts_remote_code)
 
     def inputs_of_questions(self, images: Any, prompts: str | Sequence[str | list[dict[str, Any]]]) -> BatchFeature:
         """Inputs for `generate`, by the model's own processor; see [`processing_adavtp.inputs_of_questions`]."""

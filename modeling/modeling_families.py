@@ -21,7 +21,6 @@ from transformers import (
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
-    ProcessorMixin,
 )
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -177,8 +176,7 @@ def _arguments_of(model_class: type[PreTrainedModel], encoder: str) -> tuple[str
 class FamilyGenerationMixin(AdaVTPGenerationMixin):
     """Teaches a family's `generate` to prune the prompt, and to be called with an image and a question."""
 
-    def _saved_processor(self) -> ProcessorMixin:
-        return AutoProcessor.from_pretrained(self.name_or_path, trust_remote_code=self.trusts_remote_code)
+    processor_class = AutoProcessor
 
     def _prepare_position_ids_for_generation(
         self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]

@@ -13,7 +13,6 @@ from ..evaluation.settings import (
     reducer_label,
     reducer_of_text,
     tokens_per_image,
-    why_untrained,
 )
 from ..modeling.processing_adavtp import inputs_of_questions
 from .console import CheckpointOption, console, load_checkpoint
@@ -45,8 +44,6 @@ def ask(
     choice: dict[str, Any] = {"token_budget": exact_budget(budget_of_text(budget), tokens_per_image(model))}
     if reducer:
         choice["reducer"] = as_trained(model.config, reducer_of_text(",".join(reducer)))
-        if (reason := why_untrained(model, choice["reducer"])) is not None:
-            raise ValueError(reason)
     inputs = inputs_of_questions(processor, str(image), prompt).to(model.device)
     output = model.generate(**inputs, **choice, max_new_tokens=max_new_tokens, return_dict_in_generate=True)
     new_ids, selection = output.sequences[0, inputs["input_ids"].shape[1] :], output["selection"]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from huggingface_hub import metadata_load
 from PIL import Image
-from transformers import AutoModel, AutoProcessor, PreTrainedConfig
+from transformers import AutoModel, PreTrainedConfig
 
 MAX_NEW_TOKENS = 64
 
@@ -71,8 +71,7 @@ class Checkpoint:
         device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
         self.name = name
         self.model = AutoModel.from_pretrained(name, trust_remote_code=True, dtype=dtype).to(device).eval()
-        self.processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
-        self.model.processor = self.processor
+        self.processor = self.model.processor
         # Of other families images may have any size, and N is an image's own.
         self.is_llava = hasattr(self.processor, "of_questions")
         size = self.model.config.vision_config.image_size if self.is_llava else ANY_SIZE

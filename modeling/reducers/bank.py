@@ -217,3 +217,30 @@ def _missing_weights(name: str, parameters: dict[str, Any]) -> MissingWeightsErr
         f"was trained with it, or call `model.set_reducer({name!r}{given})`, which starts from random weights, and "
         "train."
     )
+
+
+def require_trained_controller(step: Step, config: AdaVTPConfig, training: bool) -> None:
+    """
+    That a controller which still has the random weights of its beginning chooses in training alone. One that learns
+    has them no longer.
+
+    Args:
+        step: that is about to choose.
+        config: of the model, which says whether it has them.
+        training: whether the model is in training.
+
+    Raises:
+        MissingWeightsError: if it has and is not.
+    """
+    if step.name != "adaptive" or not config.untrained_controller:
+        return
+    weights = list(step.reducer.parameters())
+    if training and any(weight.requires_grad for weight in weights):
+        config.untrained_controller = False
+    # Without any weights costs are counted, which do not depend on them.
+    elif not training and not weights[0].is_meta:
+        raise MissingWeightsError(
+            f"{config.name_or_path!r} has no weights for the reducer 'adaptive', which would choose at random. Train "
+            "it, or name a reducer that needs no training, such as 'divprune'. To measure it nevertheless set "
+            "`model.config.untrained_controller = False`."
+        )

@@ -14,7 +14,7 @@ from ..budget.schedule import BudgetOfUnits, BudgetSchedule
 from ..budget.selection import Selection
 from ..families.base import Units
 from ..prompt import VisualEmbeddings
-from ..reducers.bank import Step
+from ..reducers.bank import Step, require_trained_controller
 from .budget_token import BudgetToken
 from .encode import encode_image
 from .features import NativeDial, VisionFeatures, fingerprint
@@ -104,6 +104,7 @@ class VisualModel:
             keeps_all = num_keep is not None and bool((num_keep >= entering).all())
             if not self.training and keeps_all and step.reducer.is_exact:
                 continue
+            require_trained_controller(step, self.config, self.training)
             if step.reducer.stage == "projector" and not is_projected:
                 features, is_projected = self._projected(features, "tower_patches" in needs), True
             features, selection = self._reduced(step, features, selection, num_keep)

@@ -18,7 +18,7 @@ from transformers.integrations import deepspeed
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ...modeling.modeling_adavtp import AdaVTPForConditionalGeneration
 from ...tasks.drawn_tasks import drawn_task
-from ..adapter_folders import ADAPTER_CONFIG, merge_adapter, processor_for
+from ..adapter_folders import ADAPTER_CONFIG, merge_adapter
 from ..adapters import quantization
 from ..looking_around import look_around
 from .recipe import DEFAULT_TASK, Recipe, Stage
@@ -69,7 +69,7 @@ def model_on_disk(recipe: Recipe, stage: Stage, before: Path | None) -> ModelAnd
         if "unexpected keyword" not in str(error):
             raise
         raise ValueError(f"`model` has {', '.join(fields)}, of which one is unknown: {error}") from error
-    return model, processor_for(model, checkpoint)
+    return model, model.processor
 
 
 def _under_adapters(checkpoint: str, stage: Stage) -> dict[str, Any]:
