@@ -199,9 +199,11 @@ class FamilyModelMixin(
 
     Attributes:
         is_sharded: see [`AdaVTPModel`].
+        makes_last_logits: whether the family's forward makes the logits of the last columns alone if it is asked to.
     """
 
     is_sharded = False
+    makes_last_logits = True
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
@@ -336,7 +338,7 @@ class FamilyModelMixin(
             )
             prepared.selection.depth = prepared.policy.depth_of_tokens(prepared.selection.is_token, depth)
         else:
-            columns["labels"] = labels_of_logits(columns["labels"], inputs.get("logits_to_keep", 0))
+            columns["labels"] = self._labels_of_logits(columns["labels"], inputs)
             outputs = super().forward(
                 **columns,
                 past_key_values=past_key_values,
@@ -431,6 +433,10 @@ class FamilyModelMixin(
         prompt = Prompt(input_ids, new.attention_mask, new.position_ids, labels, token_types=token_types)
         return new, prompt
 
+    def _labels_of_logits(self, labels: torch.Tensor | None, inputs: Mapping[str, Any]) -> torch.Tensor | None:
+        """Labels of the columns whose logits the family's own forward makes."""
+        return labels_of_logits(labels, inputs.get("logits_to_keep", 0)) if self.makes_last_logits else labels
+
     def _as_family_counts(self, position_ids: torch.Tensor) -> torch.Tensor:
         """Positions from 0 as positions from the family's first."""
         # In a step of decoding every operation counts.
@@ -489,7 +495,7 @@ class FamilyModelMixin(
                 chosen = pruned_cache(past_key_values).prompt.selection
                 chosen.depth = policy.depth_of_tokens(chosen.is_token, depth)
             return outputs
-        labels = labels_of_logits(labels, inputs.get("logits_to_keep", 0))
+        labels = self._labels_of_logits(labels, inputs)
         outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -533,6 +539,7 @@ def family_model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "config_class": config_class,
         "readable_model_types": (config_class.model_type,),
         "forward": _named_forward(stock),
+        "makes_last_logits": "logits_to_keep" in known,
     }
     # LLaVA-like files hold names of an older layout, which are mapped by the name of the class.
     mapping = get_checkpoint_conversion_mapping(stock.__name__) or get_checkpoint_conversion_mapping(

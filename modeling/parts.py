@@ -87,6 +87,7 @@ def never_run_in_tower(model: PreTrainedModel) -> tuple[str, ...]:
     num_layers = model.config.vision_config.num_hidden_layers
     layers = [layers] if isinstance(layers, int) else layers
     num_run = max(layer if layer >= 0 else num_layers + 1 + layer for layer in layers)
-    unused += [f"{tower}{name}" for name in ("post_layernorm.", "layernorm.")]
+    if layers != [-1] or not adapter_of(model.config).reads_last_norm:
+        unused += [f"{tower}{name}" for name in ("post_layernorm.", "layernorm.")]
     above = range(num_run, num_layers)
     return (*unused, *(f"{tower}encoder.{name}.{index}." for name in ("layers", "layer") for index in above))

@@ -17,6 +17,7 @@ class InternVLFamily(EncodingFamily):
     unit_names = ("tile", "frame")
     takes_tensor = ("image",)
     units_differ = False
+    reads_last_norm = True
 
     def image_inputs(
         self, config: PreTrainedConfig, height: int, width: int, number: int = 1

@@ -10,18 +10,18 @@ from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-from adavtp import AdaVTPTrainer, AdaVTPTrainingArguments, BudgetCollator
+from adavtp import AdaVTPForConditionalGeneration, AdaVTPTrainer, AdaVTPTrainingArguments, BudgetCollator
 from adavtp.modeling.parts import PARTS, never_run_in_tower, parts_of_names
 from adavtp.tasks.digit_scenes import load_digit_scenes
 from adavtp.trainer.adapter_folders import load_adapter
-from adavtp.trainer.adapters import add_adapters
+from adavtp.trainer.adapters import add_adapters, quantization
 from adavtp.trainer.data.budget_stream import BudgetStream
 from adavtp.trainer.data.processed import processed_lengths
 from adavtp.trainer.data.reader import ConversationReader, RejectedSample
 from adavtp.trainer.losses import visual_relevance
 from adavtp.trainer.sharded_models import layer_classes, require_same_modules
 from tiny_conversations import assistant, conversation_rows, picture, target_texts, user
-from tiny_families import FAMILIES, Writer, batch_of, with_budget
+from tiny_families import FAMILIES, Writer, batch_of, family_config, stock_model, with_budget
 from tiny_processors import PROCESSED, family_model, family_processor, processor_parts
 from tiny_trainers import EVERY_PART, losses_of, weights_of
 
@@ -128,9 +128,16 @@ def test_a_row_whose_images_are_not_those_of_its_messages_is_an_error() -> None:
 # Which parts there are
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_parameter_is_of_one_part_and_gets_a_gradient_unless_it_never_runs(name: str) -> None:
-    model, writer = with_budget(name).train(), Writer(name)
+# InternVL reads its last layer behind a norm, and others before it.
+NORMED = {"vision_config": {**family_config("internvl").vision_config.to_dict(), "use_mean_pooling": False}}
+MADE = [*((name, {}) for name in FAMILIES), *(("internvl", NORMED | {"vision_feature_layer": at}) for at in (-1, -2))]
+
+
+@pytest.mark.parametrize(("name", "fields"), MADE)
+def test_every_parameter_is_of_one_part_and_gets_a_gradient_unless_it_never_runs(
+    name: str, fields: dict[str, Any]
+) -> None:
+    model, writer = with_budget(name, **fields).train(), Writer(name)
     part_of, never_run = parts_of_names(model), never_run_in_tower(model)
     for prompts in ([writer.prompt(), writer.prompt(images=())], [writer.prompt(images=())]):
         model.zero_grad()
@@ -166,6 +173,25 @@ def test_text_alone_has_the_loss_of_the_stock_class_with_the_tower_in_its_gradie
     evaluated = model(**batch, labels=labels)
     trained = model.train()(**batch, labels=labels, token_budget=0.5)
     assert torch.equal(trained.loss, evaluated.loss) and torch.equal(trained.logits, evaluated.logits)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_in_four_bits_are_the_decoder_s_linear_layers_and_nothing_else(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    stock = stock_model(name)
+    stock.save_pretrained(tmp_path)
+    model = AdaVTPForConditionalGeneration.from_pretrained(
+        tmp_path, quantization_config=quantization("nf4", torch.float32), dtype=torch.float32
+    )
+    in_four_bits = {key for key, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+    decoder = {id(module) for module in stock.get_decoder().modules() if type(module) is nn.Linear}
+    assert in_four_bits == {key for key, module in stock.named_modules() if id(module) in decoder} != set()
+    others = {p.dtype for key, p in model.named_parameters() if key.removesuffix(".weight") not in in_four_bits}
+    assert others == {torch.float32}
+    batch = batch_of(name, [Writer(name).prompt()])
+    with torch.no_grad():
+        logits = torch.stack([run(**batch).logits[0, -1].float() for run in (stock, model)])
+    assert torch.corrcoef(logits)[0, 1] > 0.8
 
 
 # Training

@@ -74,6 +74,30 @@ def test_a_step_of_decoding_does_nothing_that_the_stock_class_does_not(name: str
     assert second_step(budgeted(name), token_budget=token_budget) <= second_step(stock_model(name))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("reducer", ["grid", "fastv"])
+def test_under_autocast_what_deepstack_adds_is_added_as_the_stock_class_adds_it(reducer: str) -> None:
+    stock, model = deepcopy(stock_model("qwen3_vl")).float(), with_budget("qwen3_vl", reducers=[reducer]).float()
+    prompt = Writer("qwen3_vl").prompt(images=((2, 2),), videos=((2, 2, 1),))
+    batch = {
+        key: value.float() if value.is_floating_point() else value
+        for key, value in batch_of("qwen3_vl", [prompt]).items()
+    }
+    labels = torch.full_like(batch["input_ids"], -100)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = stock(**batch).logits
+        for is_training in (True, False):
+            # In training FastV acts inside the decoder also where nothing leaves.
+            whole = model.train(is_training)(**batch, labels=labels, token_budget=1.0)
+            assert torch.equal(whole.logits, expected)
+        outputs = model(**batch, token_budget=0.75)
+    selection = outputs.selection
+    depth = None if selection.depth is None else selection.depth[selection.keep]
+    by_hand = HandPruned("qwen3_vl", prompt, selection.keep[selection.is_token], depth=depth)
+    close = {"atol": 0.25, "rtol": 0.0}
+    torch.testing.assert_close(outputs.logits[0, -4:].double(), by_hand.head(by_hand.hidden()[-4:]), **close)
+
+
 @pytest.mark.parametrize("name", [*FAMILIES, *MIXTURES])
 def test_an_answer_is_the_stock_language_model_s_on_the_prompt_pruned_by_hand(name: str) -> None:
     prompt = ragged_prompts(name)[1]

@@ -186,6 +186,26 @@ def test_where_tiles_are_made_smaller_behind_the_tower_the_budget_may_act_inside
     assert int(outputs.selection.num_keep.sum()) == int((outputs.selection.sizes // 2).sum())
 
 
+@pytest.mark.parametrize("fields", INSIDE, ids=str)
+@pytest.mark.parametrize("name", OPENED)
+def test_text_alone_trains_as_in_evaluation_and_runs_what_a_batch_with_images_runs(
+    name: str, fields: dict[str, Any]
+) -> None:
+    model, losses, learned = with_budget(name, **fields), [], []
+    for prompt in prompts(name)[1:]:
+        batch = batch_of(name, [prompt])
+        call = {**batch, "labels": batch["input_ids"].clone()}
+        call["labels"][:, :-4] = -100
+        losses = [model.eval()(**call).loss]
+        model.zero_grad()
+        losses.append(model.train()(**call, token_budget=0.5).loss)
+        losses[1].backward()
+        learned.append({key for key, parameter in model.named_parameters() if parameter.grad is not None})
+    assert torch.equal(*losses) and learned[0] == learned[1]
+    of_tower = [model.get_parameter(key).grad for key in learned[1] if ".vision_tower." in key]
+    assert of_tower and not any(gradient.any() for gradient in of_tower)
+
+
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in OPENED])
 def test_a_family_that_does_not_open_its_tower_says_so(name: str) -> None:
     if name != "gemma3":
