@@ -118,7 +118,7 @@ class FamilyReductionMixin(PromptReductionMixin):
         self, device: torch.device, schedule: BudgetSchedule
     ) -> tuple[VisualModel, Units, dict[str, Any]]:
         """See [`PromptReductionMixin.look_at_blank`]: at the smallest image that the family knows."""
-        images = {name: value.to(device) for name, value in self.family.image_inputs(self.config, 1, 1).items()}
+        images = {name: value.to(device) for name, value in self.family.image_inputs(self.config, [(1, 1)]).items()}
         images["pixel_values"] = images["pixel_values"].to(self.dtype)
         visual = self._visual_class(schedule)(self, None, images, schedule)
         return visual, visual.units, images

@@ -7,7 +7,7 @@ costs follows from its polynomials, and is worked out for thousands of prompts i
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain
@@ -21,6 +21,8 @@ from ...configuration.configuration_adavtp import AdaVTPConfig, chosen_entries
 from ..budget.schedule import StackBudget
 from ..budget.selection import Selection
 from ..decoder.reducer import DecoderReducer
+from ..families.adapters import adapter_of
+from ..families.encoded import KINDS
 from ..families.llava import LLAVA
 from ..modeling_adavtp import ReducerSpec
 from ..parts import modules_of_parts
@@ -30,6 +32,8 @@ from .counting import flops_by_part, halves_of_tower_layers, remembered, weights
 from .decoder import DecodeCost, DecoderCost, ExecutionPlan
 from .weightless import Looks, family_prompt, looks_of, noise_prompts, weightless_model, with_budget_in
 
+# Height and width of each image of a prompt in pixels; LLaVA's images have one size, `None`.
+ImageSizes = tuple[tuple[int, int] | None, ...]
 # Nothing is chosen and everything is kept. At the full budget a reducer is not asked, and the one that stands for it
 # reads nothing, so that nothing is prepared for it either.
 FULL, NEVER_ASKED = "full", "grid"
@@ -141,14 +145,18 @@ class ModelCosts:
 
     Args:
         config: the model's, of any family.
-        image_size: height and width in pixels, as the family's processor leaves them; LLaVA's images have one size.
+        image_size: the usual one, height and width in pixels as the family's processor leaves them; `None` for
+            LLaVA, whose images have one size, or where every prompt's are said.
 
     Raises:
-        ValueError: if the size is missing where images differ, or given where they do not.
+        ValueError: if it is given to LLaVA.
     """
 
     def __init__(self, config: PreTrainedConfig, image_size: tuple[int, int] | None = None) -> None:
         self.config, self.image_size = config, image_size
+        self.is_llava = isinstance(config, AdaVTPConfig)
+        if self.is_llava and image_size is not None:
+            raise ValueError(f"`image_size` is {image_size}, and all images of a LLaVA model have its tower's size.")
         self._stacks: dict[Any, _StackCosts] = {}
         self._prompts: dict[Any, Costs] = {}
 
@@ -197,7 +205,7 @@ class ModelCosts:
             raise ValueError(f"`new_tokens` is {new_tokens!r}; allowed are whole numbers from 1.")
         tokens = self.visual_tokens(reducer, token_budget, num_images)
         stack, budget = self._stack(reducer, token_budget)
-        spent = stack.spent(budget, num_images, text_tokens, tokens)
+        spent = stack.spent(budget, self._usual(num_images), text_tokens, tokens)
         return self._costs(text_tokens, tokens, spent, new_tokens, dtype, plan)
 
     def of_selection(
@@ -207,6 +215,7 @@ class ModelCosts:
         *,
         token_budget: StackBudget | None = None,
         reducer: ReducerSpec | None = None,
+        image_sizes: ImageSizes | None = None,
     ) -> Costs:
         """
         The FLOPs of one prompt whose visual tokens have been chosen, also by a rule that only the image could answer.
@@ -215,25 +224,73 @@ class ModelCosts:
             selection: of the prompt's images, or `None` if it has none.
             text_tokens: see [`ModelCosts.of_prompt`].
             token_budget, reducer: with which it was made.
+            image_sizes: of its images, see [`ModelCosts`]; by default as many of the usual size as have its units.
 
         Raises:
             ValueError: see [`ModelCosts.of_prompt`].
         """
         stack, budget = self._stack(reducer, token_budget)
-        num_units = 0 if selection is None else len(selection.sizes)
-        others = stack.others_of(num_units)
-        tokens = VisualTokens.chosen(selection, self.config.text_config.num_hidden_layers, others)
-        key = (stack, _written(budget), tokens, text_tokens)
+        if image_sizes is None:
+            num_units = 0 if selection is None else len(selection.sizes)
+            image_sizes = self._usual(num_units and -(-num_units // len(self.looks(self._usual(1)).sizes)))
+        others = self.looks(image_sizes).others
+        tokens = VisualTokens.chosen(selection, self.config.get_text_config().num_hidden_layers, others)
+        key = (stack, _written(budget), tokens, text_tokens, image_sizes)
         if key not in self._prompts:
-            self._prompts[key] = self._costs(text_tokens, tokens, stack.spent_on(tokens, budget, text_tokens))
+            spent = stack.spent_on(tokens, budget, text_tokens, image_sizes)
+            self._prompts[key] = self._costs(text_tokens, tokens, spent)
         return self._prompts[key]
+
+    def looks(self, image_sizes: ImageSizes) -> Looks:
+        """What such images of one prompt are to the model: units and their tokens."""
+        stack, _ = self._stack(NEVER_ASKED, 1.0)
+        return stack.looks(image_sizes)
+
+    def image_sizes_of(self, inputs: Mapping[str, Any]) -> list[ImageSizes | None]:
+        """
+        The images of each prompt of a batch, told by how many placeholders stand in its row; `None` of prompts that
+        show videos, and of all if the inputs do not say sizes.
+
+        Args:
+            inputs: `input_ids`, pixels, grids and sizes, as the processor returns them.
+
+        Raises:
+            ValueError: if the images are not those of so many placeholders.
+        """
+        family, ids = adapter_of(self.config), inputs["input_ids"]
+        given = {kind for kind, pixels in KINDS.items() if inputs.get(pixels) is not None}
+        found = family.image_sizes(self.config, inputs) if "image" in given else []
+        if found is None or ("video" in given and family.shares_placeholder):
+            return [None] * len(ids)
+        rows: list[ImageSizes | None] = []
+        for kinds in family.kinds(self.config, ids):
+            own, number = (), int((kinds == 0).sum())
+            # Alone an image may be cut in other tiles than among others.
+            while found and (not own or sum(self.looks(own).columns) != number) and number:
+                own = (*own, found.pop(0))
+            if own and (columns := sum(self.looks(own).columns)) != number:
+                raise ValueError(
+                    f"`input_ids` has {number} placeholders of images in a row, and images of {list(own)} pixels have "
+                    f"{columns}."
+                )
+            rows.append(None if bool((kinds == 1).any()) else own)
+        return rows
 
     def visual_tokens(
         self, reducer: ReducerSpec | None = None, token_budget: StackBudget | None = None, num_images: int = 1
     ) -> VisualTokens:
         """How many visual tokens go where; nothing runs. See [`ModelCosts.of_prompt`]."""
         stack, budget = self._stack(reducer, token_budget)
-        return stack.planned(budget, num_images)
+        return stack.planned(budget, self._usual(num_images))
+
+    def _usual(self, num_images: int) -> ImageSizes:
+        """So many images of the usual size."""
+        if num_images and not self.is_llava and self.image_size is None:
+            raise ValueError(
+                f"`image_size` is None for a {self.config.model_type!r} model, whose images differ; say height and "
+                "width in pixels."
+            )
+        return (self.image_size,) * num_images
 
     def columns(self, text_tokens: int, tokens: VisualTokens) -> tuple[int, ...]:
         """The columns of a prompt in each decoder layer: text, separators (CLS, newlines), and the visual tokens that
@@ -263,7 +320,7 @@ class ModelCosts:
         # A class may be registered anew under its name, as in a notebook.
         key = (json.dumps(entries, default=repr, sort_keys=True), *(REDUCERS.get(name) for name in names))
         if key not in self._stacks:
-            self._stacks[key] = _StackCosts(self.config, entries, self.image_size)
+            self._stacks[key] = _StackCosts(self.config, entries)
         return self._stacks[key], token_budget
 
     def _costs(
@@ -301,16 +358,8 @@ class _Reached(Exception):  # noqa: N818
 class _StackCosts:
     """What choosing costs, for one stack of reducers."""
 
-    def __init__(
-        self, config: PreTrainedConfig, entries: list[str | dict[str, Any]], image_size: tuple[int, int] | None
-    ) -> None:
-        self.config, self.image_size = config, image_size
-        self.is_llava = isinstance(config, AdaVTPConfig)
-        if self.is_llava != (image_size is None):
-            raise ValueError(
-                f"`image_size` is {image_size} for a {config.model_type!r} model; LLaVA's images have one size, and "
-                "of other families' it has to be said, height and width in pixels."
-            )
+    def __init__(self, config: PreTrainedConfig, entries: list[str | dict[str, Any]]) -> None:
+        self.config, self.is_llava = config, isinstance(config, AdaVTPConfig)
         # A floor on the entropy adds tokens to noise; how many it adds to an image is what a selection says.
         self.model = weightless_model(
             config,
@@ -322,7 +371,7 @@ class _StackCosts:
         )
         self.inner = with_budget_in(self.model)
         self.steps = self.inner.steps()
-        self._looks: dict[int, Looks] = {}
+        self._looks: dict[ImageSizes, Looks] = {}
         self.decoder = self.steps[-1] if self.steps[-1].reducer.stage == "decoder" else None
         self.before = self.steps[: len(self.steps) - (self.decoder is not None)]
         self._runs: dict[Any, Counter] = {}
@@ -331,36 +380,26 @@ class _StackCosts:
         if self.decoder is not None:
             _leave_out_what_is_not_read(self.model.get_decoder().layers, self.decoder.reducer)
 
-    def looks(self, num_images: int) -> Looks:
-        """What so many images are to the model."""
-        if num_images not in self._looks:
+    def looks(self, images: ImageSizes) -> Looks:
+        """What such images are to the model."""
+        if images not in self._looks:
             if self.is_llava:
-                sizes = (LLAVA.tokens_per_image(self.config),) * num_images
-                self._looks[num_images] = Looks(sizes, num_images * int(self.config.keep_cls), {})
-            elif num_images == 0:
-                self._looks[0] = Looks((), 0, {}, 0)
+                sizes = (LLAVA.tokens_per_image(self.config),) * len(images)
+                self._looks[images] = Looks(sizes, len(images) * int(self.config.keep_cls), {})
             else:
-                self._looks[num_images] = looks_of(self.model, self.image_size, num_images)
-        return self._looks[num_images]
+                self._looks[images] = looks_of(self.model, images) if images else Looks((), 0, {})
+        return self._looks[images]
 
-    def images_of(self, num_units: int) -> int:
-        """The number of images that so many units are of."""
-        return -(-num_units // len(self.looks(1).sizes))
-
-    def others_of(self, num_units: int) -> int:
-        """Separators of the images that so many units are of."""
-        return self.looks(self.images_of(num_units)).others
-
-    def planned(self, token_budget: StackBudget | None, num_images: int) -> VisualTokens:
+    def planned(self, token_budget: StackBudget | None, images: ImageSizes) -> VisualTokens:
         """How many tokens go where, by the model's own rules."""
-        key = (_written(token_budget), num_images)
+        key = (_written(token_budget), images)
         if key not in self._plans:
-            self._plans[key] = self._planned(token_budget, num_images)
+            self._plans[key] = self._planned(token_budget, images)
         return self._plans[key]
 
-    def _planned(self, token_budget: StackBudget | None, num_images: int) -> VisualTokens:
-        num_layers = self.config.text_config.num_hidden_layers
-        schedule, looks = self.inner.resolve_budget(token_budget, None, 1), self.looks(num_images)
+    def _planned(self, token_budget: StackBudget | None, images: ImageSizes) -> VisualTokens:
+        num_layers = self.config.get_text_config().num_hidden_layers
+        schedule, looks = self.inner.resolve_budget(token_budget, None, 1), self.looks(images)
         sizes = torch.tensor(looks.sizes, dtype=torch.long)
         budget = schedule.of_units(torch.zeros_like(sizes), sizes)
         entering = sizes
@@ -393,12 +432,13 @@ class _StackCosts:
         raise _not_known(step.name, reason)
 
     def spent(
-        self, token_budget: StackBudget | None, num_images: int, text_tokens: int, tokens: VisualTokens
+        self, token_budget: StackBudget | None, images: ImageSizes, text_tokens: int, tokens: VisualTokens
     ) -> Counter:
         """The tower, the projector, and under `None` what choosing costs."""
-        if not num_images:
+        if not images:
             return Counter()
         leaves_inside = self.decoder is not None and tokens.of_layers[-1] < tokens.of_layers[0]
+<<<<<<< HEAD
         is_rescaled = self.config.visual_attention == "rescaled"
         if not leaves_inside and not is_rescaled:
             return self._run(token_budget, num_images, _TEXTS[0], 0)
@@ -411,6 +451,13 @@ class _StackCosts:
         return self._on_parabola(
             asked, text_tokens, _TEXTS, lambda text: self._run(token_budget, num_images, text, stop)
         )
+=======
+        if not leaves_inside:
+            return self._run(token_budget, images, _TEXTS[0], 0)
+        stop = self.decoder.reducer.cuts(len(tokens.of_layers))[-1]
+        asked = (_written(token_budget), images)
+        return self._on_parabola(asked, text_tokens, _TEXTS, lambda text: self._run(token_budget, images, text, stop))
+>>>>>>> costs
 
     def _on_parabola(self, asked: Any, place: int, places: Sequence[int], run: Callable[[int], Counter]) -> Counter:
         """Run for the first places that are asked for; for all others what choosing costs lies on the parabola."""
@@ -422,24 +469,23 @@ class _StackCosts:
         weighted = zip(weights_on_parabola(place, places), runs, strict=True)
         return Counter({**runs[0], None: float(sum(weight * run[None] for weight, run in weighted))})
 
-    def spent_on(self, tokens: VisualTokens, token_budget: StackBudget | None, text_tokens: int) -> Counter:
+    def spent_on(
+        self, tokens: VisualTokens, token_budget: StackBudget | None, text_tokens: int, images: ImageSizes
+    ) -> Counter:
         """The same where the numbers of tokens are given."""
         if not tokens.sizes:
             return Counter()
-        num_images = self.images_of(len(tokens.sizes))
-        if tokens.sizes != (expected := self.looks(num_images).sizes):
+        if tokens.sizes != (expected := self.looks(images).sizes):
             raise ValueError(
                 f"`selection` is of {list(tokens.sizes)} visual tokens, and images of the size that is counted have "
                 f"{list(expected)}; pass the `image_size` that they were of."
             )
         try:
-            as_planned = self.planned(token_budget, num_images)
+            as_planned = self.planned(token_budget, images)
         except ValueError:
             as_planned = None
         if tokens == as_planned or (not self.is_llava and token_budget is not None):
-            return self.spent(token_budget, num_images, text_tokens, tokens)
-        if not self.is_llava:
-            raise ValueError("`selection` says what was kept, and not what choosing it cost; pass the `token_budget`.")
+            return self.spent(token_budget, images, text_tokens, tokens)
         names = list(dict.fromkeys(step.name for step in self.before))
         if len(names) > 1 and token_budget is None:
             raise ValueError(
@@ -447,7 +493,10 @@ class _StackCosts:
             )
         together = any(step.reducer.redistributes for step in self.before)
         if len(names) > 1 or (together and token_budget is not None):
-            return self._with_projected(self.spent(token_budget, num_images, text_tokens, tokens), tokens)
+            return self._with_projected(self.spent(token_budget, images, text_tokens, tokens), tokens)
+        if not self.is_llava:
+            # How many tokens stay of one image and of another changes little in what it costs to choose them.
+            return self.spent({"prompt": sum(tokens.num_keep)}, images, text_tokens, tokens)
         whole: Counter = Counter()
         for size, keep in zip(tokens.sizes, tokens.num_keep, strict=True):
             whole += self._of_kept(size, keep, tokens, text_tokens)
@@ -462,7 +511,7 @@ class _StackCosts:
             if self.decoder is not None and self.decoder.name not in names:
                 # Beside that of the reducer before the decoder, the mean that was left inside it.
                 budget = {**dict.fromkeys(names, budget), self.decoder.name: max(round(tokens.mean), 2)}
-            return self.spent(budget, 1, text_tokens, tokens)
+            return self.spent(budget, (None,), text_tokens, tokens)
 
         if self.decoder is not None:
             return run(keep)
@@ -472,24 +521,24 @@ class _StackCosts:
         """The projector gets rows as long as the longest, unless tokens are chosen behind it."""
         if any(step.reducer.stage == "projector" for step in self.before):
             return spent
-        one = self._run(1.0, 1, _TEXTS[0], 0)["projector"] / (tokens.sizes[0] + int(self.config.keep_cls))
+        one = self._run(1.0, (None,), _TEXTS[0], 0)["projector"] / (tokens.sizes[0] + int(self.config.keep_cls))
         rows = len(tokens.sizes) * (max(tokens.num_keep) + int(self.config.keep_cls))
         return Counter({**spent, "projector": round(rows * one)})
 
-    def _run(self, token_budget: StackBudget | None, num_images: int, text_tokens: int, stop: int) -> Counter:
+    def _run(self, token_budget: StackBudget | None, images: ImageSizes, text_tokens: int, stop: int) -> Counter:
         """The model on a prompt, up to the decoder layer before which the last choice is made."""
-        key = (_written(token_budget), num_images, text_tokens, stop)
+        key = (_written(token_budget), images, text_tokens, stop)
         if key not in self._runs:
             layers = self.model.get_decoder().layers
             if self.is_llava:
                 tower = self.inner.vision_tower
                 vision = [tower.embeddings, *chain(*halves_of_tower_layers(tower))]
                 projector = [self.inner.multi_modal_projector]
-                inputs = noise_prompts(self.config, [text_tokens], [num_images])
+                inputs = noise_prompts(self.config, [text_tokens], [len(images)])
             else:
                 modules = modules_of_parts(self.model)
                 vision, projector = modules["vision"], modules["projector"]
-                inputs = family_prompt(self.model, self.looks(num_images), text_tokens)
+                inputs = family_prompt(self.model, self.looks(images), text_tokens)
             parts = {"vision": vision, "projector": projector, "prefill": list(layers)}
 
             def run() -> None:

@@ -20,12 +20,11 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...configuration.configuration_adavtp import AdaVTPConfig
-from ..budget.schedule import BudgetSchedule
+from ..families.encoded import units_of_kinds
 from ..families.llava import LLAVA
 from ..modeling_adavtp import AdaVTPForConditionalGeneration
 from ..modeling_families import model_class_of
 from ..prompt_reduction import PromptReductionMixin
-from ..vision.family_visual import FamilyVisual
 
 # Torch's own table has attention for GPUs only; the same count for what runs on a CPU.
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -161,29 +160,35 @@ def with_budget_in(model: PreTrainedModel) -> PromptReductionMixin:
 @dataclass(frozen=True)
 class Looks:
     """
-    What images of one size are to a family.
+    What the images of a prompt are to a family.
 
     Attributes:
         sizes: visual tokens of each unit that they come in.
         others: placeholders that are no visual tokens, such as newlines.
         inputs: pixels, grids and sizes, as its encoder takes them.
-        number: of images.
+        columns: placeholders of each image.
     """
 
     sizes: tuple[int, ...]
     others: int
     inputs: dict[str, torch.Tensor]
-    number: int = 1
+    columns: tuple[int, ...] = ()
 
 
-def looks_of(model: PreTrainedModel, image_size: tuple[int, int], number: int) -> Looks:
-    """What a weightless model of a family makes of so many images of a height and a width, in one prompt."""
-    inputs = model.family.image_inputs(model.config, *image_size, number)
-    # Nobody has to be shown attention where nothing is chosen.
-    nothing = BudgetSchedule(1.0, [], 1, model.config.get_text_config().num_hidden_layers)
+def looks_of(model: PreTrainedModel, image_sizes: Sequence[tuple[int, int]]) -> Looks:
+    """What a weightless model of a family makes of images of such heights and widths, in one prompt."""
+    family = model.family
+    inputs = family.image_inputs(model.config, image_sizes)
     with torch.inference_mode(False), torch.no_grad(), ProductsAreNoise():
-        units = FamilyVisual(model, None, inputs, nothing).units
-    return Looks(tuple(units.sizes.tolist()), int((units.token < 0).sum()), inputs, number)
+        is_said = family.image_sizes(model.config, inputs) is not None
+        found = family.units(model, "image", None if is_said else model.encoded("image", inputs), inputs)
+    total, number = len(found.is_separator), len(image_sizes)
+    columns = (total // number,) * number
+    if len(set(image_sizes)) > 1:
+        # Alone an image may be cut in other tiles.
+        columns = tuple(looks_of(model, [size] * 2).columns[0] for size in image_sizes)
+    units = units_of_kinds(torch.zeros(1, total, dtype=torch.long), {"image": found})
+    return Looks(tuple(units.sizes.tolist()), int(found.is_separator.sum()), inputs, columns)
 
 
 def family_prompt(model: PreTrainedModel, looks: Looks | None, text_tokens: int) -> dict[str, torch.Tensor]:
@@ -192,12 +197,12 @@ def family_prompt(model: PreTrainedModel, looks: Looks | None, text_tokens: int)
     special = {placeholder, getattr(model.config, "video_token_id", None)}
     word, other = [number for number in range(4) if number not in special][:2]
     words = [(word, other)[number % 2] for number in range(text_tokens)]
-    num_images, row = 0 if looks is None else looks.number, []
-    for number in range(num_images):
+    columns, row = () if looks is None else looks.columns, []
+    for number, own in enumerate(columns):
         # Families tell images apart by what stands between them.
         row += words[number - 1 : number] if number else []
-        row += [placeholder] * ((sum(looks.sizes) + looks.others) // num_images)
-    ids = torch.tensor([row + words[max(num_images - 1, 0) :]])
+        row += [placeholder] * own
+    ids = torch.tensor([row + words[max(len(columns) - 1, 0) :]])
     named = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     named |= dict.fromkeys(("mm_token_type_ids", "token_type_ids"), (ids == placeholder).long())
     taken = inspect.signature(model.forward).parameters

@@ -6,7 +6,7 @@ never chosen. Inside the tower, which sees every tile with its padding, tokens t
 leaves or merges is chosen among the others.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,14 +29,15 @@ class AnyResFamily(EncodingFamily):
     why_not_in_decoder = None
     unit_names = ("view", "tile")
 
-    def image_inputs(
-        self, config: PreTrainedConfig, height: int, width: int, number: int = 1
-    ) -> dict[str, torch.Tensor]:
+    def image_inputs(self, config: PreTrainedConfig, sizes: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
         """See [`EncodingFamily.image_inputs`]: the whole view and the tiles, and the size before that."""
-        side, size = config.vision_config.image_size, [max(height, 1), max(width, 1)]
-        tiles = image_size_to_num_patches(size, config.image_grid_pinpoints, side)
-        pixels = torch.ones(number, tiles, 3, side, side)
-        return {"pixel_values": pixels, "image_sizes": torch.tensor([size] * number)}
+        side = config.vision_config.image_size
+        tiles = max(image_size_to_num_patches(list(size), config.image_grid_pinpoints, side) for size in sizes)
+        return {"pixel_values": torch.ones(len(sizes), tiles, 3, side, side), "image_sizes": torch.tensor(sizes)}
+
+    def image_sizes(self, config: PreTrainedConfig, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
+        """See [`EncodingFamily.image_sizes`]."""
+        return [(height, width) for height, width in inputs["image_sizes"].tolist()]
 
     def why_not(self, config: PreTrainedConfig, reducer: TokenReducer | type[TokenReducer]) -> str | None:
         """See [`Family.why_not`]."""
@@ -170,12 +171,12 @@ class LlavaOnevisionFamily(AnyResFamily):
     takes_tensor = ("video",)
     unit_names = ("view", "tile", "video")
 
-    def image_inputs(
-        self, config: PreTrainedConfig, height: int, width: int, number: int = 1
-    ) -> dict[str, torch.Tensor]:
+    def image_inputs(self, config: PreTrainedConfig, sizes: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
         """See [`EncodingFamily.image_inputs`]."""
-        together = {"batch_num_images": torch.tensor([number])}
-        return super().image_inputs(config, height, width, number) | together
+        inputs = super().image_inputs(config, sizes)
+        if len(sizes) > 1:
+            inputs["pixel_values"] = inputs["pixel_values"][:, :1]
+        return inputs | {"batch_num_images": torch.tensor([len(sizes)])}
 
     def units(
         self, model: PreTrainedModel, kind: str, output: ModelOutput | None, inputs: Mapping[str, Any]

@@ -4,7 +4,7 @@ That is the seam of transformers 5: `get_image_features` and `get_video_features
 what they made, and a placeholder stands in the prompt for every row of it. An adapter says what the rows are.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,23 +95,28 @@ class EncodingFamily(Family):
         sizes = [entry.reshape(-1, entry.shape[-1]).shape[0] for entry in output.pooler_output]
         return KindUnits([square_or_row(size) for size in sizes], torch.zeros(sum(sizes), dtype=torch.bool))
 
-    def image_inputs(
-        self, config: PreTrainedConfig, height: int, width: int, number: int = 1
-    ) -> dict[str, torch.Tensor]:
+    def image_inputs(self, config: PreTrainedConfig, sizes: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
         """
-        What the family's processor makes of grey images, given a size in pixels that it leaves as it is; of one that
+        What the family's processor makes of grey images, given sizes in pixels that it leaves as they are; of one that
         is smaller than the smallest, an image of that size.
 
         Args:
             config: the model's.
-            height, width: multiples of the side of a token, or where images are cut into tiles, of a tile.
-            number: of images, all in one prompt.
+            sizes: height and width of each image, all in one prompt: multiples of the side of a token, or where images
+                are cut into tiles, of a tile.
 
         Returns:
             The arguments of the family's `get_image_features`. Pixels are not 0, which fills up prompts in some.
         """
         side = config.vision_config.image_size
-        return {"pixel_values": torch.ones(number, 3, side, side)}
+        return {"pixel_values": torch.ones(len(sizes), 3, side, side)}
+
+    def image_sizes(self, config: PreTrainedConfig, inputs: Mapping[str, Any]) -> list[tuple[int, int]] | None:
+        """
+        The reverse of [`EncodingFamily.image_inputs`]: height and width in pixels of every image of a call; `None` if
+        the inputs do not say them. Where they do, the sizes say the units: `units` answers without an output.
+        """
+        return None
 
     def pixels(
         self, model: PreTrainedModel, kind: str, inputs: Mapping[str, Any], num_units: int

@@ -1,6 +1,6 @@
 """Idefics3 and SmolVLM: every tile is a unit; what the encoder makes is joined prompt by prompt."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,12 +18,11 @@ class Idefics3Family(EncodingFamily):
     unit_names = ("tile", "frame")
     units_differ = False
 
-    def image_inputs(
-        self, config: PreTrainedConfig, height: int, width: int, number: int = 1
-    ) -> dict[str, torch.Tensor]:
+    def image_inputs(self, config: PreTrainedConfig, sizes: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
         """See [`EncodingFamily.image_inputs`]: tiles, and a view of the whole image behind several."""
         side = config.vision_config.image_size
-        return {"pixel_values": torch.ones(1, number * num_tiles(height, width, side, side), 3, side, side)}
+        tiles = sum(num_tiles(*size, side, side) for size in sizes)
+        return {"pixel_values": torch.ones(1, tiles, 3, side, side)}
 
     def units(self, model: PreTrainedModel, kind: str, output: ModelOutput, inputs: Mapping[str, Any]) -> KindUnits:
         """See [`EncodingFamily.units`]."""

@@ -1,6 +1,6 @@
 """MiniCPM-V 4.6: tiles of any size in one row of patches, merged 16 to a token or, by the family's own dial, 4."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,14 +21,17 @@ class MiniCPMVFamily(EncodingFamily):
     unit_names = ("image", "tile", "frame")
     has_dial = True
 
-    def image_inputs(
-        self, config: PreTrainedConfig, height: int, width: int, number: int = 1
-    ) -> dict[str, torch.Tensor]:
-        """See [`EncodingFamily.image_inputs`]: one tile, its patches side by side."""
+    def image_inputs(self, config: PreTrainedConfig, sizes: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
+        """See [`EncodingFamily.image_inputs`]: every image one tile, its patches side by side."""
         patch, least = config.vision_config.patch_size, 2 * config.merge_kernel_size[0] ** config.merger_times
-        sides = [max(pixels // patch, least) for pixels in (height, width)]
-        pixels = torch.ones(1, 3, patch, patch * sides[0] * sides[1] * number)
-        return {"pixel_values": pixels, "target_sizes": torch.tensor([sides] * number)}
+        sides = (torch.tensor(sizes) // patch).clamp(min=least)
+        pixels = torch.ones(1, 3, patch, patch * int(sides.prod(dim=-1).sum()))
+        return {"pixel_values": pixels, "target_sizes": sides}
+
+    def image_sizes(self, config: PreTrainedConfig, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
+        """See [`EncodingFamily.image_sizes`]."""
+        patch = config.vision_config.patch_size
+        return [(height * patch, width * patch) for height, width in inputs["target_sizes"].tolist()]
 
     def units(
         self, model: PreTrainedModel, kind: str, output: ModelOutput | None, inputs: Mapping[str, Any]

@@ -1,6 +1,6 @@
 """Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5, GLM-4V: grids of merged patches, and rotary positions on several axes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,15 +24,18 @@ class QwenVLFamily(EncodingFamily):
     why_not_in_decoder = None
     projector_in_tower = ("merger", "deepstack_merger_list")
 
-    def image_inputs(
-        self, config: PreTrainedConfig, height: int, width: int, number: int = 1
-    ) -> dict[str, torch.Tensor]:
+    def image_inputs(self, config: PreTrainedConfig, sizes: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
         """See [`EncodingFamily.image_inputs`]: rows of patches, and their grid."""
         vision = config.vision_config
-        sides = [max(pixels // vision.patch_size, vision.spatial_merge_size) for pixels in (height, width)]
+        sides = (torch.tensor(sizes) // vision.patch_size).clamp(min=vision.spatial_merge_size)
         numbers = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        patches = torch.ones(number * sides[0] * sides[1], numbers)
-        return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, *sides]] * number)}
+        patches = torch.ones(int(sides.prod(dim=-1).sum()), numbers)
+        return {"pixel_values": patches, "image_grid_thw": torch.nn.functional.pad(sides, (1, 0), value=1)}
+
+    def image_sizes(self, config: PreTrainedConfig, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
+        """See [`EncodingFamily.image_sizes`]."""
+        patch = config.vision_config.patch_size
+        return [(height * patch, width * patch) for _, height, width in inputs["image_grid_thw"].tolist()]
 
     unit_names = ("image", "video")
 

@@ -70,7 +70,9 @@ def test_information_flattens_the_curve_and_a_budget_keeps_its_mean() -> None:
 
 @torch.no_grad()
 def test_in_the_model_prompts_differ_and_do_not_depend_on_the_batch() -> None:
-    model = tiny_model(text_config=tiny_text_config(num_layers=6), reducer={"name": "autoprune", "k0": 1.0, "gamma": 0.5})
+    model = tiny_model(
+        text_config=tiny_text_config(num_layers=6), reducer={"name": "autoprune", "k0": 1.0, "gamma": 0.5}
+    )
     images, lengths, budgets = (1, 2, 1, 1), (5, 9, 12, 20), [0.4, 0.6, 1.0, 0.4]
     batch = tiny_batch(model.config, images, lengths)
     for asked in ([None] * 4, budgets):
