@@ -438,26 +438,18 @@ class _StackCosts:
         if not images:
             return Counter()
         leaves_inside = self.decoder is not None and tokens.of_layers[-1] < tokens.of_layers[0]
-<<<<<<< HEAD
         is_rescaled = self.config.visual_attention == "rescaled"
         if not leaves_inside and not is_rescaled:
-            return self._run(token_budget, num_images, _TEXTS[0], 0)
+            return self._run(token_budget, images, _TEXTS[0], 0)
         stop = self.decoder.reducer.cuts(len(tokens.of_layers))[-1] if leaves_inside else 0
         if is_rescaled:
             # Wherever columns leave, attention among those that are left is rescaled anew.
             falls = (layer for layer in range(1, len(tokens.of_layers)) if tokens.falls_before(layer))
             stop = max(stop, *falls, 0)
-        asked = (_written(token_budget), num_images)
-        return self._on_parabola(
-            asked, text_tokens, _TEXTS, lambda text: self._run(token_budget, num_images, text, stop)
-        )
-=======
-        if not leaves_inside:
-            return self._run(token_budget, images, _TEXTS[0], 0)
-        stop = self.decoder.reducer.cuts(len(tokens.of_layers))[-1]
         asked = (_written(token_budget), images)
-        return self._on_parabola(asked, text_tokens, _TEXTS, lambda text: self._run(token_budget, images, text, stop))
->>>>>>> costs
+        return self._on_parabola(
+            asked, text_tokens, _TEXTS, lambda text: self._run(token_budget, images, text, stop)
+        )
 
     def _on_parabola(self, asked: Any, place: int, places: Sequence[int], run: Callable[[int], Counter]) -> Counter:
         """Run for the first places that are asked for; for all others what choosing costs lies on the parabola."""

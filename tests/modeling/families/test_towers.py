@@ -186,8 +186,7 @@ def test_where_tiles_are_made_smaller_behind_the_tower_the_budget_may_act_inside
     assert int(outputs.selection.num_keep.sum()) == int((outputs.selection.sizes // 2).sum())
 
 
-@pytest.mark.parametrize("fields", INSIDE, ids=str)
-@pytest.mark.parametrize("name", OPENED)
+@in_tower
 def test_text_alone_trains_as_in_evaluation_and_runs_what_a_batch_with_images_runs(
     name: str, fields: dict[str, Any]
 ) -> None:
