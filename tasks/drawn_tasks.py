@@ -44,7 +44,13 @@ def _digit_scenes() -> DrawnTask:
         "patch_colours": digit_scenes.BACKGROUND_COLOUR + 1,
     }
     return DrawnTask(
-        digit_scenes.load_digit_scenes, digit_scenes.load_digit_questions, build_digit_processor, labels, {}, 2400, 16
+        load_examples=digit_scenes.load_digit_scenes,
+        load_questions=digit_scenes.load_digit_questions,
+        build_processor=build_digit_processor,
+        patch_labels=labels,
+        patch_words={},
+        num_questions=2400,
+        max_new_tokens=16,
     )
 
 
@@ -53,13 +59,14 @@ def _pages() -> DrawnTask:
     from .pages.processor import build_page_processor
 
     return DrawnTask(
-        pages.load_pages,
-        pages.load_page_questions,
-        build_page_processor,
-        pages.PATCH_LABELS,
-        pages.PATCH_WORDS,
-        2400,
-        64,
+        load_examples=pages.load_pages,
+        load_questions=pages.load_page_questions,
+        build_processor=build_page_processor,
+        patch_labels=pages.PATCH_LABELS,
+        patch_words=pages.PATCH_WORDS,
+        num_questions=2400,
+        # The longest answer has 60 glyphs.
+        max_new_tokens=64,
     )
 
 
