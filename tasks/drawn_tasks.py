@@ -19,6 +19,8 @@ class DrawnTask:
         build_processor: of image size and patch size, the processor of a new model.
         patch_labels: columns of `load_examples` that label patches -> number of classes, the last of which says that
             there is nothing to tell.
+        patch_words: for each of them the token of each class but the last, where a decoder can be told so what a patch
+            shows; empty where it cannot.
         num_questions: how many questions an evaluation asks unless it is told.
         max_new_tokens: what the longest answer needs.
     """
@@ -27,6 +29,7 @@ class DrawnTask:
     load_questions: Callable[..., "Dataset"]
     build_processor: Callable[[int, int], AdaVTPProcessor]
     patch_labels: dict[str, int]
+    patch_words: dict[str, tuple[str, ...]]
     num_questions: int
     max_new_tokens: int
 
@@ -41,7 +44,13 @@ def _digit_scenes() -> DrawnTask:
         "patch_colours": digit_scenes.BACKGROUND_COLOUR + 1,
     }
     return DrawnTask(
-        digit_scenes.load_digit_scenes, digit_scenes.load_digit_questions, build_digit_processor, labels, 2400, 16
+        load_examples=digit_scenes.load_digit_scenes,
+        load_questions=digit_scenes.load_digit_questions,
+        build_processor=build_digit_processor,
+        patch_labels=labels,
+        patch_words={},
+        num_questions=2400,
+        max_new_tokens=16,
     )
 
 
@@ -49,7 +58,16 @@ def _pages() -> DrawnTask:
     from . import pages
     from .pages.processor import build_page_processor
 
-    return DrawnTask(pages.load_pages, pages.load_page_questions, build_page_processor, pages.PATCH_LABELS, 2400, 64)
+    return DrawnTask(
+        load_examples=pages.load_pages,
+        load_questions=pages.load_page_questions,
+        build_processor=build_page_processor,
+        patch_labels=pages.PATCH_LABELS,
+        patch_words=pages.PATCH_WORDS,
+        num_questions=2400,
+        # The longest answer has 60 glyphs.
+        max_new_tokens=64,
+    )
 
 
 _TASKS: dict[str, Callable[[], DrawnTask]] = {"digit-scenes": _digit_scenes, "pages": _pages}

@@ -11,11 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
-
-from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
-from .whole_checkpoints import WholeCheckpointsMixin
 
 
 class PatchLabeller(nn.Module):
@@ -39,7 +36,8 @@ class PatchLabeller(nn.Module):
         background_weight: float = 0.2,
     ) -> None:
         super().__init__()
-        self.vision_tower = vision_tower
+        # An earlier stage may have frozen it.
+        self.vision_tower = vision_tower.requires_grad_(True)
         self.heads = nn.ModuleDict(
             {name: nn.Linear(vision_tower.config.hidden_size, classes) for name, classes in label_classes.items()}
         )
@@ -85,39 +83,6 @@ class PatchLabeller(nn.Module):
         weight = torch.ones(logits.shape[-1], device=logits.device)
         weight[-1] = self.background_weight
         return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), weight=weight)
-
-
-class TowerTrainer(WholeCheckpointsMixin, Trainer):
-    """
-    Trains the tower of a model as a [`PatchLabeller`], in place; saves the model, and in checkpoints on the way the
-    labeller. `label_classes` and `num_patches` are the labeller's. Raises `ValueError` if parameters are spread over
-    processes.
-    """
-
-    def __init__(
-        self,
-        model: AdaVTPForConditionalGeneration,
-        args: TrainingArguments,
-        label_classes: Mapping[str, int],
-        num_patches: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self._whole_model = model
-        # An earlier stage may have frozen it.
-        tower = model.model.vision_tower.requires_grad_(True)
-        super().__init__(model=PatchLabeller(tower, label_classes, num_patches), args=args, **kwargs)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                "A stage of kind 'patch_labels' trains a part of the model that is saved with the rest; run it on one "
-                "process or with DDP."
-            )
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """See `Trainer`."""
-        if _internal_call:
-            super().save_model(output_dir, _internal_call)
-        elif self.args.should_save:
-            self._whole_model.save_pretrained(output_dir or self.args.output_dir)
 
 
 @dataclass

@@ -58,7 +58,8 @@ def evaluate(
         str,
         typer.Option(
             help="digit-scenes or pages; a data set on the Hub, a folder or a file (parquet, json, jsonl) in "
-            "conversational form; or a benchmark's local files: vqav2:FOLDER, gqa:, textvqa:, vizwiz:, scienceqa:, pope:, mme:."
+            "conversational form; or a "
+            "benchmark's local files: vqav2:FOLDER, gqa:, textvqa:, vizwiz:, scienceqa:, pope:, mme:."
         ),
     ] = DIGIT_SCENES,
     budgets: BudgetsOption = BUDGETS,  # noqa: B006

@@ -80,29 +80,34 @@ def split_of_pair(key: str, value: str) -> str:
     return "validation" if number < _TEST_PAIRS + _VALIDATION_PAIRS else "train"
 
 
-PATCH_LABELS: dict[str, int] = {
-    "patch_glyphs": len(GLYPHS) + 1,
-    "patch_keys_first": len(CAPITALS) + 1,
-    "patch_keys_second": len(CAPITALS) + 1,
-    "patch_columns_first": len(CAPITALS) + 1,
-    "patch_columns_second": len(CAPITALS) + 1,
-    "patch_values_first": len(DIGITS) + 1,
-    "patch_values_second": len(DIGITS) + 1,
+PATCH_WORDS: dict[str, tuple[str, ...]] = {
+    "patch_glyphs": (*GLYPHS, *(f"##{glyph}" for glyph in GLYPHS)),
+    "patch_keys_first": tuple(CAPITALS),
+    "patch_keys_second": tuple(f"##{capital}" for capital in CAPITALS),
+    "patch_columns_first": tuple(CAPITALS),
+    "patch_columns_second": tuple(f"##{capital}" for capital in CAPITALS),
+    "patch_values_first": tuple(DIGITS),
+    "patch_values_second": tuple(f"##{digit}" for digit in DIGITS),
 }
-"""What is told of each patch, and in how many classes; the last class is that there is nothing to tell."""
+"""What is told of each patch, and the token of each class; one more class, the last, has nothing to tell."""
+
+PATCH_LABELS: dict[str, int] = {name: len(words) + 1 for name, words in PATCH_WORDS.items()}
+"""What is told of each patch, and in how many classes."""
 
 
 def patch_labels(page: Page) -> dict[str, np.ndarray]:
     """
-    What each patch shows, and what it belongs to: the glyph; for glyphs of entries also the two capitals of the key,
-    of the column, and the two digits of the value. In a line of a ledger or a table every glyph belongs to the key.
-    A table's key has no one value.
+    What each patch shows, and what it belongs to: the glyph, first in its word or further on; for glyphs of entries
+    also the two capitals of the key, of the column, and the two digits of the value. In a line of a ledger or a table
+    every glyph belongs to the key. A table's key has no one value.
 
     Returns:
         For each name in `PATCH_LABELS`, int64 `[num_patches]`, row by row from the top left.
     """
     labels = {name: np.full(page.glyphs.shape, classes - 1) for name, classes in PATCH_LABELS.items()}
-    labels["patch_glyphs"] = page.glyphs
+    is_glyph = page.glyphs != BLANK
+    goes_on = np.pad(is_glyph, ((0, 0), (1, 0)))[:, :-1]
+    labels["patch_glyphs"] = np.where(is_glyph, page.glyphs + len(GLYPHS) * goes_on, 2 * len(GLYPHS))
     for entry in page.entries:
         own = (*entry.value_places, *(() if entry.column else entry.key_places))
         line = np.flatnonzero(page.glyphs[entry.row] != BLANK)

@@ -40,7 +40,9 @@ _MOST_VALUES = 10_000
 OF_THE_RUN = ("output_dir", "resume_from_checkpoint")
 # What recipes draw that name no task.
 DEFAULT_TASK = "digit-scenes"
-STAGE_KINDS = ("patch_labels", "packed_questions", "conversations")
+# The tower, the decoder and the projector by themselves, of drawn tasks.
+KINDS_OF_PARTS = ("patch_labels", "told_questions", "told_patches")
+STAGE_KINDS = (*KINDS_OF_PARTS, "packed_questions", "conversations")
 EVALUATION = {"questions": int, "budgets": list, "reducers": list}
 # Of data with `sources`, the stream to train on and the rows to evaluate on; see stages.py.
 SOURCE_FIELDS = {
@@ -60,7 +62,9 @@ class Stage:
 
     Attributes:
         name: names the stage's folder.
-        kind: one of `STAGE_KINDS`: `"patch_labels"`, `"packed_questions"` or `"conversations"`.
+        kind: one of `STAGE_KINDS`: `"patch_labels"` trains the tower alone (see [`PatchLabeller`]), `"told_questions"`
+            the decoder ([`ToldReader`]), `"told_patches"` the projector ([`ToldProjector`]); `"packed_questions"` and
+            `"conversations"` train what `train_parts` names.
         data: arguments of the stage's data set; its `path` names a drawn task, or for conversations what to read.
         eval_data: the same for the data set that `Trainer` evaluates on, if `training` asks it to.
         budgets: arguments of [`BudgetStream`]; empty for the full budget throughout.
@@ -69,7 +73,7 @@ class Stage:
             `"features"`, as in [`AdaVTPConfig`]; `None` for no change.
         num_patches: for `"patch_labels"`, how many patches of each image the tower sees, see [`PatchLabeller`]; by
             default all.
-        training: arguments of [`AdaVTPTrainingArguments`], or of `TrainingArguments` for `"patch_labels"`.
+        training: arguments of [`AdaVTPTrainingArguments`], or of `TrainingArguments` for a part alone.
         adapters: arguments of [`add_adapters`], such as `{"r": 16, "lora_alpha": 32}`, and `quantize`, `"nf4"` to have
             four-bit weights under them; empty to train the weights themselves. The stage leaves an adapter, and the
             next one starts from it merged.
@@ -104,7 +108,7 @@ class Stage:
                 f"stage {self.name!r}: `num_patches` is {self.num_patches}; a stage of kind 'patch_labels' may have a "
                 "number from 1, others none."
             )
-        of_training = TrainingArguments if self.kind == "patch_labels" else AdaVTPTrainingArguments
+        of_training = TrainingArguments if self.kind in KINDS_OF_PARTS else AdaVTPTrainingArguments
         arguments = [f.name for f in fields(of_training) if f.name not in OF_THE_RUN]
         known = {"training": arguments, "budgets": BUDGETS, "adapters": ADAPTER_FIELDS}
         for group, names in known.items():
@@ -138,7 +142,7 @@ class Stage:
             )
         # What trains where the recipe does not say is the decoder, among others.
         train_parts = self.training.get("train_parts", list(ADAPTED_PARTS))
-        if self.kind == "patch_labels" or not set(train_parts) & set(ADAPTED_PARTS):
+        if self.kind in KINDS_OF_PARTS or not set(train_parts) & set(ADAPTED_PARTS):
             raise ValueError(
                 f"stage {self.name!r}: `adapters` is {self.adapters}, with `kind` {self.kind!r} and `train_parts` "
                 f"{train_parts}; adapters are for {' and '.join(ADAPTED_PARTS)} in the other kinds of stages."

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from datasets import Dataset, load_dataset, load_from_disk
+from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments
 
 from ...hub_cards.training_record import check_record, check_types
+from ...modeling.modeling_adavtp import AdaVTPForConditionalGeneration
 from ...modeling.processing_adavtp import AdaVTPProcessor
 from ...tasks.drawn_tasks import TASK_NAMES, DrawnTask, drawn_task
 from ..adapters import add_adapters
@@ -29,16 +31,18 @@ from ..data.packed_collator import PackedQuestionCollator
 from ..data.reader import ConversationReader
 from ..data.sources import conversation_rows, load_conversations
 from ..data.stream import ConversationStream, measured_lengths
-from ..tower_pretraining import PatchLabelCollator, TowerTrainer
+from ..decoder_pretraining import ToldImageCollator, ToldPageCollator, ToldPatches, ToldProjector, ToldReader
+from ..part_trainer import PartTrainer
+from ..tower_pretraining import PatchLabelCollator, PatchLabeller
 from ..trainer import AdaVTPTrainer
 from ..training_arguments import AdaVTPTrainingArguments
-from .recipe import DEFAULT_TASK, Stage
+from .recipe import DEFAULT_TASK, KINDS_OF_PARTS, Stage
 
 
 def stage_arguments(stage: Stage, folder: Path, seed: int) -> TrainingArguments:
     """The training arguments of one stage. They come before its model: DeepSpeed learns from them how to load it."""
     common = {"report_to": [], "seed": seed}
-    if stage.kind == "patch_labels":
+    if stage.kind in KINDS_OF_PARTS:
         fixed = {"label_names": list(_task(stage.data).patch_labels), "remove_unused_columns": False}
         return TrainingArguments(str(folder), **fixed | common | stage.training)
     return AdaVTPTrainingArguments(str(folder), **common | stage.training)
@@ -52,7 +56,8 @@ def stage_trainer(
     seed: int,
 ) -> Trainer:
     """
-    An [`AdaVTPTrainer`] of one stage, or a [`TowerTrainer`] for `"patch_labels"`, ready to `train` the model in place.
+    An [`AdaVTPTrainer`] of one stage, or a [`PartTrainer`] for one that trains a part, ready to `train` the model in
+    place.
 
     Raises:
         ValueError: if the tower alone is to be trained with its parameters spread over processes; if the kind is not
@@ -74,10 +79,9 @@ def stage_trainer(
         if evaluated is not None and "sources" in stage.eval_data:
             evaluated = _encoded(evaluated, ConversationReader(processor, stage.eval_data.get("max_length")))
     data = {"train_dataset": train, "eval_dataset": evaluated}
-    if stage.kind == "patch_labels":
-        classes = _task(stage.data).patch_labels
-        collator = PatchLabelCollator(processor.image_processor, tuple(classes))
-        return TowerTrainer(model, arguments, classes, stage.num_patches, data_collator=collator, **data)
+    if stage.kind in KINDS_OF_PARTS:
+        part, collator = _part(model, processor, stage, budgets)
+        return PartTrainer(model, part, arguments, data_collator=collator, **data)
     model.set_reducer(stage.reducer)
     if stage.gradient_gates is not None:
         model.config.gradient_gates = stage.gradient_gates
@@ -89,6 +93,25 @@ def stage_trainer(
     else:
         collator = BudgetCollator(processor, **budgets)
     return AdaVTPTrainer(model=model, args=arguments, data_collator=collator, processing_class=processor, **data)
+
+
+def _part(
+    model: AdaVTPForConditionalGeneration, processor: AdaVTPProcessor, stage: Stage, budgets: dict[str, Any]
+) -> tuple[nn.Module, Callable[[list[dict[str, Any]]], dict[str, Tensor]]]:
+    """What a stage trains alone, and what batches its data."""
+    task = _task(stage.data)
+    if stage.kind == "patch_labels":
+        labeller = PatchLabeller(model.model.vision_tower, task.patch_labels, stage.num_patches)
+        return labeller, PatchLabelCollator(processor.image_processor, tuple(task.patch_labels))
+    if not task.patch_words:
+        raise ValueError(
+            f"stage {stage.name!r}: `kind` is {stage.kind!r}, and {stage.data.get('path', DEFAULT_TASK)!r} has no "
+            "words for what its patches show."
+        )
+    told = ToldPatches(processor, task.patch_words)
+    if stage.kind == "told_patches":
+        return ToldProjector(model), ToldImageCollator(told)
+    return ToldReader(model), ToldPageCollator(told, BudgetStream(**budgets))
 
 
 def check_data(stage: Stage) -> None:
