@@ -447,9 +447,7 @@ class _StackCosts:
             falls = (layer for layer in range(1, len(tokens.of_layers)) if tokens.falls_before(layer))
             stop = max(stop, *falls, 0)
         asked = (_written(token_budget), images)
-        return self._on_parabola(
-            asked, text_tokens, _TEXTS, lambda text: self._run(token_budget, images, text, stop)
-        )
+        return self._on_parabola(asked, text_tokens, _TEXTS, lambda text: self._run(token_budget, images, text, stop))
 
     def _on_parabola(self, asked: Any, place: int, places: Sequence[int], run: Callable[[int], Counter]) -> Counter:
         """Run for the first places that are asked for; for all others what choosing costs lies on the parabola."""
