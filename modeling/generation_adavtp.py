@@ -393,11 +393,8 @@ class AdaVTPGenerationMixin(GenerationMixin):
         earlier = pruned_cache(cache).prompt if past_length else None
         is_text = images is None and earlier is None
         embeds, encoded = model_kwargs.get("inputs_embeds"), model_kwargs.get("mm_encoder_outputs")
-        if encoded is not None and images is not None:
-            raise ValueError(
-                "`pixel_values` and `mm_encoder_outputs` were both given; the second are the features of the first, "
-                "encoded already. Pass one of them."
-            )
+        if images is not None:
+            reader.check_images_are_new(encoded)
         if encoded is not None:
             reader.refuse_budget_of_encoded(token_budget, reducer)
             # Expanding for beams, transformers would change the caller's.

@@ -203,7 +203,7 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
         if input_ids is not None:
             check_columns(input_ids, labels, position_ids, caller_targets)
         if pixel_values is not None:
-            _check_images_are_new(mm_encoder_outputs, past_key_values)
+            self.check_images_are_new(mm_encoder_outputs, past_key_values)
         self.refuse_other_features(kwargs)
         encoded = None if mm_encoder_outputs is None else mm_encoder_outputs.get("image")
         if encoded is not None:
@@ -226,7 +226,8 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
         else:
             self.checked_output(selection_output)
             if input_ids is not None and encoded is None:
-                inputs_embeds = self._text_embeds(input_ids, past_key_values, token_budget, reducer)
+                zero = self.zero_of_text(input_ids, past_key_values, token_budget, reducer)
+                inputs_embeds = None if zero is None else self.get_input_embeddings()(input_ids) + zero
                 attention_mask, position_ids = behind_cache(
                     self.config, input_ids, attention_mask, position_ids, past_key_values
                 )
@@ -295,40 +296,6 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
             policy=policy,
             compact=self.config.visual_position_ids == "compact",
             **kwargs,
-        )
-
-    def _text_embeds(
-        self,
-        input_ids: torch.LongTensor,
-        past_key_values: Cache | None,
-        token_budget: StackBudget | None,
-        reducer: ReducerSpec | None,
-    ) -> torch.Tensor | None:
-        """Embeddings of a prompt of text where something has to be added to them, `None` elsewhere."""
-        if past_key_values is None and not torch.compiler.is_compiling():
-            # A placeholder without an image is refused; a graph cannot ask for one.
-            self.units_of(input_ids, 0)
-        has_to_look = self.training or self.is_sharded
-        if token_budget is None and reducer is None and not has_to_look:
-            return None
-        schedule = self.resolve_budget(token_budget, reducer, len(input_ids))
-        if not has_to_look or (past_key_values is not None and past_key_values.get_seq_length() > 0):
-            return None
-        zero = self.zero_of_a_blank_image(input_ids, schedule)
-        return self.get_input_embeddings()(input_ids) + zero
-
-
-def _check_images_are_new(mm_encoder_outputs: Any, past_key_values: Cache | None) -> None:
-    if mm_encoder_outputs is not None:
-        raise ValueError(
-            "`pixel_values` and `mm_encoder_outputs` were both given; the second are the features of the first, "
-            "encoded already. Pass one of them."
-        )
-    if past_key_values is not None and past_key_values.get_seq_length() > 0:
-        raise ValueError(
-            "`pixel_values` was given with a `past_key_values` that already holds tokens; to show an image in a "
-            "later turn call `generate`, which knows which columns the cache holds. (PEFT's prefix tuning fills a "
-            "cache; use LoRA or IA3.)"
         )
 
 

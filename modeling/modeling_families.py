@@ -305,11 +305,9 @@ class FamilyModelMixin(
                 reducer,
                 inputs,
             )
-        if input_ids is None or (past_key_values is not None and int(past_key_values.get_seq_length()) > 0):
-            raise ValueError(
-                "Images were given with `inputs_embeds`, or with a `past_key_values` that already holds tokens. They "
-                "are placed by the placeholder tokens in `input_ids`; to show one in a later turn call `generate`."
-            )
+        if input_ids is None:
+            input_ids = self.ids_of_embeds(inputs_embeds)
+        self.check_images_are_new(inputs.get("mm_encoder_outputs"), past_key_values)
         schedule = self.resolve_budget(token_budget, reducer, len(input_ids))
         new, prompt = self._prompt(input_ids, attention_mask, position_ids, labels, images, inputs)
         prepared = self.prepare_inputs(prompt, images, schedule, selection_output)
@@ -457,14 +455,7 @@ class FamilyModelMixin(
         """The family's own forward of text, or of what was encoded and pruned already."""
         zero = None
         if input_ids is not None and inputs.get("mm_encoder_outputs") is None:
-            if past_key_values is None and not torch.compiler.is_compiling():
-                self.refuse_placeholders(input_ids)
-            is_begin = past_key_values is None or int(past_key_values.get_seq_length()) == 0
-            has_to_look = (self.training or self.is_sharded) and is_begin
-            if has_to_look or token_budget is not None or reducer is not None:
-                schedule = self.resolve_budget(token_budget, reducer, len(input_ids))
-            if has_to_look:
-                zero = self.zero_of_a_blank_image(input_ids, schedule)
+            zero = self.zero_of_text(input_ids, past_key_values, token_budget, reducer)
             attention_mask, counted = behind_cache(
                 self.config, input_ids, attention_mask, position_ids, past_key_values
             )

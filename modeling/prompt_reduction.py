@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers import Cache
 from transformers.utils import logging
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
@@ -301,6 +302,24 @@ class PromptReductionMixin:
                     "reduced already. Pass pixels to have some of their tokens dropped."
                 )
 
+    @staticmethod
+    def check_images_are_new(mm_encoder_outputs: Any, past_key_values: Cache | None = None) -> None:
+        """
+        Raises:
+            ValueError: if images are given and come encoded as well, or with a cache that holds tokens already.
+        """
+        if mm_encoder_outputs is not None:
+            raise ValueError(
+                "`pixel_values` and `mm_encoder_outputs` were both given; the second are the features of the first, "
+                "encoded already. Pass one of them."
+            )
+        if past_key_values is not None and int(past_key_values.get_seq_length()) > 0:
+            raise ValueError(
+                "`pixel_values` was given with a `past_key_values` that already holds tokens; to show an image in a "
+                "later turn call `generate`, which knows which columns the cache holds. (PEFT's prefix tuning fills "
+                "a cache; use LoRA or IA3.)"
+            )
+
     def check_labels_of_choice(self, prompt: Prompt, schedule: BudgetSchedule, prepared: PreparedInputs) -> None:
         """
         Warns if a prompt's labels leave no question to choose by.
@@ -339,6 +358,28 @@ class PromptReductionMixin:
         mask = prompt.attention_mask
         is_real = mask if mask.dim() == 2 else torch.ones_like(prompt.input_ids)
         return ~placeholders & is_before_answer(is_real, prompt.labels)
+
+    def zero_of_text(
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: Cache | None,
+        token_budget: StackBudget | None,
+        reducer: ReducerSpec | None,
+    ) -> torch.Tensor | None:
+        """
+        Of a call without images: zero that looked at a blank one, where it has to look; a placeholder, or what is no
+        budget, is refused.
+        """
+        if past_key_values is None and not torch.compiler.is_compiling():
+            # A graph cannot ask for one.
+            self.refuse_placeholders(input_ids)
+        has_to_look = self.training or self.is_sharded
+        if token_budget is None and reducer is None and not has_to_look:
+            return None
+        schedule = self.resolve_budget(token_budget, reducer, len(input_ids))
+        if not has_to_look or (past_key_values is not None and int(past_key_values.get_seq_length()) > 0):
+            return None
+        return self.zero_of_a_blank_image(input_ids, schedule)
 
     def zero_of_a_blank_image(self, input_ids: torch.Tensor, schedule: BudgetSchedule) -> torch.Tensor:
         """
