@@ -48,6 +48,7 @@ class EncodingFamily(Family):
         first_position: the position of a prompt's first token where the family's forward counts.
         shares_placeholder: whether videos have the placeholders of images.
         knows_tiles: whether the inputs of a call say which part of a picture each tile shows.
+        images_axis: of pixels, along which images of different prompts stand one behind the other.
         projector_in_tower: modules of the tower that join patches into tokens of the decoder's width, by name.
         why_not_in_decoder: why the loop over decoder layers cannot stand in for the family's own, which may do more
             with embeddings than to put features in the places of placeholders; `None` where it can.
@@ -56,6 +57,7 @@ class EncodingFamily(Family):
     first_position: int = 0
     shares_placeholder: bool = False
     knows_tiles: bool = False
+    images_axis: int = 0
     projector_in_tower: tuple[str, ...] = ()
     why_not_in_decoder: str | None = "it acts inside the decoder, whose inputs are not known for this family."
 
