@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ...configuration.configuration_adavtp import AdaVTPConfig
+from ..parts import modules_of_parts
 from ..vision.tower import _attention, tower_layers
 from .weightless import CPU_FORMULAS, ProductsAreNoise
 
@@ -98,9 +100,16 @@ def flops_by_part(run: Callable[[], Any], parts: Mapping[Hashable, list[nn.Modul
     return result, by_part
 
 
-def halves_of_tower_layers(tower: PreTrainedModel) -> list[list[nn.Module]]:
-    """Of each layer attention and MLP: keys and values that a reducer asks a layer for are the reducer's."""
-    return [[_attention(layer), layer.mlp] for layer in tower_layers(tower)]
+def visual_modules(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
+    """
+    The modules of `"vision"` and `"projector"` of a model of any family, none inside another. Of a LLaVA's tower they
+    are the halves of its layers: keys and values that a reducer asks a layer for are the reducer's.
+    """
+    tower = model.get_encoder(modality="image")
+    if not isinstance(model.config, AdaVTPConfig):
+        return modules_of_parts(model)
+    halves = [half for layer in tower_layers(tower) for half in (_attention(layer), layer.mlp)]
+    return {"vision": [tower.embeddings, *halves], "projector": [model.model.multi_modal_projector]}
 
 
 def weights_on_parabola(place: int, points: Sequence[int]) -> list[Fraction]:

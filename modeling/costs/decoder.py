@@ -170,7 +170,7 @@ class DecoderCost:
         first, parts = first_alike(layers, config), _parts(layers)
         for index in range(len(layers)):
             if first[index] < index:
-                layers[index].forward = lambda hidden_states, *_, **__: hidden_states
+                pass_through(layers[index])
         runs = [_run(model, parts, number) for number in _LENGTHS]
         caches = [output.past_key_values for output, _ in runs[:2]]
         numbers = _cached_numbers(caches[0])
@@ -258,6 +258,11 @@ def first_alike(layers: nn.ModuleList, config: PreTrainedConfig) -> list[int]:
         kinds.setdefault((kind, *map(_described, layer.modules())), index)
         for index, (kind, layer) in enumerate(zip(types, layers, strict=True))
     ]
+
+
+def pass_through(layer: nn.Module) -> None:
+    """Makes a layer give back what it gets."""
+    layer.forward = lambda hidden_states, *_, **__: hidden_states
 
 
 def _described(module: nn.Module) -> tuple:

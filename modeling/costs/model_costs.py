@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -25,10 +24,9 @@ from ..families.adapters import adapter_of
 from ..families.encoded import KINDS
 from ..families.llava import LLAVA
 from ..modeling_adavtp import ReducerSpec
-from ..parts import modules_of_parts
 from ..reducers.aim import merged_count
 from ..reducers.base import REDUCERS, ScoringReducer
-from .counting import flops_by_part, halves_of_tower_layers, remembered, weights_on_parabola
+from .counting import flops_by_part, remembered, visual_modules, weights_on_parabola
 from .decoder import DecodeCost, DecoderCost, ExecutionPlan
 from .weightless import Looks, family_prompt, looks_of, noise_prompts, weightless_model, with_budget_in
 
@@ -285,11 +283,8 @@ class ModelCosts:
 
     def _usual(self, num_images: int) -> ImageSizes:
         """So many images of the usual size."""
-        if num_images and not self.is_llava and self.image_size is None:
-            raise ValueError(
-                f"`image_size` is None for a {self.config.model_type!r} model, whose images differ; say height and "
-                "width in pixels."
-            )
+        if num_images and not self.is_llava:
+            require_size(self.config, self.image_size)
         return (self.image_size,) * num_images
 
     def columns(self, text_tokens: int, tokens: VisualTokens) -> tuple[int, ...]:
@@ -349,6 +344,19 @@ class ModelCosts:
 
 
 _model_costs = remembered(ModelCosts)
+
+
+def require_size(config: PreTrainedConfig, image_size: tuple[int, int] | None) -> tuple[int, int]:
+    """
+    Raises:
+        ValueError: if the size is missing of a family's images, which differ.
+    """
+    if image_size is None:
+        raise ValueError(
+            f"`image_size` is None for a {config.model_type!r} model, whose images differ; say height and width in "
+            "pixels."
+        )
+    return image_size
 
 
 class _Reached(Exception):  # noqa: N818
@@ -521,15 +529,10 @@ class _StackCosts:
         if key not in self._runs:
             layers = self.model.get_decoder().layers
             if self.is_llava:
-                tower = self.inner.vision_tower
-                vision = [tower.embeddings, *chain(*halves_of_tower_layers(tower))]
-                projector = [self.inner.multi_modal_projector]
                 inputs = noise_prompts(self.config, [text_tokens], [len(images)])
             else:
-                modules = modules_of_parts(self.model)
-                vision, projector = modules["vision"], modules["projector"]
                 inputs = family_prompt(self.model, self.looks(images), text_tokens)
-            parts = {"vision": vision, "projector": projector, "prefill": list(layers)}
+            parts = visual_modules(self.model) | {"prefill": list(layers)}
 
             def run() -> None:
                 with contextlib.suppress(_Reached):

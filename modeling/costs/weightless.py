@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...configuration.configuration_adavtp import AdaVTPConfig
-from ..families.encoded import units_of_kinds
+from ..families.encoded import KINDS, units_of_kinds
 from ..families.llava import LLAVA
 from ..modeling_adavtp import AdaVTPForConditionalGeneration
 from ..modeling_families import model_class_of
@@ -40,20 +40,19 @@ _NOISE, _LARGE = 2**20, 2**18
 
 # Of tensors made in inference mode operations come whole, and not as the products that they are made of.
 @torch.inference_mode(False)
-def weightless_model(config: PreTrainedConfig, **changes: Any) -> PreTrainedModel:
+def weightless_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """
     A model whose weights take no memory, in evaluation mode.
 
     Args:
         config: the model's, of any family, which stays as it is.
+        dtype: of the weights.
         changes: of its fields.
     """
     config = copy.deepcopy(config)
     for name, value in changes.items():
         setattr(config, name, value)
-    is_llava = isinstance(config, AdaVTPConfig)
-    with torch.device("meta"):
-        model = (AdaVTPForConditionalGeneration if is_llava else model_class_of(config.model_type))(config)
+    model = meta_model(config).to(dtype)
     make_weightless(model)
     if hasattr(model, "set_experts_implementation"):
         # One by one: torch's counter knows no product of all experts at once.
@@ -64,6 +63,13 @@ def weightless_model(config: PreTrainedConfig, **changes: Any) -> PreTrainedMode
     return model.eval()
 
 
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of any family that has shapes and no weights."""
+    is_llava = isinstance(config, AdaVTPConfig)
+    with torch.device("meta"):
+        return (AdaVTPForConditionalGeneration if is_llava else model_class_of(config.model_type))(config)
+
+
 def make_weightless(model: nn.Module) -> None:
     """Gives a model on the meta device weights that take no memory."""
     for module in model.modules():
@@ -72,6 +78,15 @@ def make_weightless(model: nn.Module) -> None:
                 if tensor is not None:
                     value = torch.full((), tensor.is_floating_point(), dtype=tensor.dtype).expand(tensor.shape)
                     held[name] = nn.Parameter(value) if isinstance(tensor, nn.Parameter) else value
+
+
+def keep_frozen_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Makes weights of a weightless model that want no gradient be of another precision."""
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None and not weight.requires_grad:
+                value = weight.data[(0,) * weight.dim()].to(dtype).expand(weight.shape)
+                module._parameters[name] = nn.Parameter(value, requires_grad=False)
 
 
 class ProductsAreNoise(TorchDispatchMode):
@@ -86,7 +101,8 @@ class ProductsAreNoise(TorchDispatchMode):
     def __init__(self, every: bool = False) -> None:
         super().__init__()
         self.every, self.made = every, 0
-        self.noise = torch.randn(_NOISE, generator=torch.Generator().manual_seed(0))
+        noise = torch.randn(_NOISE, generator=torch.Generator().manual_seed(0))
+        self.noise = {torch.float32: noise}
 
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
@@ -94,6 +110,9 @@ class ProductsAreNoise(TorchDispatchMode):
         kwargs = kwargs or {}
         packet = operation.overloadpacket
         is_product = packet in flop_registry or packet in CPU_FORMULAS
+        if packet is torch.ops.aten._to_copy and _is_weight(args[0]):
+            # Of another precision it takes no memory either.
+            return operation(args[0][(0,) * args[0].dim()], **kwargs).expand(args[0].shape)
         if not is_product and not (self.every and _is_large(operation, args)):
             return operation(*args, **kwargs)
         if is_product and not (self.every or packet in CPU_FORMULAS or any(map(_is_weight, args))):
@@ -110,7 +129,9 @@ class ProductsAreNoise(TorchDispatchMode):
         # Two results in a row are not alike.
         self.made = (self.made + 7919) % (_NOISE // 2)
         strides = [step * stride for stride in rows.stride()]
-        return self.noise.to(shape.dtype).as_strided(shape.shape, [*strides, 1], self.made)
+        if shape.dtype not in self.noise:
+            self.noise[shape.dtype] = self.noise[torch.float32].to(shape.dtype)
+        return self.noise[shape.dtype].as_strided(shape.shape, [*strides, 1], self.made)
 
 
 class Shape(NamedTuple):
@@ -191,23 +212,33 @@ def looks_of(model: PreTrainedModel, image_sizes: Sequence[tuple[int, int]]) -> 
     return Looks(tuple(units.sizes.tolist()), int(found.is_separator.sum()), inputs, columns)
 
 
-def family_prompt(model: PreTrainedModel, looks: Looks | None, text_tokens: int) -> dict[str, torch.Tensor]:
-    """A prompt of a family: images, or none, with a word between two, and the other words behind them."""
+def family_prompt(model: PreTrainedModel, looks: Looks | None, *text_tokens: int) -> dict[str, torch.Tensor]:
+    """
+    Prompts of a family: each of the same images, or of none, with a word between two, and of its other words behind
+    them, filled up to the longest.
+    """
     placeholder = model.config.image_token_id
     special = {placeholder, getattr(model.config, "video_token_id", None)}
     word, other = [number for number in range(4) if number not in special][:2]
-    words = [(word, other)[number % 2] for number in range(text_tokens)]
-    columns, row = () if looks is None else looks.columns, []
-    for number, own in enumerate(columns):
-        # Families tell images apart by what stands between them.
-        row += words[number - 1 : number] if number else []
-        row += [placeholder] * own
-    ids = torch.tensor([row + words[max(len(columns) - 1, 0) :]])
-    named = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    columns, rows = () if looks is None else looks.columns, []
+    for count in text_tokens:
+        words, row = [(word, other)[number % 2] for number in range(count)], []
+        for number, own in enumerate(columns):
+            # Families tell images apart by what stands between them.
+            row += words[number - 1 : number] if number else []
+            row += [placeholder] * own
+        rows.append(row + words[max(len(columns) - 1, 0) :])
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [word] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    named = {"input_ids": ids, "attention_mask": mask}
     named |= dict.fromkeys(("mm_token_type_ids", "token_type_ids"), (ids == placeholder).long())
     taken = inspect.signature(model.forward).parameters
     inputs = {name: columns for name, columns in named.items() if name in taken}
-    return inputs if looks is None else inputs | looks.inputs
+    for name, values in ({} if looks is None else looks.inputs).items():
+        axis = model.family.images_axis if name == KINDS["image"] else 0
+        inputs[name] = torch.cat([values] * len(rows), dim=axis)
+    return inputs
 
 
 def noise_prompts(config: AdaVTPConfig, text_tokens: Sequence[int], num_images: Sequence[int]) -> dict[str, Any]:

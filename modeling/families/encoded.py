@@ -53,6 +53,7 @@ class EncodingFamily(Family):
         shares_placeholder: whether videos have the placeholders of images.
         knows_tiles: whether the inputs of a call say which part of a picture each tile shows.
         reads_last_norm: whether the features of a tower's last layer, -1, are read behind the norm that follows it.
+        images_axis: of pixels, along which images of different prompts stand one behind the other.
         projector_in_tower: modules of the tower that join patches into tokens of the decoder's width, by name.
         why_not_in_tower: why reducers cannot act inside the vision tower; `None` where they can.
         why_not_in_decoder: why the loop over decoder layers cannot stand in for the family's own, which may do more
@@ -63,6 +64,7 @@ class EncodingFamily(Family):
     shares_placeholder: bool = False
     knows_tiles: bool = False
     reads_last_norm: bool = False
+    images_axis: int = 0
     projector_in_tower: tuple[str, ...] = ()
     why_not_in_tower: str | None = (
         "it acts inside the vision tower, and what this family's encoder makes of a tower's patches is not known."

@@ -20,6 +20,7 @@ class MiniCPMVFamily(EncodingFamily):
     why_not_in_tower = JOINS_PATCHES
     unit_names = ("image", "tile", "frame")
     has_dial = True
+    images_axis = -1
 
     def image_inputs(self, config: PreTrainedConfig, sizes: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
         """See [`EncodingFamily.image_inputs`]: every image one tile, its patches side by side."""

@@ -128,11 +128,14 @@ def test_tiles_cost_what_the_image_costs_that_they_are_of(name: str, setting: Se
     assert answer.cost.seen_tokens == pytest.approx(sum(whole.layer_tokens) / len(whole.layer_tokens))
 
 
-# Families whose images differ in how many tokens they are.
-DIFFER = [name for name in FAMILIES if adapter_of(family_config(name)).units_differ]
+@pytest.mark.parametrize("name", [name for name in FAMILIES if adapter_of(family_config(name)).units_differ])
+def test_what_a_processor_returns_says_the_sizes_that_it_was_given(name: str) -> None:
+    config, sizes = family_config(name), [(48, 32), (32, 64)]
+    family = adapter_of(config)
+    assert family.image_sizes(config, family.image_inputs(config, sizes)) == sizes
 
 
-@pytest.mark.parametrize("name", DIFFER)
+@pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl", "mistral3", "gemma4"])
 def test_prompts_of_images_that_differ_cost_what_torch_counts_of_each_alone(name: str) -> None:
     model, prompts, setting = budgeted(name), ragged_prompts(name), Setting("divprune", 0.5)
     inputs = batch_of(name, prompts)

@@ -1,35 +1,30 @@
 """What a training run costs is counted as torch counts it, and weighed as torch allocates it."""
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaModel, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from adavtp import AdaVTPForConditionalGeneration
+from adavtp.evaluation.training_budgets import longest_counts, mean_training_flops
 from adavtp.evaluation.training_memory import (
     LOGIT_BYTES,
     NF4_BYTES,
     Layout,
     Weights,
     activations,
-    decoder_layer_bytes,
     kept_by_weights,
-    tower_layer_bytes,
 )
 from adavtp.modeling.costs.training_step import (
     Step,
     TrainingFlops,
     count_training_flops,
-    longest_counts,
-    mean_training_flops,
     plain_training_flops,
 )
-from adavtp.modeling.reducers.base import feature_layer_index
 from adavtp.modeling.vision.encode import encode_image
 from adavtp.modeling.vision.features import VisionFeatures
 from adavtp.trainer.data.group_by_length import length_groups
@@ -256,13 +251,13 @@ def test_budgets_are_averaged_as_they_are_drawn() -> None:
         budgets = low + (high - low) * torch.rand(200_000, draws, generator=generator, dtype=torch.float64)
         drawn = (budgets * patches).floor().long().amax(dim=1).bincount(minlength=patches + 1) / len(budgets)
         exact = torch.zeros(patches + 1).double()
-        for keep, probability in longest_counts((low, high), patches, draws):
-            exact[keep] = probability
+        for count in longest_counts((low, high), [patches], draws):
+            exact[count.keep] = count.probability
         assert exact.sum() == pytest.approx(1.0)
         assert (exact - drawn).abs().max() < 3e-3
-    assert list(longest_counts((0.4, 0.4), 100)) == [(40, 1.0)]
+    assert list(longest_counts((0.4, 0.4), [100])) == [(40, 1.0, 0.4)]
     with pytest.raises(ValueError, match="`budget_range` is"):
-        list(longest_counts((0.9, 0.2), 100))
+        list(longest_counts((0.9, 0.2), [100]))
 
 
 def test_a_batch_with_a_budget_for_each_sample_is_as_long_as_its_longest() -> None:
@@ -313,7 +308,7 @@ def test_activations_are_what_autograd_saves(parts: list[str], dtype: torch.dtyp
     batch = tiny_batch(model.config, (1, 1), (40, 35 if padded else 40))
     inputs = batch | {"labels": targets(batch), "pixel_values": batch["pixel_values"].to(dtype)}
     saved = bytes_saved(lambda: model(**inputs, token_budget=0.5).loss, model.parameters())
-    sizes = {"rows": 2, "length": 72, "visual_tokens": 32, "padded": padded, "number": dtype.itemsize}
+    sizes = {"rows": 2, "text_tokens": 40, "token_budget": 0.5, "padded": padded, "dtype": dtype}
     counted = activations(model.config, Step(parts), **sizes)
     # Of the logits only the log-probabilities are saved.
     log_probabilities = 4 * 2 * 72 * 67
@@ -332,7 +327,7 @@ def test_the_worst_moment_is_what_torch_allocates(parts: list[str], checkpointin
     with BytesAlive() as alive:
         model(**inputs, token_budget=0.5).loss.backward()
     step = Step(parts, checkpointing=checkpointing)
-    counted = activations(model.config, step, rows=8, length=132, visual_tokens=32, padded=False)
+    counted = activations(model.config, step, rows=8, text_tokens=100, token_budget=0.5, padded=False)
     assert sum(counted.values()) == pytest.approx(alive.peak, rel=0.1)
 
 
@@ -351,30 +346,30 @@ def test_logits_take_what_torch_allocates_for_them() -> None:
 
 @pytest.mark.parametrize("vision", ["siglip", "dinov2"])
 def test_activations_of_other_towers_are_what_autograd_saves(vision: str) -> None:
-    model = training_model(["vision"], vision=vision)
-    pixels = torch.randn(2, 3, 32, 32)
-    run = lambda: encode_image(model.model.vision_tower, pixels, model.config).patches  # noqa: E731
-    saved = bytes_saved(run, model.parameters())
-    tokens = 64 + int(model.config.has_cls)
-    counted = 2 * feature_layer_index(model.config) * tower_layer_bytes(model.config, tokens, True, 4)
-    assert counted == pytest.approx(saved, rel=0.06)
+    model = training_model(["vision"], vision=vision, gradient_gates="features")
+    batch = tiny_batch(model.config, (1,), (40,))
+    inputs = batch | {"labels": targets(batch)}
+    saved = bytes_saved(lambda: model(**inputs, token_budget=0.5).logits, model.parameters())
+    sizes = {"rows": 1, "text_tokens": 40, "token_budget": 0.5, "dtype": torch.float32}
+    counted = activations(model.config, Step(["vision"]), **sizes)
+    del counted["logits or a layer"]
+    assert sum(counted.values()) == pytest.approx(saved, rel=0.02)
 
 
 def test_adapters_keep_what_autograd_saves() -> None:
     peft = pytest.importorskip("peft")
-    results = {}
-    for layers in (2, 4):
-        decoder = LlamaModel(LlamaConfig(**LLAMA, num_hidden_layers=layers)).bfloat16()
-        maps = r".*(q|k|v|o|gate|up|down)_proj"
-        adapters = peft.LoraConfig(r=3, target_modules=maps, lora_dropout=0.05)
-        adapted = peft.get_peft_model(decoder, adapters, autocast_adapter_dtype=False).train()
-        embeds = torch.randn(2, 50, 40, dtype=torch.bfloat16, requires_grad=True)
-        run = partial(adapted, inputs_embeds=embeds, use_cache=False)
-        results[layers] = bytes_saved(lambda run=run: run().last_hidden_state, adapted.parameters())
-    counted = 2 * decoder_layer_bytes(LlamaConfig(**LLAMA), 50, Step(["decoder"], lora_rank=3), 2)
+    model = training_model(["projector"], gradient_gates="features").bfloat16()
+    maps = r".*language_model\.layers\..*(q|k|v|o|gate|up|down)_proj"
+    adapters = peft.LoraConfig(r=3, target_modules=maps, lora_dropout=0.05)
+    adapted = peft.get_peft_model(model, adapters, autocast_adapter_dtype=False).train()
+    batch = tiny_batch(model.config, (1,), (40,))
+    inputs = batch | {"labels": targets(batch), "pixel_values": batch["pixel_values"].bfloat16()}
+    saved = bytes_saved(lambda: adapted(**inputs, token_budget=0.5).logits, adapted.parameters())
+    counted = activations(model.config, Step(["decoder"], lora_rank=3), rows=1, text_tokens=40, token_budget=0.5)
+    del counted["logits or a layer"]
     # A GPU keeps dropout's masks in bytes, a CPU in numbers of the input's kind.
-    masks = 2 * 50 * (5 * 40 + 48 + 104)
-    assert counted + masks == pytest.approx((results[4] - results[2]) / 2, rel=1e-3)
+    masks = 8 * 72 * (5 * 40 + 48 + 104)
+    assert sum(counted.values()) + masks == pytest.approx(saved, rel=0.02)
 
 
 @pytest.mark.parametrize("parts", ALL_PARTS, ids="+".join)
