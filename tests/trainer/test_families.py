@@ -22,7 +22,7 @@ from adavtp.trainer.losses import visual_relevance
 from adavtp.trainer.sharded_models import layer_classes, require_same_modules
 from tiny_conversations import assistant, conversation_rows, picture, target_texts, user
 from tiny_families import FAMILIES, Writer, batch_of, with_budget
-from tiny_processors import END, PROCESSED, family_model, family_processor
+from tiny_processors import PROCESSED, family_model, family_processor, processor_parts
 from tiny_trainers import EVERY_PART, losses_of, weights_of
 
 TRAINED = ("qwen2_5_vl", "llava_onevision", "internvl")
@@ -68,18 +68,21 @@ def family_trainer(
 
 
 def text_of(processor: ProcessorMixin, row: dict[str, Any]) -> str:
-    return processor.apply_chat_template(row["messages"])
+    """In the chat template, with the end that some templates do not write."""
+    text, end = processor.apply_chat_template(row["messages"]), processor.tokenizer.eos_token
+    return text if text.rstrip().endswith(end) else text.rstrip() + end
 
 
 @pytest.mark.parametrize("name", PROCESSED)
 def test_a_batch_is_what_the_family_s_processor_writes_and_the_answers_are_its_targets(name: str) -> None:
-    processor, rows = family_processor(name), rows_of_many_sizes()
+    processor, parts, rows = family_processor(name), processor_parts(name), rows_of_many_sizes()
     batch = BudgetCollator(processor)(rows)
     answers = [["red"], ["7"], ["4"], ["yes"], ["no", "4 , the largest"]]
     for number, (row, words) in enumerate(zip(rows, answers, strict=True)):
         ids, labels = batch["input_ids"][number].tolist(), batch["labels"][number].tolist()
         said = [text.strip() for text in target_texts(processor, ids, labels)]
-        assert said == [word + END.get(name, "<|im_end|>") for word in words]
+        end, eos = parts.end, "" if parts.end == parts.eos else parts.eos
+        assert said == [word + end + eos * (word == words[-1]) for word in words]
         alone = processor(images=[row["images"]] if row["images"] else None, text=[text_of(processor, row)])
         length = int(batch["attention_mask"][number].sum())
         assert ids[:length] == list(alone["input_ids"][0]) and set(ids[length:]) <= {processor.tokenizer.pad_token_id}

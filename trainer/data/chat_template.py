@@ -14,7 +14,7 @@ Message = dict[str, Any]
 class ConversationText(NamedTuple):
     """
     Attributes:
-        text: a conversation in the chat template, an image as one placeholder.
+        text: a conversation in the chat template, an image or a video as one placeholder.
         turns: of every answer, its first character in the text and the one behind its last.
     """
 
@@ -86,16 +86,23 @@ def encode_conversation(
     return EncodedConversation(input_ids, labels)
 
 
-def count_tokens(processor: ProcessorMixin, messages: list[Message]) -> tuple[int, int]:
+def count_tokens(processor: ProcessorMixin, messages: list[Message]) -> tuple[int, int, int]:
     """
     How long a conversation is, in less time than [`encode_conversation`] takes, with the same arguments.
 
     Returns:
-        The number of tokens that are no image's placeholders, and the number of images that have some.
+        The number of tokens that are no image's or video's placeholders, and the number of images and of videos that
+        have some.
     """
-    input_ids = _tokens(processor, _text(processor, _in_parts(messages)))["input_ids"]
-    num_images = input_ids.count(processor.image_token_id)
-    return len(input_ids) - num_images, num_images
+    text = _text(processor, _in_parts(messages))
+    num_images, num_videos = places_shown(processor, text).values()
+    return len(_tokens(processor, text)["input_ids"]) - num_images - num_videos, num_images, num_videos
+
+
+def places_shown(processor: ProcessorMixin, text: str) -> dict[str, int]:
+    """Placeholders of images and of videos in a conversation in the chat template, by kind."""
+    tokens = {kind: getattr(processor, f"{kind}_token", None) for kind in ("image", "video")}
+    return {kind: 0 if token is None else text.count(token) for kind, token in tokens.items()}
 
 
 def content_parts(message: Message) -> list[dict[str, Any]]:
