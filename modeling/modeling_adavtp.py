@@ -120,14 +120,7 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
 
     Args:
         config: the model's configuration.
-
-    Attributes:
-        is_sharded: whether parameters are spread over processes (FSDP, ZeRO-3). To be set by whoever spreads them: a
-            batch without images then runs the modules of one with images in evaluation too, as in training it always
-            does.
     """
-
-    is_sharded = False
 
     def __init__(self, config: AdaVTPConfig) -> None:
         super().__init__(config)
@@ -307,7 +300,7 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
         if past_key_values is None and not torch.compiler.is_compiling():
             # A placeholder without an image is refused; a graph cannot ask for one.
             self.units_of(input_ids, 0)
-        has_to_look = self.training or self.is_sharded
+        has_to_look = self.runs_everything
         if token_budget is None and reducer is None and not has_to_look:
             return None
         schedule = self.resolve_budget(token_budget, reducer, len(input_ids))

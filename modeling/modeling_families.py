@@ -109,10 +109,14 @@ class FamilyReductionMixin(PromptReductionMixin):
         self, device: torch.device, schedule: BudgetSchedule
     ) -> tuple[VisualModel, Units, dict[str, Any]]:
         """See [`PromptReductionMixin.look_at_blank`]: at the smallest image that the family knows."""
-        images = {name: value.to(device) for name, value in self.family.image_inputs(self.config, 1, 1).items()}
-        images["pixel_values"] = images["pixel_values"].to(self.dtype)
+        images = self.blank_image(device)
         visual = self._visual_class(schedule)(self, None, images, schedule)
         return visual, visual.units, images
+
+    def blank_image(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """The smallest image that the family knows, as its encoder takes it."""
+        images = {name: value.to(device) for name, value in self.family.image_inputs(self.config, 1, 1).items()}
+        return images | {"pixel_values": images["pixel_values"].to(self.dtype)}
 
     def refuse_placeholders(self, input_ids: torch.Tensor) -> None:
         """See [`PromptReductionMixin.refuse_placeholders`]."""
@@ -183,12 +187,7 @@ class FamilyModelMixin(
 
     Args:
         config: the family's configuration with a budget's fields.
-
-    Attributes:
-        is_sharded: see [`AdaVTPModel`].
     """
-
-    is_sharded = False
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
@@ -436,7 +435,7 @@ class FamilyModelMixin(
             if past_key_values is None and not torch.compiler.is_compiling():
                 self.refuse_placeholders(input_ids)
             is_begin = past_key_values is None or int(past_key_values.get_seq_length()) == 0
-            has_to_look = (self.training or self.is_sharded) and is_begin
+            has_to_look = self.runs_everything and is_begin
             if has_to_look or token_budget is not None or reducer is not None:
                 schedule = self.resolve_budget(token_budget, reducer, len(input_ids))
             if has_to_look:

@@ -35,6 +35,8 @@ class PromptReductionMixin:
 
     config: AdaVTPConfig
     family: Family = LLAVA
+    # Whether parameters are spread over processes (FSDP, ZeRO-3). To be set by whoever spreads them.
+    is_sharded: bool = False
 
     def add_budget_modules(self) -> None:
         """Gives the model what it has beyond its family's class: budget token, controller and reducers."""
@@ -90,8 +92,16 @@ class PromptReductionMixin:
     def visual_model(self) -> VisualModel:
         """The visual half of the model."""
         return VisualModel(
-            self.vision_tower, self.multi_modal_projector, self.budget_token, self.config, self.training
+            self.vision_tower, self.multi_modal_projector, self.budget_token, self.config, self.runs_everything
         )
+
+    @property
+    def runs_everything(self) -> bool:
+        """
+        Whether a batch runs the same modules whatever its budgets, and whether it has images: in training, and where
+        parameters are spread over processes, which would wait for each other.
+        """
+        return self.training or self.is_sharded
 
     def images_in(self, arguments: dict[str, Any]) -> torch.Tensor | None:
         """The images among the arguments of a call, which are taken out of them; `None` if there are none."""

@@ -47,7 +47,7 @@ class FamilyVisual(VisualModel):
         images: Mapping[str, Any],
         schedule: BudgetSchedule,
     ) -> None:
-        super().__init__(None, None, model.budget_token, model.config, model.training)
+        super().__init__(None, None, model.budget_token, model.config, model.runs_everything)
         self.model, self.images = model, images
         family: EncodingFamily = model.family
         shares_by_attention = schedule.is_shared and schedule.unit_weights == "attention"
@@ -73,12 +73,27 @@ class FamilyVisual(VisualModel):
             kinds = torch.zeros(1, places, dtype=torch.long, device=images[KINDS["image"]].device)
         self.units: Units = units_of_kinds(kinds, self._found)
         self.made = _in_the_order_of_columns(kinds[kinds >= 0], outputs)
+        self._run_as_often_as_elsewhere(len(outputs))
         # The rows of attention come kind by kind.
         order = _order_of_kinds(kinds[kinds >= 0])
         self._rows = {layer: torch.cat(parts)[order] for layer, parts in rows.items()}
         is_token = self.units.token >= 0
         place = torch.empty(int(is_token.sum()), dtype=torch.long, device=is_token.device)
         self._place = place.scatter(0, self.units.token[is_token], is_token.nonzero()[:, 0])
+
+    def _run_as_often_as_elsewhere(self, num_runs: int) -> None:
+        """
+        Images and videos each take a run of the tower. Where processes share its parameters and another one has both
+        in its batch, a blank image takes the place of the kind that is missing here.
+        """
+        if not self.model.is_sharded or not hasattr(self.model.base_model, "get_video_features"):
+            return
+        most = torch.tensor(num_runs, device=self.made.features.device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        for _ in range(int(most) - num_runs):
+            blank = self.model.encoded("image", self.model.blank_image(most.device))
+            zero = sum(0.0 * _rows(entries).sum() for entries in _layers(blank))
+            self.made = replace(self.made, features=self.made.features + zero)
 
     def embeddings(self, tokens: VisualTokens, units: Units, in_place: bool) -> tuple[VisualEmbeddings, torch.Tensor]:
         """See [`VisualModel.embeddings`]."""
@@ -220,7 +235,7 @@ class OpenedVisual(VisualModel):
         schedule: BudgetSchedule,
     ) -> None:
         family: EncodingFamily = model.family
-        super().__init__(family.tower(model), nn.Identity(), model.budget_token, model.config, model.training)
+        super().__init__(family.tower(model), nn.Identity(), model.budget_token, model.config, model.runs_everything)
         self.model = model
         needs = {need for step in schedule.steps for need in step.reducer.needs}
         if "attention" in needs or ("budget" in needs and self.config.budget_fusion == "post"):
@@ -261,13 +276,16 @@ def _order_of_kinds(kind: torch.Tensor) -> torch.Tensor:
 def _in_the_order_of_columns(kind: torch.Tensor, outputs: Mapping[str, ModelOutput]) -> VisualEmbeddings:
     """What encoders made, in the order of its placeholders, whose kinds are `kind` `[num_placeholders]`."""
     given = [outputs[name] for name in KINDS if name in outputs]
-    features = torch.cat([_rows(output.pooler_output) for output in given])
-    layers = [getattr(output, "deepstack_features", None) or [] for output in given]
-    deepstack = [torch.cat([_rows(layer) for layer in parts]) for parts in zip(*layers, strict=True)]
+    features, *deepstack = [torch.cat(list(map(_rows, p))) for p in zip(*map(_layers, given), strict=True)]
     if len(given) == 1:
         return VisualEmbeddings(features, deepstack, kind)
     order = _order_of_kinds(kind).to(features.device)
     return VisualEmbeddings(features[order], [layer[order] for layer in deepstack], kind)
+
+
+def _layers(output: ModelOutput) -> list[torch.Tensor | list[torch.Tensor]]:
+    """What an encoder made for the decoder's input, and for its first layers."""
+    return [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
 
 
 def _rows(entries: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
