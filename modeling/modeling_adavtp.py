@@ -121,14 +121,7 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
 
     Args:
         config: the model's configuration.
-
-    Attributes:
-        is_sharded: whether parameters are spread over processes (FSDP, ZeRO-3). To be set by whoever spreads them: a
-            batch without images then runs the modules of one with images in evaluation too, as in training it always
-            does.
     """
-
-    is_sharded = False
 
     def __init__(self, config: AdaVTPConfig) -> None:
         super().__init__(config)

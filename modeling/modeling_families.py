@@ -118,10 +118,14 @@ class FamilyReductionMixin(PromptReductionMixin):
         self, device: torch.device, schedule: BudgetSchedule
     ) -> tuple[VisualModel, Units, dict[str, Any]]:
         """See [`PromptReductionMixin.look_at_blank`]: at the smallest image that the family knows."""
-        images = {name: value.to(device) for name, value in self.family.image_inputs(self.config, [(1, 1)]).items()}
-        images["pixel_values"] = images["pixel_values"].to(self.dtype)
+        images = self.blank_image(device)
         visual = self._visual_class(schedule)(self, None, images, schedule)
         return visual, visual.units, images
+
+    def blank_image(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """The smallest image that the family knows, as its encoder takes it."""
+        images = {name: value.to(device) for name, value in self.family.image_inputs(self.config, [(1, 1)]).items()}
+        return images | {"pixel_values": images["pixel_values"].to(self.dtype)}
 
     def refuse_placeholders(self, input_ids: torch.Tensor) -> None:
         """See [`PromptReductionMixin.refuse_placeholders`]."""
@@ -198,11 +202,9 @@ class FamilyModelMixin(
         config: the family's configuration with a budget's fields.
 
     Attributes:
-        is_sharded: see [`AdaVTPModel`].
         makes_last_logits: whether the family's forward makes the logits of the last columns alone if it is asked to.
     """
 
-    is_sharded = False
     makes_last_logits = True
 
     def __init__(self, config: PreTrainedConfig) -> None:

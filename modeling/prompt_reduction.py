@@ -38,6 +38,8 @@ class PromptReductionMixin:
 
     config: AdaVTPConfig
     family: Family = LLAVA
+    # Whether parameters are spread over processes (FSDP, ZeRO-3). To be set by whoever spreads them.
+    is_sharded: bool = False
 
     def add_budget_modules(self) -> None:
         """Gives the model what it has beyond its family's class: budget token, controller and reducers."""
@@ -86,8 +88,16 @@ class PromptReductionMixin:
     def visual_model(self) -> VisualModel:
         """The visual half of the model."""
         return VisualModel(
-            self.vision_tower, self.multi_modal_projector, self.budget_token, self.config, self.training
+            self.vision_tower, self.multi_modal_projector, self.budget_token, self.config, self.runs_everything
         )
+
+    @property
+    def runs_everything(self) -> bool:
+        """
+        Whether a batch runs the same modules whatever its budgets, and whether it has images: in training, and where
+        parameters are spread over processes, which would wait for each other.
+        """
+        return self.training or self.is_sharded
 
     def images_in(self, arguments: dict[str, Any]) -> torch.Tensor | None:
         """The images among the arguments of a call, which are taken out of them; `None` if there are none."""
@@ -373,7 +383,7 @@ class PromptReductionMixin:
         if past_key_values is None and not torch.compiler.is_compiling():
             # A graph cannot ask for one.
             self.refuse_placeholders(input_ids)
-        has_to_look = self.training or self.is_sharded
+        has_to_look = self.runs_everything
         if token_budget is None and reducer is None and not has_to_look:
             return None
         schedule = self.resolve_budget(token_budget, reducer, len(input_ids))

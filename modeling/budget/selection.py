@@ -132,6 +132,9 @@ class Selection:
         if self.gates is None:
             return features
         mean = features.mean(dim=1, keepdim=True).detach()
+        if bool((self.sizes < features.shape[1]).any()):
+            tokens = features.detach().masked_fill(~self.is_token[..., None], 0.0)
+            mean = tokens.sum(dim=1, keepdim=True) / self.sizes.to(tokens)[:, None, None]
         gates = self.gates[..., None].to(features.dtype)
         # Kept features stay exactly what they are: (x - m) + m is x only up to rounding.
         return features + (gates - gates.detach()) * (features - mean).detach()

@@ -43,6 +43,8 @@ class TokenReducer(nn.Module):
         has_own_rule: whether `forward` also takes `num_keep=None` and then decides by a rule of its own.
         one_count: whether `forward` wants images that all keep the same number; images that do not come in several
             calls.
+        takes_padding: whether `forward` takes images of several sizes in one call, with positions of -1 behind the
+            last token of a smaller one. In training they come in one, so that all processes call it equally often.
         redistributes: whether it may move tokens between the images of a batch; their sum is then what is exact.
         is_exact: whether it keeps exactly as many tokens as it is told, which all do but the families' own dials.
         paper: where it was published, `"Name (arXiv id)"`, or empty.
@@ -54,6 +56,7 @@ class TokenReducer(nn.Module):
     trained: ClassVar[bool] = False
     has_own_rule: ClassVar[bool] = False
     one_count: bool = False
+    takes_padding: ClassVar[bool] = False
     redistributes: bool = False
     is_exact: ClassVar[bool] = True
     paper: ClassVar[str] = ""
@@ -97,6 +100,7 @@ class ScoringReducer(TokenReducer):
     def forward(self, features: VisionFeatures, num_keep: torch.Tensor) -> Selection:
         scores = self.scores(features).float()
         num_keep = raised_to_entropy(scores, num_keep, self.config.min_token_entropy)
+        num_keep = num_keep.clamp(max=(features.positions >= 0).sum(dim=-1).to(num_keep.device))
         return Selection.from_keep(top_k_mask(scores, num_keep))
 
 

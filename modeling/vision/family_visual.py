@@ -53,7 +53,7 @@ class FamilyVisual(VisualModel):
         schedule: BudgetSchedule,
     ) -> None:
         family: EncodingFamily = model.family
-        super().__init__(family.tower(model), None, model.budget_token, model.config, model.training)
+        super().__init__(family.tower(model), None, model.budget_token, model.config, model.runs_everything)
         self.model, self.images = model, images
         self._found: dict[str, KindUnits] = {}
         outputs, rows = self._look(schedule)
@@ -64,6 +64,7 @@ class FamilyVisual(VisualModel):
         self._kinds = kinds[kinds >= 0]
         if outputs:
             self.made = _in_the_order_of_columns(self._kinds, outputs)
+            self._run_as_often_as_elsewhere(len(outputs))
         # The rows of attention come kind by kind.
         order = _order_of_kinds(self._kinds)
         self._rows = {layer: torch.cat(parts)[order] for layer, parts in rows.items()}
@@ -95,6 +96,20 @@ class FamilyVisual(VisualModel):
             for layer, module, calls in zip(layers, modules, noted, strict=True):
                 rows[layer].append(self._attention(module, calls, kind, layer in self._with_received))
         return outputs, rows
+
+    def _run_as_often_as_elsewhere(self, num_runs: int) -> None:
+        """
+        Images and videos each take a run of the tower. Where processes share its parameters and another one has both
+        in its batch, a blank image takes the place of the kind that is missing here.
+        """
+        if not self.model.is_sharded or not hasattr(self.model.base_model, "get_video_features"):
+            return
+        most = torch.tensor(num_runs, device=self.made.features.device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        for _ in range(int(most) - num_runs):
+            blank = self.model.encoded("image", self.model.blank_image(most.device))
+            zero = sum(0.0 * _rows(entries).sum() for entries in _layers(blank))
+            self.made = replace(self.made, features=self.made.features + zero)
 
     def embeddings(self, tokens: VisualTokens, units: Units, in_place: bool) -> tuple[VisualEmbeddings, torch.Tensor]:
         """See [`VisualModel.embeddings`]."""
@@ -294,13 +309,16 @@ def _order_of_kinds(kind: torch.Tensor) -> torch.Tensor:
 def _in_the_order_of_columns(kind: torch.Tensor, outputs: Mapping[str, ModelOutput]) -> VisualEmbeddings:
     """What encoders made, in the order of its placeholders, whose kinds are `kind` `[num_placeholders]`."""
     given = [outputs[name] for name in KINDS if name in outputs]
-    features = torch.cat([_rows(output.pooler_output) for output in given])
-    layers = [getattr(output, "deepstack_features", None) or [] for output in given]
-    deepstack = [torch.cat([_rows(layer) for layer in parts]) for parts in zip(*layers, strict=True)]
+    features, *deepstack = [torch.cat(list(map(_rows, p))) for p in zip(*map(_layers, given), strict=True)]
     if len(given) == 1:
         return VisualEmbeddings(features, deepstack, kind)
     order = _order_of_kinds(kind).to(features.device)
     return VisualEmbeddings(features[order], [layer[order] for layer in deepstack], kind)
+
+
+def _layers(output: ModelOutput) -> list[torch.Tensor | list[torch.Tensor]]:
+    """What an encoder made for the decoder's input, and for its first layers."""
+    return [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
 
 
 def _rows(entries: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:

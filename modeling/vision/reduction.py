@@ -20,7 +20,11 @@ from .tower import TowerAttention
 
 
 def reduce_tokens(
-    name: str, reducer: TokenReducer, features: VisionFeatures, num_keep: torch.Tensor | None
+    name: str,
+    reducer: TokenReducer,
+    features: VisionFeatures,
+    num_keep: torch.Tensor | None,
+    runs_everything: bool = False,
 ) -> tuple[VisionFeatures, Selection]:
     """
     Lets a reducer of stage `"vision"` or `"projector"` choose from the tokens that are left of each image.
@@ -30,6 +34,7 @@ def reduce_tokens(
         reducer: the module.
         features: tokens `[num_images, max_tokens, hidden_size]`; images that have fewer end in positions of -1.
         num_keep: `[num_images]` int64, or `None`.
+        runs_everything: whether the reducer runs whatever images there are and keep, as it does in training.
 
     Returns:
         The tokens that are left, and the selection of the image's N patches that they are. In training, where the
@@ -45,20 +50,24 @@ def reduce_tokens(
         )
     num_tokens = (features.positions >= 0).sum(dim=-1).cpu()
     # An image that keeps everything is as it was, whatever the others keep. In training every image goes through.
+    runs_everything = runs_everything or reducer.training
     keeps_all = torch.zeros_like(num_tokens, dtype=torch.bool)
-    if num_keep is not None and not reducer.training and not reducer.redistributes and reducer.is_exact:
+    if num_keep is not None and not runs_everything and not reducer.redistributes and reducer.is_exact:
         keeps_all = num_keep >= num_tokens
     shapes = [] if features.grids is None else features.grids.unbind(dim=1)
     alike = (num_keep if reducer.one_count else None, features.frames, *shapes)
-    groups, results = image_groups(num_tokens, keeps_all, *alike), []
+    in_one_call = reducer.takes_padding and runs_everything
+    groups = [torch.arange(len(num_tokens))] if in_one_call else image_groups(num_tokens, keeps_all, *alike)
+    results = []
     for rows in groups:
-        own = features.images(rows, int(num_tokens[rows[0]]))
+        own = features.images(rows, int(num_tokens[rows].max()))
         if keeps_all[rows[0]]:
             selection = Selection.everything(len(rows), own.patches.shape[1], own.patches.device)
         else:
             selection = reducer(own, None if num_keep is None else num_keep[rows].to(own.patches.device))
             if num_keep is not None:
                 _require_count(name, reducer, selection, num_keep[rows])
+        selection.sizes = num_tokens[rows]
         results.append(_result(own, selection))
     return _joined(groups, results)
 
@@ -152,11 +161,13 @@ def _result(features: VisionFeatures, selection: Selection) -> tuple[VisionFeatu
     index = selection.positions.clamp(min=0)
     is_token = selection.positions >= 0
     positions = features.positions.gather(1, index).masked_fill(~is_token, -1)
-    keep = torch.zeros(len(positions), features.num_patches, dtype=torch.bool, device=positions.device)
-    keep.scatter_(1, features.positions, selection.keep)
-    gates = None
-    if selection.gates is not None:
-        gates = selection.gates.new_zeros(keep.shape).scatter(1, features.positions, selection.gates)
+    # What is no token is written behind the last patch, and cut off.
+    place = features.positions.masked_fill(features.positions < 0, features.num_patches)
+    keep = torch.zeros(len(positions), features.num_patches + 1, dtype=torch.bool, device=positions.device)
+    gates = selection.gates
+    if gates is not None:
+        gates = gates.new_zeros(keep.shape).scatter(1, place, gates)[:, :-1]
+    keep = keep.scatter(1, place, selection.keep)[:, :-1]
     patches = selection.gather(features.patches)
     merged = selection.features is not None
     features_left = patches if merged else None

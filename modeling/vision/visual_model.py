@@ -46,6 +46,11 @@ class VisualModel:
     """
     The visual half of a model, whose modules it uses and does not own. In training choices are sampled, with a
     gradient.
+
+    Args:
+        tower, projector, budget_token: of the model.
+        config: its configuration.
+        runs_everything: see [`PromptReductionMixin.runs_everything`].
     """
 
     def __init__(
@@ -54,10 +59,10 @@ class VisualModel:
         projector: nn.Module,
         budget_token: BudgetToken,
         config: AdaVTPConfig,
-        training: bool,
+        runs_everything: bool,
     ) -> None:
         self.tower, self.projector, self.budget_token = tower, projector, budget_token
-        self.config, self.training = config, training
+        self.config, self.runs_everything = config, runs_everything
 
     def encode_and_reduce(
         self,
@@ -102,9 +107,10 @@ class VisualModel:
                 continue
             self._require_no_gates(selection, step)
             keeps_all = num_keep is not None and bool((num_keep >= entering).all())
-            if not self.training and keeps_all and step.reducer.is_exact:
+            if not self.runs_everything and keeps_all and step.reducer.is_exact:
                 continue
-            require_trained_controller(step, self.config, self.training)
+            if step.reducer.training or not keeps_all:
+                require_trained_controller(step, self.config, step.reducer.training)
             if step.reducer.stage == "projector" and not is_projected:
                 features, is_projected = self._projected(features, "tower_patches" in needs), True
             features, selection = self._reduced(step, features, selection, num_keep)
@@ -166,7 +172,7 @@ class VisualModel:
             asks_budget = asks_budget or "budget" in step.reducer.needs
             if step.reducer.stage != "decoder" and (num_keep is None or bool((num_keep < units.sizes).any())):
                 return False
-        return not self.training and not (asks_budget and self._patches_see_budget)
+        return not self.runs_everything and not (asks_budget and self._patches_see_budget)
 
     @property
     def _patches_see_budget(self) -> bool:
@@ -183,7 +189,7 @@ class VisualModel:
         self, step: Step, features: VisionFeatures, earlier: Selection, num_keep: torch.Tensor | None
     ) -> tuple[VisionFeatures, Selection]:
         """One step between tower and decoder."""
-        left, selection = reduce_tokens(step.name, step.reducer, features, num_keep)
+        left, selection = reduce_tokens(step.name, step.reducer, features, num_keep, self.runs_everything)
         if selection.features is None and earlier.features is not None:
             selection.features = left.patches
         selection.settings = selection.settings or earlier.settings
@@ -208,7 +214,7 @@ class VisualModel:
         """Whether tokens leave, or have gates, inside the tower."""
         if schedule.steps[0].reducer.stage != "encoder":
             return False
-        return self.training or not bool((num_keep == units.sizes).all())
+        return self.runs_everything or not bool((num_keep == units.sizes).all())
 
     def _run_tower(
         self,
@@ -263,7 +269,7 @@ class VisualModel:
     def _budget_fraction(self, schedule: BudgetSchedule, units: Units) -> tuple[torch.Tensor | None, bool]:
         """
         The share of tokens `[num_units]` that the reducer which meets the budget leaves, and whether the budget takes
-        part at all. In training it does whatever its value, so that every rank of a sharded model runs the same.
+        part at all. In training it does whatever its value, and where every rank of a sharded model runs the same.
         """
         asking = [number for number, step in enumerate(schedule.steps) if "budget" in step.reducer.needs]
         if not asking:
@@ -274,7 +280,7 @@ class VisualModel:
         for step in schedule.steps[: asking[0] + 1]:
             count = planned.of_step(step, left)
             left = left if count is None else count
-        keeps_everything = not self.training and bool((left == units.sizes).all())
+        keeps_everything = not self.runs_everything and bool((left == units.sizes).all())
         fraction = (left.double() / units.sizes).float()
         return fraction, self._patches_see_budget or not keeps_everything
 

@@ -1,6 +1,5 @@
 """Every family trains as LLaVA does: by the same collator, trainer and losses, through its own processor."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 
 from adavtp import AdaVTPForConditionalGeneration, AdaVTPTrainer, AdaVTPTrainingArguments, BudgetCollator
 from adavtp.modeling.parts import PARTS, never_run_in_tower, parts_of_names
+from adavtp.modeling.reducers.adaptive import VisionTokenController
 from adavtp.tasks.digit_scenes import load_digit_scenes
 from adavtp.trainer.adapter_folders import load_adapter
 from adavtp.trainer.adapters import add_adapters, quantization
@@ -23,7 +23,7 @@ from adavtp.trainer.sharded_models import layer_classes, require_same_modules
 from tiny_conversations import assistant, conversation_rows, picture, target_texts, user
 from tiny_families import FAMILIES, Writer, batch_of, family_config, stock_model, with_budget
 from tiny_processors import PROCESSED, family_model, family_processor, processor_parts
-from tiny_trainers import EVERY_PART, losses_of, weights_of
+from tiny_trainers import EVERY_PART, MadeBatches, losses_of, weights_of
 
 TRAINED = ("qwen2_5_vl", "llava_onevision", "internvl")
 ALL_LOSSES = {"lm": 0.5, "distillation": 2.0, "relevance": 0.25}
@@ -274,28 +274,19 @@ def test_adapters_of_a_family_train_and_are_saved_loaded_and_merged(tmp_path: Pa
     assert any(".language_model.layers.3." in key for key in adapted)
 
 
-def test_processes_that_share_parameters_take_what_runs_the_same_modules() -> None:
+def test_processes_that_share_parameters_take_what_runs_the_same_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in FAMILIES:
         model = with_budget(name)
         assert len(layer_classes(model)) == 2
         require_same_modules(model, is_fsdp=True)
+        require_same_modules(model, is_fsdp=False)
+    monkeypatch.setattr(VisionTokenController, "takes_padding", False)
     require_same_modules(with_budget("internvl"), is_fsdp=False)
     with pytest.raises(ValueError, match="runs once for every size of image"):
         require_same_modules(with_budget("qwen2_5_vl"), is_fsdp=False)
 
 
 # Learning
-
-
-@dataclass
-class MadeBatches:
-    """A collator of batches that were made before: images take longer to prepare than these models to train."""
-
-    budgets: BudgetStream
-
-    def __call__(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        (batch,) = rows
-        return dict(batch)
 
 
 def scenes_of_digits(split: str, num_scenes: int, folder: Path) -> list[dict[str, Any]]:

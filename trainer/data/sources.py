@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...tasks.conversation_rows import UNDERSTOOD, common_row, row_features, tar_row, turns_column
+from ...tasks.conversation_rows import ROW_VERSION, UNDERSTOOD, common_row, row_features, tar_row, turns_column
 from ...tasks.drawn_tasks import TASK_NAMES, drawn_task
 from ...tasks.stored_images import hub_caches, with_undecoded_images
 from .llava_json import load_llava_instruct
@@ -62,17 +62,17 @@ def load_conversations(sources: list[dict[str, Any]], seed: int = 0) -> "Dataset
 
             `format` is recognised by the path where it is not given. `weight` is above 0, and given for all sources
             or for none; with several sources of which one is streamed it has to be given. `images` is the folder that
-            paths of images are relative to, by default what stands behind it in brackets, of a local `hub` path that
-            folder, else the caches of the Hub and of `datasets`. A row with an image whose path leads out of it,
+            paths of images and videos are relative to, by default what stands behind it in brackets, of a local `hub`
+            path that folder, else the caches of the Hub and of `datasets`. A row with a path that leads out of it,
             absolute, with `..` or by a link, is rejected; `trust_image_paths: true`, beside `images`, has them
             followed. Map-style parquet, tars and Hub data are copied into the cache of
             `datasets` twice, as read and in the common form; streamed ones are not copied.
         seed: of the drawing.
 
     Returns:
-        Rows of [`row_features`]: `id`, `images` (undecoded), `image_folder`, `messages` and `problem`. A `Dataset` if
-        no source is streamed, else an `IterableDataset` with `state_dict` and `load_state_dict`. Order within a source
-        is kept.
+        Rows of [`row_features`]: `id`, `images`, `videos` (both undecoded), `image_folder`, `messages` and `problem`.
+        A `Dataset` if no source is streamed, else an `IterableDataset` with `state_dict` and `load_state_dict`. Order
+        within a source is kept.
 
     Raises:
         ValueError: if there is no source, a source has an unknown field or none of the understood columns, does not
@@ -203,7 +203,12 @@ def conversation_rows(
         raise ValueError(f"`path` is '{path}', with the columns {columns}; understood are {UNDERSTOOD}.")
     folder = _folder_of(path) if image_folder is None else image_folder
     row = functools.partial(
-        _row, columns=columns, path=path, image_folder=str(folder), trust_image_paths=trust_image_paths
+        _row,
+        columns=columns,
+        path=path,
+        image_folder=str(folder),
+        trust_image_paths=trust_image_paths,
+        version=ROW_VERSION,
     )
     records = with_undecoded_images(records)
     return records.map(row, with_indices=True, remove_columns=columns, features=row_features())
@@ -228,6 +233,7 @@ def _row(
     path: str,
     image_folder: str,
     trust_image_paths: bool,
+    version: int,
 ) -> dict[str, Any]:
     if "members" in columns:
         return tar_row(record["__key__"], record["members"])

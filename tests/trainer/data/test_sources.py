@@ -19,11 +19,12 @@ from adavtp.trainer.data.reader import ConversationReader, RejectedSample
 from adavtp.trainer.data.sources import load_conversations
 from tiny_conversations import digit_processor
 
-TEXT = Value("string")
+TEXT, IMAGE = Value("string"), datasets.Image(decode=False)
 COMMON_FEATURES = Features(
     {
         "id": TEXT,
-        "images": List(datasets.Image(decode=False)),
+        "images": List(IMAGE),
+        "videos": List({"bytes": Value("binary"), "path": TEXT, "frames": List(IMAGE), "fps": Value("float64")}),
         "image_folder": TEXT,
         "messages": List({"role": TEXT, "content": List({"type": TEXT, "text": TEXT})}),
         "problem": TEXT,
@@ -136,6 +137,7 @@ def test_parquet_of_llavas_form_gives_common_rows_with_images_as_they_were_store
         {
             "id": f"p{number}",
             "images": [{"bytes": png(number), "path": None}],
+            "videos": [],
             "image_folder": str(tmp_path / "data"),
             "messages": messages(number),
             "problem": None,
