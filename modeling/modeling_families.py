@@ -242,7 +242,8 @@ class FamilyModelMixin(
         **inputs: Any,
     ) -> Any:
         """
-        Chooses the visual tokens that `forward` and `generate` would keep.
+        Chooses the visual tokens that `forward` and `generate` would keep. The decoder runs only if a reducer acts
+        inside it.
 
         Args:
             input_ids, attention_mask, labels: see `forward`.
@@ -250,8 +251,13 @@ class FamilyModelMixin(
             inputs: pixels, grids, sizes and token types, as the processor returns them.
 
         Returns:
-            `Selection` for every unit.
+            `Selection` for every unit; with `depth` where a reducer acts inside the decoder.
         """
+        if self.steps(reducer)[-1].reducer.stage == "decoder":
+            # Without labels no text is an answer.
+            inputs["labels"] = torch.full_like(input_ids, -100) if labels is None else labels
+            inputs |= {"attention_mask": attention_mask, "token_budget": token_budget, "reducer": reducer}
+            return self(input_ids=input_ids, **inputs, logits_to_keep=1).selection
         images = self.images_in(inputs)
         prompt = self._prompt(input_ids, attention_mask, None, labels, images, inputs)[1]
         return self.prepare_inputs(
