@@ -120,8 +120,8 @@ def mmr_choice(
     """
     Maximal marginal relevance, as IDPruner has it (arXiv 2602.13315): the best score is kept first, and then, one
     after another, the token with the largest lambda r_i - (1 - lambda) max_j cos(x_i, x_j), j among those kept and r
-    the scores of an image brought into [0, 1]; of equal ones the earlier. `[num_images, columns]` bool, `num_keep` true
-    in each row, of whose columns the first `num_tokens` are tokens.
+    the scores of an image brought into [0, 1]; of equal ones the earlier. `[num_images, columns]` bool, `num_keep`
+    is true in each row, of whose columns the first `num_tokens` are tokens.
     """
     is_token = torch.arange(scores.shape[-1], device=scores.device) < num_tokens.to(scores.device)[:, None]
     highest = scores.amax(dim=-1, keepdim=True)
