@@ -53,16 +53,16 @@ def test_ask_answers_within_the_budget_and_shows_what_it_kept(
     assert Image.open(tmp_path / "kept.png").size == (288, 288)
 
 
-@pytest.mark.parametrize(("name", "of_whole"), [("llava_next", 80), ("idefics3", 80)])
-def test_ask_takes_a_folder_of_another_family(name: str, of_whole: int, scene: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "units"), [("llava_next", 5), ("idefics3", 5), ("paligemma", 1)])
+def test_ask_takes_a_folder_of_another_family(name: str, units: int, scene: Path, tmp_path: Path) -> None:
     folder, show = family_folder(name, tmp_path / name), tmp_path / "kept.png"
     arguments = ("--checkpoint", folder, "--budget", 0.4, "--reducer", "random", "--max-new-tokens", 2)
     result = run("ask", scene, "how many digits are there ?", *arguments, "--show", show)
     assert result.exit_code == 0, result.output
-    # Four tiles and a view of the whole, of each floor(0.4 * 16).
-    assert f"{5 * 6} of {of_whole} visual tokens" in result.output
+    # Where there are tiles, four and a view of the whole; of each floor(0.4 * 16).
+    assert f"{units * 6} of {units * 16} visual tokens" in result.output
     # The tiles in their places, and the view of the whole beside them.
-    assert Image.open(show).size == (288 + 9 + 144, 288)
+    assert Image.open(show).size == (288 + (9 + 144) * (units > 1), 288)
 
 
 def test_ask_of_a_released_checkpoint_is_answered_without_a_controller_and_says_by_what(

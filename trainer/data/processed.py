@@ -10,9 +10,12 @@ import torch
 from PIL import Image
 from transformers import ProcessorMixin
 
+from ...modeling.processing_adavtp import takes_suffix
 from ...tasks.stored_videos import Clip, FrameSampler
 from .chat_template import IGNORED, ConversationText, has_begin, places_shown
 
+# Where the text too is asked for as tensors, InternVL's would make one of where placeholders stood.
+_IN_TENSORS = {"images_kwargs": {"return_tensors": "pt"}}
 # Which frames of a file are shown is settled when it is read.
 _AS_GIVEN = {"return_tensors": "pt", "do_sample_frames": False}
 
@@ -36,8 +39,8 @@ def processed_batch(
 
     Raises:
         ValueError: if a conversation has another number of images or videos than it shows, the processor cannot put
-            videos of several lengths into a batch, or it writes more text than it is given, as PaliGemma's does, so
-            that turns cannot be found.
+            videos of several lengths into a batch, or it writes more text than it is given, so that turns cannot be
+            found.
     """
     for conversation, *given in zip(conversations, images, videos, strict=True):
         # One with an image too many beside one with one too few would pass for right: the sums agree.
@@ -47,6 +50,8 @@ def processed_batch(
                     f"{conversation.text!r} shows {shown} {kind}(s) and `{kind}s` has {len(own)}; every {kind} needs "
                     f"one entry of type '{kind}' in its row's messages."
                 )
+    if takes_suffix(processor):
+        return _suffixed_batch(processor, conversations, images)
     clips = [clip for own in videos for clip in own]
     text = {
         "text": [conversation.text for conversation in conversations],
@@ -83,6 +88,17 @@ def processed_batch(
     return {**batch, "labels": labels}
 
 
+def _suffixed_batch(
+    processor: ProcessorMixin, conversations: list[ConversationText], images: list[list[Image.Image]]
+) -> dict[str, torch.Tensor]:
+    """The same of a processor that knows which tokens are targets: those of the suffix, whose token type is 1."""
+    begins = [conversation.turns[0][0] for conversation in conversations]
+    pairs = [(text[:begin], text[begin:]) for (text, _), begin in zip(conversations, begins, strict=True)]
+    prefixes, suffixes = map(list, zip(*pairs, strict=True))
+    batch = processor(images=images, text=prefixes, suffix=suffixes, padding=True, padding_side="right", **_IN_TENSORS)
+    return {name: torch.as_tensor(value) for name, value in batch.items()}
+
+
 def _moved(place: int, spans: list[dict]) -> int:
     """Where a character stands once the placeholders before it are written out."""
     before = [span for span in spans if span["span"][1] <= place]
@@ -109,8 +125,7 @@ def frame_sampler(processor: ProcessorMixin) -> FrameSampler | None:
 
 
 def _visual_arguments(clips: list[Clip]) -> dict[str, Any]:
-    # Where the text too is asked for as tensors, InternVL's would make one of where placeholders stood.
-    arguments: dict[str, Any] = {"images_kwargs": {"return_tensors": "pt"}}
+    arguments: dict[str, Any] = dict(_IN_TENSORS)
     if clips:
         told = _AS_GIVEN | {"video_metadata": [clip.metadata() for clip in clips]}
         arguments |= {"videos": [clip.frames for clip in clips], "videos_kwargs": told}
