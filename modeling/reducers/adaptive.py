@@ -54,8 +54,9 @@ class VisionTokenController(ScoringReducer):
 
     def scores(self, features: VisionFeatures) -> torch.Tensor:
         scores = self._scores(features)
-        # Behind the last token of a smaller image as low as a number can be.
-        return scores.masked_fill(features.positions < 0, torch.finfo(scores.dtype).min)
+        # Behind the last token of a smaller image as low as a number can be, here and in float32.
+        lowest = max(torch.finfo(dtype).min for dtype in (scores.dtype, torch.float32))
+        return scores.masked_fill(features.positions < 0, lowest)
 
     def _scores(self, features: VisionFeatures) -> torch.Tensor:
         head = self.config.controller_head
@@ -126,14 +127,16 @@ def mmr_choice(
     is_token = torch.arange(scores.shape[-1], device=scores.device) < num_tokens.to(scores.device)[:, None]
     highest = scores.amax(dim=-1, keepdim=True)
     lowest = torch.where(is_token, scores, highest).amin(dim=-1, keepdim=True)
-    relevance = ((scores - lowest) / (highest - lowest + 1e-6)).masked_fill(~is_token, -torch.inf)
+    relevance = (scores.maximum(lowest) - lowest) / (highest - lowest + 1e-6)
     unit = directions(patches.detach())
     cosines = unit @ unit.transpose(1, 2)
+    # What is no token comes last, so that a small image has columns left while others still choose.
+    lowest_worth = torch.finfo(relevance.dtype).min
     picks = [relevance.argmax(dim=-1, keepdim=True)]
     joined, likeness = torch.zeros_like(scores, dtype=torch.bool), torch.full_like(scores, -torch.inf)
     for _ in range(int(num_keep.max()) - 1):
         joined = joined.scatter(1, picks[-1], True)
         likeness = torch.maximum(likeness, take_tokens(cosines, picks[-1])[:, 0])
-        worth = mmr_lambda * relevance - (1 - mmr_lambda) * likeness
+        worth = (mmr_lambda * relevance - (1 - mmr_lambda) * likeness).masked_fill(~is_token, lowest_worth)
         picks.append(worth.masked_fill(joined, -torch.inf).argmax(dim=-1, keepdim=True))
     return first_picks(torch.cat(picks, dim=-1), num_keep, scores.shape[-1])
