@@ -427,9 +427,9 @@ class PromptReductionMixin:
             embeds = prompt.inputs_embeds
             if embeds is None:
                 embeds = self.get_input_embeddings()(prompt.input_ids)
-            weight = is_text.to(embeds.dtype)
+            weight = is_text.to(embeds)
             mean = (embeds * weight[..., None]).sum(dim=1) / weight.sum(dim=1, keepdim=True).clamp(min=1)
-            mean = mean[sample]
+            mean = mean.to(sample.device)[sample]
         if "question_ids" in needs:
             if prompt.inputs_embeds is not None:
                 names = ", ".join(step.name for step in steps if "question_ids" in step.reducer.needs)

@@ -4,7 +4,7 @@ A [`Selection`] is the one thing that passes from whatever chooses visual tokens
 user's class) to whatever uses the choice (projector, prompt, decoder, FLOPs counter, picture).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -90,6 +90,12 @@ class Selection:
         """The selection that drops nothing."""
         positions = torch.arange(num_patches, device=device).expand(num_images, -1)
         return cls(torch.ones_like(positions, dtype=torch.bool), positions)
+
+    def to(self, device: torch.device) -> "Selection":
+        """On another device, but for what is always on the CPU."""
+        names = ("keep", "positions", "gates", "features", "loss", "depth")
+        tensors = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
     @property
     def is_token(self) -> torch.Tensor:

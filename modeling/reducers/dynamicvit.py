@@ -172,8 +172,8 @@ class DynamicViTReducer(EncoderReducer):
         bias, losses = None, []
         for layer in range(len(tower.layers)):
             if layer in self.cuts:
-                predictor = self.predictors[len(losses)]
-                decision = sampled_decision(predictor(tower.patches(sequence), decision), decision)
+                log_probabilities = self.predictors[len(losses)](tower.patches(sequence), decision)
+                decision = sampled_decision(log_probabilities.to(decision.device), decision)
                 bias = policy_bias(nn.functional.pad(decision, (tower.num_before, tower.num_after), value=1.0))
                 expected = ratio ** ((len(losses) + 1) / len(self.cuts))
                 losses.append((decision.mean(dim=-1) - expected).square().mean())
@@ -192,7 +192,7 @@ class DynamicViTReducer(EncoderReducer):
             if layer in self.cuts:
                 stage = self.cuts.index(layer)
                 patches = tower.patches(sequence)
-                scores = self.predictors[stage](patches, torch.ones_like(positions))[..., 0]
+                scores = self.predictors[stage](patches, torch.ones_like(positions))[..., 0].to(patches.device)
                 index = scores.argsort(dim=-1, descending=True, stable=True)[:, : counts[stage]]
                 # In spatial order up to the last, so that a tie falls to the earlier patch in either order.
                 if self.spatial_order or stage < len(self.cuts) - 1:

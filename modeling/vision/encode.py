@@ -79,7 +79,7 @@ class TowerPass:
             position = self.budget_token.position_embedding(torch.tensor(0, device=hidden_states.device))
         else:
             position = _last_patch_position(self.tower, hidden_states.device)
-        token = (self.token + position).to(hidden_states.dtype)[:, None]
+        token = (self.token.to(position.device) + position).to(hidden_states)[:, None]
         parts = [token, hidden_states] if self.budget_is_first else [hidden_states, token]
         return torch.cat(parts, dim=1)
 

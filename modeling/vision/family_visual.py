@@ -61,13 +61,14 @@ class FamilyVisual(VisualModel):
             places = len(self._found["image"].is_separator)
             kinds = torch.zeros(1, places, dtype=torch.long, device=images[KINDS["image"]].device)
         self.units: Units = units_of_kinds(kinds, self._found)
-        self._kinds = kinds[kinds >= 0]
+        # All of it is where the placeholders are, wherever the parts of the model are.
+        self._kinds, self._is_token = kinds[kinds >= 0], self.units.is_token.to(kinds.device)
         if outputs:
             self.made = _in_the_order_of_columns(self._kinds, outputs)
             self._run_as_often_as_elsewhere(len(outputs))
         # The rows of attention come kind by kind.
         order = _order_of_kinds(self._kinds)
-        self._rows = {layer: torch.cat(parts)[order] for layer, parts in rows.items()}
+        self._rows = {layer: torch.cat(parts).to(order.device)[order] for layer, parts in rows.items()}
         is_token = self.units.token >= 0
         place = torch.empty(int(is_token.sum()), dtype=torch.long, device=is_token.device)
         self._place = place.scatter(0, self.units.token[is_token], is_token.nonzero()[:, 0])
@@ -113,12 +114,12 @@ class FamilyVisual(VisualModel):
 
     def embeddings(self, tokens: VisualTokens, units: Units, in_place: bool) -> tuple[VisualEmbeddings, torch.Tensor]:
         """See [`VisualModel.embeddings`]."""
-        features, is_token = tokens.features, units.is_token.to(tokens.features.positions.device)
+        features = tokens.features
         is_left, stays = features.positions >= 0, tokens_left(features)
         start = (units.sizes.cumsum(0) - units.sizes).to(features.positions.device)
         place = self._place[(features.positions + start[:, None])[is_left]]
         # A separator stays; tokens are counted unit by unit, which need not be the order of columns.
-        column_stays = (units.token < 0) | stays[is_token][units.token]
+        column_stays = (units.token < 0) | stays[self._is_token][units.token]
         made = self.made.features
         if in_place:
             made = made.masked_fill(~column_stays[:, None], 0.0)
@@ -130,12 +131,10 @@ class FamilyVisual(VisualModel):
         """See [`VisualModel.budget_of_units`]."""
         weights = None
         if schedule.is_shared and schedule.unit_weights == "attention":
-            attention = self._attention_of_units(FIRST_LAYER, units.is_token.to(self._place.device))
+            attention = self._attention_of_units(FIRST_LAYER)
             weights = shares_of_tiles(cls_scores(attention).cpu(), units)
         elif schedule.is_shared and schedule.unit_weights == "novelty":
-            weights = novelty_of_units(
-                self._of_units(self.made.features, units.is_token.to(self._place.device)), units
-            )
+            weights = novelty_of_units(self._of_units(self.made.features), units)
         return schedule.of_units(units.sample, units.sizes, weights)
 
     def native_dial(self) -> NativeDial:
@@ -154,7 +153,7 @@ class FamilyVisual(VisualModel):
                 own = [number for other, number in asked if other == kind]
                 tokens = family.encoded_natively(self.model, kind, self.images, setting, own)
                 made |= {(kind, number): rows for number, rows in zip(own, tokens, strict=True)}
-            return [made[place] for place in asked]
+            return [made[place].to(self._place.device) for place in asked]
 
         return NativeDial([grids[place] for place in order], encode)
 
@@ -177,27 +176,17 @@ class FamilyVisual(VisualModel):
         question: torch.Tensor | None,
     ) -> tuple[VisionFeatures, Selection]:
         """The family's tokens, and what the budget read of them."""
-        is_token = units.is_token.to(self._place.device)
-        patches = self._of_units(self.made.features, is_token)
-        fraction, meets_budget = self._budget_fraction(schedule, units)
-        budget = None
-        if meets_budget:
-            fraction = fraction.to(patches.device)
-            if not self.config.question_aware:
-                question = None
-            elif question is None:
-                question = patches.new_zeros(len(patches), self.config.get_text_config().hidden_size)
-            token = self.budget_token(fraction, question)
-            budget = self.budget_token.cross_attention(token, patches, is_token)
-        attention = {layer: self._attention_of_units(layer, is_token) for layer in self._rows}
-        return self._whole(budget, attention)
+        budget, told = None, self._told_of_budget(schedule, units, question, self._place.device)
+        if told:
+            token, patches = self.budget_token(told["budget"], told["question"]), self._of_units(self.made.features)
+            budget = self.budget_token.cross_attention(token, patches, self._is_token)
+        return self._whole(budget, {layer: self._attention_of_units(layer) for layer in self._rows})
 
     def _whole(
         self, budget: torch.Tensor | None, attention: dict[int, TowerAttention]
     ) -> tuple[VisionFeatures, Selection]:
         """All of what was made, padded to the largest unit."""
-        is_token = self.units.is_token.to(self._place.device)
-        patches = self._of_units(self.made.features, is_token)
+        patches, is_token = self._of_units(self.made.features), self._is_token
         positions = torch.arange(is_token.shape[1], device=is_token.device).expand(is_token.shape)
         positions = positions.masked_fill(~is_token, -1)
         features = VisionFeatures(
@@ -209,9 +198,9 @@ class FamilyVisual(VisualModel):
         """The tokens are in the decoder's space already."""
         return features
 
-    def _of_units(self, at_placeholders: torch.Tensor, is_token: torch.Tensor) -> torch.Tensor:
+    def _of_units(self, at_placeholders: torch.Tensor) -> torch.Tensor:
         """Values `[num_placeholders, ...]` as `[num_units, largest N, ...]`, zero behind the last of a unit."""
-        tokens = at_placeholders[self._place]
+        tokens, is_token = at_placeholders[self._place], self._is_token
         padded = tokens.new_zeros(*is_token.shape, *tokens.shape[1:])
         return padded.masked_scatter(is_token.reshape(*is_token.shape, *[1] * (tokens.dim() - 1)), tokens)
 
@@ -235,8 +224,8 @@ class FamilyVisual(VisualModel):
         pooled = family.pooled(self.model, kind, of_patches.flatten(1), self.images)
         return pooled.unflatten(1, of_patches.shape[1:])
 
-    def _attention_of_units(self, layer: int, is_token: torch.Tensor) -> TowerAttention:
-        padded = self._of_units(self._rows[layer], is_token).transpose(1, 2)
+    def _attention_of_units(self, layer: int) -> TowerAttention:
+        padded = self._of_units(self._rows[layer]).transpose(1, 2)
         number = int(layer in self._with_received)
         row, received_by, keys = padded[..., 0], padded[..., number], padded[..., number + 1 :]
         return TowerAttention(None, None, keys, row.contiguous(), received_by.contiguous())
@@ -286,11 +275,10 @@ class OpenedVisual(FamilyVisual):
         if acts_inside:
             is_token = family.patches_of_units(model, images, is_token)
         features, selection = self._run_tower(pixels, is_token, schedule, units, num_keep, question)
-        tokens = family.projected(model, features.patches).to(self._place.device)
+        tokens, separator = family.projected(model, features.patches).to(self._place.device), family.separator(model)
         made = tokens.new_zeros(len(units.token), tokens.shape[-1])
         if not acts_inside:
             made = family.packed(model, tokens, images)
-        separator = family.separator(model)
         if separator is not None:
             made = torch.where((units.token < 0)[:, None], separator.to(made), made)
         self.made = VisualEmbeddings(made, kinds=self._kinds)
@@ -298,7 +286,7 @@ class OpenedVisual(FamilyVisual):
             return self._whole(features.budget, {})
         if selection.features is not None:
             selection.features = tokens
-        return replace(features, patches=tokens), selection
+        return replace(features, patches=tokens, cls=None), selection
 
 
 def _order_of_kinds(kind: torch.Tensor) -> torch.Tensor:
@@ -309,11 +297,14 @@ def _order_of_kinds(kind: torch.Tensor) -> torch.Tensor:
 def _in_the_order_of_columns(kind: torch.Tensor, outputs: Mapping[str, ModelOutput]) -> VisualEmbeddings:
     """What encoders made, in the order of its placeholders, whose kinds are `kind` `[num_placeholders]`."""
     given = [outputs[name] for name in KINDS if name in outputs]
-    features, *deepstack = [torch.cat(list(map(_rows, p))) for p in zip(*map(_layers, given), strict=True)]
-    if len(given) == 1:
-        return VisualEmbeddings(features, deepstack, kind)
-    order = _order_of_kinds(kind).to(features.device)
-    return VisualEmbeddings(features[order], [layer[order] for layer in deepstack], kind)
+    features, *deepstack = (
+        torch.cat([_rows(layer).to(kind.device) for layer in parts])
+        for parts in zip(*map(_layers, given), strict=True)
+    )
+    if len(given) > 1:
+        order = _order_of_kinds(kind)
+        features, *deepstack = (rows[order] for rows in (features, *deepstack))
+    return VisualEmbeddings(features, deepstack, kind)
 
 
 def _layers(output: ModelOutput) -> list[torch.Tensor | list[torch.Tensor]]:

@@ -16,7 +16,7 @@ from ..reducers.base import ScoringReducer, TokenReducer, take_tokens
 from .encode import BudgetToken, encode_image, start_pass
 from .encoder_reducer import EncoderReducer
 from .features import BY_IMAGE, VisionFeatures
-from .tower import TowerAttention
+from .tower import TowerAttention, input_device
 
 
 def reduce_tokens(
@@ -64,7 +64,8 @@ def reduce_tokens(
         if keeps_all[rows[0]]:
             selection = Selection.everything(len(rows), own.patches.shape[1], own.patches.device)
         else:
-            selection = reducer(own, None if num_keep is None else num_keep[rows].to(own.patches.device))
+            device, wanted = input_device(reducer, own.patches), None if num_keep is None else num_keep[rows]
+            selection = reducer(own.to(device), None if wanted is None else wanted.to(device)).to(own.patches.device)
             if num_keep is not None:
                 _require_count(name, reducer, selection, num_keep[rows])
         selection.sizes = num_tokens[rows]

@@ -20,9 +20,13 @@ def tower_layers(tower: PreTrainedModel) -> nn.ModuleList:
     return tower.encoder.layers if hasattr(tower.encoder, "layers") else tower.encoder.layer
 
 
-def input_device(tower: PreTrainedModel, pixel_values: torch.Tensor) -> torch.device:
-    """Where the tower's inputs go. Offloaded weights are nowhere until they run, and take their inputs along then."""
-    return pixel_values.device if tower.device.type == "meta" else tower.device
+def input_device(module: nn.Module, given: torch.Tensor) -> torch.device:
+    """
+    Where the inputs of a module go. What has no weights works where it is `given` them; offloaded weights are nowhere
+    until they run, and take their inputs along then.
+    """
+    device = next((weight.device for weight in module.parameters()), given.device)
+    return given.device if device.type == "meta" else device
 
 
 def takes_mask(layer: nn.Module) -> bool:
@@ -129,6 +133,11 @@ class TowerAttention:
         keys = torch.cat([self.cls_key[:, :, None], self.keys], dim=2).float()
         logits = (keys @ self.query.float()[..., None])[..., 0] * self.query.shape[-1] ** -0.5
         return logits.softmax(dim=-1)[..., 1:]
+
+    def to(self, device: torch.device) -> "TowerAttention":
+        """On another device."""
+        parts = (self.query, self.cls_key, self.keys, self.row)
+        return TowerAttention(*(None if part is None else part.to(device) for part in parts))
 
     def take(self, index: torch.Tensor) -> "TowerAttention":
         """Only the patches at `index` `[num_images, num_tokens]`."""

@@ -4,6 +4,7 @@ There is no text model in it, so that whoever has the prompt elsewhere (a servin
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -90,6 +91,8 @@ class VisualModel:
         needs = {need for step in steps for need in step.reducer.needs}
         num_keep = budget.of_step(steps[0], units.sizes)
         features, selection = self._encode(pixel_values, schedule, units, num_keep, question)
+        # From here on all of it is where the placeholders are, wherever the parts of the model are.
+        features, selection = features.to(units.token.device), selection.to(units.token.device)
         features.sample, features.unit = units.sample, torch.arange(len(units.sizes))
         features.grids = torch.tensor(units.grids) if units.grids else None
         features.frames = torch.tensor(units.frames) if units.frames else None
@@ -161,7 +164,7 @@ class VisualModel:
         if self.config.keep_cls:
             embeds = torch.cat([features.cls, embeds], dim=1)
             is_left = nn.functional.pad(is_left, (1, 0), value=True)
-        embeds = embeds if tokens.is_projected else self.projector(embeds)
+        embeds = embeds if tokens.is_projected else self.projector(embeds).to(is_left.device)
         return VisualEmbeddings(embeds[is_left]), column_stays
 
     def keeps_whole_units(self, units: Units, schedule: BudgetSchedule) -> bool:
@@ -233,23 +236,14 @@ class VisualModel:
                 f"{size} pixels a side."
             )
         steps, first = schedule.steps, schedule.steps[0].reducer
-        fraction, meets_budget = self._budget_fraction(schedule, units)
-        if fraction is not None:
-            fraction = fraction.to(input_device(self.tower, pixel_values))
         attention_layers = wanted_layers(steps)
-        if question is None and meets_budget and self.config.question_aware:
-            question = fraction.new_zeros(len(fraction), self.config.text_config.hidden_size, dtype=self.tower.dtype)
-        arguments = {
-            "budget_token": self.budget_token if meets_budget else None,
-            "budget": fraction,
-            "question": question if self.config.question_aware else None,
-        }
+        told = self._told_of_budget(schedule, units, question, input_device(self.tower, pixel_values))
         if not self._acts_in_tower(schedule, units, num_keep):
             features = encode_image(
                 self.tower,
                 pixel_values,
                 self.config,
-                **arguments,
+                **told,
                 attention_layers=attention_layers,
                 received_layers=wanted_layers(steps, "received"),
             )
@@ -264,7 +258,21 @@ class VisualModel:
                 f"{steps[0].name!r} changes the tokens inside the tower, and another reducer of this stack reads the "
                 "attention of the whole tower; use one of them."
             )
-        return reduce_in_tower(self.tower, first, pixel_values, self.config, num_keep, is_token, **arguments)
+        return reduce_in_tower(self.tower, first, pixel_values, self.config, num_keep, is_token, **told)
+
+    def _told_of_budget(
+        self, schedule: BudgetSchedule, units: Units, question: torch.Tensor | None, device: torch.device
+    ) -> dict[str, Any]:
+        """What the budget token is made of, as [`encode_image`] takes it; nothing where the budget takes no part."""
+        fraction, takes_part = self._budget_fraction(schedule, units)
+        if not takes_part:
+            return {}
+        asked = self.budget_token.question_proj
+        if asked is None:
+            question = None
+        elif question is None:
+            question = torch.zeros(len(fraction), asked.in_features, dtype=asked.weight.dtype, device=device)
+        return {"budget_token": self.budget_token, "budget": fraction.to(device), "question": question}
 
     def _budget_fraction(self, schedule: BudgetSchedule, units: Units) -> tuple[torch.Tensor | None, bool]:
         """
@@ -287,10 +295,8 @@ class VisualModel:
     def _projected(self, features: VisionFeatures, with_tower_patches: bool) -> VisionFeatures:
         """The tokens, and CLS, in the decoder's space."""
         cls = None if features.cls is None else self.projector(features.cls)
-        patches = self.projector(features.patches)
-        return replace(
-            features, patches=patches, cls=cls, tower_patches=features.patches if with_tower_patches else None
-        )
+        patches, tower_patches = self.projector(features.patches), features.patches if with_tower_patches else None
+        return replace(features, patches=patches, cls=cls, tower_patches=tower_patches).to(features.positions.device)
 
 
 def wanted_layers(steps: list[Step], need: str = "attention") -> list[int]:
