@@ -16,7 +16,7 @@ from PIL import Image
 
 from ...modeling.budget.schedule import StackBudget
 from ...modeling.modeling_adavtp import AdaVTPForConditionalGeneration, ReducerSpec
-from ...modeling.processing_adavtp import inputs_of_questions
+from ...modeling.processing_adavtp import inputs_of_questions, takes_suffix
 from ..settings import FULL, FULL_BUDGET, Setting, budget_of_text, exact_budget, reducer_of_text, tokens_per_image
 
 # Pixels, of an image that is looked at before a data set is loaded.
@@ -83,6 +83,11 @@ class AdaVTPModelArguments(lmms):
             device_map=self.device if device_map is None else device_map,
         ).eval()
         self.processor = self._model.processor_class.from_pretrained(pretrained, **of_hub)
+        if takes_suffix(self.processor):
+            raise ValueError(
+                f"`pretrained` is {pretrained!r}, whose {type(self.processor).__name__} writes single questions about "
+                "images and no chats, as lmms-eval's requests are. `adavtp evaluate` asks such questions."
+            )
         if self.processor.chat_template is None:
             raise ValueError(
                 f"`pretrained` is {pretrained!r}, whose processor has no chat template; lmms-eval's requests are "

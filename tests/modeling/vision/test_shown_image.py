@@ -8,13 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import BatchFeature
-from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
-from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
-from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
-from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from adavtp.modeling.budget.selection import Selection
 from adavtp.modeling.families.encoded import units_of_kinds
@@ -22,52 +16,36 @@ from adavtp.modeling.processing_adavtp import inputs_of_questions
 from adavtp.modeling.vision.shown_image import WHOLE, Place, ShownImage, shares_of_units, shown_images
 from tiny_conversations import digit_model, llava_processor
 from tiny_families import BOS, FAMILIES, IMAGE, with_budget
-from tiny_processors import PROCESSED, family_model, family_processor
+from tiny_processors import family_model, family_processor
 
 # Adapter and image processor are another's.
 _PACKED_AS_ANOTHER = ("paligemma2", "qwen3_5", "smolvlm")
 QUESTION = "which digit is red ?"
-_PATCHES = {"patch_size": 4, "merge_size": 2, "size": {"shortest_edge": 64, "longest_edge": 4096}}
-IMAGE_PROCESSORS = {
-    "gemma3": Gemma3ImageProcessorPil(size={"height": 32, "width": 32}),
-    "gemma4": Gemma4ImageProcessorPil(patch_size=4, pooling_kernel_size=2, max_soft_tokens=70),
-    "glm4v": Glm4vImageProcessorPil(**_PATCHES | {"size": {"shortest_edge": 64, "longest_edge": 8192}}),
-    "minicpmv4_6": MiniCPMV4_6ImageProcessorPil(patch_size=4, scale_resolution=48),
-    "mistral3": PixtralImageProcessorPil(size={"longest_edge": 64}, patch_size={"height": 8, "width": 8}),
-    "paligemma": SiglipImageProcessorPil(size={"height": 24, "width": 24}),
-    "qwen3_vl": Qwen2VLImageProcessorPil(**_PATCHES),
-}
+# Without torchvision its processor is not made, of which no part but this one looks at images.
+PIXTRAL = PixtralImageProcessorPil(size={"longest_edge": 64}, patch_size={"height": 8, "width": 8})
 
 
-class ImagesAlone:
-    """A processor of nothing but a family's images, whose prompt is their placeholders."""
-
-    def __init__(self, name: str, model: Any) -> None:
-        self.name, self.model, self.num_rows = name, model, {}
+class PixtralAlone:
+    """A processor of nothing but Mistral 3's images, whose prompt is their placeholders, one for 8 x 8 pixels."""
 
     def of_questions(self, images: Sequence[Sequence[Image.Image]], prompts: Sequence[str]) -> BatchFeature:
         (images,) = images
-        made = IMAGE_PROCESSORS[self.name](images, return_tensors="pt")
-        names = ("pixel_values", "image_grid_thw", "image_sizes", "target_sizes", "image_position_ids")
-        made = {key: torch.as_tensor(made[key]) for key in names if key in made}
-        made["pixel_values"] = made["pixel_values"].double()
-        size = images[0].size
-        if size not in self.num_rows:
-            with torch.no_grad():
-                entries = self.model.encoded("image", made).pooler_output
-            self.num_rows[size] = sum(entry.shape[:-1].numel() for entry in entries)
-        ids = torch.tensor([[BOS, *[IMAGE] * self.num_rows[size], 7, 8]])
-        return BatchFeature({"input_ids": ids, **made})
+        made = PIXTRAL(images, return_tensors="pt")
+        ids = [BOS, *[IMAGE] * (made["image_sizes"].prod() // 64), 7]
+        return BatchFeature({"input_ids": torch.tensor([ids]), **made})
 
 
 def model_and_processor(name: str) -> tuple[Any, Any]:
     """A model in whose tower no patch sees another, so that a token tells nothing but what it is made of."""
-    if name in PROCESSED:
+    if name == "mistral3":
+        model, processor = with_budget(name), PixtralAlone()
+    else:
         processor = family_processor(name)
         model = family_model(name, processor).double().eval()
-    else:
-        model = with_budget(name)
-        processor = ImagesAlone(name, model)
+        for parameter in model.parameters():
+            # Gemma 3's projector begins with nothing.
+            if parameter.dim() == 2 and not parameter.any():
+                torch.nn.init.normal_(parameter)
     for module in model.family.tower(model).modules():
         if type(module).__name__.endswith("Attention"):
             for parameter in module.parameters():
