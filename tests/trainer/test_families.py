@@ -348,7 +348,7 @@ def test_a_controller_learns_to_choose_on_another_family(tmp_path: Path) -> None
         return float(outputs.loss), float(is_right.float().mean())
 
     model.set_reducer("random")
-    losses = train((0.3, 1.0), max_steps=160, warmup_steps=20, learning_rate=6e-3, train_parts=EVERY_PART[1:])
+    losses = train((0.1, 1.0), max_steps=160, warmup_steps=20, learning_rate=6e-3, train_parts=EVERY_PART[1:])
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
     model.set_reducer("adaptive")
     untrained, untrained_right = loss_and_share_right("adaptive")
@@ -363,5 +363,5 @@ def test_a_controller_learns_to_choose_on_another_family(tmp_path: Path) -> None
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
     learned, learned_right = loss_and_share_right("adaptive")
     random, random_right = loss_and_share_right("random")
-    assert learned < 0.85 * random and learned < 0.95 * untrained
-    assert learned_right > random_right + 0.1 and learned_right > untrained_right
+    assert learned < 0.95 * random and learned < 0.95 * untrained
+    assert learned_right > random_right + 0.05 and learned_right > untrained_right + 0.05
