@@ -261,7 +261,7 @@ def _saved_by_a_row(
     times = layers_that_run(model)
     watched = _watched(model, times)
     plain = torch.backends.mkldnn.flags(enabled=False, allow_tf32=None)
-    with plain, ProductsAreNoise(every=True) as noise, FlopsByPart(watched) as running:
+    with plain, ProductsAreNoise(lambda: True) as noise, FlopsByPart(watched) as running:
         noted = BytesSaved(model, noise, running, watched)
         with noted, torch.autocast("cpu", dtype, enabled=autocast):
             logits = model(**inputs, token_budget=token_budget, use_cache=False).logits
@@ -327,7 +327,7 @@ class BytesSaved(torch.autograd.graph.saved_tensors_hooks):
     def _note(self, tensor: torch.Tensor) -> torch.Tensor:
         storage, part = _storage(tensor), self.running.inside[-1] if self.running.inside else None
         size = tensor.untyped_storage().nbytes()
-        if storage in {_storage(noise) for noise in self.noise.noise.values()}:
+        if self.noise.is_noise(tensor):
             place = (storage, tensor.storage_offset())
             wide = zip(tensor.shape, tensor.stride(), strict=True)
             storage, size = place, math.prod(count for count, step in wide if step) * tensor.itemsize

@@ -8,7 +8,7 @@ import json
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache, wraps
 from typing import Any
@@ -89,11 +89,22 @@ class FlopsByPart(TorchDispatchMode):
         return result
 
 
-def flops_by_part(run: Callable[[], Any], parts: Mapping[Hashable, list[nn.Module]]) -> tuple[Any, Counter[Hashable]]:
-    """What `run` returns without gradients, and the FLOPs of each part; see [`FlopsByPart`]."""
+def flops_by_part(
+    run: Callable[[], Any], parts: Mapping[Hashable, list[nn.Module]], blind: Collection[Hashable] = ()
+) -> tuple[Any, Counter[Hashable]]:
+    """
+    What `run` returns without gradients, and the FLOPs of each part; see [`FlopsByPart`].
+
+    Args:
+        run: of a weightless model.
+        parts: see there.
+        blind: parts in which nothing asks for values, which then take no time.
+    """
     by_part: Counter[Hashable] = Counter()
+    counted = FlopsByPart(parts)
+    noise = ProductsAreNoise(lambda: bool(counted.inside) and counted.inside[-1] in blind)
     # See `weightless_model`.
-    with torch.inference_mode(False), torch.no_grad(), ProductsAreNoise(), FlopsByPart(parts) as counted:
+    with torch.inference_mode(False), torch.no_grad(), noise, counted:
         result = run()
     for (part, _, _), flops in counted.spent.items():
         by_part[part] += flops

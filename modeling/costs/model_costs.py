@@ -7,7 +7,7 @@ costs follows from its polynomials, and is worked out for thousands of prompts i
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedConfig
+from transformers.utils import ModelOutput
 
 from ...configuration.configuration_adavtp import AdaVTPConfig, chosen_entries
 from ..budget.schedule import StackBudget
@@ -28,7 +29,15 @@ from ..reducers.aim import merged_count
 from ..reducers.base import REDUCERS, ScoringReducer
 from .counting import flops_by_part, remembered, visual_modules, weights_on_parabola
 from .decoder import DecodeCost, DecoderCost, ExecutionPlan
-from .weightless import Looks, family_prompt, looks_of, noise_prompts, weightless_model, with_budget_in
+from .weightless import (
+    Looks,
+    ProductsAreNoise,
+    family_prompt,
+    looks_of,
+    noise_prompts,
+    weightless_model,
+    with_budget_in,
+)
 
 # Height and width of each image of a prompt in pixels; LLaVA's images have one size, `None`.
 ImageSizes = tuple[tuple[int, int] | None, ...]
@@ -157,6 +166,7 @@ class ModelCosts:
             raise ValueError(f"`image_size` is {image_size}, and all images of a LLaVA model have its tower's size.")
         self._stacks: dict[Any, _StackCosts] = {}
         self._prompts: dict[Any, Costs] = {}
+        self._encoded: dict[ImageSizes, tuple[ModelOutput, Counter]] = {}
 
     @staticmethod
     def of(config: PreTrainedConfig, image_size: tuple[int, int] | None = None) -> "ModelCosts":
@@ -315,7 +325,7 @@ class ModelCosts:
         # A class may be registered anew under its name, as in a notebook.
         key = (json.dumps(entries, default=repr, sort_keys=True), *(REDUCERS.get(name) for name in names))
         if key not in self._stacks:
-            self._stacks[key] = _StackCosts(self.config, entries)
+            self._stacks[key] = _StackCosts(self.config, entries, self._encoded)
         return self._stacks[key], token_budget
 
     def _costs(
@@ -366,8 +376,13 @@ class _Reached(Exception):  # noqa: N818
 class _StackCosts:
     """What choosing costs, for one stack of reducers."""
 
-    def __init__(self, config: PreTrainedConfig, entries: list[str | dict[str, Any]]) -> None:
-        self.config, self.is_llava = config, isinstance(config, AdaVTPConfig)
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        entries: list[str | dict[str, Any]],
+        encoded: dict[ImageSizes, tuple[ModelOutput, Counter]],
+    ) -> None:
+        self.config, self.is_llava, self._encoded = config, isinstance(config, AdaVTPConfig), encoded
         # A floor on the entropy adds tokens to noise; how many it adds to an image is what a selection says.
         self.model = weightless_model(
             config,
@@ -527,30 +542,61 @@ class _StackCosts:
         """The model on a prompt, up to the decoder layer before which the last choice is made."""
         key = (_written(token_budget), images, text_tokens, stop)
         if key not in self._runs:
-            layers = self.model.get_decoder().layers
             if self.is_llava:
                 inputs = noise_prompts(self.config, [text_tokens], [len(images)])
+                self._runs[key] = self._counted(inputs, token_budget, stop)
             else:
                 inputs = family_prompt(self.model, self.looks(images), text_tokens)
-            parts = visual_modules(self.model) | {"prefill": list(layers)}
-
-            def run() -> None:
-                with contextlib.suppress(_Reached):
-                    self.inner(**inputs, token_budget=token_budget)
-
-            hook = layers[stop].register_forward_pre_hook(_stop)
-            try:
-                self._runs[key] = flops_by_part(run, parts)[1]
-            except ValueError:
-                raise
-            except Exception as error:
-                names = ", ".join(dict.fromkeys(step.name for step in self.steps))
-                raise ValueError(
-                    f"`reducer` is {names!r}, and running it on noise to count it failed ({error!r})."
-                ) from error
-            finally:
-                hook.remove()
+                with self._encoded_once(images, token_budget) as spent:
+                    self._runs[key] = self._counted(inputs, token_budget, stop) + spent
         return self._runs[key]
+
+    def _counted(self, inputs: dict[str, Any], token_budget: StackBudget | None, stop: int) -> Counter:
+        layers = self.model.get_decoder().layers
+        parts = visual_modules(self.model) | {"prefill": list(layers)}
+
+        def run() -> None:
+            with contextlib.suppress(_Reached):
+                self.inner(**inputs, token_budget=token_budget)
+
+        hook = layers[stop].register_forward_pre_hook(_stop)
+        try:
+            return flops_by_part(run, parts, blind=("vision", "projector"))[1]
+        except ValueError:
+            raise
+        except Exception as error:
+            names = ", ".join(dict.fromkeys(step.name for step in self.steps))
+            raise ValueError(
+                f"`reducer` is {names!r}, and running it on noise to count it failed ({error!r})."
+            ) from error
+        finally:
+            hook.remove()
+
+    @contextlib.contextmanager
+    def _encoded_once(self, images: ImageSizes, token_budget: StackBudget | None) -> Iterator[Counter]:
+        """
+        Lets a family encode images of each size once, for all stacks that read nothing inside the tower. Yields what
+        was spent on it before, if it was.
+        """
+        reads = any(step.reducer.stage == "encoder" or "attention" in step.reducer.needs for step in self.before)
+        if reads or self.config.budget_fusion == "encoder" or isinstance(token_budget, Mapping):
+            yield Counter()
+            return
+        if images not in self._encoded:
+            model = self.model
+
+            def run() -> ModelOutput:
+                return model.encoded("image", self.looks(images).inputs)
+
+            made, spent = flops_by_part(run, visual_modules(model), blind=("vision", "projector"))
+            # Of the real tensors some would take memory.
+            self._encoded[images] = ProductsAreNoise().instead_of(made), spent
+        made, spent = self._encoded[images]
+        self.model.encoded = lambda *_: made
+        try:
+            yield spent
+        finally:
+            del self.model.encoded
 
 
 def _not_known(name: str, reason: str) -> ValueError:

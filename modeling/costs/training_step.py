@@ -341,7 +341,7 @@ def _count(model: PreTrainedModel, inputs: Mapping[str, Any], step: Step) -> Tra
     watched = {number: stretch.modules for number, stretch in enumerate(stretches)}
     # Libraries for CPUs refuse noise whose rows overlap.
     plain = torch.backends.mkldnn.flags(enabled=False, allow_tf32=None)
-    with plain, ProductsAreNoise(every=True), FlopsByPart(watched) as counted:
+    with plain, ProductsAreNoise(lambda: True), FlopsByPart(watched) as counted:
         logits = model(**inputs, use_cache=False).logits
         (learned,) = scores or [logits]
         if learned.requires_grad:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -36,6 +36,8 @@ CPU_FORMULAS: dict[Any, Callable[..., int]] = {
     ),
 }
 _NOISE, _LARGE = 2**20, 2**18
+# Of operations whose values say what shape comes out.
+_SAYS_SHAPES = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 
 
 # Of tensors made in inference mode operations come whole, and not as the products that they are made of.
@@ -94,11 +96,11 @@ class ProductsAreNoise(TorchDispatchMode):
     Does not carry out products, whose results are noise.
 
     Args:
-        every: all of them, and what else works number by number on many, as where nothing asks for values; by default
-            only those with a weight of [`weightless_model`], and attention.
+        every: says whether all of them are now, and whatever else works on many numbers, as where nothing asks for
+            values; by default only those with a weight of [`weightless_model`], and attention.
     """
 
-    def __init__(self, every: bool = False) -> None:
+    def __init__(self, every: Callable[[], bool] = lambda: False) -> None:
         super().__init__()
         self.every, self.made = every, 0
         noise = torch.randn(_NOISE, generator=torch.Generator().manual_seed(0))
@@ -113,25 +115,51 @@ class ProductsAreNoise(TorchDispatchMode):
         if packet is torch.ops.aten._to_copy and _is_weight(args[0]):
             # Of another precision it takes no memory either.
             return operation(args[0][(0,) * args[0].dim()], **kwargs).expand(args[0].shape)
-        if not is_product and not (self.every and _is_large(operation, args)):
+        if packet is torch.ops.aten.view and self.is_noise(args[0]):
+            try:
+                return operation(*args, **kwargs)
+            except RuntimeError:
+                # Rows of others can be put in one, and those of noise not.
+                shape = operation(torch.empty(args[0].shape, dtype=args[0].dtype, device="meta"), *args[1:])
+                return self._result(shape, args[0].storage_offset() % (_NOISE // 2))
+        every = self.every()
+        if not is_product and not (every and _is_large(operation, args)):
             return operation(*args, **kwargs)
-        if is_product and not (self.every or packet in CPU_FORMULAS or any(map(_is_weight, args))):
+        if is_product and not (every or packet in CPU_FORMULAS or any(map(_is_weight, args))):
             return operation(*args, **kwargs)
         leaves, structure = tree_flatten((args, kwargs))
         shapes = _shapes_of_results(operation, structure, tuple(map(_without_values, leaves)))
+        if not is_product and not all(shape.is_floating_point() for shape in tree_leaves(shapes)):
+            # What was compared or ranked.
+            return operation(*args, **kwargs)
         return tree_map_only(torch.Tensor, self._result, shapes)
 
-    def _result(self, shape: torch.Tensor) -> torch.Tensor:
-        """Noise of a shape. Its rows overlap in memory, so that it takes none of its own."""
+    def is_noise(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies in the memory of all noise."""
+        noise = self.noise.get(tensor.dtype)
+        return noise is not None and tensor.untyped_storage().data_ptr() == noise.untyped_storage().data_ptr()
+
+    def instead_of(self, made: Any) -> Any:
+        """A structure of tensors with noise in place of each that is not of whole numbers."""
+        shapes = tree_map_only(
+            torch.Tensor, lambda tensor: tensor.to("meta") if tensor.is_floating_point() else tensor, made
+        )
+        return tree_map_only(torch.Tensor, lambda shape: self._result(shape) if shape.is_meta else shape, shapes)
+
+    def _result(self, shape: torch.Tensor, place: int | None = None) -> torch.Tensor:
+        """Noise of a shape, anew or from a place. Its rows overlap in memory, so that it takes none of its own."""
+        if shape.dtype not in self.noise:
+            self.noise[shape.dtype] = self.noise[torch.float32].to(shape.dtype)
+        if place is None:
+            # Two results in a row are not alike.
+            place = self.made = (self.made + 7919) % (_NOISE // 2)
+        if shape.dim() == 0:
+            return self.noise[shape.dtype][place]
         *outer, width = shape.shape
         rows = torch.empty(outer, device="meta")
         step = (_NOISE // 2 - width) // max(rows.numel(), 1)
-        # Two results in a row are not alike.
-        self.made = (self.made + 7919) % (_NOISE // 2)
         strides = [step * stride for stride in rows.stride()]
-        if shape.dtype not in self.noise:
-            self.noise[shape.dtype] = self.noise[torch.float32].to(shape.dtype)
-        return self.noise[shape.dtype].as_strided(shape.shape, [*strides, 1], self.made)
+        return self.noise[shape.dtype].as_strided(shape.shape, [*strides, 1], place)
 
 
 class Shape(NamedTuple):
@@ -157,16 +185,11 @@ def _shapes_of_results(operation: Any, structure: TreeSpec, arguments: tuple) ->
 
 
 def _is_large(operation: Any, args: tuple) -> bool:
-    """Whether an operation works number by number on many numbers, or would copy the gradient of a weight."""
-    tensors = [argument for argument in args if isinstance(argument, torch.Tensor)]
-    if operation._schema.is_mutable or not any(tensor.numel() > _LARGE for tensor in tensors):
+    """Whether an operation makes new numbers of many."""
+    tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+    if operation._schema.is_mutable or operation.is_view or _SAYS_SHAPES & set(operation.tags):
         return False
-    if not all(tensor.is_floating_point() for tensor in tensors):
-        return False
-    if operation is torch.ops.aten.clone.default:
-        node = torch._C._current_autograd_node()
-        return node is not None and "AccumulateGrad" in node.name()
-    return torch.Tag.pointwise in operation.tags
+    return any(tensor.numel() > _LARGE and tensor.is_floating_point() for tensor in tensors)
 
 
 def _is_weight(argument: Any) -> bool:

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from adavtp.command_line import app
 from adavtp.modeling.budget.selection import Selection
 from adavtp.modeling.costs.model_costs import ModelCosts
-from adavtp.modeling.costs.weightless import family_prompt, looks_of
+from adavtp.modeling.costs.presets import preset_config
+from adavtp.modeling.costs.weightless import family_prompt, looks_of, meta_model
 from adavtp.modeling.parts import parts_of_names
 from counted_flops import ON_A_CPU
 from tiny_families import FAMILIES, budgeted, with_budget
@@ -118,4 +119,17 @@ def test_the_command_counts_a_family_s_folder_and_says_what_it_has_to_be_told(tm
     assert counted["total"] == expected.total and counted["visual_tokens"] == 12
     assert "height and width in pixels" in said("flops", *asked)
     assert "`image_size` is '24'" in said("flops", *asked, "--image-size", "24")
-    assert "training is planned for LLaVA's alone" in said("plan", "--checkpoint", str(tmp_path))
+    tiny = ("--gpus", "1", "--longest", "40", "--text-tokens", "9", "--micro-batch", "1")
+    assert "height and width in pixels" in said("plan", "--checkpoint", str(tmp_path), *tiny)
+    planned = said("plan", "--checkpoint", str(tmp_path), "--image-size", "24x32", *tiny, "--json")
+    assert json.loads(planned)["memory"]["decoder"] > 0
+
+
+def test_well_known_shapes_of_families_have_the_sizes_that_are_known_of_them() -> None:
+    known = [("qwen2.5-vl-7b", 8.29, (448, 448), [256]), ("llava-onevision-7b", 8.03, (768, 768), [729] * 5)]
+    for name, billions, size, tokens in known:
+        model = meta_model(preset_config(name))
+        part_of = parts_of_names(model)
+        own = [weight.numel() for key, weight in model.named_parameters() if part_of(key) != "controller"]
+        assert sum(own) / 1e9 == pytest.approx(billions, abs=5e-3)
+        assert list(ModelCosts.of(model.config, size).visual_tokens("full").sizes) == tokens
