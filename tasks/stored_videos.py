@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import is_av_available, is_cv2_available, is_decord_available, is_torchcodec_available
 from transformers.video_utils import VideoMetadata, load_video
 
@@ -139,6 +140,62 @@ def clip_of_nothing(video: Any, sampler: FrameSampler | None, folder: str | Path
     clip = _read(video, sampler, folder, first_alone=True)
     _, height, width, _ = clip.frames.shape
     return clip._replace(frames=_nothing(len(clip.indices), height, width))
+
+
+def frame_sampler(processor: ProcessorMixin, num_frames: int | None = None) -> FrameSampler | None:
+    """
+    Which frames of a file are shown: so many, evenly spread, or by default those that the processor takes; `None` for
+    all.
+    """
+    if num_frames is not None:
+        return lambda metadata: np.linspace(
+            0, metadata.total_num_frames - 1, min(num_frames, metadata.total_num_frames)
+        ).round()
+    videos = processor.video_processor
+    return videos.sample_frames if videos.do_sample_frames else None
+
+
+def keeps_videos_apart(processor: ProcessorMixin) -> bool:
+    """Whether a batch has images or videos, and not both: the processor would give them the same name."""
+    return "pixel_values" in processor.video_processor.model_input_names
+
+
+def processed_videos(processor: ProcessorMixin, clips: Sequence[Clip], **arguments: Any) -> BatchFeature:
+    """
+    What a processor makes of a batch with videos, whose frames are shown as they are, or without any.
+
+    Args:
+        processor: a family's.
+        clips: of all prompts, in the order of their placeholders.
+        arguments: of the processor's call, with `images` in the same order, or `None`.
+
+    Raises:
+        ValueError: if the processor cannot put these videos into one batch.
+    """
+    if not clips:
+        return processor(**arguments)
+    name, video_processor = type(processor).__name__, getattr(processor, "video_processor", None)
+    if video_processor is None:
+        raise ValueError(f"`videos` are given, and {name} reads none; show frames as images.")
+    if arguments.get("images") is not None and keeps_videos_apart(processor):
+        raise ValueError(
+            f"`images` and `videos` are given in one batch, and {name} gives the model one or the other. Put them "
+            "into batches of their own."
+        )
+    told = {"do_sample_frames": False, "video_metadata": [clip.metadata() for clip in clips]}
+    if "return_tensors" not in arguments:
+        told["return_tensors"] = "pt"
+    try:
+        return processor(videos=[clip.frames for clip in clips], videos_kwargs=told, **arguments)
+    # What putting tensors of several shapes together raises.
+    except (ValueError, RuntimeError, AttributeError) as error:
+        lengths = sorted({len(clip.frames) for clip in clips})
+        if len(lengths) < 2:
+            raise
+        raise ValueError(
+            f"`videos` of a batch have {' and '.join(map(str, lengths))} frames, and {name} puts videos of one length "
+            "alone into a batch. Show equally many frames of each, or one video a batch."
+        ) from error
 
 
 def _frames_and_fps(video: Any) -> tuple[Any, float | None]:

@@ -40,6 +40,7 @@ class AdaVTPModelArguments(lmms):
         device: of a single process, by default what accelerate picks; several processes get theirs from accelerate.
         device_map, dtype, attn_implementation, revision, trust_remote_code: as in `from_pretrained`.
         batch_size, max_new_tokens: requests that are answered together, and the limit where a task says none.
+        num_frames: that are shown of a video file, evenly spread; by default what the checkpoint's processor takes.
         statistics: a file that gets a JSON line for every request; of several processes each has its own.
 
     Raises:
@@ -58,6 +59,7 @@ class AdaVTPModelArguments(lmms):
         attn_implementation: str | None = None,
         batch_size: int | str = 1,
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        num_frames: int | None = None,
         trust_remote_code: bool = False,
         revision: str = "main",
         statistics: str | None = None,
@@ -70,6 +72,7 @@ class AdaVTPModelArguments(lmms):
             raise ValueError(f"`model_args` of adavtp, {refused}; allowed are {', '.join(allowed)}.")
         self.batch_size = _positive("batch_size", batch_size)
         self.max_new_tokens = _positive("max_new_tokens", max_new_tokens)
+        self.num_frames = None if num_frames is None else _positive("num_frames", num_frames)
         given_budget, given_reducer = _budget(token_budget), None if reducer is None else _reducer(str(reducer))
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes

@@ -11,13 +11,11 @@ from PIL import Image
 from transformers import ProcessorMixin
 
 from ...modeling.processing_adavtp import takes_suffix
-from ...tasks.stored_videos import Clip, FrameSampler
+from ...tasks.stored_videos import Clip, processed_videos
 from .chat_template import IGNORED, ConversationText, has_begin, places_shown
 
 # Where the text too is asked for as tensors, InternVL's would make one of where placeholders stood.
-_IN_TENSORS = {"images_kwargs": {"return_tensors": "pt"}}
-# Which frames of a file are shown is settled when it is read.
-_AS_GIVEN = {"return_tensors": "pt", "do_sample_frames": False}
+_AS_TENSORS = {"images_kwargs": {"return_tensors": "pt"}}
 
 
 def processed_batch(
@@ -39,7 +37,7 @@ def processed_batch(
 
     Raises:
         ValueError: if a conversation has another number of images or videos than it shows, the processor cannot put
-            videos of several lengths into a batch, or it writes more text than it is given, so that turns cannot be
+            these videos into a batch, or it writes more text than it is given, so that turns cannot be
             found.
     """
     for conversation, *given in zip(conversations, images, videos, strict=True):
@@ -52,25 +50,18 @@ def processed_batch(
                 )
     if takes_suffix(processor):
         return _suffixed_batch(processor, conversations, images)
-    clips = [clip for own in videos for clip in own]
-    text = {
-        "text": [conversation.text for conversation in conversations],
-        "add_special_tokens": not has_begin(processor, conversations[0].text),
-        "padding": True,
-        "padding_side": "right",
-        "return_offsets_mapping": True,
-        "return_text_replacement_offsets": True,
-    }
-    try:
-        batch = processor(images=images if any(images) else None, **text, **_visual_arguments(clips))
-    except (ValueError, RuntimeError, AttributeError) as error:
-        lengths = sorted({len(clip.frames) for clip in clips})
-        if len(lengths) < 2:
-            raise
-        raise ValueError(
-            f"`videos` of a batch have {lengths} frames, and {type(processor).__name__} puts videos of one length "
-            "alone into a batch. Show equally many frames of each, or train on batches of one row."
-        ) from error
+    batch = processed_videos(
+        processor,
+        [clip for own in videos for clip in own],
+        images=images if any(images) else None,
+        text=[conversation.text for conversation in conversations],
+        add_special_tokens=not has_begin(processor, conversations[0].text),
+        padding=True,
+        padding_side="right",
+        return_offsets_mapping=True,
+        return_text_replacement_offsets=True,
+        **_AS_TENSORS,
+    )
     replaced = batch.pop("text_replacement_offsets", None) or [[]] * len(conversations)
     batch = {name: torch.as_tensor(value) for name, value in batch.items()}
     offsets = batch.pop("offset_mapping")
@@ -95,7 +86,7 @@ def _suffixed_batch(
     begins = [conversation.turns[0][0] for conversation in conversations]
     pairs = [(text[:begin], text[begin:]) for (text, _), begin in zip(conversations, begins, strict=True)]
     prefixes, suffixes = map(list, zip(*pairs, strict=True))
-    batch = processor(images=images, text=prefixes, suffix=suffixes, padding=True, padding_side="right", **_IN_TENSORS)
+    batch = processor(images=images, text=prefixes, suffix=suffixes, padding=True, padding_side="right", **_AS_TENSORS)
     return {name: torch.as_tensor(value) for name, value in batch.items()}
 
 
@@ -113,29 +104,20 @@ def processed_lengths(
     stay at any budget, and placeholders. They depend on sizes and times alone, so that the processor is asked with
     images and videos of nothing.
     """
-    nothing = [Image.new("RGB", size) for size in sizes]
-    of_images = _num_tokens(processor, "image", len(sizes), {"images": [nothing]}) if sizes else (0, 0)
-    of_videos = _num_tokens(processor, "video", len(clips), _visual_arguments(clips)) if clips else (0, 0)
+    of_images = of_videos = (0, 0)
+    if sizes:
+        nothing = [Image.new("RGB", size) for size in sizes]
+        of_images = _num_tokens(processor, "image", len(sizes), [], images=[nothing])
+    if clips:
+        of_videos = _num_tokens(processor, "video", len(clips), clips)
     return of_images[0] + of_videos[0], of_images[1] + of_videos[1]
 
 
-def frame_sampler(processor: ProcessorMixin) -> FrameSampler | None:
-    """Which frames of a video file the processor shows; `None` for all."""
-    return processor.video_processor.sample_frames if processor.video_processor.do_sample_frames else None
-
-
-def _visual_arguments(clips: list[Clip]) -> dict[str, Any]:
-    arguments: dict[str, Any] = dict(_IN_TENSORS)
-    if clips:
-        told = _AS_GIVEN | {"video_metadata": [clip.metadata() for clip in clips]}
-        arguments |= {"videos": [clip.frames for clip in clips], "videos_kwargs": told}
-    return arguments
-
-
-def _num_tokens(processor: ProcessorMixin, kind: str, number: int, given: dict[str, Any]) -> tuple[int, int]:
+def _num_tokens(processor: ProcessorMixin, kind: str, number: int, clips: list[Clip], **given: Any) -> tuple[int, int]:
     """Of so many images or videos, and nothing else: the tokens that are no placeholders, and those that are."""
     text = getattr(processor, f"{kind}_token") * number
-    ids = list(processor(text=[text], add_special_tokens=False, **given)["input_ids"][0])
+    batch = processed_videos(processor, clips, text=[text], add_special_tokens=False, **given, **_AS_TENSORS)
+    ids = list(batch["input_ids"][0])
     # What stands for an image in the text need not be what stands for its tokens; frames have the images' in some.
     holders = ((processor, "image"), (processor, "video"), (processor.tokenizer, "image"))
     num_visual = max(ids.count(getattr(holder, f"{name}_token_id", None)) for holder, name in holders)

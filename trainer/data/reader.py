@@ -16,10 +16,10 @@ from transformers import ProcessorMixin
 from ...modeling.budget.token_budget import num_tokens_to_keep
 from ...modeling.processing_adavtp import AdaVTPProcessor
 from ...tasks.stored_images import decoded_image, image_size
-from ...tasks.stored_videos import Clip, clip_of_nothing, stored_clip
+from ...tasks.stored_videos import Clip, clip_of_nothing, frame_sampler, keeps_videos_apart, stored_clip
 from .chat_template import content_parts, conversation_text, count_tokens, encode_conversation
 from .image_tokens import tokens_of_any_image
-from .processed import frame_sampler, processed_lengths
+from .processed import processed_lengths
 
 Row = dict[str, Any]
 Result = TypeVar("Result")
@@ -129,10 +129,11 @@ class ConversationReader:
         given = {kind: len(_given(row, kind)) for kind in ("image", "video")}
         if problem := row.get("problem") or _problem(row["messages"], given):
             raise RejectedSample(_id(row), problem)
+        name = type(self.processor).__name__
         if given["video"] and not self.reads_videos:
-            raise RejectedSample(
-                _id(row), f"the row has a video, and {type(self.processor).__name__} reads none; show frames as images"
-            )
+            raise RejectedSample(_id(row), f"the row has a video, and {name} reads none; show frames as images")
+        if all(given.values()) and keeps_videos_apart(self.processor):
+            raise RejectedSample(_id(row), f"the row has images and videos, and {name} gives one or the other")
         return given["image"], given["video"]
 
     def _in_template(self, row: Row, take: Callable[..., Result], *arguments: Any) -> Result:
