@@ -136,7 +136,7 @@ class TowerAttention:
 
     def to(self, device: torch.device) -> "TowerAttention":
         """On another device."""
-        parts = (self.query, self.cls_key, self.keys, self.row)
+        parts = (self.query, self.cls_key, self.keys, self.row, self.received)
         return TowerAttention(*(None if part is None else part.to(device) for part in parts))
 
     def take(self, index: torch.Tensor) -> "TowerAttention":

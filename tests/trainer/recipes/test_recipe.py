@@ -373,7 +373,10 @@ EVALUATION = {"questions": 6, "budgets": [1.0], "reducers": ["adaptive"]}
         (PLAIN | {"stages": [STAGE | {"steps": 3}]}, "steps"),
         (PLAIN | {"stages": [without("name", STAGE)]}, "missing field.*name"),
         (PLAIN | {"stages": ["see"]}, "found 'see'"),
-        (PLAIN | {"stages": [STAGE | {"kind": "magic"}]}, "'magic'.*patch_labels, packed_questions, conversations"),
+        (
+            PLAIN | {"stages": [STAGE | {"kind": "magic"}]},
+            "'magic'.*patch_labels, told_questions, told_patches, packed_questions, conversations",
+        ),
         (PLAIN | {"stages": [STAGE | {"training": {"max_step": 3}}]}, "max_step"),
         (PLAIN | {"stages": [STAGE | {"training": {"train_parts": ["vision"]}}]}, "train_parts"),
         (PLAIN | {"stages": [TALK | {"budgets": {"range": [0.2, 1.0]}}]}, "range"),
