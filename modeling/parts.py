@@ -43,18 +43,18 @@ def parts_of_names(model: PreTrainedModel) -> Callable[[str], str]:
     return part_of
 
 
-def modules_of_parts(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
+def modules_of_parts(model: PreTrainedModel, layers_apart: bool = False) -> dict[str, list[nn.Module]]:
     """
     The outermost modules of tower and projector that run as modules do, none inside another: of lists their members,
-    of what holds a list its children, since a tower may walk through the list by itself, and so of the tower, and of
-    the layers of one inside which something may act.
+    of what holds a list its children, since a tower may walk through the list by itself, and so of the tower.
 
     Args:
         model: see [`parts_of_names`].
+        layers_apart: whether the tower's layers are taken apart too: something may act between their halves.
     """
     part_of, modules = parts_of_names(model), {"vision": [], "projector": []}
     tower = model.get_encoder(modality="image")
-    apart = {tower, *(layers_of(tower) if getattr(model.config, "opens_tower", False) else ())}
+    apart = {tower, *(layers_of(tower) if layers_apart else ())}
 
     def add(module: nn.Module, name: str) -> None:
         holds = any(isinstance(child, nn.ModuleList) for child in module.children())

@@ -297,13 +297,13 @@ def test_checkpoints_of_another_run_are_not_gone_on_with(finished: Path, tmp_pat
 
 
 def test_data_that_load_dataset_takes_are_read_as_sources_are(finished: Path, tmp_path: Path) -> None:
-    rows = [{"id": "q7", "video": "a.mp4", "messages": [{"role": "user", "content": "a"}]}] * 2
+    rows = [{"id": "q7", "messages": [{"role": "user", "content": "a"}]}] * 2
     Dataset.from_list(rows).save_to_disk(tmp_path / "data")
     content = content_of(finished)
     stage = content["stages"][2] | {"data": {"path": str(tmp_path / "data")}}
     content |= {"model": {"checkpoint": str(finished / "run" / "speak")}, "stages": [without("eval_data", stage)]}
     content["stages"][0]["training"] = TRAINING | {"train_parts": ["controller"]}
-    with pytest.raises(ValueError, match="Sample 'q7': the record has `video`"):
+    with pytest.raises(ValueError, match="Sample 'q7': the assistant says nothing"):
         run_recipe(read(content, tmp_path), tmp_path / "run")
 
 
