@@ -42,8 +42,8 @@ from .reducers.bank import ImpossibleReducerError, MissingWeightsError, ReducerS
 from .vision.shown_image import shares_of_units, shown_images
 
 if TYPE_CHECKING:
-    import PIL.Image
     from transformers.generation.utils import GenerateOutput
+    from transformers.image_utils import PIL
 
     from .prompt_reduction import PromptReductionMixin
 

@@ -9,10 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import PIL.Image
-import PIL.ImageChops
 import torch
-from transformers import ProcessorMixin
+from transformers import ProcessorMixin, image_utils
 from transformers.image_utils import ImageInput
 
 from ..budget.selection import Selection
@@ -20,6 +18,7 @@ from ..processing_adavtp import inputs_of_questions, readable_images
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from transformers.image_utils import PIL
 
 _SHADES = 256
 # Of what is dropped, of 255.
@@ -50,7 +49,7 @@ class ShownImage:
         places: where on it each of its units lies, in the order of a selection's.
     """
 
-    image: PIL.Image.Image
+    image: "PIL.Image.Image"
     places: list[Place]
 
     @property
@@ -62,7 +61,7 @@ class ShownImage:
 
     def drawn(
         self, shares: Sequence[torch.Tensor], least_height: int = 1, most_height: int | None = None
-    ) -> PIL.Image.Image:
+    ) -> "PIL.Image.Image":
         """
         The image with its dropped patches dark; where it came in several panels, the others half as large beside it.
 
@@ -88,32 +87,32 @@ class ShownImage:
         small = image.resize([max(1, side // 2) for side in image.size])
         gap = max(1, image.width // 32)
         height = max(image.height, len(others) * (small.height + gap) - gap)
-        page = PIL.Image.new("RGB", (image.width + gap + small.width, height), "white")
+        page = image_utils.PIL.Image.new("RGB", (image.width + gap + small.width, height), "white")
         page.paste(picture, (0, 0))
         for number, units in enumerate(others):
             page.paste(self._darkened(small, units, shares), (image.width + gap, number * (small.height + gap)))
         return page
 
-    def _sized(self, least_height: int, most_height: int | None) -> PIL.Image.Image:
+    def _sized(self, least_height: int, most_height: int | None) -> "PIL.Image.Image":
         image = self.image
         if most_height is not None and image.height > most_height:
             image = image.resize((max(1, image.width * most_height // image.height), most_height))
         times = -(-least_height // image.height)
-        return image.resize((image.width * times, image.height * times), PIL.Image.Resampling.NEAREST)
+        return image.resize((image.width * times, image.height * times), image_utils.PIL.Image.Resampling.NEAREST)
 
     def _darkened(
-        self, image: PIL.Image.Image, units: Sequence[int], shares: Sequence[torch.Tensor]
-    ) -> PIL.Image.Image:
+        self, image: "PIL.Image.Image", units: Sequence[int], shares: Sequence[torch.Tensor]
+    ) -> "PIL.Image.Image":
         # What no unit shows was not seen either.
-        brightness = PIL.Image.new("L", image.size, _DROPPED)
+        brightness = image_utils.PIL.Image.new("L", image.size, _DROPPED)
         for unit in units:
             rows, columns = shares[unit].shape
             values = (_DROPPED + (255 - _DROPPED) * shares[unit].float()).round().flatten().int().tolist()
             box = _pixels(self.places[unit], image.size)
             size = max(1, box[2] - box[0]), max(1, box[3] - box[1])
-            grid = PIL.Image.frombytes("L", (columns, rows), bytes(values))
-            brightness.paste(grid.resize(size, PIL.Image.Resampling.NEAREST), box[:2])
-        return PIL.ImageChops.multiply(image, PIL.Image.merge("RGB", [brightness] * 3))
+            grid = image_utils.PIL.Image.frombytes("L", (columns, rows), bytes(values))
+            brightness.paste(grid.resize(size, image_utils.PIL.Image.Resampling.NEAREST), box[:2])
+        return image_utils.PIL.Image.composite(image, image_utils.PIL.Image.new("RGB", image.size), brightness)
 
 
 def shares_of_units(selection: Selection, num_layers: int) -> list[torch.Tensor]:
@@ -153,8 +152,8 @@ def shown_images(
         _pictures_of_units(model, processor, versions, prompt)
         for versions in (
             [_marked(image.size, number / len(images)) for number, image in enumerate(images)],
-            [PIL.Image.new("RGB", image.size, (_DARK,) * 3) for image in images],
-            [PIL.Image.new("RGB", image.size, (_LIGHT,) * 3) for image in images],
+            [image_utils.PIL.Image.new("RGB", image.size, (_DARK,) * 3) for image in images],
+            [image_utils.PIL.Image.new("RGB", image.size, (_LIGHT,) * 3) for image in images],
         )
     )
     places: list[list[Place]] = [[] for _ in images]
@@ -169,26 +168,31 @@ def shown_images(
     return [_without_margins(*pair) for pair in zip(images, places, strict=True)]
 
 
-def _as_pil(image: Any) -> PIL.Image.Image:
-    if isinstance(image, PIL.Image.Image):
+def _as_pil(image: Any) -> "PIL.Image.Image":
+    if isinstance(image, image_utils.PIL.Image.Image):
         return image
     pixels = image if image.shape[-1] == 3 else image.transpose(1, 2, 0)
-    return PIL.Image.fromarray(pixels.astype("uint8"))
+    return image_utils.PIL.Image.fromarray(pixels.astype("uint8"))
 
 
-def _marked(size: tuple[int, int], number: float) -> PIL.Image.Image:
+def _marked(size: tuple[int, int], number: float) -> "PIL.Image.Image":
     """An image whose red says how far right, whose green how far down a pixel is, and whose blue a share `number`."""
     ramps = [bytes(_SHADES * (2 * pixel + 1) // (2 * length) for pixel in range(length)) for length in size]
-    lines = PIL.Image.frombytes("L", (size[0], 1), ramps[0]), PIL.Image.frombytes("L", (1, size[1]), ramps[1])
-    red, green = (line.resize(size, PIL.Image.Resampling.NEAREST) for line in lines)
+    lines = (
+        image_utils.PIL.Image.frombytes("L", (size[0], 1), ramps[0]),
+        image_utils.PIL.Image.frombytes("L", (1, size[1]), ramps[1]),
+    )
+    red, green = (line.resize(size, image_utils.PIL.Image.Resampling.NEAREST) for line in lines)
     # Between two numbers, so that rounding does not make it another.
-    return PIL.Image.merge("RGB", [red, green, PIL.Image.new("L", size, int(_SHADES * number) + 1)])
+    return image_utils.PIL.Image.merge(
+        "RGB", [red, green, image_utils.PIL.Image.new("L", size, int(_SHADES * number) + 1)]
+    )
 
 
 def _pictures_of_units(
     model: "PreTrainedModel",
     processor: ProcessorMixin,
-    images: list[PIL.Image.Image],
+    images: "list[PIL.Image.Image]",
     prompt: str | list[dict[str, Any]],
 ) -> list[torch.Tensor]:
     """What the model gets of each unit, `[channels, height, width]`, as far as whole patches cover it."""
@@ -219,7 +223,7 @@ def _ends(values: torch.Tensor, num_pixels: int) -> tuple[float, float]:
     return max(ends[0], 0.0), min(ends[1], 1.0)
 
 
-def _without_margins(image: PIL.Image.Image, places: list[Place]) -> ShownImage:
+def _without_margins(image: "PIL.Image.Image", places: list[Place]) -> ShownImage:
     """What units show of an image. Ends that are closer than a colour tells apart are one."""
     ends = [_joined([end for place in places for end in place[axis::2]]) for axis in (0, 1)]
     joined = [[ends[number % 2][end] for number, end in enumerate(place)] for place in places]
