@@ -65,7 +65,10 @@ class FamilyVisual(VisualModel):
         self._kinds, self._is_token = kinds[kinds >= 0], self.units.is_token.to(kinds.device)
         if outputs:
             self.made = _in_the_order_of_columns(self._kinds, outputs)
-            self._run_as_often_as_elsewhere(len(outputs))
+            for _ in range(self._num_missing):
+                blank = model.encoded("image", model.blank_image(self.made.features.device))
+                zero = sum(0.0 * _rows(entries).sum() for entries in _layers(blank))
+                self.made = replace(self.made, features=self.made.features + zero)
         # The rows of attention come kind by kind.
         order = _order_of_kinds(self._kinds)
         self._rows = {layer: torch.cat(parts).to(order.device)[order] for layer, parts in rows.items()}
@@ -88,9 +91,9 @@ class FamilyVisual(VisualModel):
         # Where there is no CLS, what tokens receive is what ranks them.
         self._with_received = wanted_layers(schedule.steps, "received") if self.config.has_cls else []
         outputs, rows = {}, {layer: [] for layer in layers}
-        for kind, pixels in KINDS.items():
-            if images.get(pixels) is None:
-                continue
+        given = [kind for kind, pixels in KINDS.items() if images.get(pixels) is not None]
+        self._num_missing = self._most_runs_of_the_tower(len(given)) - len(given)
+        for kind in given:
             with noting_inputs(modules) as noted:
                 outputs[kind] = model.encoded(kind, images)
             self._found[kind] = family.units(model, kind, outputs[kind], images)
@@ -98,19 +101,16 @@ class FamilyVisual(VisualModel):
                 rows[layer].append(self._attention(module, calls, kind, layer in self._with_received))
         return outputs, rows
 
-    def _run_as_often_as_elsewhere(self, num_runs: int) -> None:
+    def _most_runs_of_the_tower(self, num_runs: int) -> int:
         """
-        Images and videos each take a run of the tower. Where processes share its parameters and another one has both
-        in its batch, a blank image takes the place of the kind that is missing here.
+        Of all processes that share its parameters, how often the one runs the tower that does so most. Images and
+        videos each take a run, and for the kind that is missing here a blank image will.
         """
         if not self.model.is_sharded or not hasattr(self.model.base_model, "get_video_features"):
-            return
-        most = torch.tensor(num_runs, device=self.made.features.device)
+            return num_runs
+        most = torch.tensor(num_runs, device=self.model.device)
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-        for _ in range(int(most) - num_runs):
-            blank = self.model.encoded("image", self.model.blank_image(most.device))
-            zero = sum(0.0 * _rows(entries).sum() for entries in _layers(blank))
-            self.made = replace(self.made, features=self.made.features + zero)
+        return int(most)
 
     def embeddings(self, tokens: VisualTokens, units: Units, in_place: bool) -> tuple[VisualEmbeddings, torch.Tensor]:
         """See [`VisualModel.embeddings`]."""
