@@ -94,6 +94,13 @@ class Family(ABC):
         """`[batch, sequence]` int64, whose placeholder each column is: 0 of an image, 1 of a video, -1 of neither."""
         return self.placeholders(config, input_ids).long() - 1
 
+    def blocks(self, config: PreTrainedConfig, input_ids: torch.Tensor) -> torch.Tensor | None:
+        """
+        `[batch, sequence]` int64, of columns that see each other in both directions the number of their block, -1 of
+        all others; `None` where every column sees those before it.
+        """
+        return None
+
     def next_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
         """The first positions `[..., batch]` behind those of a prompt, `[..., batch, sequence]`."""
         return position_ids.amax(dim=-1) + 1

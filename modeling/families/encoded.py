@@ -112,13 +112,6 @@ class EncodingFamily(Family):
         pixels, grids = inputs[KINDS[kind]], inputs.get(f"{kind}_grid_thw")
         return list(pixels if grids is None else pixels.split(grids.prod(dim=-1).tolist()))
 
-    def blocks(self, config: PreTrainedConfig, input_ids: torch.Tensor) -> torch.Tensor | None:
-        """
-        `[batch, sequence]` int64, of columns that see each other in both directions the number of their block, -1 of
-        all others; `None` where every column sees those before it.
-        """
-        return None
-
     def positions(
         self,
         model: PreTrainedModel,
