@@ -20,7 +20,7 @@ from tiny_families import FAMILIES, budgeted, with_budget
 
 # Height and width in pixels: of tokens, or of tiles.
 SIZES = dict.fromkeys(FAMILIES, (24, 32)) | dict.fromkeys(("internvl", "idefics3", "smolvlm"), (48, 96))
-SIZES |= {"llava_next": (48, 40), "llava_onevision": (48, 40), "minicpmv4_6": (32, 48)}
+SIZES |= {"llava_next": (48, 40), "llava_onevision": (48, 40), "minicpmv4_6": (32, 48), "qwen3_vl_moe": (24, 32)}
 TEXT = 9
 
 
