@@ -118,7 +118,7 @@ def visual_modules(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
     """
     tower = model.get_encoder(modality="image")
     if not isinstance(model.config, AdaVTPConfig):
-        return modules_of_parts(model)
+        return modules_of_parts(model, layers_apart=getattr(model.config, "opens_tower", False))
     halves = [half for layer in tower_layers(tower) for half in (_attention(layer), layer.mlp)]
     return {"vision": [tower.embeddings, *halves], "projector": [model.model.multi_modal_projector]}
 

@@ -286,7 +286,10 @@ def _run(
     model: PreTrainedModel, parts: Mapping[Hashable, list[nn.Module]], number: int, cache: Cache | None = None
 ) -> tuple[ModelOutput, Counter]:
     """So many words, behind a cache or not, and the head on the last of them."""
-    words = torch.ones(1, number, dtype=torch.long)
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    # An id that stands for no image.
+    word = min({0, 1, 2, 3, 4} - {getattr(model.config, name, None) for name in names})
+    words = torch.full((1, number), word)
     asked = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
     try:
         return flops_by_part(lambda: model(input_ids=words, **asked), parts)

@@ -70,6 +70,10 @@ class VisualTokens:
         ends = torch.bincount(selection.depth.cpu().flatten(), minlength=num_layers + 1)
         return cls(sizes, num_keep, tuple((ends.sum() - ends.cumsum(dim=0)[:num_layers]).tolist()), others)
 
+    def falls_before(self, layer: int) -> bool:
+        """Whether a decoder layer, 1 or above, sees fewer than the one below."""
+        return self.of_layers[layer] < self.of_layers[layer - 1]
+
     @property
     def mean(self) -> float:
         """Of a unit, that a decoder layer sees: mean over layers and units; 0 without any."""
@@ -146,6 +150,8 @@ class StackCosts:
         if self.decoder is not None and visual:
             mean = budget.of_step(self.decoder, entering)
             keep = None if mean is None else int(mean.sum())
+            if (keep is None or keep < visual) and self.decoder.reducer.adapts:
+                raise _not_known(self.decoder.name, "each prompt has a schedule of its own, by what is seen of it")
             if keep is None or keep < visual:
                 of_layers = tuple(self.decoder.reducer.layer_counts(visual, keep, num_layers))
         of_layers = of_layers or (visual,) * num_layers
@@ -164,10 +170,7 @@ class StackCosts:
                 reason = "it moves tokens between the images of a prompt"
         if reason is None:
             return wanted
-        raise ValueError(
-            f"How many tokens {step.name!r} keeps is not known before it has run: {reason}. Pass a "
-            "`token_budget`, or the `selection` of what it kept."
-        )
+        raise _not_known(step.name, reason)
 
     def spent(
         self, token_budget: StackBudget | None, images: ImageSizes, text_tokens: int, tokens: VisualTokens
@@ -176,9 +179,14 @@ class StackCosts:
         if not images:
             return Counter()
         leaves_inside = self.decoder is not None and tokens.of_layers[-1] < tokens.of_layers[0]
-        if not leaves_inside:
+        is_rescaled = self.config.visual_attention == "rescaled"
+        if not leaves_inside and not is_rescaled:
             return self._run(token_budget, images, _TEXTS[0], 0)
-        stop = self.decoder.reducer.cuts(len(tokens.of_layers))[-1]
+        stop = self.decoder.reducer.cuts(len(tokens.of_layers))[-1] if leaves_inside else 0
+        if is_rescaled:
+            # Wherever columns leave, attention among those that are left is rescaled anew.
+            falls = (layer for layer in range(1, len(tokens.of_layers)) if tokens.falls_before(layer))
+            stop = max(stop, *falls, 0)
         asked = (written(token_budget), images)
         return self._on_parabola(asked, text_tokens, _TEXTS, lambda text: self._run(token_budget, images, text, stop))
 
@@ -307,6 +315,13 @@ class StackCosts:
             yield spent
         finally:
             del self.model.encoded
+
+
+def _not_known(name: str, reason: str) -> ValueError:
+    return ValueError(
+        f"How many tokens {name!r} keeps is not known before it has run: {reason}. Pass a `token_budget`, or the "
+        "`selection` of what it kept."
+    )
 
 
 def _stop(*_: Any) -> None:

@@ -129,7 +129,9 @@ class ProductsAreNoise(TorchDispatchMode):
             return operation(*args, **kwargs)
         leaves, structure = tree_flatten((args, kwargs))
         shapes = _shapes_of_results(operation, structure, tuple(map(_without_values, leaves)))
-        if not is_product and not all(shape.is_floating_point() for shape in tree_leaves(shapes)):
+        if not is_product and not all(
+            shape.is_floating_point() for shape in tree_leaves(shapes) if isinstance(shape, torch.Tensor)
+        ):
             # What was compared or ranked.
             return operation(*args, **kwargs)
         return tree_map_only(torch.Tensor, self._result, shapes)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .encoded import KINDS, EncodingFamily, KindUnits, means_of_squares
+from .encoded import JOINS_PATCHES, KINDS, EncodingFamily, KindUnits, means_of_squares
 
 # What the family was trained for; its image processor takes no other.
 SOFT_TOKENS = (70, 140, 280, 560, 1120)
@@ -21,6 +21,7 @@ class Gemma4Family(EncodingFamily):
     of a square. A video is a unit.
     """
 
+    why_not_in_tower = JOINS_PATCHES
     why_not_in_decoder = (
         "it acts inside the decoder, whose layers read an embedding of each token of their own and share keys."
     )
@@ -64,6 +65,12 @@ class Gemma4Family(EncodingFamily):
     ) -> list[torch.Tensor]:
         """See [`EncodingFamily.pixels`]."""
         return list(inputs[KINDS[kind]].split(self._num_frames(kind, inputs)))
+
+    def pictures(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """See [`Family.pictures`]."""
+        patch, sizes = model.config.vision_config.patch_size, self._patches("image", inputs)
+        pairs = zip(inputs[KINDS["image"]], sizes, strict=True)
+        return [as_image(patches[: math.prod(size)], size, patch) for patches, size in pairs]
 
     def images_of_attention(
         self, model: PreTrainedModel, kind: str, query: torch.Tensor, key: torch.Tensor, inputs: Mapping[str, Any]

@@ -7,12 +7,13 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .encoded import KINDS, EncodingFamily, KindUnits, num_tiles
+from .encoded import JOINS_PATCHES, KINDS, EncodingFamily, KindUnits, num_tiles
 
 
 class Idefics3Family(EncodingFamily):
     """All tiles have equally many tokens, and a token is made of the patches of a square."""
 
+    why_not_in_tower = JOINS_PATCHES
     why_not_in_decoder = None
     unit_names = ("tile", "frame")
     units_differ = False

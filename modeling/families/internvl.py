@@ -6,16 +6,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .encoded import EncodingFamily, num_tiles
+from .encoded import JOINS_PATCHES, EncodingFamily, num_tiles
 
 
 class InternVLFamily(EncodingFamily):
     """Frames of a video are images."""
 
+    why_not_in_tower = JOINS_PATCHES
     why_not_in_decoder = None
     unit_names = ("tile", "frame")
     takes_tensor = ("image",)
     units_differ = False
+    reads_last_norm = True
 
     def image_inputs(self, config: PreTrainedConfig, sizes: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
         """See [`EncodingFamily.image_inputs`]: tiles, and a view of the whole image behind several."""

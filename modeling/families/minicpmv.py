@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .encoded import KINDS, EncodingFamily, KindUnits, means_of_squares
+from .encoded import JOINS_PATCHES, KINDS, EncodingFamily, KindUnits, means_of_squares
 
 _SIZES = {"image": "target_sizes", "video": "target_sizes_videos"}
 
@@ -17,6 +17,7 @@ class MiniCPMVFamily(EncodingFamily):
     Every tile and every frame of a video is a unit: which of them belong together is not among what the model gets.
     """
 
+    why_not_in_tower = JOINS_PATCHES
     unit_names = ("image", "tile", "frame")
     has_dial = True
     images_axis = -1
@@ -46,6 +47,12 @@ class MiniCPMVFamily(EncodingFamily):
         """See [`EncodingFamily.pixels`]."""
         columns = inputs[_SIZES[kind]].prod(dim=-1) * model.config.vision_config.patch_size
         return list(inputs[KINDS[kind]].split(columns.tolist(), dim=-1))
+
+    def pictures(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """See [`Family.pictures`]."""
+        rows, sizes = self.pixels(model, "image", inputs, 0), inputs[_SIZES["image"]].tolist()
+        tiles = [row[0].unflatten(-1, (*size, -1)) for row, size in zip(rows, sizes, strict=True)]
+        return [tile.transpose(1, 2).flatten(3).flatten(1, 2) for tile in tiles]
 
     def pooled(
         self, model: PreTrainedModel, kind: str, values: torch.Tensor, inputs: Mapping[str, Any]

@@ -7,12 +7,13 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .encoded import KINDS, EncodingFamily, KindUnits, means_of_squares
+from .encoded import JOINS_PATCHES, KINDS, EncodingFamily, KindUnits, means_of_squares
 
 
 class Mistral3Family(EncodingFamily):
     """Breaks between rows are text; a token is made of the patches of a square."""
 
+    why_not_in_tower = JOINS_PATCHES
     why_not_in_decoder = None
 
     def image_inputs(self, config: PreTrainedConfig, sizes: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:

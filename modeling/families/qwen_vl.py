@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..prompt import count_positions
-from .encoded import EncodingFamily, KindUnits
+from .encoded import JOINS_PATCHES, EncodingFamily, KindUnits
 
 
 class QwenVLFamily(EncodingFamily):
@@ -20,6 +20,7 @@ class QwenVLFamily(EncodingFamily):
     """
 
     reads_videos = True
+    why_not_in_tower = JOINS_PATCHES
     why_not_in_decoder = None
     projector_in_tower = ("merger", "deepstack_merger_list")
 
@@ -43,6 +44,17 @@ class QwenVLFamily(EncodingFamily):
         merge = model.config.vision_config.spatial_merge_size
         grids = [(t, h // merge, w // merge) for t, h, w in inputs[f"{kind}_grid_thw"].tolist()]
         return KindUnits(grids, torch.zeros(sum(t * h * w for t, h, w in grids), dtype=torch.bool))
+
+    def pictures(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """See [`Family.pictures`]: patches of a token come one behind the other, each twice, as two frames."""
+        vision, sizes = model.config.vision_config, inputs["image_grid_thw"]
+        side, patch = vision.spatial_merge_size, vision.patch_size
+        pictures = []
+        for rows, (_, height, width) in zip(self.pixels(model, "image", inputs, 0), sizes.tolist(), strict=True):
+            patches = rows.view(height // side, width // side, side, side, vision.in_channels, -1, patch, patch)
+            picture = patches[:, :, :, :, :, 0].permute(4, 0, 2, 5, 1, 3, 6)
+            pictures.append(picture.reshape(-1, height * patch, width * patch))
+        return pictures
 
     def positions(
         self,

@@ -20,7 +20,7 @@ from tiny_families import FAMILIES, budgeted, with_budget
 
 # Height and width in pixels: of tokens, or of tiles.
 SIZES = dict.fromkeys(FAMILIES, (24, 32)) | dict.fromkeys(("internvl", "idefics3", "smolvlm"), (48, 96))
-SIZES |= {"llava_next": (48, 40), "llava_onevision": (48, 40), "minicpmv4_6": (32, 48), "qwen3_vl_moe": (24, 32)}
+SIZES |= {"qwen3_vl_moe": (24, 32), "llava_next": (48, 40), "llava_onevision": (48, 40), "minicpmv4_6": (32, 48)}
 TEXT = 9
 
 
@@ -95,6 +95,16 @@ def test_what_leaves_inside_a_family_s_decoder_costs_what_torch_counts() -> None
         seen, _ = what_torch_counts(name, **asked)
         counted = ModelCosts.of(with_budget(name).config, SIZES[name]).of_prompt(TEXT, **asked)
         assert counted.total == pytest.approx(seen["total"], rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["llava_next", "paligemma"])
+def test_what_merges_inside_a_family_s_tower_costs_what_torch_counts(name: str) -> None:
+    asked = {"token_budget": 0.5, "reducer": "tome"}
+    seen, _ = what_torch_counts(name, **asked)
+    counted = ModelCosts.of(with_budget(name).config, SIZES[name]).of_prompt(TEXT, **asked)
+    assert counted.vision == pytest.approx(seen["vision"], rel=1e-2)
+    assert counted.total == pytest.approx(seen["total"], rel=1e-2)
+    assert counted.vision < ModelCosts.of(with_budget(name).config, SIZES[name]).of_prompt(TEXT).vision
 
 
 def test_the_command_counts_a_family_s_folder_and_says_what_it_has_to_be_told(tmp_path: Path) -> None:
