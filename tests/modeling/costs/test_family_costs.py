@@ -28,7 +28,7 @@ def what_torch_counts(
     name: str, num_images: int = 1, text_tokens: int = TEXT, **asked: object
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Of a prompt's forward, part by part, and of the step behind it; with real weights, which choose differently."""
-    model = budgeted(name)
+    model = with_budget(name)
     inputs = family_prompt(model, looks_of(model, [SIZES[name]] * num_images) if num_images else None, text_tokens)
     inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=ON_A_CPU) as counter:
