@@ -21,18 +21,20 @@ from transformers import (
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
+    ProcessorMixin,
 )
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import ModelOutput, can_return_tuple
 
 from ..configuration.configuration_families import PREFIX, family_config_class
 from .budget.schedule import BudgetSchedule, StackBudget
-from .decoder.loop import run_decoder
+from .decoder.loop import layer_masks, run_decoder
 from .decoder.policy import DecoderPolicy
 from .decoder.pruned_cache import NewColumns, behind_cache, has_layer_columns, pending_policy, pruned_cache
 from .families.adapters import adapter_of
@@ -42,15 +44,7 @@ from .generation_adavtp import AdaVTPGenerationMixin
 from .hub.custom_reducers import CustomReducersMixin
 from .hub.loading import CompleteLoadingMixin
 from .hub.saving import CODE_FOLDER, SelfContainedMixin, own_class, without_auto_class
-from .prompt import (
-    PreparedInputs,
-    Prompt,
-    check_columns,
-    labels_of_logits,
-    of_columns,
-    rows_to_keep,
-    without_first_labels,
-)
+from .prompt import PreparedInputs, Prompt, check_columns, without_first_labels
 from .prompt_reduction import PromptReductionMixin
 from .reducers.bank import ReducerSpec
 from .reducers.published import PUBLISHED_REDUCERS
@@ -102,13 +96,10 @@ class FamilyReductionMixin(PromptReductionMixin):
         kinds = self.family.kinds(self.config, input_ids)
         if self.family.shares_placeholder and images.get(KINDS["image"]) is None:
             kinds = kinds.clamp(max=0) + (kinds >= 0).long()
-        visual_class = self._visual_class(schedule)
-        if visual_class is OpenedVisual:
-            super().refuse_other_features(images)
-        visual = visual_class(self, kinds, images, schedule)
+        visual = self._visual_class(schedule)(self, kinds, images, schedule)
         return visual, visual.units
 
-    def _visual_class(self, schedule: BudgetSchedule) -> type[FamilyVisual]:
+    def _visual_class(self, schedule: BudgetSchedule) -> type[FamilyVisual] | type[OpenedVisual]:
         """What looks at images: our run of the tower where something acts inside it, and else the family's own."""
         meets_in_tower = self.config.budget_fusion == "encoder" and "budget" in self._needs(schedule.steps)
         is_opened = schedule.steps[0].reducer.stage == "encoder" or meets_in_tower
@@ -118,14 +109,10 @@ class FamilyReductionMixin(PromptReductionMixin):
         self, device: torch.device, schedule: BudgetSchedule
     ) -> tuple[VisualModel, Units, dict[str, Any]]:
         """See [`PromptReductionMixin.look_at_blank`]: at the smallest image that the family knows."""
-        images = self.blank_image(device)
+        images = {name: value.to(device) for name, value in self.family.image_inputs(self.config, 1, 1).items()}
+        images["pixel_values"] = images["pixel_values"].to(self.dtype)
         visual = self._visual_class(schedule)(self, None, images, schedule)
         return visual, visual.units, images
-
-    def blank_image(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """The smallest image that the family knows, as its encoder takes it."""
-        images = {name: value.to(device) for name, value in self.family.image_inputs(self.config, [(1, 1)]).items()}
-        return images | {"pixel_values": images["pixel_values"].to(self.dtype)}
 
     def refuse_placeholders(self, input_ids: torch.Tensor) -> None:
         """See [`PromptReductionMixin.refuse_placeholders`]."""
@@ -167,20 +154,16 @@ class FamilyReductionMixin(PromptReductionMixin):
         return replace(new, position_ids=position_ids, begin=begin)
 
     def _encoder_arguments(self, kind: str) -> tuple[str, ...]:
-        return _arguments_of(type(self.base_model), f"get_{kind}_features")
-
-
-@cache
-def _arguments_of(model_class: type[PreTrainedModel], encoder: str) -> tuple[str, ...]:
-    """What a method takes that encodes images or videos; nothing where there is none."""
-    names = inspect.signature(getattr(model_class, encoder)).parameters if hasattr(model_class, encoder) else ()
-    return tuple(name for name in names if name not in ("self", "kwargs", "return_dict"))
+        encoder = getattr(self.base_model, f"get_{kind}_features", None)
+        names = () if encoder is None else inspect.signature(encoder).parameters
+        return tuple(name for name in names if name not in ("kwargs", "return_dict"))
 
 
 class FamilyGenerationMixin(AdaVTPGenerationMixin):
     """Teaches a family's `generate` to prune the prompt, and to be called with an image and a question."""
 
-    processor_class = AutoProcessor
+    def _saved_processor(self) -> ProcessorMixin:
+        return AutoProcessor.from_pretrained(self.name_or_path, trust_remote_code=self.trusts_remote_code)
 
     def _prepare_position_ids_for_generation(
         self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]
@@ -202,10 +185,10 @@ class FamilyModelMixin(
         config: the family's configuration with a budget's fields.
 
     Attributes:
-        makes_last_logits: whether the family's forward makes the logits of the last columns alone if it is asked to.
+        is_sharded: see [`AdaVTPModel`].
     """
 
-    makes_last_logits = True
+    is_sharded = False
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
@@ -242,8 +225,7 @@ class FamilyModelMixin(
         **inputs: Any,
     ) -> Any:
         """
-        Chooses the visual tokens that `forward` and `generate` would keep. The decoder runs only if a reducer acts
-        inside it.
+        Chooses the visual tokens that `forward` and `generate` would keep.
 
         Args:
             input_ids, attention_mask, labels: see `forward`.
@@ -251,13 +233,8 @@ class FamilyModelMixin(
             inputs: pixels, grids, sizes and token types, as the processor returns them.
 
         Returns:
-            `Selection` for every unit; with `depth` where a reducer acts inside the decoder.
+            `Selection` for every unit.
         """
-        if self.steps(reducer)[-1].reducer.stage == "decoder":
-            # Without labels no text is an answer.
-            inputs["labels"] = torch.full_like(input_ids, -100) if labels is None else labels
-            inputs |= {"attention_mask": attention_mask, "token_budget": token_budget, "reducer": reducer}
-            return self(input_ids=input_ids, **inputs, logits_to_keep=1).selection
         images = self.images_in(inputs)
         prompt = self._prompt(input_ids, attention_mask, None, labels, images, inputs)[1]
         return self.prepare_inputs(
@@ -287,12 +264,11 @@ class FamilyModelMixin(
                 stack of reducers a dictionary with a budget for each by name.
             reducer: what selects in this call, in the form of `set_reducer`; by default the configuration's.
             selection_output: `"gather"` (dropped columns leave the sequence) or `"mask"` (they stay, hidden).
-            inputs: whatever else the family's forward takes. With `labels`, a number as `logits_to_keep` makes the
-                loss that of the last so many columns.
+            inputs: whatever else the family's forward takes.
 
         Returns:
             The family's output, with `selection`, the visual tokens that were kept, and `labels`, those of the kept
-            columns whose logits were made.
+            columns.
 
         Raises:
             ValueError: if an argument is not allowed; the message names it, its value and what is allowed.
@@ -313,9 +289,11 @@ class FamilyModelMixin(
                 reducer,
                 inputs,
             )
-        if input_ids is None:
-            input_ids = self.ids_of_embeds(inputs_embeds)
-        self.check_images_are_new(inputs.get("mm_encoder_outputs"), past_key_values)
+        if input_ids is None or (past_key_values is not None and int(past_key_values.get_seq_length()) > 0):
+            raise ValueError(
+                "Images were given with `inputs_embeds`, or with a `past_key_values` that already holds tokens. They "
+                "are placed by the placeholder tokens in `input_ids`; to show one in a later turn call `generate`."
+            )
         schedule = self.resolve_budget(token_budget, reducer, len(input_ids))
         new, prompt = self._prompt(input_ids, attention_mask, position_ids, labels, images, inputs)
         prepared = self.prepare_inputs(prompt, images, schedule, selection_output)
@@ -333,7 +311,7 @@ class FamilyModelMixin(
         columns = {
             "input_ids": prepared.prompt.input_ids,
             "attention_mask": prepared.prompt.attention_mask,
-            "position_ids": self._as_family_counts(prepared.prompt.position_ids),
+            "position_ids": prepared.prompt.position_ids + self.family.first_position,
             "labels": prepared.prompt.labels,
         }
         inputs = {name: value for name, value in inputs.items() if name not in TOKEN_TYPES}
@@ -344,7 +322,6 @@ class FamilyModelMixin(
             )
             prepared.selection.depth = prepared.policy.depth_of_tokens(prepared.selection.is_token, depth)
         else:
-            columns["labels"] = self._labels_of_logits(columns["labels"], inputs)
             outputs = super().forward(
                 **columns,
                 past_key_values=past_key_values,
@@ -382,9 +359,10 @@ class FamilyModelMixin(
         for number, kind in enumerate(KINDS):
             if encoded is None or kind not in encoded:
                 continue
-            places = (self.family.kinds(self.config, input_ids) == number)[..., None]
-            features = torch.cat([entry.flatten(0, -2) for entry in encoded[kind].pooler_output]).to(inputs_embeds)
-            inputs_embeds = inputs_embeds.masked_scatter(places, features)
+            kinds = self.family.kinds(self.config, input_ids)
+            places = (kinds >= 0 if self.family.shares_placeholder else kinds == number)[..., None]
+            rows = torch.cat([entry.flatten(0, -2) for entry in encoded[kind].pooler_output]).to(inputs_embeds)
+            inputs_embeds = inputs_embeds.masked_scatter(places, rows)
             layers = getattr(encoded[kind], "deepstack_features", None) or []
             none = torch.zeros_like(inputs_embeds)
             added = [none.masked_scatter(places, torch.cat(layer).to(inputs_embeds)) for layer in layers]
@@ -401,11 +379,12 @@ class FamilyModelMixin(
             blocks=None if policy is None else self.family.blocks(self.config, input_ids),
             **kwargs,
         )
-        logits, loss = self.lm_head(rows_to_keep(outputs.last_hidden_state, logits_to_keep)), None
+        rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits, loss = self.lm_head(outputs.last_hidden_state[:, rows, :]), None
         if labels is not None:
             if outputs.column_index is not None:
-                labels = of_columns(labels, outputs.column_index, -100)
-            labels = labels_of_logits(labels, logits_to_keep)
+                labels = labels.gather(1, outputs.column_index.clamp(min=0))
+                labels = labels.masked_fill(outputs.column_index < 0, -100)
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.get_text_config().vocab_size, **kwargs
             )
@@ -439,15 +418,6 @@ class FamilyModelMixin(
         prompt = Prompt(input_ids, new.attention_mask, new.position_ids, labels, token_types=token_types)
         return new, prompt
 
-    def _labels_of_logits(self, labels: torch.Tensor | None, inputs: Mapping[str, Any]) -> torch.Tensor | None:
-        """Labels of the columns whose logits the family's own forward makes."""
-        return labels_of_logits(labels, inputs.get("logits_to_keep", 0)) if self.makes_last_logits else labels
-
-    def _as_family_counts(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """Positions from 0 as positions from the family's first."""
-        # In a step of decoding every operation counts.
-        return position_ids + self.family.first_position if self.family.first_position else position_ids
-
     def _forward_of_text(
         self,
         input_ids: torch.LongTensor | None,
@@ -463,12 +433,19 @@ class FamilyModelMixin(
         """The family's own forward of text, or of what was encoded and pruned already."""
         zero = None
         if input_ids is not None and inputs.get("mm_encoder_outputs") is None:
-            zero = self.zero_of_text(input_ids, past_key_values, token_budget, reducer)
+            if past_key_values is None and not torch.compiler.is_compiling():
+                self.refuse_placeholders(input_ids)
+            is_begin = past_key_values is None or int(past_key_values.get_seq_length()) == 0
+            has_to_look = (self.training or self.is_sharded) and is_begin
+            if has_to_look or token_budget is not None or reducer is not None:
+                schedule = self.resolve_budget(token_budget, reducer, len(input_ids))
+            if has_to_look:
+                zero = self.zero_of_a_blank_image(input_ids, schedule)
             attention_mask, counted = behind_cache(
-                self.config, input_ids, attention_mask, position_ids, past_key_values
+                self.config.get_text_config(), input_ids, attention_mask, position_ids, past_key_values
             )
             if position_ids is None and counted is not None:
-                position_ids = self._as_family_counts(counted)
+                position_ids = counted + self.family.first_position
         elif inputs.get("mm_encoder_outputs") is not None:
             self.refuse_budget_of_encoded(token_budget, reducer)
         if labels is not None and attention_mask is not None:
@@ -494,7 +471,6 @@ class FamilyModelMixin(
                 chosen = pruned_cache(past_key_values).prompt.selection
                 chosen.depth = policy.depth_of_tokens(chosen.is_token, depth)
             return outputs
-        labels = self._labels_of_logits(labels, inputs)
         outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -538,7 +514,7 @@ def family_model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "config_class": config_class,
         "readable_model_types": (config_class.model_type,),
         "forward": _named_forward(stock),
-        "makes_last_logits": "logits_to_keep" in known,
+        "create_masks_for_generate": _masks(stock),
     }
     # LLaVA-like files hold names of an older layout, which are mapped by the name of the class.
     mapping = get_checkpoint_conversion_mapping(stock.__name__) or get_checkpoint_conversion_mapping(
@@ -564,6 +540,34 @@ def _named_forward(stock: type[PreTrainedModel]) -> Callable[..., Any]:
     forward.__signature__ = inspect.Signature([*named, *own, rest])
     forward.__doc__ = FamilyModelMixin.forward.__doc__
     return forward
+
+
+def _masks(stock: type[PreTrainedModel]) -> Any:
+    """Ours where layers hold different columns, and elsewhere the family's own."""
+    own = getattr(stock, "create_masks_for_generate", create_masks_for_generate)
+
+    def masks(
+        config: PreTrainedConfig,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> Any:
+        if pruned_cache(past_key_values).policy is not None:
+            # The loop makes them.
+            return attention_mask
+        of_layers = layer_masks(config.get_text_config(), inputs_embeds, attention_mask, past_key_values)
+        if of_layers is not None:
+            return of_layers
+        return own(
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+
+    return staticmethod(masks)
 
 
 def model_class_of(model_type: str) -> type[PreTrainedModel]:
