@@ -32,6 +32,9 @@ clean:
 .venv/.installed-with-tests: setup.cfg setup.py constraints.txt pyproject.toml | .venv/bin/python
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt --no-deps lmms-eval
+# What reads videos, for the tests that ask for it: see tests/fixtures/video_packages.py.
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --no-deps --upgrade --target .venv/videos \
+		av torchvision
 	touch $@ .venv/.installed
 
 .venv/bin/python:

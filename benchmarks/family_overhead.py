@@ -118,7 +118,7 @@ def measure(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
     torch.manual_seed(arguments.seed)
     config, image_size = SHAPES[name](arguments.size)
     ours, stock = build(config)
-    looks = looks_of(ours, image_size, 1)
+    looks = looks_of(ours, [image_size])
     inputs = family_prompt(ours, looks, arguments.text_tokens)
     inputs["pixel_values"] = torch.randn(inputs["pixel_values"].shape)
 

@@ -46,7 +46,7 @@ from interleaved import CLOCKS, Spread, interleaved_medians, paired_ratio
 
 PATCH_SIZE = 14
 TARGET, TARGET_OF_GREEDY = 0.02, 0.05
-GREEDY = ("divprune", "cdpruner")
+GREEDY = ("divprune", "cdpruner", "scope")
 METHODS = sorted(
     name for name, reducer in REDUCERS.items() if name != "aim" and LLAVA.why_not(AdaVTPConfig(), reducer) is None
 )
@@ -120,7 +120,7 @@ class Scene:
     Attributes:
         num_keep: `[batch]` int64, K.
         features: what methods behind the tower and behind the projector are shown, by stage, without attention.
-        entering: what enters the tower layer that made the features and the one above, by layer, each
+        entering: what enters the tower layers whose queries and keys some method reads, by layer, each
             `[batch, 1 + num_patches, hidden_size]`.
         view: the decoder between its first two layers.
     """
@@ -151,8 +151,8 @@ def make_scene(parts: Parts, shape: Shape, budget: float, batch_size: int) -> Sc
     for layer in range(len(tower.layers)):
         states.append(tower.run_layer(layer, states[-1]))
     sequence = states[-1]
-    # The layer above the features does not run, but some methods read its queries and keys.
-    entering = {layer: states[layer] for layer in (len(tower.layers) - 1, len(tower.layers))}
+    reading = (build_reducer(name, parts.config) for name in METHODS if "attention" in REDUCERS[name].needs)
+    entering = {layer: states[layer] for reducer in reading for layer in reducer.attention_layers}
     patches, cls = tower.patches(sequence), tower.cls(sequence)
     seen = VisionFeatures(
         patches,
@@ -252,7 +252,12 @@ def calls_of(name: str, reducer: TokenReducer, parts: Parts, scene: Scene) -> di
 
     def run_behind_tower() -> Any:
         attention = {
-            layer: TowerAttention.of_layer(tower_layers(parts.tower)[layer], scene.entering[layer], has_cls=True)
+            layer: TowerAttention.of_layer(
+                tower_layers(parts.tower)[layer],
+                scene.entering[layer],
+                has_cls=True,
+                with_received="received" in reducer.needs,
+            )
             for layer in layers
         }
         return reducer(replace(features, attention=attention), scene.num_keep)

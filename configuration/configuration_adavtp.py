@@ -106,11 +106,17 @@ class BudgetFields:
             were trained with.
         controller_head (`str`, *optional*, defaults to `"patch_budget"`):
             How the controller scores a patch, one of `"budget_token"`, `"patch"`, `"patch_budget"`, `"dot"`.
-        controller_choice (`"best"` or `"spread"`, *optional*, defaults to `"best"`):
+        controller_choice (`"best"`, `"spread"` or `"mmr"`, *optional*, defaults to `"best"`):
             What a controller that is not in training keeps. `"best"`: the K best scores. `"spread"`: of a larger
-            number of good scores those that are most unlike each other.
+            number of good scores those that are most unlike each other. `"mmr"`: one after another the token whose
+            score, less its likeness to what is kept, is largest (maximal marginal relevance).
+        controller_mmr_lambda (`float`, *optional*, defaults to 0.5):
+            Only for `controller_choice="mmr"`: from 0, likeness alone, to 1, the score alone.
         controller_temperature (`float`, *optional*, defaults to 1.0):
             Temperature of the straight-through gradient of the choice. Larger is smoother.
+        untrained_controller (`bool`, *optional*, defaults to `False`):
+            Whether the controller still has the random weights that it began with, as it does where a checkpoint has
+            none for it, until it is trained. It then refuses to choose, except in training.
         gradient_gates (`"attention"` or `"features"`, *optional*, defaults to `"attention"`):
             Where the gates of the choice act in training, and so what its gradient asks. `"attention"`: a gate
             multiplies the attention that its token gets in every decoder layer, as in DynamicViT (arXiv 2106.02034);
@@ -123,6 +129,10 @@ class BudgetFields:
         visual_position_ids (`"original"` or `"compact"`, *optional*, defaults to `"original"`):
             `"original"`: every surviving token keeps the rotary position it has in the full prompt. `"compact"`:
             positions are counted again without the dropped tokens.
+        visual_attention (`"plain"` or `"rescaled"`, *optional*, defaults to `"plain"`):
+            `"rescaled"`: while a prompt is read of which visual tokens were dropped, attention to those that are left
+            is raised by how many they stand for and by how far away they are (RESTORE, arXiv 2606.01711), whatever
+            the reducer. It needs a decoder in which reducers can act, and `"eager"` or `"sdpa"` attention.
 
     Raises:
         ValueError: if a field has a value that is not allowed.
@@ -153,11 +163,14 @@ class BudgetFields:
     question_aware: bool = True
     question_norm: bool = False
     controller_head: Literal["budget_token", "patch", "patch_budget", "dot"] = "patch_budget"
-    controller_choice: Literal["best", "spread"] = "best"
+    controller_choice: Literal["best", "spread", "mmr"] = "best"
+    controller_mmr_lambda: float | int = 0.5
     controller_temperature: float | int = 1.0
+    untrained_controller: bool = False
     gradient_gates: Literal["attention", "features"] = "attention"
     selection_output: Literal["gather", "mask"] = "gather"
     visual_position_ids: Literal["original", "compact"] = "original"
+    visual_attention: Literal["plain", "rescaled"] = "plain"
 
     def __post_init__(self, **kwargs: Any) -> None:
         reducer = kwargs.pop("reducer", None)
@@ -168,8 +181,9 @@ class BudgetFields:
             self.reducers = chosen_entries(reducer)
         self.reducers = chosen_entries(["adaptive"] if self.reducers is None else self.reducers)
         self.trained_reducers = reducer_entries(self.trained_reducers or [])
-        if not 0.0 <= self.min_token_entropy <= 1.0:
-            raise ValueError(f"`min_token_entropy` is {self.min_token_entropy}; allowed are 0 to 1.")
+        for share in ("min_token_entropy", "controller_mmr_lambda"):
+            if not 0.0 <= getattr(self, share) <= 1.0:
+                raise ValueError(f"`{share}` is {getattr(self, share)}; allowed are 0 to 1.")
         if not 0 < self.controller_temperature < math.inf:
             raise ValueError(
                 f"`controller_temperature` is {self.controller_temperature}; it must be above 0 and finite."

@@ -18,8 +18,9 @@ from .configuration_adavtp import BudgetFields, with_value_errors
 PREFIX = "AdaVTP"
 # Towers whose first token gathers what the tower knows of an image.
 _TOWERS_WITH_CLS = ("clip_vision_model", "dinov2", "internvl_vision")
-# Families whose tower sees whole images of one size, and makes a token of every patch by itself.
-_OPENED = ("paligemma",)
+# Families of whose towers, if they are of these kinds, we run the layers one by one where something acts inside.
+_OPENED = ("gemma3", "llava_next", "llava_onevision", "paligemma")
+_OPENED_TOWERS = ("clip_vision_model", "dinov2", "siglip_vision_model")
 
 
 @dataclass(kw_only=True)
@@ -55,8 +56,8 @@ class FamilyFields(BudgetFields):
 
     @property
     def opens_tower(self) -> bool:
-        """Whether reducers and the budget may act inside the tower."""
-        return self.model_type in _OPENED
+        """Whether the budget may act inside the tower, and reducers if the family's adapter does not say why not."""
+        return self.model_type in _OPENED and self.vision_config.model_type in _OPENED_TOWERS
 
     @property
     def has_cls(self) -> bool:

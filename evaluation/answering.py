@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import BatchFeature, ProcessorMixin
 
 from ..modeling.budget.selection import Selection
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
-from ..modeling.processing_adavtp import inputs_of_questions, readable_images
+from ..modeling.processing_adavtp import inputs_of_questions
+from ..modeling.vision.shown_image import shown_images
 from .continuations import Generated, continued
 from .data.examples import Example
 from .metric_modules import SCORED_TOGETHER, needs_choices, score_examples
@@ -37,7 +37,7 @@ def inputs_of(processor: ProcessorMixin, examples: Sequence[Example]) -> BatchFe
     Raises:
         ValueError: if an image cannot be decoded; the message names the example.
     """
-    prompts = [example.question if example.messages is None else example.messages for example in examples]
+    prompts = [_prompt(example) for example in examples]
     try:
         return inputs_of_questions(processor, [example.images for example in examples], prompts)
     except ValueError as error:
@@ -48,6 +48,10 @@ def inputs_of(processor: ProcessorMixin, examples: Sequence[Example]) -> BatchFe
             except ValueError as own_error:
                 raise ValueError(f"Example {example.id!r}: {own_error}") from own_error
         raise error
+
+
+def _prompt(example: Example) -> str | list[dict[str, Any]]:
+    return example.question if example.messages is None else example.messages
 
 
 @dataclass
@@ -129,44 +133,39 @@ def answer_examples(
         if batch is None or batch.start != start:
             batch = next(batches)
             inputs = batch.inputs.to(model.device)
-            _save_pictures(processor, batch, run, shown)
         generated = continued(
             *(model, processor, inputs, flops[asked.key]),
             **{"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1},
         )
+        _save_pictures(model, processor, batch, generated, run, shown)
         model_seconds += sum(one.cost.milliseconds for one in generated) / 1000
-        answers = _answers(batch, asked, generated, run.header["metric"], flops[asked.key].num_layers, shown)
+        answers = _answers(batch, asked, generated, run, flops[asked.key].num_layers, shown)
         run.append([answer for answer in answers if answer.key not in done], rank)
     return model_seconds, time.perf_counter() - started - model_seconds
 
 
-def _save_pictures(processor: ProcessorMixin, batch: Batch, run: Run, shown: int) -> None:
-    """The first image of each of the first examples, as the model sees it."""
-    first = 0
-    for number, example in enumerate(batch.examples):
-        path = run.picture(batch.start + number)
-        if batch.start + number < shown and example.images and not path.exists():
-            partial = path.with_suffix(f".part{path.suffix}")
-            _picture(processor, batch, number, first).save(partial)
-            partial.replace(path)
-        first += len(example.images)
-
-
-def _picture(processor: ProcessorMixin, batch: Batch, number: int, first: int) -> Image.Image:
-    """The first image of an example, whose pixels are row `first` where every image has one; else as it came."""
-    if shows_whole_images(processor):
-        return image_as_seen(processor, batch.inputs["pixel_values"][first])
-    (image,) = readable_images(batch.examples[number].images[:1])
-    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    picture.thumbnail(_PICTURE_SIZE)
-    return picture
+def _save_pictures(
+    model: AdaVTPForConditionalGeneration,
+    processor: ProcessorMixin,
+    batch: Batch,
+    generated: Sequence[Generated],
+    run: Run,
+    shown: int,
+) -> None:
+    """The first image of each of the first examples, and where on it its units lie."""
+    for index, (example, one) in enumerate(zip(batch.examples, generated, strict=True), start=batch.start):
+        if index < shown and example.images and not run.picture(index).exists():
+            first = shown_images(model, processor, example.images, _prompt(example))[0]
+            first.image.thumbnail(_PICTURE_SIZE)
+            run.save_shown_image(index, first, one.selection.grids[: len(first.places)])
 
 
 def _answers(
-    batch: Batch, asked: Setting, generated: Sequence[Generated], metric: str, num_layers: int, shown: int
+    batch: Batch, asked: Setting, generated: Sequence[Generated], run: Run, num_layers: int, shown: int
 ) -> list[Answer]:
     """What is written of a batch; for the examples that are shown, with how many layers saw each patch."""
     texts, (label, budget), answers = [one.text.strip() for one in generated], asked.key, []
+    metric = run.header["metric"]
     scores = [None] * len(texts) if metric in SCORED_TOGETHER else _scores(metric, texts, batch.examples)
     columns = zip(batch.examples, texts, scores, generated, strict=True)
     for index, (example, text, score, one) in enumerate(columns, start=batch.start):
@@ -179,18 +178,19 @@ def _answers(
                 new_tokens=one.cost.new_tokens,
                 flops=one.cost.flops,
                 ms=round(one.cost.milliseconds, 3),
-                layers_seen=_layers_seen(one.selection, num_layers) if index < shown else None,
+                layers_seen=_layers_seen(run, index, one.selection, num_layers) if index < shown else None,
             )
         )
     return answers
 
 
-def _layers_seen(selection: Selection | None, num_layers: int) -> list[int] | None:
-    """Of the first unit of a prompt, how many layers saw each patch."""
+def _layers_seen(run: Run, index: int, selection: Selection | None, num_layers: int) -> list[int] | None:
+    """Of the image that a run shows of an example, how many layers saw each patch, unit by unit."""
     if selection is None:
         return None
-    seen = selection.keep[0] * num_layers if selection.depth is None else selection.depth[0]
-    return seen[: int(selection.sizes[0])].tolist()
+    seen = selection.keep * num_layers if selection.depth is None else selection.depth
+    units = len(run.shown_image(index)[1])
+    return seen[:units][selection.is_token[:units]].tolist()
 
 
 def _scores(metric: str, predictions: Sequence[str], examples: Sequence[Example]) -> list[float]:
@@ -214,15 +214,3 @@ def score_together(run: Run, examples: Sequence[Example]) -> None:
         for one, score in zip(own, _scores(metric, [one.prediction for one in own], examples), strict=True):
             one.score = score
     run.write([one for own in answers.values() for one in own])
-
-
-def shows_whole_images(processor: ProcessorMixin) -> bool:
-    """Whether `pixel_values` has a row for each image, in which the model's patches are squares: ours has."""
-    return hasattr(processor, "of_questions")
-
-
-def image_as_seen(processor: ProcessorMixin, pixel_values: torch.Tensor) -> Image.Image:
-    """The picture `[3, height, width]` that a model was shown: resized and cropped, with normalisation undone."""
-    mean, std = processor.image_processor.image_mean, processor.image_processor.image_std
-    pixels = pixel_values.cpu().float() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
-    return Image.fromarray(pixels.clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy())

@@ -16,6 +16,7 @@ from transformers.image_utils import ImageInput
 from ..modeling.budget.selection import Selection
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
 from ..modeling.processing_adavtp import readable_images
+from ..tasks.stored_videos import Clip, processed_videos
 from .prompt_costs import CountedFlops, PromptCost, now, num_new_tokens, prompt_costs, selections_of_prompts
 from .settings import Setting
 
@@ -80,6 +81,7 @@ def generate_continuations(
     images: Sequence[Sequence[ImageInput]],
     setting: Setting,
     stop: Sequence[str] = (),
+    videos: Sequence[Sequence[Clip]] | None = None,
     **generation: Any,
 ) -> list[Generated]:
     """
@@ -87,16 +89,18 @@ def generate_continuations(
 
     Args:
         model, processor: in evaluation mode.
-        prompts: whole, with the image placeholder where an image goes.
+        prompts: whole, with the placeholder of an image or a video where one goes.
         images: those of each prompt.
+        videos: those of each prompt; by default there are none.
         setting: reducer and budget.
         stop: strings, not empty, at which a continuation ends; they are not part of it.
         generation: arguments of `generate`.
 
     Raises:
-        ValueError: if images and placeholders do not agree, or the setting is not allowed or cannot be met.
+        ValueError: if images and placeholders do not agree, the processor cannot put these videos into a batch, or the
+            setting is not allowed or cannot be met.
     """
-    inputs = _inputs(model, processor, prompts, images)
+    inputs = _inputs(model, processor, prompts, images, videos)
     flops = CountedFlops(model.config, setting, may_be_unknown=True)
     return continued(model, processor, inputs, flops, stop, **generation)
 
@@ -143,12 +147,13 @@ def score_continuations(
     continuations: Sequence[str],
     images: Sequence[Sequence[ImageInput]],
     setting: Setting,
+    videos: Sequence[Sequence[Clip]] | None = None,
 ) -> list[Scored]:
     """
     Says how likely every continuation is after its prompt. The reducer knows the prompt and not the continuation.
 
     Args:
-        model, processor, prompts, images, setting: see [`generate_continuations`].
+        model, processor, prompts, images, videos, setting: see [`generate_continuations`].
         continuations: one for each prompt, with the space in front that belongs there.
 
     Raises:
@@ -156,7 +161,7 @@ def score_continuations(
     """
     whole = [prompt + continuation for prompt, continuation in zip(prompts, continuations, strict=True)]
     num_targets = [_num_targets(processor.tokenizer, *pair) for pair in zip(prompts, whole, strict=True)]
-    inputs = _inputs(model, processor, whole, images)
+    inputs = _inputs(model, processor, whole, images, videos)
     length = inputs["input_ids"].shape[1]
     column = torch.arange(length, device=model.device)
     is_target = column >= length - torch.tensor(num_targets, device=model.device)[:, None]
@@ -164,16 +169,8 @@ def score_continuations(
     started = now(model.device)
     given = {**inputs, **setting.arguments(), "labels": labels, "selection_output": "gather", "use_cache": False}
     # What predicts the first target stands one column before it.
-    columns = slice(-max(num_targets) - 1, None)
-    if model.prompt_reader is model:
-        outputs = model(**given)
-        logits = outputs.logits[:, columns].float()[:, :-1]
-    else:
-        # Below the head nothing is computed that is not asked for.
-        outputs = model.prompt_reader(**given)
-        logits = model.lm_head(outputs.last_hidden_state[:, columns]).float()[:, :-1]
-    targets = outputs["labels"][:, columns][:, 1:]
-    log_likelihood, is_greedy = _log_likelihood(logits, targets)
+    outputs = model(**given, logits_to_keep=max(num_targets) + 1)
+    log_likelihood, is_greedy = _log_likelihood(outputs.logits.float()[:, :-1], outputs["labels"][:, 1:])
     seconds = now(model.device) - started
     selections = selections_of_prompts(outputs.get("selection"), len(whole))
     flops = CountedFlops(model.config, setting, may_be_unknown=True)
@@ -207,9 +204,12 @@ def _inputs(
     processor: ProcessorMixin,
     prompts: Sequence[str],
     images: Sequence[Sequence[ImageInput]],
+    videos: Sequence[Sequence[Clip]] | None,
 ) -> BatchFeature:
     shown = [readable_images(list(group)) if group else [] for group in images]
-    inputs = processor(
+    inputs = processed_videos(
+        processor,
+        [clip for group in videos or [] for clip in group],
         images=shown if any(shown) else None,
         text=list(prompts),
         padding=True,

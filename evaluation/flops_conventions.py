@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..modeling.costs.decoder import DecoderCost, ExecutionPlan, LayerCost
+from ..modeling.costs.decoder import DecoderCost, ExecutionPlan, Growth, LayerCost
 from ..modeling.costs.model_costs import Costs, ModelCosts
 from ..modeling.costs.presets import preset_config
 
@@ -52,13 +52,14 @@ class Convention:
         width, heads = text.hidden_size, text.num_attention_heads
         head_dim = getattr(text, "head_dim", None) or width // heads
         queries, keys = heads * head_dim, text.num_key_value_heads * head_dim
-        layer = LayerCost(
+        layer = LayerCost.of_paper(
             projections=self.projections * width * (queries + keys),
             pair=self.pairs * queries + self.softmax * heads,
             mlp=self.mlp * width * text.intermediate_size,
             shared=self.norms * width,
         )
-        return DecoderCost((layer,) * text.num_hidden_layers, self.head * width * text.vocab_size)
+        head = self.head * width * text.vocab_size
+        return DecoderCost((layer,) * text.num_hidden_layers, Growth(0, once=head), head)
 
 
 # 2 n (4 d^2 + 3 d m) + 4 n^2 d for the products, 5 H n^2 for the softmax, 14 n d for two norms and 2 n d for each of

@@ -35,6 +35,8 @@ METRICS: dict[str, Path] = {
         "anls": "anls",
         "relaxed_accuracy": "relaxed_accuracy",
         "cider": "cider",
+        "character_accuracy": "reading",
+        "entry_f1": "reading",
     }.items()
 }
 

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
 from ..modeling.budget.selection import Selection
-from ..modeling.costs.model_costs import Costs, ModelCosts
+from ..modeling.costs.model_costs import Costs, ImageSizes, ModelCosts
 from ..modeling.families.adapters import adapter_of
 from ..modeling.families.llava import LLAVA
 from .settings import Setting
@@ -52,8 +52,8 @@ class PromptCost:
 
 class CountedFlops:
     """
-    FLOPs of prompts in one setting. They are not counted for families whose units differ, such as Qwen2.5-VL: an image
-    of each size would have to be counted by itself.
+    FLOPs of prompts in one setting, those of images of each size counted once. Of videos they are not counted, nor of
+    families without an adapter of their own.
 
     Args:
         config: the model's.
@@ -64,12 +64,10 @@ class CountedFlops:
 
     def __init__(self, config: PreTrainedConfig, setting: Setting, may_be_unknown: bool = False) -> None:
         self.setting, self.may_be_unknown = setting, may_be_unknown
-        self.images_differ = not isinstance(config, AdaVTPConfig)
-        self.family, self.config = adapter_of(config) if self.images_differ else LLAVA, config
-        self.costs = None
-        if not self.family.units_differ:
-            # Of units that are all alike, a prompt's cost is that of as many images of the least size, a unit each.
-            self.costs = ModelCosts.of(config, (1, 1) if self.images_differ else None)
+        self.is_llava, self.config = isinstance(config, AdaVTPConfig), config
+        self.family = LLAVA if self.is_llava else adapter_of(config)
+        # Of units that are all alike, a prompt's cost is that of as many images of the least size, a unit each.
+        self.costs = ModelCosts.of(config, None if self.family.units_differ or self.is_llava else (1, 1))
         self.num_layers = config.get_text_config().num_hidden_layers
 
     def text_tokens(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[int]:
@@ -77,21 +75,27 @@ class CountedFlops:
         is_text = attention_mask.bool() & ~self.family.placeholders(self.config, input_ids)
         return is_text.sum(dim=-1).tolist()
 
-    def of(self, text_tokens: int, selection: Selection | None) -> Costs | None:
+    def image_sizes(self, inputs: Mapping[str, torch.Tensor]) -> list[ImageSizes | None]:
+        """Of the images of each prompt of a batch where they differ and it is known; see [`ModelCosts`]."""
+        return self.costs.image_sizes_of(inputs) if self.family.units_differ else [None] * len(inputs["input_ids"])
+
+    def of(self, text_tokens: int, selection: Selection | None, image_sizes: ImageSizes | None = None) -> Costs | None:
         """
         What a prompt costs.
 
         Args:
             text_tokens: of the prompt, placeholders of images not among them.
             selection: of its images, or `None` if it has none.
+            image_sizes: see [`CountedFlops.image_sizes`].
 
         Raises:
             ValueError: if the cost is unknown and may not be.
         """
-        if self.costs is None:
+        if image_sizes is None and self.family.units_differ:
             return None
         try:
-            return self.costs.of_selection(selection, text_tokens, **self.setting.arguments())
+            asked = self.setting.arguments() | {"image_sizes": image_sizes}
+            return self.costs.of_selection(selection, text_tokens, **asked)
         except ValueError as error:
             if not self.may_be_unknown:
                 raise
@@ -111,23 +115,25 @@ def prompt_costs(
 
     Args:
         flops: of the setting that the batch ran in.
-        inputs: `input_ids` and `attention_mask`, both `[batch, length]`.
+        inputs: `input_ids` and `attention_mask`, both `[batch, length]`, and what the images are, as the processor
+            returns it.
         selections: of each prompt's images, from [`selections_of_prompts`].
         new_tokens: generated after each prompt.
         seconds: that the batch took.
     """
     costs, lengths = [], inputs["attention_mask"].sum(dim=-1).tolist()
     texts = flops.text_tokens(inputs["input_ids"], inputs["attention_mask"])
-    for length, text_tokens, selection, generated in zip(lengths, texts, selections, new_tokens, strict=True):
+    columns = (lengths, texts, flops.image_sizes(inputs), selections, new_tokens)
+    for length, text_tokens, image_sizes, selection, generated in zip(*columns, strict=True):
         num_keep = () if selection is None else tuple(selection.num_keep.tolist())
         seen = torch.zeros(1) if selection is None else visual_tokens_seen(selection, flops.num_layers)
         dropped = 0.0 if selection is None else float(selection.sizes.sum() - seen.sum())
-        counted = flops.of(text_tokens, selection)
+        counted = flops.of(text_tokens, selection, image_sizes)
         costs.append(
             PromptCost(
                 num_images=len(num_keep),
                 num_keep=num_keep,
-                visual_tokens=float(seen.sum() if flops.images_differ else seen.mean()),
+                visual_tokens=float(seen.mean() if flops.is_llava else seen.sum()),
                 seen_tokens=length - dropped,
                 text_tokens=text_tokens,
                 new_tokens=generated,

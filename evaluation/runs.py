@@ -8,11 +8,14 @@ whoever goes on with it first puts all whole lines into one file, and what has n
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from PIL import Image
+
+from ..modeling.vision.shown_image import WHOLE, Place, ShownImage
 from .records import check_record, check_types, read_record
 
 HEADER, ANSWERS, PICTURES = "run.json", "answers.jsonl", "pictures"
@@ -48,8 +51,7 @@ class Answer:
         new_tokens: generated, the end-of-text token counted.
         flops: counted for vision tower, reducer, projector, prefill and decoding; `None` where they are not.
         ms: milliseconds, its share of those that its batch took.
-        layers_seen: of the first examples, how many decoder layers saw each patch of the first image
-            or tile.
+        layers_seen: of the first examples, how many decoder layers saw each patch of the first image, unit by unit.
     """
 
     index: int
@@ -210,6 +212,30 @@ class Run:
     def picture(self, index: int) -> Path:
         """Where the picture of an example is."""
         return self.folder / PICTURES / f"{index}.png"
+
+    def shown_image(self, index: int) -> tuple[ShownImage, list[tuple[int, int]]] | None:
+        """The picture of an example with where on it each unit lies, and their grids; `None` if there is none."""
+        path = self.picture(index)
+        if not path.is_file():
+            return None
+        units = path.with_suffix(".json")
+        if units.is_file():
+            fields = read_record(units, {"places": list[list[float]], "grids": list[list[int]]})
+        else:
+            # Earlier runs have pictures of nothing but LLaVA's squares.
+            side = math.isqrt(self.header["num_patches"] or 0)
+            fields = {"places": [WHOLE], "grids": [(side, side)]}
+        with Image.open(path) as image:
+            shown = ShownImage(image.convert("RGB"), [Place(*place) for place in fields["places"]])
+        return shown, [tuple(grid) for grid in fields["grids"]]
+
+    def save_shown_image(self, index: int, shown: ShownImage, grids: Sequence[tuple[int, int]]) -> None:
+        """Writes the picture of an example; the grids are of its units."""
+        path = self.picture(index)
+        _write(path.with_suffix(".json"), json.dumps({"places": shown.places, "grids": grids}) + "\n")
+        partial = path.with_suffix(f".part{path.suffix}")
+        shown.image.save(partial)
+        partial.replace(path)
 
     def _of_processes(self) -> list[Path]:
         return sorted(self.folder.glob(f"{self.path.stem}_of_process_*.jsonl"))

@@ -72,27 +72,9 @@ class Setting(NamedTuple):
         [`AdaVTPForConditionalGeneration.unreachable`]. Where no prompt shows an image, `inputs` is `None`, and nothing
         is out of reach.
         """
-        if self.reducer == FULL:
-            return None
-        if (reason := why_untrained(model, self.reducer)) is not None:
-            return reason
-        if inputs is None:
+        if self.reducer == FULL or inputs is None:
             return None
         return model.unreachable(**inputs, **self.arguments())
-
-
-def why_untrained(model: AdaVTPForConditionalGeneration, reducer: ReducerSpec) -> str | None:
-    """
-    Why a reducer says nothing on a model that was loaded from a family's checkpoint as it was released: its controller
-    has the random weights of its beginning. `None` elsewhere, and for all that needs no training.
-    """
-    entries = [entry if isinstance(entry, str) else entry["name"] for entry in reducer_entries(reducer)]
-    if not getattr(model, "is_released", False) or CONTROLLER not in entries:
-        return None
-    return (
-        f"{model.name_or_path!r} has no weights for the reducer {CONTROLLER!r}; train them, or name one that needs no "
-        f"training, such as {UNTRAINED_REDUCER!r}."
-    )
 
 
 def tokens_per_image(model: AdaVTPForConditionalGeneration) -> int | None:

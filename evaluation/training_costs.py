@@ -2,7 +2,7 @@
 
     hours = samples x FLOPs of a sample x overhead / (GPUs x peak x utilisation) / 3600
 
-Torch counts the FLOPs, formulas the memory (`training_memory.py`). The overhead is what a
+Torch counts the FLOPs, and the memory of activations (`training_memory.py`). The overhead is what a
 benchmark measured beyond the count. The utilisation is nobody's to count: it is an input, a range, and what published
 runs reached by this very formula stands beside it.
 """
@@ -13,16 +13,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..configuration.configuration_adavtp import AdaVTPConfig
+from transformers import PreTrainedConfig
+
+from ..modeling.costs.model_costs import FULL, ModelCosts
 from ..modeling.costs.presets import preset_config
-from ..modeling.costs.training_step import (
-    Step,
-    TrainingFlops,
-    longest_counts,
-    mean_training_flops,
-    plain_training_flops,
-)
-from ..modeling.families.llava import LLAVA
+from ..modeling.costs.training_step import Step, TrainingFlops, plain_training_flops
+from .training_budgets import longest_counts, mean_training_flops, unit_sizes
 from .training_memory import Layout, Weights, activations, kept_by_weights
 
 GIB = 2**30
@@ -36,7 +32,7 @@ class Run:
     A training run, every sample with one image.
 
     Attributes:
-        config: the model's.
+        config: the model's, of any family.
         step: how a step is carried out.
         layout: where what is kept.
         budget_range: low and high of b ~ U[low, high].
@@ -47,9 +43,10 @@ class Run:
         longest: columns of the longest row at full budget, for which there has to be memory.
         micro_batch: rows on each GPU.
         quantize: whether the frozen maps of the decoder are in four bits.
+        image_size: of every image, height and width in pixels, see [`ModelCosts`].
     """
 
-    config: AdaVTPConfig
+    config: PreTrainedConfig
     step: Step
     layout: Layout
     budget_range: tuple[float, float] = (0.2, 1.0)
@@ -59,6 +56,7 @@ class Run:
     longest: int = 2048
     micro_batch: int = 1
     quantize: bool = False
+    image_size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         for name in ("samples", "text_tokens", "micro_batch"):
@@ -70,35 +68,42 @@ class Run:
     @property
     def image_columns(self) -> int:
         """That an image takes at full budget."""
-        return LLAVA.tokens_per_image(self.config) + int(self.config.keep_cls)
+        costs = ModelCosts.of(self.config, self.image_size)
+        return costs.columns(0, costs.visual_tokens(FULL))[0]
+
+    @property
+    def visual_tokens(self) -> int:
+        """Of an image at full budget, in all its units."""
+        return sum(unit_sizes(self.config, self.image_size))
 
     @cached_property
     def flops(self) -> TrainingFlops:
         """Of a sample, the mean over budgets."""
         asked = (self.text_tokens, self.step, self.budget_range)
-        return mean_training_flops(self.config, *asked, per=self.per, rows=self.micro_batch)
+        others = {"per": self.per, "rows": self.micro_batch, "image_size": self.image_size}
+        return mean_training_flops(self.config, *asked, **others)
 
     @cached_property
     def plain_flops(self) -> TrainingFlops | None:
         """
-        Of a sample in plain LLaVA with all visual tokens and the same parts trained, but for the controller; `None` if
-        nothing is left that trains.
+        Of a sample in the plain model with all visual tokens and the same parts trained, but for the controller;
+        `None` if nothing is left that trains.
         """
-        alone = set(self.step.parts) == {"controller"}
-        return None if alone else plain_training_flops(self.config, [self.text_tokens], self.step)
+        if set(self.step.parts) == {"controller"}:
+            return None
+        return plain_training_flops(self.config, [self.text_tokens], self.step, self.image_size)
 
     @cached_property
     def memory(self) -> dict[str, float]:
         """Bytes on each GPU by what they are for, at the longest batch: at the highest budget."""
-        patches = LLAVA.tokens_per_image(self.config)
-        kept = max(keep for keep, _ in longest_counts(self.budget_range, patches))
-        stays = self.step.trains("controller") and self.step.gates == "attention"
+        *_, highest = longest_counts(self.budget_range, unit_sizes(self.config, self.image_size))
         saved = activations(
             self.config,
             self.step,
             rows=self.micro_batch,
-            length=self.longest if stays else self.longest - (patches - kept),
-            visual_tokens=kept,
+            text_tokens=self.longest - self.image_columns,
+            token_budget=highest.budget,
+            image_size=self.image_size,
             # DDP makes half precision of float32 weights step by step; DeepSpeed and FSDP2 run the model in it.
             autocast=self.layout.strategy == "ddp",
         )
@@ -112,7 +117,7 @@ class Run:
 
     def hours(self, peak: float, utilisation: float, overhead: float | None = None) -> dict[str, float | None]:
         """
-        Hours of an epoch at a utilisation: counted, with the overhead that was measured, if any, and plain LLaVA's.
+        Hours of an epoch at a utilisation: counted, with the measured overhead if there is one, and the plain model's.
 
         Args:
             peak, utilisation: see [`hours`].

@@ -1,24 +1,35 @@
-"""The memory that a training run needs on each GPU, from formulas.
+"""The memory that a training run needs on each GPU.
 
 Weights, gradients and optimizer states follow from how many parameters train and who keeps them in which precision.
-Activations are what autograd saves: beside each line below stands the tensor. The worst moment is at the logits, in
+Activations are what autograd saves, noted while a weightless model runs forward. The worst moment is at the logits, in
 float32 once as log-probabilities and twice as gradients; or, where checkpointing keeps only what enters the layers, at
 one layer that runs again. What the CUDA context, the communication library and fragmentation take has no formula: it
 is a reserve that the caller states.
 """
 
+import math
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedConfig
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..configuration.configuration_adavtp import AdaVTPConfig
-from ..modeling.costs.counting import remembered
-from ..modeling.costs.training_step import Step, linear_maps, part_of
-from ..modeling.costs.weightless import weightless_model
-from ..modeling.families.llava import LLAVA
-from ..modeling.reducers.base import feature_layer_index
+from ..modeling.costs.counting import FlopsByPart, remembered
+from ..modeling.costs.training_step import (
+    Step,
+    layers_that_run,
+    let_train,
+    linear_maps,
+    parts_that_train,
+    training_prompt,
+)
+from ..modeling.costs.weightless import ProductsAreNoise, keep_frozen_in, meta_model
+from ..modeling.parts import modules_of_parts
 
 # Bytes of a trained and of a frozen weight; of a trained one's copy in half precision, its gradient, and AdamW's two
 # moments. DeepSpeed keeps the float32 weight with the moments.
@@ -51,7 +62,7 @@ class Weights:
     head: int
 
     @classmethod
-    def of(cls, config: AdaVTPConfig, step: Step, quantize: bool = False) -> "Weights":
+    def of(cls, config: PreTrainedConfig, step: Step, quantize: bool = False) -> "Weights":
         """
         Counts them.
 
@@ -65,23 +76,25 @@ class Weights:
         """
         if quantize and step.trains("decoder"):
             raise ValueError("`quantize` is True and the decoder's own weights train; four bits are for adapters.")
-        parts, num_layers, layer, maps, head = _parameters(config)
+        parts, layer, maps, head = _parameters(config)
         # r (in + out) for every linear map of every layer.
-        adapters = num_layers * (step.lora_rank or 0) * sum(map(sum, maps))
+        adapters = (step.lora_rank or 0) * sum(map(sum, maps))
         train = adapters + sum(number for part, number in parts.items() if step.trains(part))
-        quantized = num_layers * sum(wide * out for wide, out in maps) if quantize else 0
+        quantized = sum(wide * out for wide, out in maps) if quantize else 0
         return cls(train, parts.total() + adapters - train - quantized, quantized, layer, head)
 
 
 @remembered
-def _parameters(config: AdaVTPConfig) -> tuple[Counter[str], int, int, list[tuple[int, int]], int]:
-    """How many each part has; decoder layers, how many one has, and its linear maps' sizes; how many the head has."""
-    model, parts = weightless_model(config), Counter()
+def _parameters(config: PreTrainedConfig) -> tuple[Counter[str], int, list[tuple[int, int]], int]:
+    """How many each part has; the largest decoder layer; the sizes of all layers' linear maps; those of the head."""
+    model, parts = meta_model(config), Counter()
+    part_of = parts_that_train(model)
     for name, parameter in model.named_parameters():
-        parts[part_of(name, config)] += parameter.numel()
+        parts[part_of(name)] += parameter.numel()
     layers, head = model.get_decoder().layers, model.get_output_embeddings()
-    maps = [(linear.in_features, linear.out_features) for linear in linear_maps(layers[0]).values()]
-    return parts, len(layers), sum(map(torch.numel, layers[0].parameters())), maps, head.weight.numel()
+    maps = [(linear.in_features, linear.out_features) for layer in layers for linear in linear_maps(layer).values()]
+    largest = max(sum(map(torch.numel, layer.parameters())) for layer in layers)
+    return parts, largest, maps, head.weight.numel()
 
 
 @dataclass(frozen=True)
@@ -155,122 +168,174 @@ def _communication(weights: Weights, layout: Layout) -> float:
 
 
 def activations(
-    config: AdaVTPConfig,
+    config: PreTrainedConfig,
     step: Step,
     *,
     rows: int,
-    length: int,
-    visual_tokens: int | None = None,
+    text_tokens: int,
+    token_budget: float = 1.0,
+    image_size: tuple[int, int] | None = None,
     padded: bool | None = None,
+    dtype: torch.dtype = torch.bfloat16,
     autocast: bool = False,
-    number: int = 2,
 ) -> dict[str, float]:
     """
     Bytes that are alive at the worst moment of the backward pass.
 
     Args:
-        config, step: the model's, and how a training step is carried out.
+        config, step: the model's, of any family, and how a training step is carried out.
         rows: of a micro-batch, with an image each.
-        length: columns of its longest row as the decoder gets it: text and those visual tokens that are kept.
-        visual_tokens: that the projector gets of each image; by default all.
+        text_tokens: of its longest row.
+        token_budget: of that row, a fraction.
+        image_size: height and width in pixels, see [`ModelCosts`].
         padded: whether rows are of different lengths; by default if there are several.
-        autocast: whether float32 weights are cast for each product.
-        number: bytes of a number, 2 or 4.
+        dtype: of the model.
+        autocast: whether weights that train are float32 and cast to `dtype` for each product.
 
     Returns:
         `"tower"`, `"controller"`, `"projector"`, `"decoder"`: what is saved; and `"logits or a layer"`: what comes on
         top at its beginning, or later while a checkpointed layer runs again, with the gradients inside its MLP.
     """
-    text, vision, b = config.text_config, config.vision_config, number
-    patches = LLAVA.tokens_per_image(config)
-    num_layers, depth = feature_layer_index(config), text.num_hidden_layers
-    # Which tensors want a gradient. Checkpointing makes words and patches want one whatever trains, and the budget
-    # token, which stands in one sequence with the patches, makes all of them.
-    adaptive = "adaptive" in config.reducer.split(", ")
-    words = step.trains("decoder") or step.checkpointing
-    token = adaptive and (step.trains("controller") or (config.question_aware and words))
-    joins = token and config.budget_fusion == "encoder"
-    in_tower = step.trains("vision") or step.checkpointing or joins
-    gates = step.trains("controller") and adaptive
-    in_attention = gates and step.gates == "attention"
-    in_projector = in_tower or step.trains("projector") or (gates and not in_attention)
-    sequence = patches + int(config.has_cls) + int(joins)
-    of_tower_layer = rows * tower_layer_bytes(config, sequence, step.trains("vision"), b) if in_tower else 0.0
+    text, b = config.get_text_config(), dtype.itemsize
+    gates_attention = step.trains("controller") and step.gates == "attention"
+    if gates_attention:
+        # Every token stays; a fraction below 1 has the controller asked.
+        token_budget = min(max(token_budget, 0.9999), 0.9999)
     masked = rows > 1 if padded is None else padded
-    of_layer = rows * decoder_layer_bytes(text, length, step, b, autocast, masked)
-    tower, layers = num_layers * of_tower_layer, depth * of_layer
+    asked = (replace(step, gates="features"), text_tokens, token_budget, image_size, masked, dtype, autocast)
+    saved = _saved_by_a_row(config, *asked)
+    bias = saved.columns**2 * b * (3 + text.num_attention_heads) if gates_attention else 0
     again = 0.0
     if step.checkpointing:
-        again = max(of_tower_layer, of_layer + 3 * rows * length * text.intermediate_size * b)
-        tower = num_layers * rows * sequence * vision.hidden_size * b
-        layers = depth * rows * length * text.hidden_size * b
-    kept = patches if visual_tokens is None or in_attention else visual_tokens
-    projected = rows * kept * b * (config.visual_width * step.trains("projector") + 2 * text.hidden_size)
-    # Normed patches, what enters GELU and score, and the features behind the gates.
-    scored = 5 * rows * patches * vision.hidden_size * b if gates else 0.0
-    bias = rows * length * length * b * (3 + text.num_attention_heads) if in_attention else 0.0
+        # Of gate, up and their product; what entered the map behind them, kept if that trains, has gone by then.
+        gradients = 2 if step.trains("decoder") else 3
+        inside = gradients * saved.columns * getattr(text, "intermediate_size", 0) * b
+        again = max(saved.layers.get("tower", 0), saved.layers["decoder"] + inside)
     return {
-        "tower": float(tower),
-        "controller": float(scored + bias),
-        "projector": float(projected) if in_projector else 0.0,
-        "decoder": float(layers + rows * last_norm_bytes(text, length, step, b)),
-        "logits or a layer": float(max(again, LOGIT_BYTES * rows * length * text.vocab_size)),
+        "tower": float(rows * saved.parts["tower"]),
+        "controller": float(rows * (saved.parts["controller"] + bias)),
+        "projector": float(rows * saved.parts["projector"]),
+        "decoder": float(rows * saved.parts["decoder"]),
+        "logits or a layer": float(rows * max(again, LOGIT_BYTES * saved.columns * text.vocab_size)),
     }
 
 
-def decoder_layer_bytes(
-    text: PreTrainedConfig, n: int, step: Step, b: int, autocast: bool = False, masked: bool = False
-) -> float:
+class Saved(NamedTuple):
     """
-    What autograd saves of a Llama-shaped layer, for one row of n columns.
+    What autograd saves of one row, in bytes.
+
+    Attributes:
+        parts: by name; with checkpointing of a layer only what enters it.
+        layers: of the tower and of the decoder the largest layer.
+        columns: that the decoder sees.
+    """
+
+    parts: Counter[str]
+    layers: Counter[str]
+    columns: int
+
+
+@remembered
+def _saved_by_a_row(
+    config: PreTrainedConfig,
+    step: Step,
+    text_tokens: int,
+    token_budget: float,
+    image_size: tuple[int, int] | None,
+    masked: bool,
+    dtype: torch.dtype,
+    autocast: bool,
+) -> Saved:
+    """Runs a weightless model forward and notes what autograd keeps, by the module that was running."""
+    own = torch.float32 if autocast else dtype
+    # Beside a longer row it is padded.
+    rows = [text_tokens, text_tokens - 1] if masked else [text_tokens]
+    model, inputs = training_prompt(config, rows, step, [1] * len(rows), image_size, own)
+    let_train(model, step)
+    if autocast:
+        keep_frozen_in(model, dtype)
+    for module in model.modules():
+        # What a layer would keep is noted in any case.
+        if getattr(module, "gradient_checkpointing", False):
+            module.gradient_checkpointing = False
+    times = layers_that_run(model)
+    watched = _watched(model, times)
+    plain = torch.backends.mkldnn.flags(enabled=False, allow_tf32=None)
+    with plain, ProductsAreNoise(lambda: True) as noise, FlopsByPart(watched) as running:
+        noted = BytesSaved(model, noise, running, watched)
+        with noted, torch.autocast("cpu", dtype, enabled=autocast):
+            logits = model(**inputs, token_budget=token_budget, use_cache=False).logits
+    parts, layers = Counter(), Counter()
+    for key, saved in noted.saved.items():
+        part, index = key or ("controller", None)
+        is_layer = index is not None
+        number = times[index] if part == "decoder" and is_layer else 1
+        kept = noted.entering[key] if is_layer and step.checkpointing and saved else saved
+        parts[part] += number * kept / len(rows)
+        layers[part] = max(layers[part], saved / len(rows)) if is_layer else layers[part]
+    return Saved(parts, layers, logits.shape[1])
+
+
+def _watched(model: PreTrainedModel, times: Mapping[int, int]) -> dict[tuple[str, int | None], list[nn.Module]]:
+    """Modules by part, and of tower and decoder every layer that can be checkpointed by itself."""
+    decoder, visual = model.get_decoder(), modules_of_parts(model)
+    watched: dict[tuple[str, int | None], list[nn.Module]] = {
+        ("projector", None): visual["projector"],
+        ("tower", None): [module for module in visual["vision"] if not isinstance(module, GradientCheckpointingLayer)],
+        ("decoder", None): [model.lm_head, *(child for child in decoder.children() if child is not decoder.layers)],
+    }
+    layers = [module for module in visual["vision"] if isinstance(module, GradientCheckpointingLayer)]
+    watched |= {("tower", index): [layer] for index, layer in enumerate(layers)}
+    return watched | {("decoder", index): [decoder.layers[index]] for index in times}
+
+
+class BytesSaved(torch.autograd.graph.saved_tensors_hooks):
+    """
+    Notes the bytes of what autograd saves, each tensor once and weights not among them.
 
     Args:
-        text: configuration of the text model.
-        n: columns.
-        step: says what trains.
-        b: bytes of a number.
-        autocast: whether every product casts what enters it anew.
-        masked: whether rows are padded, which makes attention take a mask, and as many keys as queries.
+        model: weightless.
+        noise: that its products are made of, whose tensors lie in one memory.
+        running: which part runs.
+        watched: the modules of each part.
+
+    Attributes:
+        saved: bytes by part.
+        entering: bytes of the hidden states that enter each part.
     """
-    width, heads, mlp = text.hidden_size, text.num_attention_heads, text.intermediate_size
-    head_dim = getattr(text, "head_dim", None) or width // heads
-    query, key = heads * head_dim, text.num_key_value_heads * head_dim
-    numbers = 2 * (4 * width + 4)  # of both norms: what enters, in float32, and the inverse of its size
-    if step.trains("decoder"):
-        numbers += 2 * width * (4 if autocast else b)  # of both norms: what their weights multiply
-        numbers += (5 if autocast else 2) * width * b  # what enters queries, keys and values; gate and up
-        numbers += mlp * b  # what enters down
-    numbers += b * (2 * query + 2 * (query if masked else key)) + 4 * heads  # q, result; k, v; log-sums
-    numbers += 3 * mlp * b  # gate, silu(gate), up
-    if step.lora_rank is not None:
-        numbers += (5 * width + query + mlp) * (b + 1)  # what enters each adapter behind dropout of its own; its mask
-        numbers += 7 * step.lora_rank * b  # between the halves of each adapter
-    return float(n * numbers + (b * n * n if masked else 0))
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        noise: ProductsAreNoise,
+        running: FlopsByPart,
+        watched: Mapping[Hashable, list[nn.Module]],
+    ) -> None:
+        super().__init__(self._note, lambda tensor: tensor)
+        self.noise, self.running = noise, running
+        self.saved: Counter[Any] = Counter()
+        self.entering: Counter[Any] = Counter()
+        self._known = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        for key, modules in watched.items():
+            for module in modules:
+                module.register_forward_pre_hook(partial(self._enter, key), with_kwargs=True)
+
+    def _enter(self, key: Hashable, _: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        (states, *_) = *args, *kwargs.values()
+        self.entering[key] = states.nbytes
+
+    def _note(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage, part = _storage(tensor), self.running.inside[-1] if self.running.inside else None
+        size = tensor.untyped_storage().nbytes()
+        if self.noise.is_noise(tensor):
+            place = (storage, tensor.storage_offset())
+            wide = zip(tensor.shape, tensor.stride(), strict=True)
+            storage, size = place, math.prod(count for count, step in wide if step) * tensor.itemsize
+        if storage not in self._known and tensor.numel() > 1:
+            self._known.add(storage)
+            self.saved[part] += size
+        return tensor
 
 
-def last_norm_bytes(text: PreTrainedConfig, n: int, step: Step, b: int) -> float:
-    """The norm before the head and what enters the head, for one row of n columns."""
-    width = text.hidden_size
-    return float(n * (4 * width + 4 + (2 * b * width if step.trains("decoder") else 0)))
-
-
-def tower_layer_bytes(config: AdaVTPConfig, n: int, trains: bool, b: int) -> float:
-    """
-    What autograd saves of a tower layer, for one image of n tokens: both residuals with two numbers a norm; queries,
-    keys, values, result and log-sums of attention; what the MLP's activation needs; and what enters products that
-    train.
-    """
-    vision = config.vision_config
-    width, scales = vision.hidden_size, vision.model_type == "dinov2"
-    mlp = int(width * vision.mlp_ratio) if scales else vision.intermediate_size
-    if scales and vision.use_swiglu_ffn:
-        # Two thirds of it, in multiples of 8, since there is a third matrix.
-        mlp = (mlp * 2 // 3 + 7) // 8 * 8
-    # x sigmoid(1.702 x) is two tensors to autograd, every other activation one.
-    inner = 2 if getattr(vision, "hidden_act", "gelu") == "quick_gelu" else 1
-    numbers = 2 * b * (width + 2) + 4 * b * width + 4 * vision.num_attention_heads + inner * b * mlp
-    if trains:
-        numbers += 2 * b * width + b * mlp
-        # DINOv2 scales what both halves make, by weights that train.
-        numbers += 2 * b * width if scales else 0
-    return float(n * numbers)
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

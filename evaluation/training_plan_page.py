@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ..modeling.costs.presets import preset_config
-from ..modeling.costs.training_step import Step, longest_counts
-from ..modeling.families.llava import LLAVA
+from ..modeling.costs.training_step import Step
+from .training_budgets import longest_counts
 from .training_costs import A100_PEAK, GIB, PUBLISHED_GPUS, PUBLISHED_RUNS, PUBLISHED_SOURCE, MeasuredStep, Run
 from .training_memory import LIVE_PARAMETERS, LOGIT_BYTES, NF4_BYTES, REDUCE_BUCKET, Layout, Weights, activations
 
@@ -92,10 +92,9 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 def _assumptions(about: Run, utilisations: list[float]) -> str:
     low, high = about.budget_range
     shares = ", ".join(f"{share:g}" for share in utilisations)
-    patches = LLAVA.tokens_per_image(about.config)
     return f"""## What is assumed
 
-{about.samples} samples with one image of {patches} visual tokens and {about.text_tokens} text tokens
+{about.samples} samples with one image of {about.visual_tokens} visual tokens and {about.text_tokens} text tokens
 on average; the longest has {about.longest} columns at full budget. Budgets are drawn from U[{low:g}, {high:g}], one
 for each batch; gates on the features (`gradient_gates="features"`), sequences gathered; gradient checkpointing;
 bfloat16 with AdamW; {GPUS} GPUs of {A100_PEAK / 1e12:g} TFLOPs a second (A100, bfloat16, data sheet). Utilisation,
@@ -120,7 +119,7 @@ def _runs(about: Run, model: str) -> Iterator[tuple[Setting, Run]]:
 def _memory_formulas(about: Run) -> str:
     weights = Weights.of(about.config, about.step)
     t, f = weights.trained, weights.frozen
-    sizes = activations(about.config, about.step, rows=1, length=about.longest)
+    sizes = activations(about.config, about.step, rows=1, text_tokens=about.longest - about.image_columns)
     width, depth = about.config.text_config.hidden_size, about.config.text_config.num_hidden_layers
     entering = depth * about.longest * width * 2
     logits = LOGIT_BYTES * about.longest * about.config.text_config.vocab_size
@@ -138,8 +137,8 @@ With T trained and F frozen parameters on N GPUs, bytes on each:
 
 Under DeepSpeed the float32 weights are part of AdamW's column; accelerate makes trained weights float32 for FSDP2;
 four bits are {NF4_BYTES:.3f} bytes. With checkpointing, each row of n columns adds what enters the layers, 2 L n D,
-and the larger of the logits, {LOGIT_BYTES} n V, and one layer's own tensors (`evaluation/training_memory.py` says it
-line by line; the tests compare it with what autograd saves and torch allocates).
+and the larger of the logits, {LOGIT_BYTES} n V, and one layer's own tensors (noted while a model without weights runs;
+the tests compare it with what autograd saves and torch allocates).
 
 For {MODELS[0]} trained whole, T = {t / 1e9:.3f}e9 and F = {f / 1e9:.3f}e9: under ZeRO-3 (2 x {(t + f) / 1e9:.3f} +
 14 x {t / 1e9:.3f}) / {GPUS} = {states / 1e9:.2f} GB of states on each GPU; a row of {about.longest} columns adds 2 x
@@ -174,8 +173,8 @@ def _flops_formulas(about: Run) -> str:
         cells = [part.forward, part.backward, part.recomputed, part.total, other.total]
         rows.append([name, *(f"{cell / 1e12:.3f}" for cell in cells)])
     rows.append(["total", "", "", "", f"{flops.total / 1e12:.3f}", f"{plain.total / 1e12:.3f}"])
-    patches = LLAVA.tokens_per_image(about.config)
-    mean = sum(keep * probability for keep, probability in longest_counts(BUDGETS, patches))
+    patches = about.visual_tokens
+    mean = sum(count.keep * count.probability for count in longest_counts(BUDGETS, [patches]))
     return f"""## FLOPs: the formula
 
 A product of f FLOPs costs f forward, f for the gradient of its weights if they train, f for that of what enters it if

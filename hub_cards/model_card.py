@@ -9,7 +9,6 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, get_local_safetensors_metadata
 from huggingface_hub.errors import SafetensorsParsingError
-from transformers import AutoProcessor
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
 from ..evaluation.records import read_record
@@ -17,7 +16,7 @@ from ..evaluation.settings import FULL
 from ..modeling.families.llava import LLAVA
 from ..modeling.hub.loading import family_class
 from ..modeling.hub.own_files import failures_in_words
-from ..modeling.processing_adavtp import AdaVTPProcessor
+from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
 from .licence import Origin
 from .training_record import DIGIT_SCENES, TrainingRecord, data_names, is_hub_id
 
@@ -50,8 +49,9 @@ def model_card(folder: str | Path, name: str, record: TrainingRecord, origin: Or
     folder = Path(folder)
     with failures_in_words("configuration", name):
         family = family_class(folder, {})
-        config = (AdaVTPConfig if family is None else family.config_class).from_pretrained(folder)
-    tokenizer = (AdaVTPProcessor if family is None else AutoProcessor).from_pretrained(folder).tokenizer
+        model_class = family or AdaVTPForConditionalGeneration
+        config = model_class.config_class.from_pretrained(folder)
+    tokenizer = model_class.processor_class.from_pretrained(folder).tokenizer
     # From the headers of the weight files: the number of parameters of each data type.
     try:
         numbers = get_local_safetensors_metadata(folder).parameter_count

@@ -15,6 +15,7 @@ from pathlib import Path
 from ..modeling.hub.loading import damaged_file
 from ..modeling.hub.own_files import failures_in_words, indexed_files, require_own_file, require_own_files
 from ..modeling.hub.saving import CODE_FOLDER
+from ..modeling.modeling_families import model_class_of
 from .curve_picture import save_curve
 from .licence import Origin
 from .model_card import curve_names, model_card
@@ -166,6 +167,19 @@ def require_no_adapter(checkpoint: str | Path) -> None:
         )
 
 
+def _way_from(kind: str | None) -> str:
+    """How a checkpoint of ours is made of a model of another kind, where there is a way."""
+    if kind is None:
+        return ""
+    if kind == "llava":
+        return "; `adavtp convert` makes a checkpoint of it"
+    try:
+        model_class_of(kind)
+    except ValueError as error:
+        return f". {str(error).removesuffix('.')}"
+    return " or one of another family with its code; `adavtp export` makes a checkpoint of it"
+
+
 def _require_whole(checkpoint: Path, files: dict[str, list[Path]]) -> None:
     """That the folder has what a model needs to be loaded anywhere."""
     if not checkpoint.is_dir():
@@ -176,8 +190,7 @@ def _require_whole(checkpoint: Path, files: dict[str, list[Path]]) -> None:
     kind = model_type_in(config) if config.is_file() else None
     if kind is None or not has_budget(config):
         found = f"a {kind!r} model" if kind else "no config.json"
-        advice = f"; `adavtp {'convert' if kind == 'llava' else 'export'}` makes a checkpoint of it" if kind else ""
-        raise ValueError(f"{named} {found}; expected is an 'adavtp' model{advice}.")
+        raise ValueError(f"{named} {found}; expected is an 'adavtp' model{_way_from(kind)}.")
     missing = [kind for kind in NEEDED if not files[kind]]
     if (checkpoint / INDEX).is_file():
         shards = indexed_files(checkpoint / INDEX).values()

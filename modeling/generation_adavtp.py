@@ -19,7 +19,8 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import ModelOutput
 
-from .budget.schedule import BudgetSchedule, StackBudget
+from .budget.schedule import StackBudget
+from .budget.selection import Selection
 from .budget.token_budget import TokenBudget, budget_values, num_tokens_to_keep
 from .decoder.loop import layer_masks
 from .decoder.policy import NothingLeaves
@@ -33,13 +34,16 @@ from .decoder.pruned_cache import (
     require_no_gaps,
 )
 from .evaluation_mode import evaluating
+from .families.base import Units
 from .families.encoded import KINDS
 from .processing_adavtp import AdaVTPProcessor, inputs_of_questions
 from .prompt import PreparedInputs, Prompt, check_columns
 from .reducers.bank import ImpossibleReducerError, MissingWeightsError, ReducerSpec
+from .vision.shown_image import shares_of_units, shown_images
 
 if TYPE_CHECKING:
     from transformers.generation.utils import GenerateOutput
+    from transformers.image_utils import PIL
 
     from .prompt_reduction import PromptReductionMixin
 
@@ -51,17 +55,18 @@ class BudgetState:
 
     Attributes:
         step: number of tokens generated so far; 0 before prefill.
-        num_visual_tokens: visual tokens of one image before reduction, N.
-        num_images: `[batch]` int64, images in each prompt.
+        num_visual_tokens: visual tokens of the largest unit (image, tile, frame or video) before reduction, N.
+        num_images: `[batch]` int64, units in each prompt; of LLaVA, images.
         prompt_length: `[batch]` int64, tokens in each prompt, placeholders and no padding counted.
-        pixel_values: `[sum of num_images, channels, height, width]`.
+        pixel_values: of the images, as the family's processor returns them: of LLaVA `[sum of num_images, channels,
+            height, width]`. `None` where the prompts show nothing but videos.
     """
 
     step: int
     num_visual_tokens: int
     num_images: torch.LongTensor
     prompt_length: torch.LongTensor
-    pixel_values: torch.Tensor
+    pixel_values: torch.Tensor | None
 
 
 class BudgetProcessor:
@@ -123,8 +128,15 @@ class BudgetProcessorList(list[Callable[[torch.LongTensor, torch.Tensor, BudgetS
 
 
 class AdaVTPGenerationMixin(GenerationMixin):
-    """Teaches `generate` to prune the prompt, and to be called with an image and a question."""
+    """
+    Teaches `generate` to prune the prompt, and to be called with an image and a question.
 
+    Attributes:
+        processor_class: whose `from_pretrained` loads the processor that belongs to the model.
+        trusts_remote_code: whether code beside the checkpoint may run.
+    """
+
+    processor_class: type = AdaVTPProcessor
     _processor: ProcessorMixin | None = None
     trusts_remote_code = False
 
@@ -147,7 +159,9 @@ class AdaVTPGenerationMixin(GenerationMixin):
                     "`generate(image, prompt)` needs a processor and this model was not loaded from a checkpoint that "
                     "has one; set `model.processor = AdaVTPProcessor(...)` or pass `input_ids` and `pixel_values`."
                 )
-            self._processor = self._saved_processor()
+            self._processor = self.processor_class.from_pretrained(
+                self.name_or_path, trust_remote_code=self.trusts_remote_code
+            )
         return self._processor
 
     @processor.setter
@@ -278,13 +292,34 @@ class AdaVTPGenerationMixin(GenerationMixin):
             )
         return True
 
-    def _saved_processor(self) -> ProcessorMixin:
-        """The processor beside the checkpoint."""
-        return AdaVTPProcessor.from_pretrained(self.name_or_path, trust_remote_code=self.trusts_remote_code)
-
     def inputs_of_questions(self, images: Any, prompts: str | Sequence[str | list[dict[str, Any]]]) -> BatchFeature:
         """Inputs for `generate`, by the model's own processor; see [`processing_adavtp.inputs_of_questions`]."""
         return inputs_of_questions(self.processor, images, prompts)
+
+    def picture_of_kept(
+        self,
+        image: ImageInput,
+        prompt: str | list[dict[str, Any]],
+        selection: Selection,
+        least_height: int = 1,
+        most_height: int | None = None,
+    ) -> "PIL.Image.Image":
+        """
+        An image with what was not kept of it dark: the brighter, the more decoder layers see it. Tiles lie in their
+        places, a view of the whole beside them.
+
+        Args:
+            image: of a prompt that shows one.
+            prompt: that shows it, see [`inputs_of_questions`].
+            selection: what was kept, as `select_tokens` and `generate` hand it back.
+            least_height, most_height: in pixels, see [`ShownImage.drawn`].
+
+        Raises:
+            ValueError: if `selection` is of another prompt.
+        """
+        (shown,) = shown_images(self, self.processor, [image], prompt)
+        shares = shares_of_units(selection, self.config.get_text_config().num_hidden_layers)
+        return shown.drawn(shares, least_height, most_height)
 
     @property
     def _input_device(self) -> torch.device | int | str:
@@ -358,11 +393,8 @@ class AdaVTPGenerationMixin(GenerationMixin):
         earlier = pruned_cache(cache).prompt if past_length else None
         is_text = images is None and earlier is None
         embeds, encoded = model_kwargs.get("inputs_embeds"), model_kwargs.get("mm_encoder_outputs")
-        if encoded is not None and images is not None:
-            raise ValueError(
-                "`pixel_values` and `mm_encoder_outputs` were both given; the second are the features of the first, "
-                "encoded already. Pass one of them."
-            )
+        if images is not None:
+            reader.check_images_are_new(encoded)
         if encoded is not None:
             reader.refuse_budget_of_encoded(token_budget, reducer)
             # Expanding for beams, transformers would change the caller's.
@@ -380,19 +412,20 @@ class AdaVTPGenerationMixin(GenerationMixin):
         ids = input_ids if embeds is None else reader.ids_of_embeds(embeds)
         new = new_columns(ids, model_kwargs, past_length, earlier)
         new = reader.with_own_positions(new, images, model_kwargs) if past_length else new
-        require_no_gaps(self.config.get_text_config(), new)
+        require_no_gaps(self.config, new)
         token_types = reader.token_types_of(model_kwargs, new.input_ids.shape[1])
         prompt = Prompt(
             new.input_ids, new.attention_mask, new.position_ids, token_types=token_types, inputs_embeds=embeds
         )
         prepared = PreparedInputs(reader.padded_on_the_left(prompt))
         if images is not None:
+            looked = reader.looked_at(prepared.prompt.input_ids, images, schedule)
             if processors:
-                state = self._budget_state(new, images, schedule)
+                state = _budget_state(new, images, looked[1])
                 token_budget = processors(new.input_ids, self._one_budget(token_budget), state)
                 schedule = reader.resolve_budget(token_budget, reducer, len(input_ids))
             # The mask form is for training; in a cache its hidden columns would cost what they cost unpruned.
-            prepared = reader.prepare_inputs(prepared.prompt, images, schedule, "gather")
+            prepared = reader.prepare_inputs(prepared.prompt, images, schedule, "gather", looked)
         if embeds is not None:
             model_kwargs["inputs_embeds"] = prepared.prompt.inputs_embeds
         pruned = reader.pruned_prompt(new, prepared, input_ids.shape[1])
@@ -406,16 +439,6 @@ class AdaVTPGenerationMixin(GenerationMixin):
                 "budget, so pass one for the whole stack."
             )
         return self.config.token_budget if token_budget is None else token_budget
-
-    def _budget_state(self, new: NewColumns, images: Any, schedule: BudgetSchedule) -> BudgetState:
-        units = self.prompt_reader.looked_at(new.input_ids, images, schedule)[1]
-        return BudgetState(
-            step=0,
-            num_visual_tokens=int(units.sizes.max()),
-            num_images=torch.bincount(units.sample, minlength=len(new.input_ids)).to(new.input_ids.device),
-            prompt_length=new.attention_mask.sum(dim=-1),
-            pixel_values=images if isinstance(images, torch.Tensor) else images.get("pixel_values"),
-        )
 
     def _prepare_cache_for_generation(
         self,
@@ -447,8 +470,8 @@ class AdaVTPGenerationMixin(GenerationMixin):
                 policy = NothingLeaves()
             pruned_cache(cache).policy = policy
 
-    @staticmethod
     def create_masks_for_generate(
+        self,
         config: PreTrainedConfig,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
@@ -458,13 +481,15 @@ class AdaVTPGenerationMixin(GenerationMixin):
         """
         See [`transformers.masking_utils.create_masks_for_generate`], which makes the decoder's mask ahead of a forward
         that may be compiled. Where layers hold different columns each has its own; in prefill the loop makes them.
+        Elsewhere a family's own stands.
         """
         if pruned_cache(past_key_values).policy is not None:
             return attention_mask
         masks = layer_masks(config.get_text_config(), inputs_embeds, attention_mask, past_key_values)
         if masks is not None:
             return masks
-        return create_masks_for_generate(
+        of_family = getattr(super(), "create_masks_for_generate", create_masks_for_generate)
+        return of_family(
             config=config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -540,6 +565,16 @@ class AdaVTPGenerationMixin(GenerationMixin):
 
 def _ends_in_padding(attention_mask: torch.Tensor | None) -> bool:
     return attention_mask is not None and attention_mask.dim() == 2 and not bool(attention_mask[:, -1].all())
+
+
+def _budget_state(new: NewColumns, images: Any, units: Units) -> BudgetState:
+    return BudgetState(
+        step=0,
+        num_visual_tokens=int(units.sizes.max()),
+        num_images=torch.bincount(units.sample, minlength=len(new.input_ids)).to(new.input_ids.device),
+        prompt_length=new.attention_mask.sum(dim=-1),
+        pixel_values=images if isinstance(images, torch.Tensor) else images.get(KINDS["image"]),
+    )
 
 
 def _require_gather(selection_output: str | None) -> None:

@@ -40,6 +40,7 @@ from .prompt import (
     at_columns,
     check_columns,
     count_positions,
+    labels_of_logits,
     of_columns,
     rows_to_keep,
     without_first_labels,
@@ -120,14 +121,7 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
 
     Args:
         config: the model's configuration.
-
-    Attributes:
-        is_sharded: whether parameters are spread over processes (FSDP, ZeRO-3). To be set by whoever spreads them: a
-            batch without images then runs the modules of one with images in evaluation too, as in training it always
-            does.
     """
-
-    is_sharded = False
 
     def __init__(self, config: AdaVTPConfig) -> None:
         super().__init__(config)
@@ -202,7 +196,7 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
         if input_ids is not None:
             check_columns(input_ids, labels, position_ids, caller_targets)
         if pixel_values is not None:
-            _check_images_are_new(mm_encoder_outputs, past_key_values)
+            self.check_images_are_new(mm_encoder_outputs, past_key_values)
         self.refuse_other_features(kwargs)
         encoded = None if mm_encoder_outputs is None else mm_encoder_outputs.get("image")
         if encoded is not None:
@@ -225,9 +219,10 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
         else:
             self.checked_output(selection_output)
             if input_ids is not None and encoded is None:
-                inputs_embeds = self._text_embeds(input_ids, past_key_values, token_budget, reducer)
+                zero = self.zero_of_text(input_ids, past_key_values, token_budget, reducer)
+                inputs_embeds = None if zero is None else self.get_input_embeddings()(input_ids) + zero
                 attention_mask, position_ids = behind_cache(
-                    self.config.text_config, input_ids, attention_mask, position_ids, past_key_values
+                    self.config, input_ids, attention_mask, position_ids, past_key_values
                 )
             if labels is not None and attention_mask is not None:
                 labels = without_first_labels(labels, attention_mask)
@@ -294,40 +289,6 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
             policy=policy,
             compact=self.config.visual_position_ids == "compact",
             **kwargs,
-        )
-
-    def _text_embeds(
-        self,
-        input_ids: torch.LongTensor,
-        past_key_values: Cache | None,
-        token_budget: StackBudget | None,
-        reducer: ReducerSpec | None,
-    ) -> torch.Tensor | None:
-        """Embeddings of a prompt of text where something has to be added to them, `None` elsewhere."""
-        if past_key_values is None and not torch.compiler.is_compiling():
-            # A placeholder without an image is refused; a graph cannot ask for one.
-            self.units_of(input_ids, 0)
-        has_to_look = self.training or self.is_sharded
-        if token_budget is None and reducer is None and not has_to_look:
-            return None
-        schedule = self.resolve_budget(token_budget, reducer, len(input_ids))
-        if not has_to_look or (past_key_values is not None and past_key_values.get_seq_length() > 0):
-            return None
-        zero = self.zero_of_a_blank_image(input_ids, schedule)
-        return self.get_input_embeddings()(input_ids) + zero
-
-
-def _check_images_are_new(mm_encoder_outputs: Any, past_key_values: Cache | None) -> None:
-    if mm_encoder_outputs is not None:
-        raise ValueError(
-            "`pixel_values` and `mm_encoder_outputs` were both given; the second are the features of the first, "
-            "encoded already. Pass one of them."
-        )
-    if past_key_values is not None and past_key_values.get_seq_length() > 0:
-        raise ValueError(
-            "`pixel_values` was given with a `past_key_values` that already holds tokens; to show an image in a "
-            "later turn call `generate`, which knows which columns the cache holds. (PEFT's prefix tuning fills a "
-            "cache; use LoRA or IA3.)"
         )
 
 
@@ -469,7 +430,8 @@ class AdaVTPForConditionalGeneration(AdaVTPPreTrainedModel, AdaVTPGenerationMixi
             past_key_values: cache of earlier tokens, for text.
             inputs_embeds: `[batch, sequence, text_hidden_size]` in place of `input_ids`, for text.
             labels: `[batch, sequence]`, -100 where there is no target.
-            logits_to_keep: compute logits of only the last so many positions, or of these positions.
+            logits_to_keep: compute logits of only the last so many positions, or of these positions. With `labels`, a
+                number makes the loss that of the last so many.
             token_budget: a float in [0, 1] (fraction of each image's patches that are kept), an int >= 2 (their
                 number), or one such value per sample; for a stack of reducers also a dictionary with a budget for
                 each by name, of the tokens that it gets. `None`: the reducer's own rule where it has one, else the
@@ -507,7 +469,7 @@ class AdaVTPForConditionalGeneration(AdaVTPPreTrainedModel, AdaVTPGenerationMixi
             **kwargs,
         )
         logits = self.lm_head(rows_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
+        loss, outputs.labels = None, labels_of_logits(outputs.labels, logits_to_keep)
         if labels is not None:
             loss = self.loss_function(
                 logits=logits, labels=outputs.labels, vocab_size=self.config.text_config.vocab_size, **kwargs

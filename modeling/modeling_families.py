@@ -21,20 +21,18 @@ from transformers import (
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
-    ProcessorMixin,
 )
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import ModelOutput, can_return_tuple
 
 from ..configuration.configuration_families import PREFIX, family_config_class
 from .budget.schedule import BudgetSchedule, StackBudget
-from .decoder.loop import layer_masks, run_decoder
+from .decoder.loop import run_decoder
 from .decoder.policy import DecoderPolicy
 from .decoder.pruned_cache import NewColumns, behind_cache, has_layer_columns, pending_policy, pruned_cache
 from .families.adapters import adapter_of
@@ -44,7 +42,15 @@ from .generation_adavtp import AdaVTPGenerationMixin
 from .hub.custom_reducers import CustomReducersMixin
 from .hub.loading import CompleteLoadingMixin
 from .hub.saving import CODE_FOLDER, SelfContainedMixin, own_class, without_auto_class
-from .prompt import PreparedInputs, Prompt, check_columns, without_first_labels
+from .prompt import (
+    PreparedInputs,
+    Prompt,
+    check_columns,
+    labels_of_logits,
+    of_columns,
+    rows_to_keep,
+    without_first_labels,
+)
 from .prompt_reduction import PromptReductionMixin
 from .reducers.bank import ReducerSpec
 from .reducers.published import PUBLISHED_REDUCERS
@@ -96,10 +102,13 @@ class FamilyReductionMixin(PromptReductionMixin):
         kinds = self.family.kinds(self.config, input_ids)
         if self.family.shares_placeholder and images.get(KINDS["image"]) is None:
             kinds = kinds.clamp(max=0) + (kinds >= 0).long()
-        visual = self._visual_class(schedule)(self, kinds, images, schedule)
+        visual_class = self._visual_class(schedule)
+        if visual_class is OpenedVisual:
+            super().refuse_other_features(images)
+        visual = visual_class(self, kinds, images, schedule)
         return visual, visual.units
 
-    def _visual_class(self, schedule: BudgetSchedule) -> type[FamilyVisual] | type[OpenedVisual]:
+    def _visual_class(self, schedule: BudgetSchedule) -> type[FamilyVisual]:
         """What looks at images: our run of the tower where something acts inside it, and else the family's own."""
         meets_in_tower = self.config.budget_fusion == "encoder" and "budget" in self._needs(schedule.steps)
         is_opened = schedule.steps[0].reducer.stage == "encoder" or meets_in_tower
@@ -109,10 +118,14 @@ class FamilyReductionMixin(PromptReductionMixin):
         self, device: torch.device, schedule: BudgetSchedule
     ) -> tuple[VisualModel, Units, dict[str, Any]]:
         """See [`PromptReductionMixin.look_at_blank`]: at the smallest image that the family knows."""
-        images = {name: value.to(device) for name, value in self.family.image_inputs(self.config, 1, 1).items()}
-        images["pixel_values"] = images["pixel_values"].to(self.dtype)
+        images = self.blank_image(device)
         visual = self._visual_class(schedule)(self, None, images, schedule)
         return visual, visual.units, images
+
+    def blank_image(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """The smallest image that the family knows, as its encoder takes it."""
+        images = {name: value.to(device) for name, value in self.family.image_inputs(self.config, [(1, 1)]).items()}
+        return images | {"pixel_values": images["pixel_values"].to(self.dtype)}
 
     def refuse_placeholders(self, input_ids: torch.Tensor) -> None:
         """See [`PromptReductionMixin.refuse_placeholders`]."""
@@ -154,16 +167,20 @@ class FamilyReductionMixin(PromptReductionMixin):
         return replace(new, position_ids=position_ids, begin=begin)
 
     def _encoder_arguments(self, kind: str) -> tuple[str, ...]:
-        encoder = getattr(self.base_model, f"get_{kind}_features", None)
-        names = () if encoder is None else inspect.signature(encoder).parameters
-        return tuple(name for name in names if name not in ("kwargs", "return_dict"))
+        return _arguments_of(type(self.base_model), f"get_{kind}_features")
+
+
+@cache
+def _arguments_of(model_class: type[PreTrainedModel], encoder: str) -> tuple[str, ...]:
+    """What a method takes that encodes images or videos; nothing where there is none."""
+    names = inspect.signature(getattr(model_class, encoder)).parameters if hasattr(model_class, encoder) else ()
+    return tuple(name for name in names if name not in ("self", "kwargs", "return_dict"))
 
 
 class FamilyGenerationMixin(AdaVTPGenerationMixin):
     """Teaches a family's `generate` to prune the prompt, and to be called with an image and a question."""
 
-    def _saved_processor(self) -> ProcessorMixin:
-        return AutoProcessor.from_pretrained(self.name_or_path, trust_remote_code=self.trusts_remote_code)
+    processor_class = AutoProcessor
 
     def _prepare_position_ids_for_generation(
         self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]
@@ -185,10 +202,10 @@ class FamilyModelMixin(
         config: the family's configuration with a budget's fields.
 
     Attributes:
-        is_sharded: see [`AdaVTPModel`].
+        makes_last_logits: whether the family's forward makes the logits of the last columns alone if it is asked to.
     """
 
-    is_sharded = False
+    makes_last_logits = True
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
@@ -225,7 +242,8 @@ class FamilyModelMixin(
         **inputs: Any,
     ) -> Any:
         """
-        Chooses the visual tokens that `forward` and `generate` would keep.
+        Chooses the visual tokens that `forward` and `generate` would keep. The decoder runs only if a reducer acts
+        inside it.
 
         Args:
             input_ids, attention_mask, labels: see `forward`.
@@ -233,8 +251,13 @@ class FamilyModelMixin(
             inputs: pixels, grids, sizes and token types, as the processor returns them.
 
         Returns:
-            `Selection` for every unit.
+            `Selection` for every unit; with `depth` where a reducer acts inside the decoder.
         """
+        if self.steps(reducer)[-1].reducer.stage == "decoder":
+            # Without labels no text is an answer.
+            inputs["labels"] = torch.full_like(input_ids, -100) if labels is None else labels
+            inputs |= {"attention_mask": attention_mask, "token_budget": token_budget, "reducer": reducer}
+            return self(input_ids=input_ids, **inputs, logits_to_keep=1).selection
         images = self.images_in(inputs)
         prompt = self._prompt(input_ids, attention_mask, None, labels, images, inputs)[1]
         return self.prepare_inputs(
@@ -264,11 +287,12 @@ class FamilyModelMixin(
                 stack of reducers a dictionary with a budget for each by name.
             reducer: what selects in this call, in the form of `set_reducer`; by default the configuration's.
             selection_output: `"gather"` (dropped columns leave the sequence) or `"mask"` (they stay, hidden).
-            inputs: whatever else the family's forward takes.
+            inputs: whatever else the family's forward takes. With `labels`, a number as `logits_to_keep` makes the
+                loss that of the last so many columns.
 
         Returns:
             The family's output, with `selection`, the visual tokens that were kept, and `labels`, those of the kept
-            columns.
+            columns whose logits were made.
 
         Raises:
             ValueError: if an argument is not allowed; the message names it, its value and what is allowed.
@@ -289,11 +313,9 @@ class FamilyModelMixin(
                 reducer,
                 inputs,
             )
-        if input_ids is None or (past_key_values is not None and int(past_key_values.get_seq_length()) > 0):
-            raise ValueError(
-                "Images were given with `inputs_embeds`, or with a `past_key_values` that already holds tokens. They "
-                "are placed by the placeholder tokens in `input_ids`; to show one in a later turn call `generate`."
-            )
+        if input_ids is None:
+            input_ids = self.ids_of_embeds(inputs_embeds)
+        self.check_images_are_new(inputs.get("mm_encoder_outputs"), past_key_values)
         schedule = self.resolve_budget(token_budget, reducer, len(input_ids))
         new, prompt = self._prompt(input_ids, attention_mask, position_ids, labels, images, inputs)
         prepared = self.prepare_inputs(prompt, images, schedule, selection_output)
@@ -311,7 +333,7 @@ class FamilyModelMixin(
         columns = {
             "input_ids": prepared.prompt.input_ids,
             "attention_mask": prepared.prompt.attention_mask,
-            "position_ids": prepared.prompt.position_ids + self.family.first_position,
+            "position_ids": self._as_family_counts(prepared.prompt.position_ids),
             "labels": prepared.prompt.labels,
         }
         inputs = {name: value for name, value in inputs.items() if name not in TOKEN_TYPES}
@@ -322,6 +344,7 @@ class FamilyModelMixin(
             )
             prepared.selection.depth = prepared.policy.depth_of_tokens(prepared.selection.is_token, depth)
         else:
+            columns["labels"] = self._labels_of_logits(columns["labels"], inputs)
             outputs = super().forward(
                 **columns,
                 past_key_values=past_key_values,
@@ -359,10 +382,9 @@ class FamilyModelMixin(
         for number, kind in enumerate(KINDS):
             if encoded is None or kind not in encoded:
                 continue
-            kinds = self.family.kinds(self.config, input_ids)
-            places = (kinds >= 0 if self.family.shares_placeholder else kinds == number)[..., None]
-            rows = torch.cat([entry.flatten(0, -2) for entry in encoded[kind].pooler_output]).to(inputs_embeds)
-            inputs_embeds = inputs_embeds.masked_scatter(places, rows)
+            places = (self.family.kinds(self.config, input_ids) == number)[..., None]
+            features = torch.cat([entry.flatten(0, -2) for entry in encoded[kind].pooler_output]).to(inputs_embeds)
+            inputs_embeds = inputs_embeds.masked_scatter(places, features)
             layers = getattr(encoded[kind], "deepstack_features", None) or []
             none = torch.zeros_like(inputs_embeds)
             added = [none.masked_scatter(places, torch.cat(layer).to(inputs_embeds)) for layer in layers]
@@ -379,12 +401,11 @@ class FamilyModelMixin(
             blocks=None if policy is None else self.family.blocks(self.config, input_ids),
             **kwargs,
         )
-        rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits, loss = self.lm_head(outputs.last_hidden_state[:, rows, :]), None
+        logits, loss = self.lm_head(rows_to_keep(outputs.last_hidden_state, logits_to_keep)), None
         if labels is not None:
             if outputs.column_index is not None:
-                labels = labels.gather(1, outputs.column_index.clamp(min=0))
-                labels = labels.masked_fill(outputs.column_index < 0, -100)
+                labels = of_columns(labels, outputs.column_index, -100)
+            labels = labels_of_logits(labels, logits_to_keep)
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.get_text_config().vocab_size, **kwargs
             )
@@ -418,6 +439,15 @@ class FamilyModelMixin(
         prompt = Prompt(input_ids, new.attention_mask, new.position_ids, labels, token_types=token_types)
         return new, prompt
 
+    def _labels_of_logits(self, labels: torch.Tensor | None, inputs: Mapping[str, Any]) -> torch.Tensor | None:
+        """Labels of the columns whose logits the family's own forward makes."""
+        return labels_of_logits(labels, inputs.get("logits_to_keep", 0)) if self.makes_last_logits else labels
+
+    def _as_family_counts(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """Positions from 0 as positions from the family's first."""
+        # In a step of decoding every operation counts.
+        return position_ids + self.family.first_position if self.family.first_position else position_ids
+
     def _forward_of_text(
         self,
         input_ids: torch.LongTensor | None,
@@ -433,19 +463,12 @@ class FamilyModelMixin(
         """The family's own forward of text, or of what was encoded and pruned already."""
         zero = None
         if input_ids is not None and inputs.get("mm_encoder_outputs") is None:
-            if past_key_values is None and not torch.compiler.is_compiling():
-                self.refuse_placeholders(input_ids)
-            is_begin = past_key_values is None or int(past_key_values.get_seq_length()) == 0
-            has_to_look = (self.training or self.is_sharded) and is_begin
-            if has_to_look or token_budget is not None or reducer is not None:
-                schedule = self.resolve_budget(token_budget, reducer, len(input_ids))
-            if has_to_look:
-                zero = self.zero_of_a_blank_image(input_ids, schedule)
+            zero = self.zero_of_text(input_ids, past_key_values, token_budget, reducer)
             attention_mask, counted = behind_cache(
-                self.config.get_text_config(), input_ids, attention_mask, position_ids, past_key_values
+                self.config, input_ids, attention_mask, position_ids, past_key_values
             )
             if position_ids is None and counted is not None:
-                position_ids = counted + self.family.first_position
+                position_ids = self._as_family_counts(counted)
         elif inputs.get("mm_encoder_outputs") is not None:
             self.refuse_budget_of_encoded(token_budget, reducer)
         if labels is not None and attention_mask is not None:
@@ -471,6 +494,7 @@ class FamilyModelMixin(
                 chosen = pruned_cache(past_key_values).prompt.selection
                 chosen.depth = policy.depth_of_tokens(chosen.is_token, depth)
             return outputs
+        labels = self._labels_of_logits(labels, inputs)
         outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -514,7 +538,7 @@ def family_model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "config_class": config_class,
         "readable_model_types": (config_class.model_type,),
         "forward": _named_forward(stock),
-        "create_masks_for_generate": _masks(stock),
+        "makes_last_logits": "logits_to_keep" in known,
     }
     # LLaVA-like files hold names of an older layout, which are mapped by the name of the class.
     mapping = get_checkpoint_conversion_mapping(stock.__name__) or get_checkpoint_conversion_mapping(
@@ -540,34 +564,6 @@ def _named_forward(stock: type[PreTrainedModel]) -> Callable[..., Any]:
     forward.__signature__ = inspect.Signature([*named, *own, rest])
     forward.__doc__ = FamilyModelMixin.forward.__doc__
     return forward
-
-
-def _masks(stock: type[PreTrainedModel]) -> Any:
-    """Ours where layers hold different columns, and elsewhere the family's own."""
-    own = getattr(stock, "create_masks_for_generate", create_masks_for_generate)
-
-    def masks(
-        config: PreTrainedConfig,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
-        **kwargs: Any,
-    ) -> Any:
-        if pruned_cache(past_key_values).policy is not None:
-            # The loop makes them.
-            return attention_mask
-        of_layers = layer_masks(config.get_text_config(), inputs_embeds, attention_mask, past_key_values)
-        if of_layers is not None:
-            return of_layers
-        return own(
-            config=config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
-
-    return staticmethod(masks)
 
 
 def model_class_of(model_type: str) -> type[PreTrainedModel]:

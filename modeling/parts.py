@@ -6,6 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .families.adapters import adapter_of
+from .families.encoded import layers_of
 from .hub.loading import NEW_MODULES
 
 PARTS: tuple[str, ...] = ("controller", "projector", "vision", "decoder")
@@ -42,19 +43,22 @@ def parts_of_names(model: PreTrainedModel) -> Callable[[str], str]:
     return part_of
 
 
-def modules_of_parts(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
+def modules_of_parts(model: PreTrainedModel, layers_apart: bool = False) -> dict[str, list[nn.Module]]:
     """
     The outermost modules of tower and projector that run as modules do, none inside another: of lists their members,
-    and of a tower that has modules of both parts its children.
+    of what holds a list its children, since a tower may walk through the list by itself, and so of the tower.
 
     Args:
         model: see [`parts_of_names`].
+        layers_apart: whether the tower's layers are taken apart too: something may act between their halves.
     """
     part_of, modules = parts_of_names(model), {"vision": [], "projector": []}
     tower = model.get_encoder(modality="image")
+    apart = {tower, *(layers_of(tower) if layers_apart else ())}
 
     def add(module: nn.Module, name: str) -> None:
-        if module is tower or isinstance(module, nn.ModuleList):
+        holds = any(isinstance(child, nn.ModuleList) for child in module.children())
+        if module in apart or holds or isinstance(module, nn.ModuleList):
             for child_name, child in module.named_children():
                 add(child, f"{name}.{child_name}")
         elif (part := part_of(name)) in modules:
@@ -63,11 +67,6 @@ def modules_of_parts(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
     for name, module in model.base_model.named_children():
         add(module, f"{model.base_model_prefix}.{name}")
     return modules
-
-
-def layers_of(model: nn.Module) -> nn.ModuleList:
-    """The layers of a vision tower or of a text model, from the bottom: its longest list of modules."""
-    return max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=len)
 
 
 def never_run_in_tower(model: PreTrainedModel) -> tuple[str, ...]:
@@ -88,6 +87,7 @@ def never_run_in_tower(model: PreTrainedModel) -> tuple[str, ...]:
     num_layers = model.config.vision_config.num_hidden_layers
     layers = [layers] if isinstance(layers, int) else layers
     num_run = max(layer if layer >= 0 else num_layers + 1 + layer for layer in layers)
-    unused += [f"{tower}{name}" for name in ("post_layernorm.", "layernorm.")]
+    if layers != [-1] or not adapter_of(model.config).reads_last_norm:
+        unused += [f"{tower}{name}" for name in ("post_layernorm.", "layernorm.")]
     above = range(num_run, num_layers)
     return (*unused, *(f"{tower}encoder.{name}.{index}." for name in ("layers", "layer") for index in above))

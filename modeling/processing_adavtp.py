@@ -1,5 +1,6 @@
 """The processor: from images and text as people have them to what the model takes."""
 
+import inspect
 import io
 import os
 import re
@@ -226,18 +227,26 @@ def inputs_of_questions(
         processor: ours, or a family's own.
         images: see [`AdaVTPProcessor.of_questions`].
         prompts: a question, or a list of questions and conversations. Of a question the images stand before it, in the
-            chat template; a conversation, turns as chat templates take them, says where each stands.
+            chat template; a conversation, turns as chat templates take them, says where each stands. Of a processor
+            that [`takes_suffix`] it is one turn.
 
     Returns:
         `BatchFeature`, padded on the left.
 
     Raises:
-        ValueError: if there are not as many images as prompts or as places for them, an image cannot be read, or there
-            is no chat template.
+        ValueError: if there are not as many images as prompts or as places for them, an image cannot be read, there
+            is no chat template, or a prompt is none that the processor can write.
     """
     if hasattr(processor, "of_questions"):
         return processor.of_questions(images, prompts)
     shown, prompts = images_of_prompts(images, prompts)
+    if takes_suffix(processor):
+        text = [prefix_of(processor, _conversation(*pair)) for pair in zip(shown, prompts, strict=True)]
+        images = [readable_images(group) for group in shown]
+        inputs = processor(images=images, text=text, padding=True, padding_side="left", return_tensors="pt")
+        # Nothing of them is a target.
+        inputs.pop("labels", None)
+        return inputs
     if processor.chat_template is None:
         raise ValueError("This processor has no chat template to put questions in; give it one.")
     conversations = [_conversation(*pair) for pair in zip(shown, prompts, strict=True)]
@@ -251,6 +260,35 @@ def inputs_of_questions(
     ]
     images = shown if any(shown) else None
     return processor(images=images, text=text, padding=True, padding_side="left", return_tensors="pt", **special)
+
+
+def takes_suffix(processor: ProcessorMixin) -> bool:
+    """Whether a processor writes no chats but a question, the prefix, and an answer, its suffix: PaliGemma's does."""
+    return "suffix" in inspect.signature(type(processor).__call__).parameters
+
+
+def prefix_of(processor: ProcessorMixin, turns: list[dict[str, Any]]) -> str:
+    """
+    What a processor that [`takes_suffix`] is given of a conversation up to its answer.
+
+    Args:
+        processor: which adds the beginning of the text and the line's end.
+        turns: with lists of parts as their content.
+
+    Raises:
+        ValueError: if it is not one question of the user's behind one image or more.
+    """
+    parts = [part for turn in turns for part in turn["content"]]
+    roles, kinds = [turn["role"] for turn in turns], [part["type"] for part in parts]
+    text = "".join(part["text"] for part in parts if part["type"] == "text")
+    num_images = kinds.count("image")
+    if roles != ["user"] or num_images == 0 or "image" in kinds[num_images:] or processor.image_token in text:
+        shown = f"turns of {', '.join(roles)} that show {', '.join(kinds)}"
+        raise ValueError(
+            f"A prompt has {shown[:200]}; a {type(processor).__name__} writes prompts of one turn of the user's: "
+            f"images, one or more, and behind them a question, without {processor.image_token!r} in its text."
+        )
+    return processor.image_token * num_images + text
 
 
 def _conversation(images: list[ImageInput], prompt: str | list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -179,11 +179,11 @@ class VisualEmbeddings:
         As a family's forward takes what is encoded already: features in a list, or of the kinds in `as_tensor`
         `[1, num_placeholders, hidden_size]`.
         """
-        outputs = {}
-        for number, kind in enumerate(("image", "video")):
-            of_kind = self if self.kinds is None else self.at(self.kinds == number)
-            if len(of_kind.features) == 0 or (self.kinds is None and number > 0):
-                continue
+        outputs, numbers = {}, [0] if self.kinds is None else self.kinds.unique().tolist()
+        for number in numbers:
+            kind = ("image", "video")[number]
+            # Where there is one kind, nothing has to be copied.
+            of_kind = self if len(numbers) == 1 else self.at(self.kinds == number)
             features = of_kind.features[None] if kind in as_tensor else [of_kind.features]
             outputs[kind] = BaseModelOutputWithPooling(pooler_output=features)
             if self.deepstack:
@@ -327,6 +327,11 @@ def rows_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor
             "selection_output='mask', which leaves them in their places."
         )
     return hidden_states[logits_to_keep]
+
+
+def labels_of_logits(labels: torch.Tensor | None, logits_to_keep: int | torch.Tensor) -> torch.Tensor | None:
+    """Of labels `[batch, sequence]` those at the columns whose logits are made, where these are the last so many."""
+    return labels if labels is None or not isinstance(logits_to_keep, int) else labels[:, -logits_to_keep:]
 
 
 def check_columns(

@@ -6,21 +6,24 @@ own class reads an ordinary prompt with fewer placeholders and as many features.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers import Cache
 from transformers.utils import logging
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
 from .budget.schedule import BudgetSchedule, StackBudget
 from .decoder.policy import VisualTokenPolicy
 from .decoder.pruned_cache import NewColumns, PrunedPrompt
+from .decoder.reducer import KeepsAllReducer
 from .families.base import Family, Units, has_recurrent_layers
 from .families.llava import LLAVA
 from .prompt import PreparedInputs, Prompt, is_before_answer, left_padded, without_first_labels
 from .reducers.adaptive import VisionTokenController
-from .reducers.bank import ImpossibleReducerError, ReducerBank, ReducerSpec, Step, named
+from .reducers.bank import ReducerBank, ReducerSpec, Step, named
 from .vision.budget_token import BudgetToken
 from .vision.visual_model import VisualModel, VisualTokens
 
@@ -35,6 +38,8 @@ class PromptReductionMixin:
 
     config: AdaVTPConfig
     family: Family = LLAVA
+    # Whether parameters are spread over processes (FSDP, ZeRO-3). To be set by whoever spreads them.
+    is_sharded: bool = False
 
     def add_budget_modules(self) -> None:
         """Gives the model what it has beyond its family's class: budget token, controller and reducers."""
@@ -51,7 +56,8 @@ class PromptReductionMixin:
     @property
     def bank(self) -> ReducerBank:
         """The reducers that this model has."""
-        return ReducerBank(self.config, self.controller, self.reducers, self._reducers_of_calls)
+        why_not = partial(self.family.why_not, self.config)
+        return ReducerBank(self.config, self.controller, self.reducers, self._reducers_of_calls, why_not)
 
     def set_reducer(self, reducer: ReducerSpec, **parameters: Any) -> None:
         """See [`ReducerBank.set_reducer`]."""
@@ -59,7 +65,7 @@ class PromptReductionMixin:
 
     def steps(self, reducer: ReducerSpec | None = None) -> list[Step]:
         """See [`ReducerBank.steps`]; a `ValueError` if one of them cannot act on this family, with the reason."""
-        return self._possible(self.bank.steps(reducer))
+        return self.bank.steps(reducer)
 
     def why_not(self, reducer: ReducerSpec | None = None) -> str | None:
         """
@@ -68,18 +74,10 @@ class PromptReductionMixin:
         """
         try:
             with torch.random.fork_rng(devices=[]):
-                self._possible(self.bank.steps(reducer, with_new_weights=True))
+                self.bank.steps(reducer, with_new_weights=True)
         except ValueError as error:
             return str(error)
         return None
-
-    def _possible(self, steps: list[Step]) -> list[Step]:
-        for step in steps:
-            if (reason := self.family.why_not(self.config, step.reducer)) is not None:
-                raise ImpossibleReducerError(
-                    f"Reducer {step.name!r} cannot act on a {self.config.model_type!r} model: {reason}"
-                )
-        return steps
 
     @property
     def prompt_decoder(self) -> "PreTrainedModel":
@@ -90,8 +88,16 @@ class PromptReductionMixin:
     def visual_model(self) -> VisualModel:
         """The visual half of the model."""
         return VisualModel(
-            self.vision_tower, self.multi_modal_projector, self.budget_token, self.config, self.training
+            self.vision_tower, self.multi_modal_projector, self.budget_token, self.config, self.runs_everything
         )
+
+    @property
+    def runs_everything(self) -> bool:
+        """
+        Whether a batch runs the same modules whatever its budgets, and whether it has images: in training, and where
+        parameters are spread over processes, which would wait for each other.
+        """
+        return self.training or self.is_sharded
 
     def images_in(self, arguments: dict[str, Any]) -> torch.Tensor | None:
         """The images among the arguments of a call, which are taken out of them; `None` if there are none."""
@@ -164,6 +170,7 @@ class PromptReductionMixin:
         images: Any,
         schedule: BudgetSchedule,
         selection_output: str | None = None,
+        looked: tuple[VisualModel, Units] | None = None,
     ) -> PreparedInputs:
         """
         Encodes the images, chooses, and drops the columns of what was not chosen.
@@ -174,19 +181,21 @@ class PromptReductionMixin:
             images: in the order of their placeholders, what [`images_in`] took from the arguments of a call.
             schedule: the stack and its budget.
             selection_output: `"gather"` or `"mask"`; by default the configuration's.
+            looked: what [`looked_at`] said of this prompt, these images and this stack, where it was asked before.
 
         Raises:
             ValueError: if placeholders and images do not agree, or a reducer cannot do what it is asked to.
         """
         selection_output = self.checked_output(selection_output)
         placeholders = self.family.placeholders(self.config, prompt.input_ids)
-        visual, units = self.looked_at(prompt.input_ids, images, schedule)
+        visual, units = looked or self.looked_at(prompt.input_ids, images, schedule)
         question, question_ids = self._questions(schedule.steps, prompt, placeholders, units)
         tokens = visual.encode_and_reduce(images, units, schedule, question, question_ids)
         selection = tokens.selection
         gates_attention = selection.gates is not None and self.config.gradient_gates == "attention"
         # Hidden columns would leave in the decoder, and with them the labels that stand at them.
-        is_hidden = selection_output == "mask" and tokens.decoder is None and not gates_attention
+        acts_in_decoder = tokens.decoder is not None or self.config.visual_attention == "rescaled"
+        is_hidden = selection_output == "mask" and not acts_in_decoder and not gates_attention
         embeddings, stays = visual.embeddings(tokens, units, in_place=is_hidden)
         keep = torch.ones_like(placeholders).masked_scatter(placeholders, stays)
         visual_index = torch.full_like(prompt.input_ids, -1).masked_scatter(placeholders, units.token)
@@ -219,7 +228,7 @@ class PromptReductionMixin:
             at_placeholders = self.family.placeholders(self.config, prompt.input_ids)[..., None]
             features = embeddings.features.to(prompt.inputs_embeds.device, prompt.inputs_embeds.dtype)
             prompt = replace(prompt, inputs_embeds=prompt.inputs_embeds.masked_scatter(at_placeholders, features))
-        if tokens.decoder is not None:
+        if acts_in_decoder:
             selection.depth = selection.keep * self.config.text_config.num_hidden_layers
         return PreparedInputs(prompt, embeddings, selection, self._decoder_policy(tokens, prompt, units))
 
@@ -303,6 +312,24 @@ class PromptReductionMixin:
                     "reduced already. Pass pixels to have some of their tokens dropped."
                 )
 
+    @staticmethod
+    def check_images_are_new(mm_encoder_outputs: Any, past_key_values: Cache | None = None) -> None:
+        """
+        Raises:
+            ValueError: if images are given and come encoded as well, or with a cache that holds tokens already.
+        """
+        if mm_encoder_outputs is not None:
+            raise ValueError(
+                "`pixel_values` and `mm_encoder_outputs` were both given; the second are the features of the first, "
+                "encoded already. Pass one of them."
+            )
+        if past_key_values is not None and int(past_key_values.get_seq_length()) > 0:
+            raise ValueError(
+                "`pixel_values` was given with a `past_key_values` that already holds tokens; to show an image in a "
+                "later turn call `generate`, which knows which columns the cache holds. (PEFT's prefix tuning fills "
+                "a cache; use LoRA or IA3.)"
+            )
+
     def check_labels_of_choice(self, prompt: Prompt, schedule: BudgetSchedule, prepared: PreparedInputs) -> None:
         """
         Warns if a prompt's labels leave no question to choose by.
@@ -342,6 +369,28 @@ class PromptReductionMixin:
         is_real = mask if mask.dim() == 2 else torch.ones_like(prompt.input_ids)
         return ~placeholders & is_before_answer(is_real, prompt.labels)
 
+    def zero_of_text(
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: Cache | None,
+        token_budget: StackBudget | None,
+        reducer: ReducerSpec | None,
+    ) -> torch.Tensor | None:
+        """
+        Of a call without images: zero that looked at a blank one, where it has to look; a placeholder, or what is no
+        budget, is refused.
+        """
+        if past_key_values is None and not torch.compiler.is_compiling():
+            # A graph cannot ask for one.
+            self.refuse_placeholders(input_ids)
+        has_to_look = self.runs_everything
+        if token_budget is None and reducer is None and not has_to_look:
+            return None
+        schedule = self.resolve_budget(token_budget, reducer, len(input_ids))
+        if not has_to_look or (past_key_values is not None and int(past_key_values.get_seq_length()) > 0):
+            return None
+        return self.zero_of_a_blank_image(input_ids, schedule)
+
     def zero_of_a_blank_image(self, input_ids: torch.Tensor, schedule: BudgetSchedule) -> torch.Tensor:
         """
         Zero, computed by looking at a blank image in the first prompt. A batch without images then runs the modules
@@ -378,9 +427,9 @@ class PromptReductionMixin:
             embeds = prompt.inputs_embeds
             if embeds is None:
                 embeds = self.get_input_embeddings()(prompt.input_ids)
-            weight = is_text.to(embeds.dtype)
+            weight = is_text.to(embeds)
             mean = (embeds * weight[..., None]).sum(dim=1) / weight.sum(dim=1, keepdim=True).clamp(min=1)
-            mean = mean[sample]
+            mean = mean.to(sample.device)[sample]
         if "question_ids" in needs:
             if prompt.inputs_embeds is not None:
                 names = ", ".join(step.name for step in steps if "question_ids" in step.reducer.needs)
@@ -405,22 +454,33 @@ class PromptReductionMixin:
         return torch.full_like(placeholders, other, dtype=flat.dtype).masked_scatter(placeholders, at_placeholders)
 
     def _decoder_policy(self, tokens: VisualTokens, prompt: Prompt, units: Units) -> VisualTokenPolicy | None:
-        """What a decoder-stage reducer of the stack does with a prompt, or `None` if nothing leaves in the decoder."""
-        if tokens.decoder is None:
+        """
+        What a decoder-stage reducer of the stack does with a prompt, and what is left of it is rescaled by; `None` if
+        the decoder runs as it is.
+        """
+        name, reducer, num_keep, num_whole = "visual_attention='rescaled'", KeepsAllReducer(self.config), None, None
+        if tokens.decoder is not None:
+            name, reducer = tokens.decoder.name, tokens.decoder.reducer
+        if self.config.visual_attention == "rescaled":
+            if (reason := self.family.why_not(self.config, reducer)) is not None:
+                raise ValueError(f"`visual_attention` is 'rescaled': {reason}")
+            num_whole = torch.zeros(len(prompt.input_ids), dtype=torch.long)
+            num_whole.index_add_(0, units.sample, units.sizes)
+        elif tokens.decoder is None:
             return None
-        num_keep = None
         if tokens.decoder_keep is not None:
             num_keep = torch.zeros(len(prompt.input_ids), dtype=torch.long)
             num_keep.index_add_(0, units.sample, tokens.decoder_keep)
         is_flat = prompt.attention_mask.dim() == 2
         return VisualTokenPolicy.of_prompt(
-            tokens.decoder.name,
-            tokens.decoder.reducer,
+            name,
+            reducer,
             prompt.visual_index,
             is_before_answer(prompt.attention_mask, prompt.labels) if is_flat else None,
             num_keep,
             self.config.text_config.num_hidden_layers,
             always=self.training,
+            num_whole=num_whole,
         )
 
 

@@ -1,14 +1,14 @@
 """The common form of conversational data: what every source's records become before anything else looks at them.
 
     {"id": "000000033471", "images": [{"bytes": None, "path": "/data/coco/train2017/000000033471.jpg"}],
-     "image_folder": "/data", "problem": None,
+     "videos": [], "image_folder": "/data", "problem": None,
      "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
                   {"role": "assistant", "content": [{"type": "text", "text": "A bus."}]}]}
 
-Images stay as they were stored, undecoded. A record that cannot be put into this form still becomes a row, with the
-reason in `problem`, so that whoever reads the rows can count it; nothing is dropped here. What a record has beside
-its turns and images is passed over if it only describes them; what would change what is learned (a video, tools, a
-turn's weight) is a problem.
+Images stay as they were stored, undecoded, and so do videos, each a file or the images that are its frames. A record
+that cannot be put into this form still becomes a row, with the reason in `problem`, so that whoever reads the rows can
+count it; nothing is dropped here. What a record has beside its turns, images and videos is passed over if it only
+describes them; what would change what is learned (a sound, tools, a turn's weight) is a problem.
 """
 
 import json
@@ -23,22 +23,29 @@ from .stored_images import embedded_image
 if TYPE_CHECKING:
     from datasets import Features
 
-PLACEHOLDER = "<image>"
+PLACEHOLDERS = {"<image>": "image", "<video>": "video"}
 ROLES = {
     **{"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"},
     **{"system": "system", "developer": "system"},
 }
 # Fields of a record that hold what is said before its first turn.
 SYSTEM_PROMPTS = ("system", "system_prompt", "system_message")
-# Where a part of a message may have its image, as OpenAI and transformers write it.
-IMAGE_SOURCES = ("image", "image_url", "path", "url", "base64")
+# Where a part of a message may have its image or video, as OpenAI and transformers write it.
+SOURCES = {
+    "image": ("image", "image_url", "path", "url", "base64"),
+    "video": ("video", "video_url", "path", "url"),
+}
+# Of files in a tar.
+VIDEO_ENDINGS = ("avi", "m4v", "mkv", "mov", "mp4", "mpeg", "mpg", "webm")
 
 # What changes what a record, a turn or a part of one teaches, and is not read.
-_VIDEO_AND_SOUND = ("video", "videos", "video_url", "video_path", "audio", "audios", "audio_url", "audio_path")
+_SOUND = ("audio", "audios", "audio_url", "audio_path")
+_VIDEO_AND_SOUND = ("video", "videos", "video_url", "video_path", *_SOUND)
 _TOOLS = ("tools", "functions", "tool_calls", "function_call")
 _WEIGHTS = ("weight", "loss", "loss_weight", "loss_scale", "train")
 _OF_RECORDS = (
-    *_VIDEO_AND_SOUND,
+    *("video_url", "video_path"),
+    *_SOUND,
     *_TOOLS,
     *("weight", "loss_weight", "loss_scale"),
     *("history", "chosen", "rejected", "rejected_response", "rejected_messages", "kto_tag"),
@@ -50,9 +57,17 @@ _OF_TURNS = (
     *SYSTEM_PROMPTS,
     *("image", "images", "reasoning_content", "reasoning", "thinking", "refusal"),
 )
-_OF_PARTS = (*_VIDEO_AND_SOUND, *_WEIGHTS, "input_audio", "source", "data", "file")
+_OF_PARTS = (
+    *("videos", "video_path", "video_start", "video_end", "fps", "nframes"),
+    *_SOUND,
+    *_WEIGHTS,
+    *("input_audio", "source", "data", "file"),
+)
 # Values of these that say what would be so without them.
 _SAYING_NOTHING = (None, "", "[]", [], {}, 1)
+
+# Part of what caches of rows are keyed by: to be raised whenever the same record would give another row.
+ROW_VERSION = 4
 
 # Places for images, videos and sounds as other libraries write them into the text, which would be learned as words.
 _OTHER_PLACEHOLDERS = re.compile(
@@ -60,12 +75,21 @@ _OTHER_PLACEHOLDERS = re.compile(
     r"|<\|(?:image|img|video|audio|vision)[\w-]*\|>|<(?:image|img|video|audio)[_-]?\d+>|<(?:bbox|ref-object)>"
 )
 # Not in answers, which may explain HTML, and not where an end tag says that it is some.
-_VIDEO_PLACEHOLDERS = re.compile(r"<(video|audio)>(?!.*</\1>)", re.DOTALL)
+_NO_HTML = r"<{kind}>(?!.*</{kind}>)"
+_SOUND_PLACEHOLDER, _VIDEO_PLACEHOLDER = (
+    re.compile(_NO_HTML.format(kind=kind), re.DOTALL) for kind in ("audio", "video")
+)
+# By whether the text is an answer.
+_PLACES = {
+    True: re.compile(r"\n?(<image>)\n?"),
+    False: re.compile(rf"\n?(<image>|{_VIDEO_PLACEHOLDER.pattern})\n?", re.DOTALL),
+}
 
 UNDERSTOOD = (
     "'conversations' (LLaVA: turns of 'from' and 'value') with 'image' or 'images'; 'messages' (turns of 'role' and "
     "'content') with 'image' or 'images', or images in the parts of 'content'; 'texts' (pairs of 'user' and "
-    "'assistant'), 'query' and 'response' (texts), or 'prompt' and 'completion' (messages) with 'image' or 'images'"
+    "'assistant'), 'query' and 'response' (texts), or 'prompt' and 'completion' (messages) with 'image' or 'images'; "
+    "of all, 'video' or 'videos' likewise"
 )
 
 
@@ -73,11 +97,13 @@ def row_features() -> "Features":
     """The columns of the common form, for `datasets`."""
     from datasets import Features, Image, List, Value
 
-    text = Value("string")
+    text, image = Value("string"), Image(decode=False)
+    video = {"bytes": Value("binary"), "path": text, "frames": List(image), "fps": Value("float64")}
     return Features(
         {
             "id": text,
-            "images": List(Image(decode=False)),
+            "images": List(image),
+            "videos": List(video),
             "image_folder": text,
             "messages": List({"role": text, "content": List({"type": text, "text": text})}),
             "problem": text,
@@ -111,7 +137,8 @@ def common_row(
             the row refuses those that do.
 
     Returns:
-        `id`, `images`, `image_folder`, `messages` and `problem`. Where `problem` is not `None`, there are no messages.
+        `id`, `images`, `videos`, `image_folder`, `messages` and `problem`. A video has `bytes` or a `path`, or
+        `frames` and, if known, `fps`. Where `problem` is not `None`, there are no messages.
     """
     return _row(record, default_id, None if image_folder is None else os.path.abspath(image_folder), trust_image_paths)
 
@@ -120,10 +147,10 @@ def tar_row(key: str, members: list[dict[str, Any]]) -> dict[str, Any]:
     """
     A sample of a tar shard as a row of the common form.
 
-    `KEY.json` has the conversation, in any form that [`common_row`] understands. The other members are its images, in
-    the order of their names, numbers by size: `KEY.jpg`, or `KEY.0.jpg`, `KEY.1.png`, ... for several, or none. Paths
-    of images in the JSON are not followed. Without `KEY.json`, `KEY.txt` is what the assistant says of the images, the
-    user saying nothing, as in LLaVA's first stage.
+    `KEY.json` has the conversation, in any form that [`common_row`] understands. The other members are its images, and
+    by their endings its videos, in the order of their names, numbers by size: `KEY.jpg`, or `KEY.0.jpg`, `KEY.1.png`,
+    ... for several, or none. Paths in the JSON are not followed. Without `KEY.json`, `KEY.txt` is what the assistant
+    says of them, the user saying nothing, as in LLaVA's first stage.
 
     Args:
         key: the row's id where the conversation has none.
@@ -131,22 +158,22 @@ def tar_row(key: str, members: list[dict[str, Any]]) -> dict[str, Any]:
     """
     content = {member["name"]: member["content"] for member in members}
     said, caption = content.pop("json", None), content.pop("txt", None)
-    images = list(content.values())
+    members = {"image": [], "video": []}
+    for name, encoded in content.items():
+        members["video" if name.lower().endswith(VIDEO_ENDINGS) else "image"].append(encoded)
     if said is None and caption is None:
         problem = f"the sample has the members {sorted(content)}, and neither 'json' nor 'txt' with a conversation"
         return common_row(None, key) | {"problem": problem}
     if said is None:
         answer = {"type": "text", "text": caption.decode(errors="surrogateescape")}
-        turns = [
-            {"role": "user", "content": [{"type": "image"}] * len(images)},
-            {"role": "assistant", "content": [answer]},
-        ]
-        return _row({"messages": turns}, key, members=images)
+        asked = [{"type": kind} for kind, given in members.items() for _ in given]
+        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": [answer]}]
+        return _row({"messages": turns}, key, members=members)
     try:
         record = json.loads(said)
     except (ValueError, RecursionError) as error:
         return common_row(None, key) | {"problem": f"the member 'json' is no JSON: {error}"}
-    return _row(record, key, members=images)
+    return _row(record, key, members=members)
 
 
 class UnreadableRecord(ValueError):
@@ -158,31 +185,37 @@ def _row(
     default_id: str,
     image_folder: str | None = None,
     trust_image_paths: bool = False,
-    members: list[bytes] | None = None,
+    members: dict[str, list[bytes]] | None = None,
 ) -> dict[str, Any]:
-    """See [`common_row`]; of a tar's sample the images are its `members`, whatever the record calls them."""
-    row = {"id": default_id, "images": [], "messages": [], "problem": None}
+    """See [`common_row`]; of a tar's sample images and videos are its `members`, whatever the record calls them."""
+    row = {"id": default_id, "images": [], "videos": [], "messages": [], "problem": None}
     row["image_folder"] = None if trust_image_paths else image_folder
     try:
         row["id"] = _id(record, default_id)
         messages, given = read_conversation(record, members)
-        images = [_image(image, image_folder) for image in given]
-        return row | {"messages": messages, "images": images}
+        images = [_image(image, image_folder) for image in given["image"]]
+        videos = [_video(video, image_folder) for video in given["video"]]
+        return row | {"messages": messages, "images": images, "videos": videos}
     except UnreadableRecord as problem:
         return row | {"problem": str(problem)}
 
 
-def read_conversation(record: dict[str, Any], members: list[Any] | None = None) -> tuple[list[dict[str, Any]], list]:
+def read_conversation(
+    record: dict[str, Any], members: dict[str, list[Any]] | None = None
+) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
     """
-    The messages of a record in the common form, and its images as they stand in it; or `members` in their place.
+    The messages of a record in the common form, and by kind its images and videos as they stand in it; or `members` in
+    their place.
 
     Raises:
         UnreadableRecord: if it has another form than those that are understood, or something that is not read.
     """
     _refuse_unread(record, _OF_RECORDS, "the record")
-    given = _given_images(record) if members is None else members
-    messages, shown = _messages(record, len(given))
-    return messages, _images_of_parts(shown, given) if members is None else given
+    given = {kind: _given(record, kind) for kind in SOURCES} if members is None else members
+    messages, shown = _messages(record, given)
+    if members is None:
+        given = {kind: _of_parts(kind, shown[kind], given[kind]) for kind in SOURCES}
+    return messages, given
 
 
 def _id(record: Any, default_id: str) -> str:
@@ -200,11 +233,13 @@ def _refuse_unread(fields: dict[str, Any], unread: Collection[str], where: str) 
         )
 
 
-def _given_images(record: dict[str, Any]) -> list[Any]:
-    """What stands in `images` or `image`, one or several."""
-    several, one = (_listed(record.get(name)) for name in ("images", "image"))
+def _given(record: dict[str, Any], kind: str) -> list[Any]:
+    """What stands in `images` or `image`, one or several; or the same of videos."""
+    several, one = (_listed(record.get(name)) for name in (f"{kind}s", kind))
     if several and one and several != one:
-        raise UnreadableRecord(f"the record has `images` {_shown(several)} and `image` {_shown(one)}; expected is one")
+        raise UnreadableRecord(
+            f"the record has `{kind}s` {_shown(several)} and `{kind}` {_shown(one)}; expected is one"
+        )
     return several or one
 
 
@@ -212,13 +247,13 @@ def _listed(given: Any) -> list[Any]:
     return [] if given is None or given == "" else given if isinstance(given, list) else [given]
 
 
-def _images_of_parts(shown: list[Any], given: list[Any]) -> list[Any]:
-    """The images, where parts of messages may bring their own: of each part what it has, or `None`."""
-    own = [image for image in shown if image is not None]
+def _of_parts(kind: str, shown: list[Any], given: list[Any]) -> list[Any]:
+    """The images or videos, where parts of messages may bring their own: of each part what it has, or `None`."""
+    own = [source for source in shown if source is not None]
     if own and (len(own) < len(shown) or given not in ([], own)):
         raise UnreadableRecord(
-            f"the messages show {len(shown)} image(s), {len(own)} of them with a source of their own, and the record "
-            f"has {len(given)} beside them; expected are sources in all of the parts, or in `images` alone"
+            f"the messages show {len(shown)} {kind}(s), {len(own)} of them with a source of their own, and the record "
+            f"has {len(given)} beside them; expected are sources in all of the parts, or in `{kind}s` alone"
         )
     return own or given
 
@@ -247,8 +282,28 @@ def _image(image: Any, image_folder: str | None) -> dict[str, Any]:
     return {"bytes": content, "path": path}
 
 
-def _messages(record: dict[str, Any], num_images: int) -> tuple[list[dict[str, Any]], list[Any]]:
-    """The messages, and of each image that they show what the part has of it, or `None`."""
+def _video(video: Any, folder: str | None) -> dict[str, Any]:
+    """A video, which is a path, bytes, or frames as images are, alone or with `fps`, in the common form."""
+    given = {"frames": video} if isinstance(video, list) else video
+    fields = given if isinstance(given, dict) else {}
+    if fields.get("frames"):
+        fps = fields.get("fps")
+        if isinstance(fps, bool) or not isinstance(fps, int | float | None):
+            raise UnreadableRecord(f"a video has `fps` {_shown(fps)}; expected is a number")
+        frames = [_image(frame, folder) for frame in fields["frames"]]
+        return {"bytes": None, "path": None, "frames": frames, "fps": None if fps is None else float(fps)}
+    try:
+        return _image(given, folder) | {"frames": [], "fps": None}
+    except UnreadableRecord:
+        raise UnreadableRecord(
+            f"a video is {_shown(video)}; expected is a path, an encoded file, or a list of frames"
+        ) from None
+
+
+def _messages(
+    record: dict[str, Any], given_beside: dict[str, list[Any]]
+) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
+    """The messages, and by kind of each image and video that they show what the part has of it, or `None`."""
     given = [name for name in TURNS if record.get(name) is not None]
     if len(given) > 1:
         raise UnreadableRecord(
@@ -263,10 +318,16 @@ def _messages(record: dict[str, Any], num_images: int) -> tuple[list[dict[str, A
         _refuse_unread(turn, _OF_TURNS, "a turn")
     if column == "texts":
         turns = [{"role": role, "content": turn.get(role)} for turn in turns for role in ("user", "assistant")]
-    shown: list[Any] = []
+    shown: dict[str, list[Any]] = {kind: [] for kind in SOURCES}
     messages = _with_system_prompt(record, [_message(turn, shown) for turn in turns])
-    if column != "conversations" and not shown:
-        messages = _with_images_first(messages, num_images)
+    if column == "conversations" and given_beside["video"] and not (given_beside["image"] or shown["video"]):
+        # LLaVA's own files of videos show them by the image's placeholder.
+        parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
+        for part in parts:
+            part["type"] = "video"
+        shown = {"image": [], "video": shown["image"]}
+    if column != "conversations" and not any(shown.values()):
+        messages = _with_visuals_first(messages, given_beside)
     return messages, shown
 
 
@@ -310,14 +371,16 @@ def _with_system_prompt(record: dict[str, Any], messages: list[dict[str, Any]]) 
     return messages
 
 
-def _message(turn: dict[str, Any], shown: list[Any]) -> dict[str, Any]:
+def _message(turn: dict[str, Any], shown: dict[str, list[Any]]) -> dict[str, Any]:
     role, content = _either(turn, "from", "role"), _either(turn, "value", "content")
     if not isinstance(role, str) or role not in ROLES:
         raise UnreadableRecord(f"a turn is by {_shown(role)}; understood are {', '.join(ROLES)}")
     role = ROLES[role]
     if isinstance(content, str):
-        parts = content_parts(_words(content, role))
-        shown += [None for part in parts if part["type"] == "image"]
+        parts = content_parts(content, role)
+        for part in parts:
+            if part["type"] in shown:
+                shown[part["type"]].append(None)
         return {"role": role, "content": parts}
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
         return {"role": role, "content": [_part(part, role, shown) for part in content]}
@@ -332,40 +395,48 @@ def _either(turn: dict[str, Any], first: str, second: str) -> Any:
     return given[0] if given else None
 
 
-def _part(part: dict[str, Any], role: str, shown: list[Any]) -> dict[str, str | None]:
-    """A part of a message; of an image, what the part has of it is put behind those that were shown before."""
-    kind, text = part.get("type"), part.get("text")
-    sources = [part[name] for name in IMAGE_SOURCES if part.get(name) is not None]
-    _refuse_unread(part, _OF_PARTS, "a part of a message")
-    if kind == "text" and isinstance(text, str) and not sources:
+def _part(part: dict[str, Any], role: str, shown: dict[str, list[Any]]) -> dict[str, str | None]:
+    """
+    A part of a message; of an image or a video, what the part has of it is put behind those that were shown before.
+    """
+    given, text = part.get("type"), part.get("text")
+    kind = given.removesuffix("_url") if isinstance(given, str) else None
+    names = SOURCES.get(kind, dict.fromkeys(name for of_kind in SOURCES.values() for name in of_kind))
+    sources = [part[name] for name in names if part.get(name) is not None]
+    others = [name for other, own in SOURCES.items() if other != kind for name in own if name not in names]
+    _refuse_unread(part, (*_OF_PARTS, *others), "a part of a message")
+    if given == "text" and isinstance(text, str) and not sources:
         return {"type": "text", "text": _words(text, role)}
-    if kind not in ("image", "image_url") or len(sources) > 1 or text not in (None, ""):
+    if kind not in SOURCES or len(sources) > 1 or text not in (None, ""):
+        understood = [f"{own!r} and '{own}_url', with at most one of {', '.join(s)}" for own, s in SOURCES.items()]
         raise UnreadableRecord(
-            f"a part of a message is {_shown(part)}; understood are types 'image' and 'image_url', with at most one "
-            f"of {', '.join(IMAGE_SOURCES)}, and 'text'"
+            f"a part of a message is {_shown(part)}; understood are types {', '.join(understood)}, and 'text'"
         )
     # Some data sets number the images that their parts show; they are given in the order of the parts.
-    if not sources and isinstance(index := part.get("index"), int) and index != len(shown):
-        raise UnreadableRecord(f"a part of a message is {_shown(part)}, the image number {len(shown)} that is shown")
-    if kind == "image_url" and not sources:
-        raise UnreadableRecord(f"a part of a message is {_shown(part)}, without its image")
+    if not sources and isinstance(index := part.get("index"), int) and index != len(shown[kind]):
+        raise UnreadableRecord(
+            f"a part of a message is {_shown(part)}, the {kind} number {len(shown[kind])} that is shown"
+        )
+    if given != kind and not sources:
+        raise UnreadableRecord(f"a part of a message is {_shown(part)}, without its {kind}")
     source = next(iter(sources), None)
     is_base64 = isinstance(part.get("base64"), str) and not source.startswith("data:")
-    shown.append(f"data:;base64,{source}" if is_base64 else source)
-    return {"type": "image", "text": None}
+    shown[kind].append(f"data:;base64,{source}" if is_base64 else source)
+    return {"type": kind, "text": None}
 
 
-def content_parts(text: str) -> list[dict[str, str | None]]:
+def content_parts(text: str, role: str) -> list[dict[str, str | None]]:
     """
-    A turn's text as parts, with an image wherever `<image>` stands in it. The line break that LLaVA's files write
-    between the placeholder and the text belongs to the placeholder, for a chat template writes its own.
+    A turn's text as parts, with an image or, but for answers, a video wherever `<image>` or `<video>` stands in it.
+    The line break that LLaVA's files write between the placeholder and the text belongs to the placeholder, for a chat
+    template writes its own.
     """
-    first, *others = re.split(rf"\n?{PLACEHOLDER}\n?", text)
-    parts: list[dict[str, str | None]] = [{"type": "text", "text": first}] if first or not others else []
-    for other in others:
-        parts.append({"type": "image", "text": None})
-        if other:
-            parts.append({"type": "text", "text": other})
+    parts: list[dict[str, str | None]] = []
+    for number, said in enumerate(_PLACES[role == "assistant"].split(text)):
+        if number % 2:
+            parts.append({"type": PLACEHOLDERS[said], "text": None})
+        elif said or text == said:
+            parts.append({"type": "text", "text": _words(said, role)})
     return parts
 
 
@@ -385,19 +456,21 @@ def _words(text: str, role: str) -> str:
     """Text without a place for an image, a video or a sound that would be learned as words."""
     found = _OTHER_PLACEHOLDERS.search(text)
     if found is None and role != "assistant":
-        found = _VIDEO_PLACEHOLDERS.search(text)
+        found = _SOUND_PLACEHOLDER.search(text) or _VIDEO_PLACEHOLDER.search(text)
     if found:
         raise UnreadableRecord(
-            f"a turn says {_shown(found[0])}; understood is {PLACEHOLDER} for an image, whose file stands in `image`"
+            f"a turn says {_shown(found[0])}; understood in a turn that is text are <image> for an image, whose file "
+            "stands in `image`, and <video> for one in `video`"
         )
     return _whole(text)
 
 
-def _with_images_first(messages: list[dict[str, Any]], num_images: int) -> list[dict[str, Any]]:
-    """Where no message says where the images are, they stand before the first words of the user, as TRL has it."""
+def _with_visuals_first(messages: list[dict[str, Any]], given: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """Where no message says where images and videos are, they stand before the user's first words, as TRL has it."""
     first = next((message for message in messages if message["role"] == "user"), None)
     if first is not None:
-        first["content"] = [{"type": "image", "text": None}] * num_images + first["content"]
+        places = [{"type": kind, "text": None} for kind, own in given.items() for _ in own]
+        first["content"] = places + first["content"]
     return messages
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedConfig
 
 from ..hub_cards.sound_weights import require_finite
 from ..hub_cards.training_record import check_types, read_record
@@ -20,7 +20,6 @@ from ..modeling.hub.loading import check_completeness, family_class, new_module_
 from ..modeling.hub.own_files import failures_in_words, require_own_files
 from ..modeling.hub.saving import save_code
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
-from ..modeling.processing_adavtp import AdaVTPProcessor
 from ..modeling.reducers.base import REDUCERS
 from .trained_parts import adavtp_model_of
 
@@ -127,6 +126,9 @@ def load_adapter(
             ) from error
         raise ValueError(f"The adapter {str(adapter)!r} does not fit {base!r}: {error}") from error
     _require_fit(adapted, adapter, base, set(info["missing_keys"]))
+    if "config" in kwargs:
+        # What the base lacks the adapter brings, as its own configuration says.
+        model.config.untrained_controller = kwargs["config"].untrained_controller
     return adapted
 
 
@@ -195,12 +197,6 @@ def _require_fit(model: "PeftModel", adapter: Path, base: str, missing_in_base: 
         )
 
 
-def processor_for(model: PreTrainedModel, source: str, **kwargs: Any) -> ProcessorMixin:
-    """The processor in a folder, for a model: AdaVTP's for LLaVA, and for other families their own."""
-    kind = AdaVTPProcessor if isinstance(model, AdaVTPForConditionalGeneration) else AutoProcessor
-    return kind.from_pretrained(source, **kwargs)
-
-
 def merge_adapter(
     adapter: str | Path, output_dir: str | Path, base: str | None = None, trust_remote_code: bool = False
 ) -> Path:
@@ -233,7 +229,7 @@ def merge_adapter(
     require_finite(merged.state_dict(), f"The sum of {base!r} and the adapter {str(adapter)!r}")
     has_processor = (adapter / "processor_config.json").is_file()
     source = str(adapter) if has_processor else base
-    processor = processor_for(merged, source, trust_remote_code=trust_remote_code)
+    processor = merged.processor_class.from_pretrained(source, trust_remote_code=trust_remote_code)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     # Beside it, so that it moves into place by renaming.
     with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as temporary:

@@ -5,7 +5,6 @@ from typing import Annotated, Any
 
 import typer
 
-from ..evaluation.answering import image_as_seen, shows_whole_images
 from ..evaluation.prompt_costs import visual_tokens_seen
 from ..evaluation.reducer_table import as_trained
 from ..evaluation.settings import (
@@ -14,10 +13,12 @@ from ..evaluation.settings import (
     reducer_label,
     reducer_of_text,
     tokens_per_image,
-    why_untrained,
 )
-from ..modeling.processing_adavtp import inputs_of_questions, readable_images
+from ..modeling.processing_adavtp import inputs_of_questions
 from .console import CheckpointOption, console, load_checkpoint
+
+# Pixels; a smaller image is enlarged.
+PICTURE_HEIGHT = 288
 
 
 def ask(
@@ -39,14 +40,10 @@ def ask(
     max_new_tokens: Annotated[int, typer.Option(help="Length limit of the answer.", min=1)] = 32,
 ) -> None:
     """Ask a question about an image at a token budget."""
-    from ..evaluation.pictures import draw_kept_patches, patch_shares, why_not_drawn
-
     model, processor = load_checkpoint(checkpoint)
     choice: dict[str, Any] = {"token_budget": exact_budget(budget_of_text(budget), tokens_per_image(model))}
     if reducer:
         choice["reducer"] = as_trained(model.config, reducer_of_text(",".join(reducer)))
-        if (reason := why_untrained(model, choice["reducer"])) is not None:
-            raise ValueError(reason)
     inputs = inputs_of_questions(processor, str(image), prompt).to(model.device)
     output = model.generate(**inputs, **choice, max_new_tokens=max_new_tokens, return_dict_in_generate=True)
     new_ids, selection = output.sequences[0, inputs["input_ids"].shape[1] :], output["selection"]
@@ -56,14 +53,5 @@ def ask(
     tokens = float(visual_tokens_seen(selection, num_layers).sum())
     by = f", chosen by {reducer_label(choice.get('reducer', model.config.reducers))}"
     console.print(f"{tokens:g} of {int(selection.sizes.sum())} visual tokens{over_layers}{by}", style="dim")
-    if show is None:
-        return
-    if (reason := why_not_drawn(selection)) is not None:
-        console.print(f"No picture of what was kept: {reason}", style="dim", markup=False)
-    elif shows_whole_images(processor):
-        picture = image_as_seen(processor, inputs["pixel_values"][0])
-        draw_kept_patches(picture, patch_shares(selection, num_layers)[0]).save(show)
-    else:
-        (picture,) = readable_images(str(image))
-        shares = patch_shares(selection, num_layers)[0]
-        draw_kept_patches(picture, shares, scale=1, grid_size=selection.grids[0]).save(show)
+    if show is not None:
+        model.picture_of_kept(str(image), prompt, selection, least_height=PICTURE_HEIGHT).save(show)

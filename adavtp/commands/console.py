@@ -183,7 +183,7 @@ def load_checkpoint(checkpoint: str | None) -> tuple:
     Raises:
         typer.BadParameter: if there is no such checkpoint, or a file of it is broken.
     """
-    from transformers import AutoConfig, AutoModel, AutoProcessor
+    from transformers import AutoConfig, AutoModel
     from transformers.utils import logging
 
     from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
@@ -203,18 +203,16 @@ def load_checkpoint(checkpoint: str | None) -> tuple:
             )
         model_class = AutoModel if kind == "adavtp" else AdaVTPForConditionalGeneration
         # A family's checkpoint as it was released has no weights for the controller.
-        is_released = is_stock(checkpoint)
-        chosen = {"reducer": UNTRAINED_REDUCER} if is_released else {}
+        chosen = {"reducer": UNTRAINED_REDUCER} if is_stock(checkpoint) else {}
         model = model_class.from_pretrained(checkpoint, **chosen, trust_remote_code=trusts).eval()
-        model.is_released = is_released
-        model.processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=trusts)
+        processor = model.processor
     except (ValueError, typer.BadParameter):
         raise
     # Loaders raise what they like for a broken file.
     except Exception as error:
         said = error if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise typer.BadParameter(f"`checkpoint` is {checkpoint!r}, which could not be loaded: {said}") from error
-    return model, model.processor
+    return model, processor
 
 
 def progress(description: str) -> Callable[[Iterable[Any]], Iterator[Any]]:

@@ -45,7 +45,6 @@ from .console import (
 )
 
 DIGIT_SCENES = "digit-scenes"
-DIGIT_SCENES_QUESTIONS = 2400
 BUDGETS = ["1.0", "0.8", "0.6", "0.4", "0.2"]
 REDUCERS = ["full", "adaptive", "random"]
 
@@ -58,8 +57,9 @@ def evaluate(
     data: Annotated[
         str,
         typer.Option(
-            help="digit-scenes; a data set on the Hub, a folder or a file (parquet, json, jsonl) in conversational "
-            "form; or a benchmark's local files: vqav2:FOLDER, gqa:, textvqa:, vizwiz:, scienceqa:, pope:, mme:."
+            help="digit-scenes or pages; a data set on the Hub, a folder or a file (parquet, json, jsonl) in "
+            "conversational form; or a "
+            "benchmark's local files: vqav2:FOLDER, gqa:, textvqa:, vizwiz:, scienceqa:, pope:, mme:."
         ),
     ] = DIGIT_SCENES,
     budgets: BudgetsOption = BUDGETS,  # noqa: B006
@@ -69,7 +69,7 @@ def evaluate(
         typer.Option(help="Folder of the run. Default: runs/evaluation_CHECKPOINT_DATA.", callback=folder_to_write),
     ] = None,
     questions: Annotated[
-        int | None, typer.Option(help="Only the first so many. Default: all; of digit scenes 2400.", min=1)
+        int | None, typer.Option(help="Only the first so many. Default: all; of drawn tasks 2400.", min=1)
     ] = None,
     split: Annotated[
         str | None, typer.Option(help="Part of the data. Default: test, or that with public answers.")
@@ -180,13 +180,14 @@ def named_data(
     questions: int | None = None,
     trust_image_paths: bool = False,
 ) -> EvaluationData:
-    """What is asked: digit scenes, or what [`adavtp.evaluation.data.names.read_data`] reads; the first so many."""
+    """What is asked: a drawn task, or what [`adavtp.evaluation.data.names.read_data`] reads; the first so many."""
     from ..evaluation.data.names import DEFAULT_SPLIT, read_data
-    from ..tasks.digit_scenes import load_digit_questions
+    from ..tasks.drawn_tasks import TASK_NAMES, drawn_task
 
-    if name != DIGIT_SCENES:
+    if name not in TASK_NAMES:
         return read_data(name, split, images, trust_image_paths).first(questions)
-    rows = load_digit_questions(split or DEFAULT_SPLIT, questions or DIGIT_SCENES_QUESTIONS)
+    task = drawn_task(name)
+    rows = task.load_questions(split or DEFAULT_SPLIT, questions or task.num_questions)
     return EvaluationData(name, split or DEFAULT_SPLIT, ConversationExamples(rows.rename_column("kind", "category")))
 
 

@@ -1,6 +1,7 @@
 """`adavtp flops`: what a model costs at a budget, counted from its configuration alone."""
 
 import json
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,34 +23,39 @@ MOST_PATCHES = 2**20
 # Of the side of an image.
 MOST_PIXELS = 2**14
 
-Preset = Annotated[str | None, typer.Option(help="A well-known shape, such as llava-1.5-7b or llava-1.5-13b.")]
+Preset = Annotated[str | None, typer.Option(help="A well-known shape, such as llava-1.5-7b or qwen2.5-vl-7b.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="Checkpoint folder in its place; only its config.json is read.")]
+ImageSize = Annotated[
+    str | None,
+    typer.Option(help="Height and width of an image in pixels, as in 448x672, for other families than LLaVA."),
+]
+VisualTokens = Annotated[
+    int | None,
+    typer.Option(help="Patches of an image, a square. Default: the preset's own.", min=1, max=MOST_PATCHES),
+]
+Budget = Annotated[
+    str | None, typer.Option(help="Token budget, a fraction or a number. Default: the reducer's own rule, or all.")
+]
+Reducer = Annotated[
+    str | None,
+    typer.Option(help="Reducer as in fastv:layer=2, or a stack as in tome,adaptive; full keeps everything."),
+]
+Latency = Annotated[
+    float | None, typer.Option(help="AdaLLaVA's latency budget: the share of the decoder that runs, from 0 to 1.")
+]
 
 
 def flops(
     preset: Preset = None,
     checkpoint: Checkpoint = None,
-    visual_tokens: Annotated[
-        int | None,
-        typer.Option(help="Patches of an image, a square. Default: the preset's own.", min=1, max=MOST_PATCHES),
-    ] = None,
-    image_size: Annotated[
-        str | None,
-        typer.Option(help="Height and width of an image in pixels, as in 448x672, for other families than LLaVA."),
-    ] = None,
+    visual_tokens: VisualTokens = None,
+    image_size: ImageSize = None,
     text_tokens: Annotated[int, typer.Option(help="Text tokens of the prompt.", min=0)] = 60,
     images: Annotated[int, typer.Option(help="Images in the prompt.", min=0, max=1024)] = 1,
-    budget: Annotated[
-        str | None, typer.Option(help="Token budget, a fraction or a number. Default: the reducer's own rule, or all.")
-    ] = None,
-    reducer: Annotated[
-        str | None,
-        typer.Option(help="Reducer as in fastv:layer=2, or a stack as in tome,adaptive; full keeps everything."),
-    ] = None,
+    budget: Budget = None,
+    reducer: Reducer = None,
     convention: Annotated[str, typer.Option(help="How to count: adavtp, fastv, prumerge or adallava.")] = "adavtp",
-    latency: Annotated[
-        float | None, typer.Option(help="AdaLLaVA's latency budget: the share of the decoder that runs, from 0 to 1.")
-    ] = None,
+    latency: Latency = None,
     latency_unit: Annotated[str, typer.Option(help="What it runs or skips: layer or head.")] = "layer",
     new_tokens: Annotated[int, typer.Option(help="Generated tokens, for the total.", min=1)] = 1,
     dtype: Annotated[str | None, typer.Option(help="Of the cache. Default: the configuration's.")] = None,
@@ -65,29 +71,20 @@ def flops(
     from ..evaluation.flops_conventions import count_flops, latency_plan
     from ..modeling.costs.model_costs import ModelCosts
 
-    costs = ModelCosts.of(model_config(preset, checkpoint, visual_tokens, True), size_of_text(image_size))
-    config, sizes = costs.config, costs.visual_tokens(FULL).sizes
-    # Of units that differ in size a fraction is another count in each.
-    written = None if budget is None else budget_of_text(budget)
-    is_fraction = isinstance(written, Fraction) and len(set(sizes)) > 1
-    token_budget = None if written is None else float(written) if is_fraction else exact_budget(written, sizes[0])
-    asked = None if reducer is None else reducer if reducer == FULL else reducer_of_text(reducer)
-    plan = None if latency is None else latency_plan(latency, config.text_config, latency_unit)
-    counted = count_flops(
-        costs,
-        text_tokens,
-        convention,
-        token_budget=token_budget,
-        reducer=asked,
-        num_images=images,
-        new_tokens=new_tokens,
-        dtype=dtype,
-        plan=plan,
-    )
+    costs = ModelCosts.of(model_config(preset, checkpoint, visual_tokens), size_of_text(image_size))
+    sizes = costs.visual_tokens(FULL).sizes
+    asked = {
+        "token_budget": _budget_of_text(budget, sizes),
+        "reducer": reducer_of_text(reducer) if reducer not in (None, FULL) else reducer,
+        "num_images": images,
+    }
+    plan = None if latency is None else latency_plan(latency, costs.config.get_text_config(), latency_unit)
+    others = {"new_tokens": new_tokens, "dtype": dtype, "plan": plan}
+    counted = count_flops(costs, text_tokens, convention, **asked, **others)
     settings = {
         "model": preset or str(checkpoint),
-        "reducer_name": reducer or config.reducer,
-        "budget": token_budget,
+        "reducer_name": reducer or costs.config.reducer,
+        "budget": asked["token_budget"],
         "visual_tokens": sum(sizes),
         "text_tokens": text_tokens,
         "images": images,
@@ -97,6 +94,14 @@ def flops(
         typer.echo(json.dumps({**counted.as_dict(), **settings}))
     else:
         console.print(_table(counted, settings))
+
+
+def _budget_of_text(text: str | None, sizes: Sequence[int]) -> float | int | None:
+    """A budget for units with so many visual tokens; of units that differ a fraction is another count in each."""
+    written = None if text is None else budget_of_text(text)
+    if isinstance(written, Fraction) and len(set(sizes)) > 1:
+        return float(written)
+    return None if written is None else exact_budget(written, sizes[0])
 
 
 def size_of_text(text: str | None) -> tuple[int, int] | None:
@@ -109,16 +114,16 @@ def size_of_text(text: str | None) -> tuple[int, int] | None:
     return int(sides[0]), int(sides[1])
 
 
-def model_config(
-    preset: str | None, checkpoint: Path | None, visual_tokens: int | None, is_any_family: bool = False
-) -> "PreTrainedConfig":
-    """The configuration that is asked for; of other families than LLaVA's where they are allowed."""
+def model_config(preset: str | None, checkpoint: Path | None, visual_tokens: int | None) -> "PreTrainedConfig":
+    """The configuration that is asked for."""
     from ..modeling.costs.presets import preset_config
 
     if (preset is None) == (checkpoint is None):
         raise ValueError("Give one of `--preset` and `--checkpoint`.")
-    if preset is not None:
-        return preset_config(preset, visual_tokens)
+    return preset_config(preset, visual_tokens) if preset else _config_of_folder(checkpoint, visual_tokens)
+
+
+def _config_of_folder(checkpoint: Path, visual_tokens: int | None) -> "PreTrainedConfig":
     from ..configuration.configuration_adavtp import AdaVTPConfig
     from ..modeling.families.llava import LLAVA
     from ..modeling.hub.loading import check_configuration, family_class
@@ -127,11 +132,11 @@ def model_config(
         raise ValueError(f"`checkpoint` is '{checkpoint}'; a folder with a config.json is needed.")
     family = family_class(checkpoint, {})
     if family is not None:
-        if visual_tokens is not None or not is_any_family:
-            reason = (
-                "`--image-size` says its visual tokens" if is_any_family else "training is planned for LLaVA's alone"
+        if visual_tokens is not None:
+            kind = family.config_class.model_type
+            raise ValueError(
+                f"`checkpoint` is '{checkpoint}', a {kind!r} model: `--image-size` says its visual tokens."
             )
-            raise ValueError(f"`checkpoint` is '{checkpoint}', a {family.config_class.model_type!r} model: {reason}.")
         return family.config_class.from_pretrained(checkpoint)
     check_configuration(AdaVTPConfig, checkpoint, {})
     config = AdaVTPConfig.from_pretrained(checkpoint)

@@ -93,11 +93,9 @@ def write_comparison(run: Run, output: Path) -> None:
     numbers = report_numbers(join_runs([run]), None, "Reducers compared", command_as_typed())
     (output / "reducers.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     save_curves(numbers["checkpoints"], output / "reducers_accuracy.png")
-    pictures = {}
-    if run.header["num_patches"] is not None:
-        asked = {entry["budget"] for entry in [*run.header["settings"], *run.header["unreachable"]]} - {1.0}
-        save_gallery(run, min(asked, key=lambda budget: abs(budget - GALLERY_BUDGET)), output / "reducers_gallery.png")
-        pictures = {GALLERY_TEXT: "reducers_gallery.png"}
+    asked = {entry["budget"] for entry in [*run.header["settings"], *run.header["unreachable"]]} - {1.0}
+    save_gallery(run, min(asked, key=lambda budget: abs(budget - GALLERY_BUDGET)), output / "reducers_gallery.png")
+    pictures = {GALLERY_TEXT: "reducers_gallery.png"}
     page = report_markdown(numbers, "reducers_accuracy.png", pictures)
     (output / "reducers.md").write_text(page, encoding="utf-8")
     console.print(f"Page: {output / 'reducers.md'}, numbers: {output / 'reducers.json'}")

@@ -191,12 +191,14 @@ def _conversation(row: Mapping[str, Any], where: str) -> tuple[list[dict[str, An
             f"{where} has the fields {', '.join(row)}; expected are `messages`, or `prompt` and `completion`."
         )
     try:
-        messages, images = read_conversation(record)
+        messages, given = read_conversation(record)
+        if given["video"] or any(part["type"] == "video" for message in messages for part in message["content"]):
+            raise UnreadableRecord("it shows a video, and questions are asked about images; show frames as images")
     except UnreadableRecord as error:
         raise ValueError(f"{where} cannot be read: {error}.") from error
     return [
         message | {"content": [_without_empty(part) for part in message["content"]]} for message in messages
-    ], images
+    ], given["image"]
 
 
 def _without_empty(part: dict[str, Any]) -> dict[str, Any]:

@@ -84,5 +84,5 @@ def _rows_of_data_set(name: str, split: str) -> Sequence[Any]:
         benchmarks = ", ".join(f"{benchmark}:FOLDER" for benchmark in BENCHMARKS)
         raise ValueError(
             f"`data` is {name!r} and `split` {split!r}, which cannot be read ({error}). Allowed are digit-scenes, "
-            f"{benchmarks}, a file ({', '.join(FILE_FORMATS)}), a folder, or a data set on the Hub."
+            f"pages, {benchmarks}, a file ({', '.join(FILE_FORMATS)}), a folder, or a data set on the Hub."
         ) from error

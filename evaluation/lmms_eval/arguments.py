@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from lmms_eval.api.model import lmms
-from transformers import AutoConfig, AutoProcessor
+from PIL import Image
 
-from ...configuration.configuration_adavtp import reducer_entries
 from ...modeling.budget.schedule import StackBudget
-from ...modeling.hub.loading import is_stock
 from ...modeling.modeling_adavtp import AdaVTPForConditionalGeneration, ReducerSpec
-from ...modeling.processing_adavtp import AdaVTPProcessor
-from ...modeling.reducers.base import REDUCERS
+from ...modeling.processing_adavtp import inputs_of_questions, takes_suffix
 from ..settings import FULL, FULL_BUDGET, Setting, budget_of_text, exact_budget, reducer_of_text, tokens_per_image
+
+# Pixels, of an image that is looked at before a data set is loaded.
+_BLANK = (32, 32)
 
 # What other models of lmms-eval take where a task says nothing.
 DEFAULT_NEW_TOKENS = 1024
@@ -40,6 +40,7 @@ class AdaVTPModelArguments(lmms):
         device: of a single process, by default what accelerate picks; several processes get theirs from accelerate.
         device_map, dtype, attn_implementation, revision, trust_remote_code: as in `from_pretrained`.
         batch_size, max_new_tokens: requests that are answered together, and the limit where a task says none.
+        num_frames: that are shown of a video file, evenly spread; by default what the checkpoint's processor takes.
         statistics: a file that gets a JSON line for every request; of several processes each has its own.
 
     Raises:
@@ -58,6 +59,7 @@ class AdaVTPModelArguments(lmms):
         attn_implementation: str | None = None,
         batch_size: int | str = 1,
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        num_frames: int | None = None,
         trust_remote_code: bool = False,
         revision: str = "main",
         statistics: str | None = None,
@@ -70,12 +72,12 @@ class AdaVTPModelArguments(lmms):
             raise ValueError(f"`model_args` of adavtp, {refused}; allowed are {', '.join(allowed)}.")
         self.batch_size = _positive("batch_size", batch_size)
         self.max_new_tokens = _positive("max_new_tokens", max_new_tokens)
+        self.num_frames = None if num_frames is None else _positive("num_frames", num_frames)
         given_budget, given_reducer = _budget(token_budget), None if reducer is None else _reducer(str(reducer))
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = _device(self.accelerator, device, device_map)
         of_hub = {"revision": revision, "trust_remote_code": trust_remote_code}
-        model_type = AutoConfig.from_pretrained(pretrained, **of_hub).model_type
         self._model = AdaVTPForConditionalGeneration.from_pretrained(
             pretrained,
             **of_hub,
@@ -83,14 +85,21 @@ class AdaVTPModelArguments(lmms):
             attn_implementation=attn_implementation,
             device_map=self.device if device_map is None else device_map,
         ).eval()
-        processor = AdaVTPProcessor if model_type in ("adavtp", "llava") else AutoProcessor
-        self.processor = processor.from_pretrained(pretrained, **of_hub)
+        self.processor = self._model.processor_class.from_pretrained(pretrained, **of_hub)
+        if takes_suffix(self.processor):
+            raise ValueError(
+                f"`pretrained` is {pretrained!r}, whose {type(self.processor).__name__} writes single questions about "
+                "images and no chats, as lmms-eval's requests are. `adavtp evaluate` asks such questions."
+            )
         if self.processor.chat_template is None:
             raise ValueError(
                 f"`pretrained` is {pretrained!r}, whose processor has no chat template; lmms-eval's requests are "
                 "questions, so set `processor.chat_template` and save the processor again."
             )
-        self.setting = _setting(self._model, is_stock(pretrained, revision=revision), given_reducer, given_budget)
+        self.setting = _setting(self._model, given_reducer, given_budget)
+        blank = inputs_of_questions(self.processor, [[Image.new("RGB", _BLANK)]], ["?"]).to(self._model.device)
+        if (reason := self.setting.unreachable(self._model, blank)) is not None:
+            raise ValueError(reason)
         # Last, so that what is refused leaves no file behind.
         self.statistics = None if statistics is None else _new_file(Path(statistics), self._rank, self._world_size)
 
@@ -149,22 +158,11 @@ def _new_file(path: Path, rank: int, world_size: int) -> Path:
     return path
 
 
-def _setting(
-    model: AdaVTPForConditionalGeneration, is_untrained: bool, reducer: ReducerSpec | None, token_budget: Any
-) -> Setting:
-    """The setting that was asked for; an error if it is not allowed, or the checkpoint lacks the reducer's weights."""
-    if reducer is None and is_untrained and token_budget in (None, FULL_BUDGET):
-        reducer = FULL
+def _setting(model: AdaVTPForConditionalGeneration, reducer: ReducerSpec | None, token_budget: Any) -> Setting:
+    """The setting that was asked for."""
     if reducer == FULL and token_budget is None:
         token_budget = FULL_BUDGET
     token_budget = exact_budget(token_budget, tokens_per_image(model))
     setting = Setting(model.config.reducers if reducer is None else reducer, token_budget)
-    arguments = setting.arguments()
-    names = [entry if isinstance(entry, str) else entry["name"] for entry in reducer_entries(arguments["reducer"])]
-    if untrained := [name for name in names if is_untrained and name in REDUCERS and REDUCERS[name].trained]:
-        raise ValueError(
-            f"`pretrained` has no weights for the reducer {untrained[0]!r}; pass one that is not trained, such "
-            "as reducer=fastv."
-        )
-    model.prompt_reader.resolve_budget(arguments["token_budget"], arguments["reducer"], 1)
+    setting.arguments()
     return setting

@@ -2,8 +2,8 @@
 
 lmms-eval finds [`manifest`] through the entry point `lmms_eval.models` and imports this module; nothing else does. A
 request comes in one of two forms: as a chat, a list of turns that hold their images, or simply, as a text and a list
-of images. Both become prompts through the checkpoint's own chat template. What each request cost goes into the
-harness's own token counts and throughput, and line by line into a file (`statistics=PATH`).
+of images and video files. Both become prompts through the checkpoint's own chat template. What each request cost goes
+into the harness's own token counts and throughput, and line by line into a file (`statistics=PATH`).
 """
 
 import json
@@ -23,6 +23,7 @@ from PIL.Image import Image
 from tqdm import tqdm
 from transformers import GenerationConfig
 
+from ...tasks.stored_videos import Clip, frame_sampler, stored_clip
 from ..continuations import generate_continuations, score_continuations
 from ..prompt_costs import PromptCost
 from ..settings import reducer_label
@@ -86,11 +87,13 @@ class AdaVTPRequests(AdaVTPModelArguments):
         for batch in self._batches(requests, [{}] * len(requests)):
             chosen = [requests[index] for index in batch]
             messages = [_turns(self.visuals(request), request.args[0]) for request in chosen]
-            prompts, images = zip(*map(self._prompt, messages), strict=True)
+            prompts, images, videos = zip(*map(self._prompt, messages), strict=True)
             continuations = [
                 self._continuation(*row) for row in zip(messages, prompts, map(self._target, chosen), strict=True)
             ]
-            scored = score_continuations(self._model, self.processor, prompts, continuations, images, self.setting)
+            scored = score_continuations(
+                self._model, self.processor, prompts, continuations, images, self.setting, videos
+            )
             for index, request, one in zip(batch, chosen, scored, strict=True):
                 results[index] = _as_response((-one.log_likelihood, one.is_greedy), one.cost)
                 self._write(request, one.cost, log_likelihood=one.log_likelihood)
@@ -111,10 +114,10 @@ class AdaVTPRequests(AdaVTPModelArguments):
         results, costs = [None] * len(requests), []
         generations = [self.generation(request) for request in requests]
         for batch in self._batches(requests, generations):
-            prompts, images = zip(*(self._prompt(messages(index)) for index in batch), strict=True)
+            prompts, images, videos = zip(*(self._prompt(messages(index)) for index in batch), strict=True)
             arguments, stop = generation_arguments(generations[batch[0]], self.max_new_tokens)
             generated = generate_continuations(
-                self._model, self.processor, prompts, images, self.setting, stop, **arguments
+                self._model, self.processor, prompts, images, self.setting, stop, videos, **arguments
             )
             for index, one in zip(batch, generated, strict=True):
                 results[index] = GenerationResult(one.text, _token_counts(one.cost))
@@ -135,10 +138,25 @@ class AdaVTPRequests(AdaVTPModelArguments):
                 progress.update(len(batch))
         progress.close()
 
-    def _prompt(self, messages: list[dict[str, Any]]) -> tuple[str, list[Any]]:
-        """Turns as a prompt, with a placeholder for each image, and the images."""
-        images = [part["image"] for turn in messages for part in turn["content"] if part["type"] == "image"]
-        return self._rendered(messages, add_generation_prompt=True), images
+    def _prompt(self, messages: list[dict[str, Any]]) -> tuple[str, list[Any], list[Clip]]:
+        """Turns as a prompt, with a placeholder for each image and video, the images, and the videos."""
+        parts = [part for turn in messages for part in turn["content"]]
+        images = [part["image"] for part in parts if part["type"] == "image"]
+        videos = [self._clip(part) for part in parts if part["type"] == "video"]
+        return self._rendered(messages, add_generation_prompt=True), images, videos
+
+    def _clip(self, part: dict[str, Any]) -> Clip:
+        """A video that a task shows as the name of a file, or as frames."""
+        video, more = part["video"], sorted(set(part) - {"type", "video"})
+        if more:
+            raise ValueError(f"A task shows a part of a video, by {', '.join(more)}; adavtp shows whole ones.")
+        if getattr(self.processor, "video_processor", None) is None:
+            raise ValueError(f"A task shows a video, and {type(self.processor).__name__} reads none.")
+        stored = {"path": video} if isinstance(video, str) else video
+        try:
+            return stored_clip(stored, frame_sampler(self.processor, self.num_frames))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"A task shows the video {repr(video)[:200]}: {error}") from error
 
     def _continuation(self, messages: list[dict[str, Any]], prompt: str, target: str) -> str:
         """A target as the assistant would say it after a prompt, with the space between them that the template has."""
@@ -152,16 +170,17 @@ class AdaVTPRequests(AdaVTPModelArguments):
         return whole[len(prompt) :]
 
     def _rendered(self, messages: list[dict[str, Any]], **arguments: Any) -> str:
-        parts = [part for turn in messages for part in turn["content"]]
-        # Some tasks write the placeholders into the question, where each image belongs.
-        are_written = any(self.processor.image_token in part["text"] for part in parts if part["type"] == "text")
+        text = "".join(part.get("text", "") for turn in messages for part in turn["content"])
+        # Some tasks write the placeholders into the question, where each image or video belongs.
+        tokens = {kind: getattr(self.processor, f"{kind}_token", None) for kind in ("image", "video")}
+        written = [kind for kind, token in tokens.items() if token is not None and token in text]
         turns = [
             {
                 "role": turn["role"],
                 "content": [
-                    part if part["type"] == "text" else {"type": "image"}
+                    part if part["type"] == "text" else {"type": part["type"]}
                     for part in turn["content"]
-                    if part["type"] == "text" or not are_written
+                    if part["type"] not in written
                 ],
             }
             for turn in messages
@@ -207,14 +226,19 @@ class AdaVTPChat(AdaVTPRequests):
 
     def _turns(self, request: Instance, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         turns = ChatMessages(messages=messages).to_hf_messages()
-        kinds = {part["type"] for turn in turns for part in turn["content"]} - {"text", "image"}
+        kinds = {part["type"] for turn in turns for part in turn["content"]} - {"text", "image", "video"}
         if kinds:
-            raise ValueError(f"Task {request.task_name!r} shows {', '.join(sorted(kinds))}; adavtp looks at images.")
+            raise ValueError(
+                f"Task {request.task_name!r} shows {', '.join(sorted(kinds))}; adavtp looks at images and videos."
+            )
         return turns
 
 
 class AdaVTPSimple(AdaVTPRequests):
-    """Requests are a text and images: `(context, generation_kwargs, doc_to_visual, ..., doc_id, task, split)`."""
+    """
+    Requests are a text and images or video files: `(context, generation_kwargs, doc_to_visual, ..., doc_id, task,
+    split)`.
+    """
 
     is_simple = True
 
@@ -263,14 +287,15 @@ def generation_arguments(generation: dict[str, Any], max_new_tokens: int) -> tup
 
 
 def _turns(visuals: Sequence[Any] | None, text: str) -> list[dict[str, Any]]:
-    """One question about images, which a task may show as PIL images or paths."""
+    """One question about images, which a task may show as PIL images or paths, and videos, by their paths."""
+    content = []
     for visual in visuals or []:
         kind = (mimetypes.guess_type(visual)[0] or "image").split("/")[0] if isinstance(visual, str) else "image"
-        if kind != "image" or not isinstance(visual, str | Image):
+        if kind not in ("image", "video") or not isinstance(visual, str | Image):
             shown = repr(visual) if isinstance(visual, str) else type(visual).__name__
-            raise ValueError(f"A task shows {shown}; adavtp looks at images, PIL or paths.")
-    content = [{"type": "image", "image": image} for image in visuals or []] + [{"type": "text", "text": text}]
-    return [{"role": "user", "content": content}]
+            raise ValueError(f"A task shows {shown}; adavtp looks at images, PIL or paths, and at paths of videos.")
+        content.append({"type": kind, kind: visual})
+    return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
 
 
 def _token_counts(cost: PromptCost) -> TokenCounts:

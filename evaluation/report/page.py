@@ -7,10 +7,10 @@ setting kept of it is drawn over it, so that hundreds of settings of an example 
 import base64
 import re
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
@@ -81,7 +81,6 @@ def viewed_examples(measured: Measured, about: dict[str, Any]) -> dict[str, Any]
     return {
         "name": f"{about['checkpoint']} on {about['data']}",
         "num_layers": about["num_layers"],
-        "side": round((about["num_patches"] or 0) ** 0.5),
         "is_share": about["is_share"],
         "reducers": about["reducers"],
         "budgets": [budget["num_keep"] for budget in about["budgets"]],
@@ -92,8 +91,7 @@ def viewed_examples(measured: Measured, about: dict[str, Any]) -> dict[str, Any]
                 "question": answers[0].question,
                 "answers": answers[0].answers,
                 "category": answers[0].category,
-                "picture": _picture(measured, answers[0].index),
-                "answered": [_answered(answer, about) for answer in answers],
+                **_picture(measured, answers),
             }
             for answers in columns
             if any(answer.layers_seen for answer in answers)
@@ -101,22 +99,38 @@ def viewed_examples(measured: Measured, about: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def _answered(answer: Answer, about: dict[str, Any]) -> dict[str, Any]:
-    """One cell of the viewer: what was answered, and the layers that saw each patch, one byte each."""
+def _picture(measured: Measured, answers: Sequence[Answer]) -> dict[str, Any]:
+    """An example's picture, in panels of units with their place and grid, and what every setting kept of it."""
+    index = answers[0].index
+    run = next((run for run in measured.runs if run.picture(index).is_file()), None)
+    if run is None:
+        return {"picture": None, "answered": [_answered(answer, 0) for answer in answers]}
+    shown, grids = run.shown_image(index)
+    sizes = [rows * columns for rows, columns in grids]
+    begins = list(accumulate(sizes, initial=0))
+    panels = [
+        [{"place": shown.places[unit], "grid": grids[unit], "begin": begins[unit]} for unit in panel]
+        for panel in shown.panels
+    ]
+    return {
+        "picture": f"data:image/png;base64,{base64.b64encode(run.picture(index).read_bytes()).decode()}",
+        "shape": shown.image.size,
+        "panels": panels,
+        "answered": [_answered(answer, sum(sizes)) for answer in answers],
+    }
+
+
+def _answered(answer: Answer, num_tokens: int) -> dict[str, Any]:
+    """
+    One cell of the viewer: what was answered, and the layers that saw each of a picture's tokens, one byte each, or
+    `None` where the picture shows others.
+    """
     seen = answer.layers_seen or []
-    # Several images, or patches that are no square, are not drawn.
-    is_drawn = len(seen) == about["num_patches"] == round(len(seen) ** 0.5) ** 2
     return {
         "reducer": answer.reducer,
         "num_keep": answer.budget if answer.num_keep is None else answer.num_keep,
         "prediction": answer.prediction,
         "score": answer.score,
         "tokens": answer.visual_tokens,
-        "layers": base64.b64encode(np.asarray(seen, dtype=np.uint8).tobytes()).decode() if is_drawn else None,
+        "layers": base64.b64encode(bytes(seen)).decode() if seen and len(seen) == num_tokens else None,
     }
-
-
-def _picture(measured: Measured, index: int) -> str | None:
-    paths = (run.picture(index) for run in measured.runs)
-    path = next((path for path in paths if path.is_file()), None)
-    return path and f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"

@@ -367,6 +367,7 @@ def _write_the_rest(folder: Path, llava: LlavaSource, model: AdaVTPForConditiona
     """Configuration, generation's defaults, code and processor."""
     config: AdaVTPConfig = model.config
     config.auto_map, config.architectures = AUTO_MAP, [type(model).__name__]
+    config.untrained_controller = True
     with without_auto_class(type(config)):
         config.save_pretrained(folder)
     if llava.generation:

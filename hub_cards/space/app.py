@@ -240,13 +240,12 @@ def cost_table(question: str, how: str, look: Look, full: Look, checkpoint: Chec
         # Not every language model's prefill is counted here.
         if here is not None
     )
-    no_picture = "" if look.no_picture is None else f"<p>{escape(look.no_picture)}</p>"
     head = "".join(f'<th scope="col">{name}</th>' for name in ("Cost", "this budget", "full budget", "share"))
     return (
         # A question written from right to left turns nothing but itself.
         f"<table><caption><bdi>{escape(question)}</bdi> {escape(how)}</caption>"
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        f"{no_picture}<p>At full budget the answer is: {escape(full.answer) or '(nothing)'}</p>"
+        f"<p>At full budget the answer is: {escape(full.answer) or '(nothing)'}</p>"
         "<p><small>Prefill is the language model on the prompt, counted from its shape, 1 multiply-add as 2 FLOPs, "
         "without vision tower and reducer. Time is of a whole answer, both included: the median of "
         f"{_readings(look)} on this {escape(checkpoint.device)}, of {_readings(full)} at full budget.</small></p>"

@@ -5,7 +5,6 @@ hands back the selection that it answered with. Picture and cost are read off th
 again where an answer is quick, since one reading of a short time says little.
 """
 
-import math
 import os
 import statistics
 import time
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from huggingface_hub import metadata_load
 from PIL import Image
-from transformers import AutoModel, AutoProcessor, PreTrainedConfig
+from transformers import AutoModel, PreTrainedConfig
 
 MAX_NEW_TOKENS = 64
 
@@ -36,10 +35,9 @@ ANY_SIZE = 224
 
 # Language models of other families than LLaVA whose prefill is what `prefill_flops` says.
 COUNTED_KINDS = ("llama", "mistral", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
-NO_PICTURE = "This image came in tiles or views, and what was kept of each is not drawn yet."
 
-DROPPED_BRIGHTNESS = 0.18
-PICTURE_SIZE = 480
+# Pixels, how high a picture is at least, and at most.
+PICTURE_HEIGHT, MOST_HEIGHT = 480, 960
 
 
 def checkpoint_name() -> str:
@@ -51,8 +49,8 @@ def checkpoint_name() -> str:
 class Look:
     """
     One answer. Tokens are those that a decoder layer sees in prefill, mean over layers; `picture` is the image as the
-    model was shown it, what it did not see darkened, and `None` where `no_picture` says why; `prefill_flops` are the
-    language model's on the prompt, `None` for kinds that are not counted here. The time goes from pixels and token
+    model was shown it, what it did not see darkened, and `None` where it is not looked at again; `prefill_flops` are
+    the language model's on the prompt, `None` for kinds that are not counted here. The time goes from pixels and token
     ids to the whole answer, vision tower and reducer included: the median of `num_timed`.
     """
 
@@ -64,7 +62,6 @@ class Look:
     new_tokens: int
     milliseconds: float
     num_timed: int
-    no_picture: str | None = None
 
 
 class Checkpoint:
@@ -74,8 +71,7 @@ class Checkpoint:
         device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
         self.name = name
         self.model = AutoModel.from_pretrained(name, trust_remote_code=True, dtype=dtype).to(device).eval()
-        self.processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
-        self.model.processor = self.processor
+        self.processor = self.model.processor
         # Of other families images may have any size, and N is an image's own.
         self.is_llava = hasattr(self.processor, "of_questions")
         size = self.model.config.vision_config.image_size if self.is_llava else ANY_SIZE
@@ -151,11 +147,10 @@ class Checkpoint:
         num_others = prompt_length - len(depth)
         columns = [num_others + int((depth > layer).sum()) for layer in range(text_config.num_hidden_layers)]
         mean_columns = sum(columns) / len(columns)
-        picture = self._picture(image, inputs, selection, depth / len(columns))
+        heights = {"least_height": PICTURE_HEIGHT, "most_height": MOST_HEIGHT}
         return Look(
             answer=self.processor.decode(new_ids, skip_special_tokens=True).strip(),
-            picture=picture,
-            no_picture=None if picture is not None else NO_PICTURE,
+            picture=self.model.picture_of_kept(image, question, selection, **heights),
             visual_tokens=mean_columns - num_others,
             prompt_tokens=mean_columns,
             prefill_flops=prefill_flops(text_config, columns) if self._is_counted else None,
@@ -177,29 +172,6 @@ class Checkpoint:
     @property
     def _is_counted(self) -> bool:
         return self.is_llava or self.model.config.text_config.model_type in COUNTED_KINDS
-
-    def _picture(
-        self, image: Image.Image, inputs: dict[str, torch.Tensor], selection: Any, shares: torch.Tensor
-    ) -> Image.Image | None:
-        """The image with what was dropped of it dark; `None` where it came in parts."""
-        if self.is_llava:
-            return self._picture_of_pixels(inputs["pixel_values"][0], shares)
-        if len(selection.sizes) > 1 or selection.grids is None:
-            return None
-        rows, columns = selection.grids[0]
-        side = math.ceil(PICTURE_SIZE / max(rows, columns))
-        shown = bytearray(image.convert("RGB").resize((columns * side, rows * side)).tobytes())
-        pixels = torch.frombuffer(shown, dtype=torch.uint8).reshape(rows * side, -1, 3).permute(2, 0, 1) / 255
-        return draw_kept_patches(pixels, shares.reshape(rows, columns), side)
-
-    def _picture_of_pixels(self, pixel_values: torch.Tensor, shares: torch.Tensor) -> Image.Image:
-        mean, std = (
-            torch.tensor(values)[:, None, None]
-            for values in (self.processor.image_processor.image_mean, self.processor.image_processor.image_std)
-        )
-        seen = (pixel_values.cpu().float() * std + mean).clamp(0, 1)
-        patch_size = self.model.config.vision_config.patch_size
-        return draw_kept_patches(seen, shares.reshape(pixel_values.shape[1] // patch_size, -1), patch_size)
 
 
 def _name_of(entry: str | dict[str, Any]) -> str:
@@ -232,21 +204,3 @@ def prefill_flops(text_config: PreTrainedConfig, columns: Sequence[int]) -> int:
     per_column = 4 * width * queries + 4 * width * keys + 6 * width * text_config.intermediate_size
     layers = sum(n * per_column + 4 * n * n * queries for n in columns)
     return layers + 2 * width * text_config.vocab_size
-
-
-def draw_kept_patches(pixels: torch.Tensor, shares: torch.Tensor, patch_size: int) -> Image.Image:
-    """
-    The image `[3, height, width]` with its dropped patches dark, every pixel a square, at least `PICTURE_SIZE` high.
-
-    `shares` `[rows, columns]` says of each patch which share of decoder layers sees it. A margin that patches do not
-    fill, which no model sees, is cut off.
-    """
-    brightness = enlarged(DROPPED_BRIGHTNESS + (1 - DROPPED_BRIGHTNESS) * shares, patch_size)
-    height, width = brightness.shape
-    drawn = enlarged(pixels[:, :height, :width] * brightness, math.ceil(PICTURE_SIZE / height))
-    return Image.fromarray(drawn.mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy())
-
-
-def enlarged(grid: torch.Tensor, times: int) -> torch.Tensor:
-    """`[..., rows, columns]`, every value repeated in a square."""
-    return grid.repeat_interleave(times, dim=-2).repeat_interleave(times, dim=-1)

@@ -4,7 +4,7 @@ A [`Selection`] is the one thing that passes from whatever chooses visual tokens
 user's class) to whatever uses the choice (projector, prompt, decoder, FLOPs counter, picture).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -91,6 +91,12 @@ class Selection:
         positions = torch.arange(num_patches, device=device).expand(num_images, -1)
         return cls(torch.ones_like(positions, dtype=torch.bool), positions)
 
+    def to(self, device: torch.device) -> "Selection":
+        """On another device, but for what is always on the CPU."""
+        names = ("keep", "positions", "gates", "features", "loss", "depth")
+        tensors = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
+
     @property
     def is_token(self) -> torch.Tensor:
         """`[num_images, num_patches]` bool, false behind the last token of a unit that has fewer."""
@@ -132,6 +138,9 @@ class Selection:
         if self.gates is None:
             return features
         mean = features.mean(dim=1, keepdim=True).detach()
+        if bool((self.sizes < features.shape[1]).any()):
+            tokens = features.detach().masked_fill(~self.is_token[..., None], 0.0)
+            mean = tokens.sum(dim=1, keepdim=True) / self.sizes.to(tokens)[:, None, None]
         gates = self.gates[..., None].to(features.dtype)
         # Kept features stay exactly what they are: (x - m) + m is x only up to rounding.
         return features + (gates - gates.detach()) * (features - mean).detach()

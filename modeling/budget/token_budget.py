@@ -8,12 +8,14 @@ once, exactly, and travels as int64: a float product is off by one (0.29 * 100 =
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import lru_cache
 
 import torch
 
 TokenBudget = float | int | Sequence[float] | Sequence[int] | torch.Tensor
 
 
+@lru_cache
 def _shortest_decimal(value: float, dtype: torch.dtype) -> Fraction:
     """The number as it was written: the shortest decimal that `dtype` rounds to `value` (0.6 for bfloat16 0.6016)."""
     for digits in range(1, 18):

@@ -8,7 +8,7 @@ import json
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache, wraps
 from typing import Any
@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ...configuration.configuration_adavtp import AdaVTPConfig
+from ..parts import modules_of_parts
 from ..vision.tower import _attention, tower_layers
 from .weightless import CPU_FORMULAS, ProductsAreNoise
 
@@ -87,20 +89,38 @@ class FlopsByPart(TorchDispatchMode):
         return result
 
 
-def flops_by_part(run: Callable[[], Any], parts: Mapping[Hashable, list[nn.Module]]) -> tuple[Any, Counter[Hashable]]:
-    """What `run` returns without gradients, and the FLOPs of each part; see [`FlopsByPart`]."""
+def flops_by_part(
+    run: Callable[[], Any], parts: Mapping[Hashable, list[nn.Module]], blind: Collection[Hashable] = ()
+) -> tuple[Any, Counter[Hashable]]:
+    """
+    What `run` returns without gradients, and the FLOPs of each part; see [`FlopsByPart`].
+
+    Args:
+        run: of a weightless model.
+        parts: see there.
+        blind: parts in which nothing asks for values, which then take no time.
+    """
     by_part: Counter[Hashable] = Counter()
+    counted = FlopsByPart(parts)
+    noise = ProductsAreNoise(lambda: bool(counted.inside) and counted.inside[-1] in blind)
     # See `weightless_model`.
-    with torch.inference_mode(False), torch.no_grad(), ProductsAreNoise(), FlopsByPart(parts) as counted:
+    with torch.inference_mode(False), torch.no_grad(), noise, counted:
         result = run()
     for (part, _, _), flops in counted.spent.items():
         by_part[part] += flops
     return result, by_part
 
 
-def halves_of_tower_layers(tower: PreTrainedModel) -> list[list[nn.Module]]:
-    """Of each layer attention and MLP: keys and values that a reducer asks a layer for are the reducer's."""
-    return [[_attention(layer), layer.mlp] for layer in tower_layers(tower)]
+def visual_modules(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
+    """
+    The modules of `"vision"` and `"projector"` of a model of any family, none inside another. Of a LLaVA's tower they
+    are the halves of its layers: keys and values that a reducer asks a layer for are the reducer's.
+    """
+    tower = model.get_encoder(modality="image")
+    if not isinstance(model.config, AdaVTPConfig):
+        return modules_of_parts(model, layers_apart=getattr(model.config, "opens_tower", False))
+    halves = [half for layer in tower_layers(tower) for half in (_attention(layer), layer.mlp)]
+    return {"vision": [tower.embeddings, *halves], "projector": [model.model.multi_modal_projector]}
 
 
 def weights_on_parabola(place: int, points: Sequence[int]) -> list[Fraction]:

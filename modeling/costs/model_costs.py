@@ -7,29 +7,40 @@ costs follows from its polynomials, and is worked out for thousands of prompts i
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedConfig
+from transformers.utils import ModelOutput
 
 from ...configuration.configuration_adavtp import AdaVTPConfig, chosen_entries
 from ..budget.schedule import StackBudget
 from ..budget.selection import Selection
 from ..decoder.reducer import DecoderReducer
+from ..families.adapters import adapter_of
+from ..families.encoded import KINDS
 from ..families.llava import LLAVA
 from ..modeling_adavtp import ReducerSpec
-from ..parts import modules_of_parts
 from ..reducers.aim import merged_count
 from ..reducers.base import REDUCERS, ScoringReducer
-from .counting import flops_by_part, halves_of_tower_layers, remembered, weights_on_parabola
-from .decoder import DecodeCost, DecoderCost, ExecutionPlan, require_countable
-from .weightless import Looks, family_prompt, looks_of, noise_prompts, weightless_model, with_budget_in
+from .counting import flops_by_part, remembered, visual_modules, weights_on_parabola
+from .decoder import DecodeCost, DecoderCost, ExecutionPlan
+from .weightless import (
+    Looks,
+    ProductsAreNoise,
+    family_prompt,
+    looks_of,
+    noise_prompts,
+    weightless_model,
+    with_budget_in,
+)
 
+# Height and width of each image of a prompt in pixels; LLaVA's images have one size, `None`.
+ImageSizes = tuple[tuple[int, int] | None, ...]
 # Nothing is chosen and everything is kept. At the full budget a reducer is not asked, and the one that stands for it
 # reads nothing, so that nothing is prepared for it either.
 FULL, NEVER_ASKED = "full", "grid"
@@ -124,6 +135,10 @@ class VisualTokens:
         ends = torch.bincount(selection.depth.cpu().flatten(), minlength=num_layers + 1)
         return cls(sizes, num_keep, tuple((ends.sum() - ends.cumsum(dim=0)[:num_layers]).tolist()), others)
 
+    def falls_before(self, layer: int) -> bool:
+        """Whether a decoder layer, 1 or above, sees fewer than the one below."""
+        return self.of_layers[layer] < self.of_layers[layer - 1]
+
     @property
     def mean(self) -> float:
         """Of a unit, that a decoder layer sees: mean over layers and units; 0 without any."""
@@ -137,18 +152,21 @@ class ModelCosts:
 
     Args:
         config: the model's, of any family.
-        image_size: height and width in pixels, as the family's processor leaves them; LLaVA's images have one size.
+        image_size: the usual one, height and width in pixels as the family's processor leaves them; `None` for
+            LLaVA, whose images have one size, or where every prompt's are said.
 
     Raises:
-        ValueError: if the size is missing where images differ, or given where they do not; or if the decoder is of a
-            kind that is not counted, with the reason.
+        ValueError: if it is given to LLaVA.
     """
 
     def __init__(self, config: PreTrainedConfig, image_size: tuple[int, int] | None = None) -> None:
-        require_countable(config)
         self.config, self.image_size = config, image_size
+        self.is_llava = isinstance(config, AdaVTPConfig)
+        if self.is_llava and image_size is not None:
+            raise ValueError(f"`image_size` is {image_size}, and all images of a LLaVA model have its tower's size.")
         self._stacks: dict[Any, _StackCosts] = {}
         self._prompts: dict[Any, Costs] = {}
+        self._encoded: dict[ImageSizes, tuple[ModelOutput, Counter]] = {}
 
     @staticmethod
     def of(config: PreTrainedConfig, image_size: tuple[int, int] | None = None) -> "ModelCosts":
@@ -195,7 +213,7 @@ class ModelCosts:
             raise ValueError(f"`new_tokens` is {new_tokens!r}; allowed are whole numbers from 1.")
         tokens = self.visual_tokens(reducer, token_budget, num_images)
         stack, budget = self._stack(reducer, token_budget)
-        spent = stack.spent(budget, num_images, text_tokens, tokens)
+        spent = stack.spent(budget, self._usual(num_images), text_tokens, tokens)
         return self._costs(text_tokens, tokens, spent, new_tokens, dtype, plan)
 
     def of_selection(
@@ -205,6 +223,7 @@ class ModelCosts:
         *,
         token_budget: StackBudget | None = None,
         reducer: ReducerSpec | None = None,
+        image_sizes: ImageSizes | None = None,
     ) -> Costs:
         """
         The FLOPs of one prompt whose visual tokens have been chosen, also by a rule that only the image could answer.
@@ -213,25 +232,70 @@ class ModelCosts:
             selection: of the prompt's images, or `None` if it has none.
             text_tokens: see [`ModelCosts.of_prompt`].
             token_budget, reducer: with which it was made.
+            image_sizes: of its images, see [`ModelCosts`]; by default as many of the usual size as have its units.
 
         Raises:
             ValueError: see [`ModelCosts.of_prompt`].
         """
         stack, budget = self._stack(reducer, token_budget)
-        num_units = 0 if selection is None else len(selection.sizes)
-        others = stack.others_of(num_units)
-        tokens = VisualTokens.chosen(selection, self.config.text_config.num_hidden_layers, others)
-        key = (stack, _written(budget), tokens, text_tokens)
+        if image_sizes is None:
+            num_units = 0 if selection is None else len(selection.sizes)
+            image_sizes = self._usual(num_units and -(-num_units // len(self.looks(self._usual(1)).sizes)))
+        others = self.looks(image_sizes).others
+        tokens = VisualTokens.chosen(selection, self.config.get_text_config().num_hidden_layers, others)
+        key = (stack, _written(budget), tokens, text_tokens, image_sizes)
         if key not in self._prompts:
-            self._prompts[key] = self._costs(text_tokens, tokens, stack.spent_on(tokens, budget, text_tokens))
+            spent = stack.spent_on(tokens, budget, text_tokens, image_sizes)
+            self._prompts[key] = self._costs(text_tokens, tokens, spent)
         return self._prompts[key]
+
+    def looks(self, image_sizes: ImageSizes) -> Looks:
+        """What such images of one prompt are to the model: units and their tokens."""
+        stack, _ = self._stack(NEVER_ASKED, 1.0)
+        return stack.looks(image_sizes)
+
+    def image_sizes_of(self, inputs: Mapping[str, Any]) -> list[ImageSizes | None]:
+        """
+        The images of each prompt of a batch, told by how many placeholders stand in its row; `None` of prompts that
+        show videos, and of all if the inputs do not say sizes.
+
+        Args:
+            inputs: `input_ids`, pixels, grids and sizes, as the processor returns them.
+
+        Raises:
+            ValueError: if the images are not those of so many placeholders.
+        """
+        family, ids = adapter_of(self.config), inputs["input_ids"]
+        given = {kind for kind, pixels in KINDS.items() if inputs.get(pixels) is not None}
+        found = family.image_sizes(self.config, inputs) if "image" in given else []
+        if found is None or ("video" in given and family.shares_placeholder):
+            return [None] * len(ids)
+        rows: list[ImageSizes | None] = []
+        for kinds in family.kinds(self.config, ids):
+            own, number = (), int((kinds == 0).sum())
+            # Alone an image may be cut in other tiles than among others.
+            while found and (not own or sum(self.looks(own).columns) != number) and number:
+                own = (*own, found.pop(0))
+            if own and (columns := sum(self.looks(own).columns)) != number:
+                raise ValueError(
+                    f"`input_ids` has {number} placeholders of images in a row, and images of {list(own)} pixels have "
+                    f"{columns}."
+                )
+            rows.append(None if bool((kinds == 1).any()) else own)
+        return rows
 
     def visual_tokens(
         self, reducer: ReducerSpec | None = None, token_budget: StackBudget | None = None, num_images: int = 1
     ) -> VisualTokens:
         """How many visual tokens go where; nothing runs. See [`ModelCosts.of_prompt`]."""
         stack, budget = self._stack(reducer, token_budget)
-        return stack.planned(budget, num_images)
+        return stack.planned(budget, self._usual(num_images))
+
+    def _usual(self, num_images: int) -> ImageSizes:
+        """So many images of the usual size."""
+        if num_images and not self.is_llava:
+            require_size(self.config, self.image_size)
+        return (self.image_size,) * num_images
 
     def columns(self, text_tokens: int, tokens: VisualTokens) -> tuple[int, ...]:
         """The columns of a prompt in each decoder layer: text, separators (CLS, newlines), and the visual tokens that
@@ -261,7 +325,7 @@ class ModelCosts:
         # A class may be registered anew under its name, as in a notebook.
         key = (json.dumps(entries, default=repr, sort_keys=True), *(REDUCERS.get(name) for name in names))
         if key not in self._stacks:
-            self._stacks[key] = _StackCosts(self.config, entries, self.image_size)
+            self._stacks[key] = _StackCosts(self.config, entries, self._encoded)
         return self._stacks[key], token_budget
 
     def _costs(
@@ -292,6 +356,19 @@ class ModelCosts:
 _model_costs = remembered(ModelCosts)
 
 
+def require_size(config: PreTrainedConfig, image_size: tuple[int, int] | None) -> tuple[int, int]:
+    """
+    Raises:
+        ValueError: if the size is missing of a family's images, which differ.
+    """
+    if image_size is None:
+        raise ValueError(
+            f"`image_size` is None for a {config.model_type!r} model, whose images differ; say height and width in "
+            "pixels."
+        )
+    return image_size
+
+
 class _Reached(Exception):  # noqa: N818
     """The layer before which everything was chosen."""
 
@@ -300,15 +377,12 @@ class _StackCosts:
     """What choosing costs, for one stack of reducers."""
 
     def __init__(
-        self, config: PreTrainedConfig, entries: list[str | dict[str, Any]], image_size: tuple[int, int] | None
+        self,
+        config: PreTrainedConfig,
+        entries: list[str | dict[str, Any]],
+        encoded: dict[ImageSizes, tuple[ModelOutput, Counter]],
     ) -> None:
-        self.config, self.image_size = config, image_size
-        self.is_llava = isinstance(config, AdaVTPConfig)
-        if self.is_llava != (image_size is None):
-            raise ValueError(
-                f"`image_size` is {image_size} for a {config.model_type!r} model; LLaVA's images have one size, and "
-                "of other families' it has to be said, height and width in pixels."
-            )
+        self.config, self.is_llava, self._encoded = config, isinstance(config, AdaVTPConfig), encoded
         # A floor on the entropy adds tokens to noise; how many it adds to an image is what a selection says.
         self.model = weightless_model(
             config,
@@ -320,7 +394,7 @@ class _StackCosts:
         )
         self.inner = with_budget_in(self.model)
         self.steps = self.inner.steps()
-        self._looks: dict[int, Looks] = {}
+        self._looks: dict[ImageSizes, Looks] = {}
         self.decoder = self.steps[-1] if self.steps[-1].reducer.stage == "decoder" else None
         self.before = self.steps[: len(self.steps) - (self.decoder is not None)]
         self._runs: dict[Any, Counter] = {}
@@ -329,36 +403,26 @@ class _StackCosts:
         if self.decoder is not None:
             _leave_out_what_is_not_read(self.model.get_decoder().layers, self.decoder.reducer)
 
-    def looks(self, num_images: int) -> Looks:
-        """What so many images are to the model."""
-        if num_images not in self._looks:
+    def looks(self, images: ImageSizes) -> Looks:
+        """What such images are to the model."""
+        if images not in self._looks:
             if self.is_llava:
-                sizes = (LLAVA.tokens_per_image(self.config),) * num_images
-                self._looks[num_images] = Looks(sizes, num_images * int(self.config.keep_cls), {})
-            elif num_images == 0:
-                self._looks[0] = Looks((), 0, {}, 0)
+                sizes = (LLAVA.tokens_per_image(self.config),) * len(images)
+                self._looks[images] = Looks(sizes, len(images) * int(self.config.keep_cls), {})
             else:
-                self._looks[num_images] = looks_of(self.model, self.image_size, num_images)
-        return self._looks[num_images]
+                self._looks[images] = looks_of(self.model, images) if images else Looks((), 0, {})
+        return self._looks[images]
 
-    def images_of(self, num_units: int) -> int:
-        """The number of images that so many units are of."""
-        return -(-num_units // len(self.looks(1).sizes))
-
-    def others_of(self, num_units: int) -> int:
-        """Separators of the images that so many units are of."""
-        return self.looks(self.images_of(num_units)).others
-
-    def planned(self, token_budget: StackBudget | None, num_images: int) -> VisualTokens:
+    def planned(self, token_budget: StackBudget | None, images: ImageSizes) -> VisualTokens:
         """How many tokens go where, by the model's own rules."""
-        key = (_written(token_budget), num_images)
+        key = (_written(token_budget), images)
         if key not in self._plans:
-            self._plans[key] = self._planned(token_budget, num_images)
+            self._plans[key] = self._planned(token_budget, images)
         return self._plans[key]
 
-    def _planned(self, token_budget: StackBudget | None, num_images: int) -> VisualTokens:
-        num_layers = self.config.text_config.num_hidden_layers
-        schedule, looks = self.inner.resolve_budget(token_budget, None, 1), self.looks(num_images)
+    def _planned(self, token_budget: StackBudget | None, images: ImageSizes) -> VisualTokens:
+        num_layers = self.config.get_text_config().num_hidden_layers
+        schedule, looks = self.inner.resolve_budget(token_budget, None, 1), self.looks(images)
         sizes = torch.tensor(looks.sizes, dtype=torch.long)
         budget = schedule.of_units(torch.zeros_like(sizes), sizes)
         entering = sizes
@@ -368,6 +432,8 @@ class _StackCosts:
         if self.decoder is not None and visual:
             mean = budget.of_step(self.decoder, entering)
             keep = None if mean is None else int(mean.sum())
+            if (keep is None or keep < visual) and self.decoder.reducer.adapts:
+                raise _not_known(self.decoder.name, "each prompt has a schedule of its own, by what is seen of it")
             if keep is None or keep < visual:
                 of_layers = tuple(self.decoder.reducer.layer_counts(visual, keep, num_layers))
         of_layers = of_layers or (visual,) * num_layers
@@ -386,25 +452,25 @@ class _StackCosts:
                 reason = "it moves tokens between the images of a prompt"
         if reason is None:
             return wanted
-        raise ValueError(
-            f"How many tokens {step.name!r} keeps is not known before it has run: {reason}. Pass a "
-            "`token_budget`, or the `selection` of what it kept."
-        )
+        raise _not_known(step.name, reason)
 
     def spent(
-        self, token_budget: StackBudget | None, num_images: int, text_tokens: int, tokens: VisualTokens
+        self, token_budget: StackBudget | None, images: ImageSizes, text_tokens: int, tokens: VisualTokens
     ) -> Counter:
         """The tower, the projector, and under `None` what choosing costs."""
-        if not num_images:
+        if not images:
             return Counter()
         leaves_inside = self.decoder is not None and tokens.of_layers[-1] < tokens.of_layers[0]
-        if not leaves_inside:
-            return self._run(token_budget, num_images, _TEXTS[0], 0)
-        stop = self.decoder.reducer.cuts(len(tokens.of_layers))[-1]
-        asked = (_written(token_budget), num_images)
-        return self._on_parabola(
-            asked, text_tokens, _TEXTS, lambda text: self._run(token_budget, num_images, text, stop)
-        )
+        is_rescaled = self.config.visual_attention == "rescaled"
+        if not leaves_inside and not is_rescaled:
+            return self._run(token_budget, images, _TEXTS[0], 0)
+        stop = self.decoder.reducer.cuts(len(tokens.of_layers))[-1] if leaves_inside else 0
+        if is_rescaled:
+            # Wherever columns leave, attention among those that are left is rescaled anew.
+            falls = (layer for layer in range(1, len(tokens.of_layers)) if tokens.falls_before(layer))
+            stop = max(stop, *falls, 0)
+        asked = (_written(token_budget), images)
+        return self._on_parabola(asked, text_tokens, _TEXTS, lambda text: self._run(token_budget, images, text, stop))
 
     def _on_parabola(self, asked: Any, place: int, places: Sequence[int], run: Callable[[int], Counter]) -> Counter:
         """Run for the first places that are asked for; for all others what choosing costs lies on the parabola."""
@@ -416,24 +482,23 @@ class _StackCosts:
         weighted = zip(weights_on_parabola(place, places), runs, strict=True)
         return Counter({**runs[0], None: float(sum(weight * run[None] for weight, run in weighted))})
 
-    def spent_on(self, tokens: VisualTokens, token_budget: StackBudget | None, text_tokens: int) -> Counter:
+    def spent_on(
+        self, tokens: VisualTokens, token_budget: StackBudget | None, text_tokens: int, images: ImageSizes
+    ) -> Counter:
         """The same where the numbers of tokens are given."""
         if not tokens.sizes:
             return Counter()
-        num_images = self.images_of(len(tokens.sizes))
-        if tokens.sizes != (expected := self.looks(num_images).sizes):
+        if tokens.sizes != (expected := self.looks(images).sizes):
             raise ValueError(
                 f"`selection` is of {list(tokens.sizes)} visual tokens, and images of the size that is counted have "
                 f"{list(expected)}; pass the `image_size` that they were of."
             )
         try:
-            as_planned = self.planned(token_budget, num_images)
+            as_planned = self.planned(token_budget, images)
         except ValueError:
             as_planned = None
         if tokens == as_planned or (not self.is_llava and token_budget is not None):
-            return self.spent(token_budget, num_images, text_tokens, tokens)
-        if not self.is_llava:
-            raise ValueError("`selection` says what was kept, and not what choosing it cost; pass the `token_budget`.")
+            return self.spent(token_budget, images, text_tokens, tokens)
         names = list(dict.fromkeys(step.name for step in self.before))
         if len(names) > 1 and token_budget is None:
             raise ValueError(
@@ -441,7 +506,10 @@ class _StackCosts:
             )
         together = any(step.reducer.redistributes for step in self.before)
         if len(names) > 1 or (together and token_budget is not None):
-            return self._with_projected(self.spent(token_budget, num_images, text_tokens, tokens), tokens)
+            return self._with_projected(self.spent(token_budget, images, text_tokens, tokens), tokens)
+        if not self.is_llava:
+            # How many tokens stay of one image and of another changes little in what it costs to choose them.
+            return self.spent({"prompt": sum(tokens.num_keep)}, images, text_tokens, tokens)
         whole: Counter = Counter()
         for size, keep in zip(tokens.sizes, tokens.num_keep, strict=True):
             whole += self._of_kept(size, keep, tokens, text_tokens)
@@ -456,7 +524,7 @@ class _StackCosts:
             if self.decoder is not None and self.decoder.name not in names:
                 # Beside that of the reducer before the decoder, the mean that was left inside it.
                 budget = {**dict.fromkeys(names, budget), self.decoder.name: max(round(tokens.mean), 2)}
-            return self.spent(budget, 1, text_tokens, tokens)
+            return self.spent(budget, (None,), text_tokens, tokens)
 
         if self.decoder is not None:
             return run(keep)
@@ -466,43 +534,76 @@ class _StackCosts:
         """The projector gets rows as long as the longest, unless tokens are chosen behind it."""
         if any(step.reducer.stage == "projector" for step in self.before):
             return spent
-        one = self._run(1.0, 1, _TEXTS[0], 0)["projector"] / (tokens.sizes[0] + int(self.config.keep_cls))
+        one = self._run(1.0, (None,), _TEXTS[0], 0)["projector"] / (tokens.sizes[0] + int(self.config.keep_cls))
         rows = len(tokens.sizes) * (max(tokens.num_keep) + int(self.config.keep_cls))
         return Counter({**spent, "projector": round(rows * one)})
 
-    def _run(self, token_budget: StackBudget | None, num_images: int, text_tokens: int, stop: int) -> Counter:
+    def _run(self, token_budget: StackBudget | None, images: ImageSizes, text_tokens: int, stop: int) -> Counter:
         """The model on a prompt, up to the decoder layer before which the last choice is made."""
-        key = (_written(token_budget), num_images, text_tokens, stop)
+        key = (_written(token_budget), images, text_tokens, stop)
         if key not in self._runs:
-            layers = self.model.get_decoder().layers
             if self.is_llava:
-                tower = self.inner.vision_tower
-                vision = [tower.embeddings, *chain(*halves_of_tower_layers(tower))]
-                projector = [self.inner.multi_modal_projector]
-                inputs = noise_prompts(self.config, [text_tokens], [num_images])
+                inputs = noise_prompts(self.config, [text_tokens], [len(images)])
+                self._runs[key] = self._counted(inputs, token_budget, stop)
             else:
-                modules = modules_of_parts(self.model)
-                vision, projector = modules["vision"], modules["projector"]
-                inputs = family_prompt(self.model, self.looks(num_images), text_tokens)
-            parts = {"vision": vision, "projector": projector, "prefill": list(layers)}
-
-            def run() -> None:
-                with contextlib.suppress(_Reached):
-                    self.inner(**inputs, token_budget=token_budget)
-
-            hook = layers[stop].register_forward_pre_hook(_stop)
-            try:
-                self._runs[key] = flops_by_part(run, parts)[1]
-            except ValueError:
-                raise
-            except Exception as error:
-                names = ", ".join(dict.fromkeys(step.name for step in self.steps))
-                raise ValueError(
-                    f"`reducer` is {names!r}, and running it on noise to count it failed ({error!r})."
-                ) from error
-            finally:
-                hook.remove()
+                inputs = family_prompt(self.model, self.looks(images), text_tokens)
+                with self._encoded_once(images, token_budget) as spent:
+                    self._runs[key] = self._counted(inputs, token_budget, stop) + spent
         return self._runs[key]
+
+    def _counted(self, inputs: dict[str, Any], token_budget: StackBudget | None, stop: int) -> Counter:
+        layers = self.model.get_decoder().layers
+        parts = visual_modules(self.model) | {"prefill": list(layers)}
+
+        def run() -> None:
+            with contextlib.suppress(_Reached):
+                self.inner(**inputs, token_budget=token_budget)
+
+        hook = layers[stop].register_forward_pre_hook(_stop)
+        try:
+            return flops_by_part(run, parts, blind=("vision", "projector"))[1]
+        except ValueError:
+            raise
+        except Exception as error:
+            names = ", ".join(dict.fromkeys(step.name for step in self.steps))
+            raise ValueError(
+                f"`reducer` is {names!r}, and running it on noise to count it failed ({error!r})."
+            ) from error
+        finally:
+            hook.remove()
+
+    @contextlib.contextmanager
+    def _encoded_once(self, images: ImageSizes, token_budget: StackBudget | None) -> Iterator[Counter]:
+        """
+        Lets a family encode images of each size once, for all stacks that read nothing inside the tower. Yields what
+        was spent on it before, if it was.
+        """
+        reads = any(step.reducer.stage == "encoder" or "attention" in step.reducer.needs for step in self.before)
+        if reads or self.config.budget_fusion == "encoder" or isinstance(token_budget, Mapping):
+            yield Counter()
+            return
+        if images not in self._encoded:
+            model = self.model
+
+            def run() -> ModelOutput:
+                return model.encoded("image", self.looks(images).inputs)
+
+            made, spent = flops_by_part(run, visual_modules(model), blind=("vision", "projector"))
+            # Of the real tensors some would take memory.
+            self._encoded[images] = ProductsAreNoise().instead_of(made), spent
+        made, spent = self._encoded[images]
+        self.model.encoded = lambda *_: made
+        try:
+            yield spent
+        finally:
+            del self.model.encoded
+
+
+def _not_known(name: str, reason: str) -> ValueError:
+    return ValueError(
+        f"How many tokens {name!r} keeps is not known before it has run: {reason}. Pass a `token_budget`, or the "
+        "`selection` of what it kept."
+    )
 
 
 def _stop(*_: Any) -> None:

@@ -1,26 +1,35 @@
 """A training step's FLOPs, forward and on the way back, counted by torch while a weightless model takes the step.
 
-Layers of tower and decoder are alike, from the second on: two of them say what all cost.
+Layers of the decoder that are alike cost alike: one of a kind, and the first, say what all cost.
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
+from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig, PreTrainedModel
 
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..budget.schedule import StackBudget
-from ..families.llava import LLAVA
-from ..reducers.base import feature_layer_index
-from ..vision.tower import tower_layers
-from .counting import FlopsByPart, halves_of_tower_layers, remembered, weights_on_parabola
-from .weightless import ProductsAreNoise, make_weightless, noise_prompts, weightless_model
+from ..parts import PARTS, never_run_in_tower, parts_of_names
+from ..prompt_reduction import PromptReductionMixin
+from .counting import FlopsByPart, remembered, visual_modules
+from .decoder import first_alike, pass_through
+from .model_costs import require_size
+from .weightless import (
+    ProductsAreNoise,
+    family_prompt,
+    looks_of,
+    make_weightless,
+    noise_prompts,
+    weightless_model,
+    with_budget_in,
+)
 
-PARTS, LOSSES = ("controller", "projector", "vision", "decoder"), ("lm", "distillation", "relevance")
+LOSSES = ("lm", "distillation", "relevance")
 # Scores again, and the gradients of weights, values, queries and keys: five products for attention's two.
 FUSED_ATTENTION = 2.5
 
@@ -117,164 +126,128 @@ class TrainingFlops:
 
 
 def count_training_flops(
-    config: AdaVTPConfig,
+    config: PreTrainedConfig,
     text_tokens: Sequence[int],
     step: Step,
     *,
     token_budget: StackBudget | None = None,
     num_images: Sequence[int] | None = None,
+    image_size: tuple[int, int] | None = None,
 ) -> TrainingFlops:
     """
     The FLOPs of forward and backward on one padded batch; the optimizer's own are a few per weight and not counted.
 
     Args:
-        config: the model's.
+        config: the model's, of any family.
         text_tokens: of each prompt with its answer, placeholders of images not among them.
         step: how it is carried out.
         token_budget: see [`AdaVTPForConditionalGeneration.forward`].
-        num_images: of each prompt, one by default.
+        num_images: of each prompt, one by default; of other families than LLaVA as many of all.
+        image_size: height and width of the images in pixels, see [`ModelCosts`].
 
     Raises:
         ValueError: if an argument is not allowed.
     """
-    # A floor on the entropy adds tokens to noise; how many it adds to an image, no count can say.
-    changes = {"min_token_entropy": 0.0, "gradient_gates": step.gates, "image_token_id": 0, "trained_reducers": []}
     num_images = [1] * len(text_tokens) if num_images is None else num_images
-    inputs = noise_prompts(config, text_tokens, num_images)
-    # Text that counts is no answer.
-    labels = torch.full_like(inputs["input_ids"], -100)
-    asked = inputs | {"token_budget": token_budget, "labels": labels}
-    counted = _count(weightless_model(config, **changes).train(), asked, step)
+    model, inputs = training_prompt(config, text_tokens, step, num_images, image_size)
+    counted = _count(model, inputs | {"token_budget": token_budget}, step)
     passes = {"distillation", "relevance"} & set(step.losses)
     if not passes or not sum(num_images):
         return counted
     # Each runs the model at full budget; the gradient of relevance comes back to the projected tokens.
     whole = Step(["projector"], gates=step.gates, gates_fused=step.gates_fused)
-    once = _count(weightless_model(config, **changes), inputs | {"token_budget": 1.0}, whole).parts
+    model, inputs = training_prompt(config, text_tokens, whole, num_images, image_size)
+    once = _count(model.eval(), inputs | {"token_budget": 1.0}, whole).parts
     forward = len(passes) * sum(part.forward for part in once.values())
     back = once["decoder"].backward + once["head"].backward if "relevance" in passes else 0.0
     return TrainingFlops({**counted.parts, "full_budget": PartFlops(forward, back)})
 
 
-def plain_training_flops(config: AdaVTPConfig, text_tokens: Sequence[int], step: Step) -> TrainingFlops:
+def training_prompt(
+    config: PreTrainedConfig,
+    text_tokens: Sequence[int],
+    step: Step,
+    num_images: Sequence[int],
+    image_size: tuple[int, int] | None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """
-    The same step of plain LLaVA on all visual tokens, one image a prompt: no controller, no budget, and the whole
-    tower, whose layers above the feature layer run for nothing.
+    A weightless model in training mode, whose loss costs nothing, and prompts for it.
 
     Args:
-        config, text_tokens, step: see [`count_training_flops`].
+        config, text_tokens, step, num_images, image_size: see [`count_training_flops`].
+        dtype: of the weights.
+    """
+    # A floor on the entropy adds tokens to noise; how many it adds to an image, no count can say.
+    changes = {"min_token_entropy": 0.0, "gradient_gates": step.gates, "trained_reducers": []}
+    if isinstance(config, AdaVTPConfig):
+        model = weightless_model(config, dtype, **changes, image_token_id=0)
+        inputs = noise_prompts(config, text_tokens, num_images)
+    elif len(set(num_images)) > 1 or step.gates != "features":
+        raise ValueError(
+            f"`num_images` is {list(num_images)} and `gates` {step.gates!r}; for a {config.model_type!r} model all "
+            "prompts have equally many, and `gates` is 'features'."
+        )
+    else:
+        model = weightless_model(config, dtype, **changes)
+        looks = looks_of(model, [require_size(config, image_size)] * num_images[0]) if num_images[0] else None
+        inputs = family_prompt(model, looks, *text_tokens)
+    model.loss_function = lambda *_, **__: torch.zeros(())
+    inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+    # Text that counts is no answer.
+    return model.train(), inputs | {"labels": torch.full_like(inputs["input_ids"], -100)}
+
+
+def plain_training_flops(
+    config: PreTrainedConfig, text_tokens: Sequence[int], step: Step, image_size: tuple[int, int] | None = None
+) -> TrainingFlops:
+    """
+    The same step of the plain model, of transformers' own class, on all visual tokens, one image a prompt: no
+    controller, no budget, and the whole tower, whose layers above the feature layer run for nothing.
+
+    Args:
+        config, text_tokens, step, image_size: see [`count_training_flops`].
     """
     plain_step = replace(
         step, parts=[part for part in step.parts if part != "controller"], gates="features", losses=("lm",)
     )
-    return _plain_of_once(config, tuple(text_tokens), plain_step)
+    return _plain_of_once(config, tuple(text_tokens), plain_step, image_size)
 
 
 @remembered
-def _plain_of_once(config: AdaVTPConfig, text_tokens: tuple[int, ...], step: Step) -> TrainingFlops:
-    plain = LlavaConfig(
-        vision_config=copy.deepcopy(config.vision_config),
-        text_config=copy.deepcopy(config.text_config),
-        image_token_index=0,
-        vision_feature_layer=config.vision_feature_layer,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-    )
-    with torch.device("meta"):
-        model = LlavaForConditionalGeneration(plain).train()
-    make_weightless(model)
-    return _count(model, noise_prompts(config, text_tokens, [1] * len(text_tokens)), step)
-
-
-def mean_training_flops(
-    config: AdaVTPConfig,
-    text_tokens: int,
-    step: Step,
-    budget_range: tuple[float, float],
-    *,
-    per: str = "batch",
-    rows: int = 1,
+def _plain_of_once(
+    config: PreTrainedConfig, text_tokens: tuple[int, ...], step: Step, image_size: tuple[int, int] | None
 ) -> TrainingFlops:
-    """
-    The mean of a sample over budgets b ~ U[low, high], of the parabola through the counts of three budgets. It is
-    exact where K says no more than how many tokens projector and decoder get.
-
-    A batch is as long as its longest row. With one budget for each of B samples that row keeps K or fewer tokens with
-    probability P(floor(b N) <= K)^B: the more samples, the nearer to the highest budget.
-
-    Args:
-        text_tokens: of every sample.
-        budget_range: low and high, fractions in [0, 1].
-        per: `"batch"` or `"sample"`, see `BudgetCollator`.
-        rows: samples of a batch.
-        config, step: see [`count_training_flops`].
-
-    Raises:
-        ValueError: if the range or `per` is not allowed.
-    """
-    if per not in ("batch", "sample"):
-        raise ValueError(f"`per` is {per!r}; allowed are 'batch' and 'sample'.")
-    counts = dict(longest_counts(budget_range, LLAVA.tokens_per_image(config), 1 if per == "batch" else rows))
-    low, high = min(counts), max(counts)
-    places = sorted({low, (low + high) // 2, high})
-    weights = [0.0] * len(places)
-    for keep, probability in counts.items():
-        for number, weight in enumerate(weights_on_parabola(keep, places)):
-            weights[number] += probability * float(weight)
-    counted = [_of_kept(config, text_tokens, step, keep) for keep in places]
-    return TrainingFlops.weighted(list(zip(weights, counted, strict=True)))
-
-
-@remembered
-def _of_kept(config: AdaVTPConfig, text_tokens: int, step: Step, keep: int) -> TrainingFlops:
-    # As a count, except where it would be a count of one, which only a fraction can ask for.
-    return count_training_flops(config, [text_tokens], step, token_budget=0.0 if keep == 1 else keep)
-
-
-def longest_counts(budget_range: tuple[float, float], num_patches: int, draws: int = 1) -> Iterator[tuple[int, float]]:
-    """
-    The distribution of max_j K(b_j), K(b) = max(1, floor(b N)), over independent b_j ~ U[low, high].
-
-    Args:
-        budget_range: low and high.
-        num_patches: N.
-        draws: how many b_j.
-
-    Yields:
-        K and its probability, for each K that has one.
-
-    Raises:
-        ValueError: if the range is empty or leaves [0, 1].
-    """
-    low, high = budget_range if len(budget_range) == 2 else (1.0, 0.0)
-    if not 0.0 <= low <= high <= 1.0:
-        raise ValueError(f"`budget_range` is {budget_range!r}; allowed are two fractions 0 <= low <= high <= 1.")
-    if low == high:
-        yield max(1, int(round(low * num_patches, 9))), 1.0
-        return
-    below = 0.0
-    for keep in range(1, num_patches + 1):
-        # floor(b N) <= K is b < (K + 1) / N.
-        reached = min(max(((keep + 1) / num_patches - low) / (high - low), 0.0), 1.0) ** draws
-        if reached > below:
-            yield keep, reached - below
-        below = reached
+    ours, inputs = training_prompt(config, text_tokens, step, [1] * len(text_tokens), image_size)
+    del inputs["labels"]
+    if isinstance(config, AdaVTPConfig):
+        stock = LlavaForConditionalGeneration
+        plain = LlavaConfig(
+            vision_config=copy.deepcopy(config.vision_config),
+            text_config=copy.deepcopy(config.text_config),
+            image_token_index=0,
+            vision_feature_layer=config.vision_feature_layer,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+        )
+    else:
+        stock = next(kind for kind in type(ours).__mro__ if kind.__module__.startswith("transformers."))
+        plain = stock.config_class.from_dict(config.to_dict())
+    with torch.device("meta"):
+        model = stock(plain).train()
+    make_weightless(model)
+    return _count(model, inputs, step)
 
 
 # ---------------------------------------------------------------- a step
 
 
-def part_of(name: str, config: AdaVTPConfig | LlavaConfig) -> str:
+def parts_that_train(model: PreTrainedModel) -> Callable[[str], str]:
     """
-    The part that a parameter of this name belongs to: one of `PARTS`, the controller's with the budget token and all
-    reducers, or `"idle"`: the tower's above the feature layer, which never train.
+    What says of a parameter's name in a model the part that it belongs to: one of `PARTS`, or `"idle"`: what never
+    runs in the tower, and so never trains.
     """
-    words = name.removeprefix("model.").split(".")
-    if words[0] == "vision_tower":
-        after = {"post_layernorm", "layernorm", "head", "mask_token"} & set(words)
-        above = words[1] == "encoder" and int(words[3]) >= feature_layer_index(config)
-        return "idle" if after or above else "vision"
-    names = {"multi_modal_projector": "projector", "language_model": "decoder", "lm_head": "decoder"}
-    return names.get(words[0], "controller")
+    part_of, idle = parts_of_names(model), never_run_in_tower(model)
+    return lambda name: "idle" if name.startswith(idle) else part_of(name)
 
 
 def linear_maps(layer: nn.Module) -> dict[str, nn.Linear]:
@@ -283,7 +256,7 @@ def linear_maps(layer: nn.Module) -> dict[str, nn.Linear]:
 
 
 class Adapted(nn.Module):
-    """A linear map with an adapter, y = W x + B A x."""
+    """A linear map with an adapter, y = W x + B A dropout(x)."""
 
     def __init__(self, linear: nn.Linear, rank: int) -> None:
         super().__init__()
@@ -295,19 +268,24 @@ class Adapted(nn.Module):
         make_weightless(self.adapter)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.linear(hidden_states) + self.adapter(hidden_states)
+        # As on a GPU, whose mask is of bytes.
+        dropped, _ = torch.native_dropout(hidden_states, 0.05, self.training)
+        return self.linear(hidden_states) + self.adapter(dropped)
 
 
-def _let_train(model: PreTrainedModel, step: Step) -> None:
+def let_train(model: PreTrainedModel, step: Step) -> None:
+    """Makes those parameters of a weightless model want a gradient that train in a step."""
+    part_of, decoder = parts_that_train(model), model.get_decoder()
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(step.trains(part_of(name, model.config)))
+        parameter.requires_grad_(step.trains(part_of(name)))
     if step.checkpointing:
         model.activation_checkpointing_enable()
     if step.trains("decoder"):
-        # No product makes the gradient of the table, which would be as large as it.
-        embed = model.get_input_embeddings().requires_grad_(False)
-        embed.register_forward_hook(lambda *called: called[-1].requires_grad_())
-    for layer in model.get_decoder().layers if step.lora_rank else []:
+        # No product makes the gradient of a table, which would be as large as it.
+        for table in [module for module in decoder.modules() if isinstance(module, nn.Embedding)]:
+            table.requires_grad_(False)
+            table.register_forward_hook(lambda *called: called[-1].requires_grad_())
+    for layer in decoder.layers if step.lora_rank else []:
         for name, linear in linear_maps(layer).items():
             layer.set_submodule(name, Adapted(linear, step.lora_rank))
 
@@ -320,53 +298,58 @@ class Stretch(NamedTuple):
     times: int = 1
 
 
-def _shortened(model: PreTrainedModel) -> list[Stretch]:
+def layers_that_run(model: PreTrainedModel) -> dict[int, int]:
     """
-    Leaves of tower and decoder the layers that are unlike: the first, whose input may want no gradient, the second,
-    and in the tower one above the feature layer. Of layers between which a reducer looks or acts all stay.
+    Lets of the decoder's layers that are alike only one run, and the first, whose input may want no gradient. Of
+    layers between which a reducer acts all run.
+
+    Returns:
+        For each that runs how many it stands for, itself included.
     """
-    config, tower, decoder = model.config, model.model.vision_tower, model.get_decoder()
-    reducers = [step.reducer for step in model.model.steps()] if isinstance(config, AdaVTPConfig) else []
-    halves = halves_of_tower_layers(tower)
-    stretches = [Stretch("vision", [tower.embeddings]), Stretch("decoder", [decoder.rotary_emb])]
-    stretches += [Stretch("projector", [model.model.multi_modal_projector]), Stretch("head", [model.lm_head])]
-    run, depth = feature_layer_index(config), len(decoder.layers)
-    in_tower = any(reducer.stage == "encoder" or "attention" in reducer.needs for reducer in reducers)
-    if in_tower or run < 3 or not isinstance(config.vision_feature_layer, int):
-        stretches += [Stretch("vision", modules) for modules in halves]
-    else:
-        times = (1, run - 1, len(halves) - run)
-        stretches += [Stretch("vision", *each) for each in zip(halves, times, strict=False)]
-        del tower_layers(tower)[3:]
-        config.vision_feature_layer = 2
-    if not any(reducer.stage == "decoder" for reducer in reducers):
-        del decoder.layers[2:]
-    times = (depth - 1) // max(len(decoder.layers) - 1, 1)
-    layers = [list(layer.children()) for layer in decoder.layers]
-    return stretches + [Stretch("decoder", children, times if number else 1) for number, children in enumerate(layers)]
+    layers, reader = model.get_decoder().layers, with_budget_in(model)
+    steps = reader.steps() if isinstance(reader, PromptReductionMixin) else []
+    kinds: list[Any] = first_alike(layers, model.config.get_text_config())
+    if any(step.reducer.stage == "decoder" for step in steps):
+        kinds = list(range(len(layers)))
+    kinds[0] = "first"
+    for index, layer in enumerate(layers):
+        if kinds.index(kinds[index]) < index:
+            pass_through(layer)
+    return {kinds.index(kind): kinds.count(kind) for kind in dict.fromkeys(kinds)}
+
+
+def _stretches(model: PreTrainedModel) -> list[Stretch]:
+    decoder, times = model.get_decoder(), layers_that_run(model)
+    around = [child for child in decoder.children() if child is not decoder.layers]
+    return [
+        *(Stretch(part, modules) for part, modules in visual_modules(model).items()),
+        Stretch("head", [model.lm_head]),
+        Stretch("decoder", around),
+        *(Stretch("decoder", list(decoder.layers[index].children()), number) for index, number in times.items()),
+    ]
 
 
 def _count(model: PreTrainedModel, inputs: Mapping[str, Any], step: Step) -> TrainingFlops:
     """One step of a weightless model, which is spent."""
-    stretches, scores = _shortened(model), []
-    _let_train(model, step)
+    stretches, scores = _stretches(model), []
+    let_train(model, step)
     if set(step.losses) == {"relevance"}:
         # It learns from the scores alone, and nothing behind them is on the way back.
-        controller = model.model.controller
+        controller = with_budget_in(model).controller
         scores_of = controller.scores
         controller.scores = lambda *asked, **named: scores.append(scores_of(*asked, **named)) or scores[-1]
     watched = {number: stretch.modules for number, stretch in enumerate(stretches)}
     # Libraries for CPUs refuse noise whose rows overlap.
     plain = torch.backends.mkldnn.flags(enabled=False, allow_tf32=None)
-    with plain, ProductsAreNoise(every=True), FlopsByPart(watched) as counted:
+    with plain, ProductsAreNoise(lambda: True), FlopsByPart(watched) as counted:
         logits = model(**inputs, use_cache=False).logits
         (learned,) = scores or [logits]
         if learned.requires_grad:
-            learned.backward(torch.ones(()).expand(learned.shape))
+            learned.backward(torch.ones(()).to(learned).expand(learned.shape))
     parts = {name: [] for name in ("vision", "reducer", "projector", "decoder", "head")}
     parts["reducer"].append((1, _phases(counted, None)))
     for number, stretch in enumerate(stretches):
-        is_fused = stretch.part == "decoder" and step.gates_fused
+        is_fused = stretch.part == "decoder" and step.gates == "attention" and step.gates_fused
         parts[stretch.part].append((stretch.times, _phases(counted, number, is_fused)))
     return TrainingFlops({name: weighted_sum(stretches) for name, stretches in parts.items()})
 

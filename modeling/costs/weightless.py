@@ -15,17 +15,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...configuration.configuration_adavtp import AdaVTPConfig
-from ..budget.schedule import BudgetSchedule
+from ..families.encoded import KINDS, units_of_kinds
 from ..families.llava import LLAVA
 from ..modeling_adavtp import AdaVTPForConditionalGeneration
 from ..modeling_families import model_class_of
 from ..prompt_reduction import PromptReductionMixin
-from ..vision.family_visual import FamilyVisual
 
 # Torch's own table has attention for GPUs only; the same count for what runs on a CPU.
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -37,29 +36,40 @@ CPU_FORMULAS: dict[Any, Callable[..., int]] = {
     ),
 }
 _NOISE, _LARGE = 2**20, 2**18
+# Of operations whose values say what shape comes out.
+_SAYS_SHAPES = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 
 
 # Of tensors made in inference mode operations come whole, and not as the products that they are made of.
 @torch.inference_mode(False)
-def weightless_model(config: PreTrainedConfig, **changes: Any) -> PreTrainedModel:
+def weightless_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """
     A model whose weights take no memory, in evaluation mode.
 
     Args:
         config: the model's, of any family, which stays as it is.
+        dtype: of the weights.
         changes: of its fields.
     """
     config = copy.deepcopy(config)
     for name, value in changes.items():
         setattr(config, name, value)
-    is_llava = isinstance(config, AdaVTPConfig)
-    with torch.device("meta"):
-        model = (AdaVTPForConditionalGeneration if is_llava else model_class_of(config.model_type))(config)
+    model = meta_model(config).to(dtype)
     make_weightless(model)
+    if hasattr(model, "set_experts_implementation"):
+        # One by one: torch's counter knows no product of all experts at once.
+        model.set_experts_implementation("eager")
     # Words differ, so that a method which asks what each has to do with the images can tell one from another.
     table = model.get_input_embeddings().weight
     table.data = torch.arange(len(table), dtype=table.dtype)[:, None].expand(table.shape)
     return model.eval()
+
+
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of any family that has shapes and no weights."""
+    is_llava = isinstance(config, AdaVTPConfig)
+    with torch.device("meta"):
+        return (AdaVTPForConditionalGeneration if is_llava else model_class_of(config.model_type))(config)
 
 
 def make_weightless(model: nn.Module) -> None:
@@ -72,19 +82,29 @@ def make_weightless(model: nn.Module) -> None:
                     held[name] = nn.Parameter(value) if isinstance(tensor, nn.Parameter) else value
 
 
+def keep_frozen_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Makes weights of a weightless model that want no gradient be of another precision."""
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None and not weight.requires_grad:
+                value = weight.data[(0,) * weight.dim()].to(dtype).expand(weight.shape)
+                module._parameters[name] = nn.Parameter(value, requires_grad=False)
+
+
 class ProductsAreNoise(TorchDispatchMode):
     """
     Does not carry out products, whose results are noise.
 
     Args:
-        every: all of them, and what else works number by number on many, as where nothing asks for values; by default
-            only those with a weight of [`weightless_model`], and attention.
+        every: says whether all of them are now, and whatever else works on many numbers, as where nothing asks for
+            values; by default only those with a weight of [`weightless_model`], and attention.
     """
 
-    def __init__(self, every: bool = False) -> None:
+    def __init__(self, every: Callable[[], bool] = lambda: False) -> None:
         super().__init__()
         self.every, self.made = every, 0
-        self.noise = torch.randn(_NOISE, generator=torch.Generator().manual_seed(0))
+        noise = torch.randn(_NOISE, generator=torch.Generator().manual_seed(0))
+        self.noise = {torch.float32: noise}
 
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
@@ -92,23 +112,56 @@ class ProductsAreNoise(TorchDispatchMode):
         kwargs = kwargs or {}
         packet = operation.overloadpacket
         is_product = packet in flop_registry or packet in CPU_FORMULAS
-        if not is_product and not (self.every and _is_large(operation, args)):
+        if packet is torch.ops.aten._to_copy and _is_weight(args[0]):
+            # Of another precision it takes no memory either.
+            return operation(args[0][(0,) * args[0].dim()], **kwargs).expand(args[0].shape)
+        if packet is torch.ops.aten.view and self.is_noise(args[0]):
+            try:
+                return operation(*args, **kwargs)
+            except RuntimeError:
+                # Rows of others can be put in one, and those of noise not.
+                shape = operation(torch.empty(args[0].shape, dtype=args[0].dtype, device="meta"), *args[1:])
+                return self._result(shape, args[0].storage_offset() % (_NOISE // 2))
+        every = self.every()
+        if not is_product and not (every and _is_large(operation, args)):
             return operation(*args, **kwargs)
-        if is_product and not (self.every or packet in CPU_FORMULAS or any(map(_is_weight, args))):
+        if is_product and not (every or packet in CPU_FORMULAS or any(map(_is_weight, args))):
             return operation(*args, **kwargs)
         leaves, structure = tree_flatten((args, kwargs))
         shapes = _shapes_of_results(operation, structure, tuple(map(_without_values, leaves)))
+        if not is_product and not all(
+            shape.is_floating_point() for shape in tree_leaves(shapes) if isinstance(shape, torch.Tensor)
+        ):
+            # What was compared or ranked.
+            return operation(*args, **kwargs)
         return tree_map_only(torch.Tensor, self._result, shapes)
 
-    def _result(self, shape: torch.Tensor) -> torch.Tensor:
-        """Noise of a shape. Its rows overlap in memory, so that it takes none of its own."""
+    def is_noise(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies in the memory of all noise."""
+        noise = self.noise.get(tensor.dtype)
+        return noise is not None and tensor.untyped_storage().data_ptr() == noise.untyped_storage().data_ptr()
+
+    def instead_of(self, made: Any) -> Any:
+        """A structure of tensors with noise in place of each that is not of whole numbers."""
+        shapes = tree_map_only(
+            torch.Tensor, lambda tensor: tensor.to("meta") if tensor.is_floating_point() else tensor, made
+        )
+        return tree_map_only(torch.Tensor, lambda shape: self._result(shape) if shape.is_meta else shape, shapes)
+
+    def _result(self, shape: torch.Tensor, place: int | None = None) -> torch.Tensor:
+        """Noise of a shape, anew or from a place. Its rows overlap in memory, so that it takes none of its own."""
+        if shape.dtype not in self.noise:
+            self.noise[shape.dtype] = self.noise[torch.float32].to(shape.dtype)
+        if place is None:
+            # Two results in a row are not alike.
+            place = self.made = (self.made + 7919) % (_NOISE // 2)
+        if shape.dim() == 0:
+            return self.noise[shape.dtype][place]
         *outer, width = shape.shape
         rows = torch.empty(outer, device="meta")
         step = (_NOISE // 2 - width) // max(rows.numel(), 1)
-        # Two results in a row are not alike.
-        self.made = (self.made + 7919) % (_NOISE // 2)
         strides = [step * stride for stride in rows.stride()]
-        return self.noise.to(shape.dtype).as_strided(shape.shape, [*strides, 1], self.made)
+        return self.noise[shape.dtype].as_strided(shape.shape, [*strides, 1], place)
 
 
 class Shape(NamedTuple):
@@ -134,16 +187,11 @@ def _shapes_of_results(operation: Any, structure: TreeSpec, arguments: tuple) ->
 
 
 def _is_large(operation: Any, args: tuple) -> bool:
-    """Whether an operation works number by number on many numbers, or would copy the gradient of a weight."""
-    tensors = [argument for argument in args if isinstance(argument, torch.Tensor)]
-    if operation._schema.is_mutable or not any(tensor.numel() > _LARGE for tensor in tensors):
+    """Whether an operation makes new numbers of many."""
+    tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+    if operation._schema.is_mutable or operation.is_view or _SAYS_SHAPES & set(operation.tags):
         return False
-    if not all(tensor.is_floating_point() for tensor in tensors):
-        return False
-    if operation is torch.ops.aten.clone.default:
-        node = torch._C._current_autograd_node()
-        return node is not None and "AccumulateGrad" in node.name()
-    return torch.Tag.pointwise in operation.tags
+    return any(tensor.numel() > _LARGE and tensor.is_floating_point() for tensor in tensors)
 
 
 def _is_weight(argument: Any) -> bool:
@@ -158,48 +206,64 @@ def with_budget_in(model: PreTrainedModel) -> PromptReductionMixin:
 @dataclass(frozen=True)
 class Looks:
     """
-    What images of one size are to a family.
+    What the images of a prompt are to a family.
 
     Attributes:
         sizes: visual tokens of each unit that they come in.
         others: placeholders that are no visual tokens, such as newlines.
         inputs: pixels, grids and sizes, as its encoder takes them.
-        number: of images.
+        columns: placeholders of each image.
     """
 
     sizes: tuple[int, ...]
     others: int
     inputs: dict[str, torch.Tensor]
-    number: int = 1
+    columns: tuple[int, ...] = ()
 
 
-def looks_of(model: PreTrainedModel, image_size: tuple[int, int], number: int) -> Looks:
-    """What a weightless model of a family makes of so many images of a height and a width, in one prompt."""
-    inputs = model.family.image_inputs(model.config, *image_size, number)
-    # Nobody has to be shown attention where nothing is chosen.
-    nothing = BudgetSchedule(1.0, [], 1, model.config.get_text_config().num_hidden_layers)
+def looks_of(model: PreTrainedModel, image_sizes: Sequence[tuple[int, int]]) -> Looks:
+    """What a weightless model of a family makes of images of such heights and widths, in one prompt."""
+    family = model.family
+    inputs = family.image_inputs(model.config, image_sizes)
     with torch.inference_mode(False), torch.no_grad(), ProductsAreNoise():
-        units = FamilyVisual(model, None, inputs, nothing).units
-    return Looks(tuple(units.sizes.tolist()), int((units.token < 0).sum()), inputs, number)
+        is_said = family.image_sizes(model.config, inputs) is not None
+        found = family.units(model, "image", None if is_said else model.encoded("image", inputs), inputs)
+    total, number = len(found.is_separator), len(image_sizes)
+    columns = (total // number,) * number
+    if len(set(image_sizes)) > 1:
+        # Alone an image may be cut in other tiles.
+        columns = tuple(looks_of(model, [size] * 2).columns[0] for size in image_sizes)
+    units = units_of_kinds(torch.zeros(1, total, dtype=torch.long), {"image": found})
+    return Looks(tuple(units.sizes.tolist()), int(found.is_separator.sum()), inputs, columns)
 
 
-def family_prompt(model: PreTrainedModel, looks: Looks | None, text_tokens: int) -> dict[str, torch.Tensor]:
-    """A prompt of a family: images, or none, with a word between two, and the other words behind them."""
+def family_prompt(model: PreTrainedModel, looks: Looks | None, *text_tokens: int) -> dict[str, torch.Tensor]:
+    """
+    Prompts of a family: each of the same images, or of none, with a word between two, and of its other words behind
+    them, filled up to the longest.
+    """
     placeholder = model.config.image_token_id
     special = {placeholder, getattr(model.config, "video_token_id", None)}
     word, other = [number for number in range(4) if number not in special][:2]
-    words = [(word, other)[number % 2] for number in range(text_tokens)]
-    num_images, row = 0 if looks is None else looks.number, []
-    for number in range(num_images):
-        # Families tell images apart by what stands between them.
-        row += words[number - 1 : number] if number else []
-        row += [placeholder] * ((sum(looks.sizes) + looks.others) // num_images)
-    ids = torch.tensor([row + words[max(num_images - 1, 0) :]])
-    named = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    columns, rows = () if looks is None else looks.columns, []
+    for count in text_tokens:
+        words, row = [(word, other)[number % 2] for number in range(count)], []
+        for number, own in enumerate(columns):
+            # Families tell images apart by what stands between them.
+            row += words[number - 1 : number] if number else []
+            row += [placeholder] * own
+        rows.append(row + words[max(len(columns) - 1, 0) :])
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [word] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    named = {"input_ids": ids, "attention_mask": mask}
     named |= dict.fromkeys(("mm_token_type_ids", "token_type_ids"), (ids == placeholder).long())
     taken = inspect.signature(model.forward).parameters
     inputs = {name: columns for name, columns in named.items() if name in taken}
-    return inputs if looks is None else inputs | looks.inputs
+    for name, values in ({} if looks is None else looks.inputs).items():
+        axis = model.family.images_axis if name == KINDS["image"] else 0
+        inputs[name] = torch.cat([values] * len(rows), dim=axis)
+    return inputs
 
 
 def noise_prompts(config: AdaVTPConfig, text_tokens: Sequence[int], num_images: Sequence[int]) -> dict[str, Any]:

@@ -74,6 +74,7 @@ class CachedColumns:
         cache: Cache | None,
         new: torch.Tensor,
         blocks: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
     ) -> Any:
         """
         What a layer takes as its attention mask.
@@ -86,11 +87,20 @@ class CachedColumns:
             cache: what holds the others.
             new: `[batch, n, hidden_size]`, hidden states of the new ones.
             blocks: `[batch, n]` int64, those of one number see each other in both directions, -1 is none; or `None`.
+            bias: `[batch, 1, n, n]`, added to the logits of the new ones among each other; or `None`.
+
+        Raises:
+            ValueError: if there is a bias and the layer's attention takes none.
         """
         num_new, (implementation, window) = new.shape[1], attention
         num_keys, first_key = (num_columns, 0) if cache is None else cache.get_mask_sizes(num_new, number)
         takes_none = implementation in ("eager", "sdpa")
-        if num_new == 1 and takes_none and (window is None or num_columns - first_key <= window):
+        if bias is not None and not takes_none:
+            raise ValueError(
+                "`visual_attention` is 'rescaled', which adds a bias to the logits of attention, and "
+                f"{implementation!r} attention takes none; use 'eager' or 'sdpa'."
+            )
+        if bias is None and num_new == 1 and takes_none and (window is None or num_columns - first_key <= window):
             # All keys are in sight but padding, and the room that a static cache has left.
             room = first_key + num_keys - num_columns
             if not self.has_padding and not room:
@@ -108,7 +118,7 @@ class CachedColumns:
             make, sees = create_causal_mask, {"or_mask_function": _sees_its_block(in_block)}
             if window is not None:
                 sees["and_mask_function"] = sliding_window_overlay(window)
-        return make(
+        mask = make(
             config=config,
             inputs_embeds=new,
             attention_mask=self.until(num_columns) if self.has_padding or not takes_none else None,
@@ -116,9 +126,16 @@ class CachedColumns:
             # With positions, gaps between them would be taken for the ends of packed sequences.
             position_ids=None,
             layer_idx=number,
-            allow_is_causal_skip=not self.has_padding and not is_static,
+            allow_is_causal_skip=not self.has_padding and not is_static and bias is None,
             **sees,
         )
+        if bias is None:
+            return mask
+        seen = mask
+        if mask.dtype == torch.bool:
+            seen = torch.zeros_like(mask, dtype=new.dtype).masked_fill(~mask, torch.finfo(new.dtype).min)
+        before = num_columns - num_new - first_key
+        return seen + pad(bias, (before, num_keys - before - num_new)).to(seen)
 
 
 @dataclass

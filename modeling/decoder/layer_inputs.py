@@ -4,6 +4,7 @@ Layers that hold the same columns share them. Between two cuts they are made onc
 """
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +108,7 @@ class PromptInputs:
         compact: whether the positions of what is left are counted anew behind every cut.
         blocks: `[batch, sequence]` int64, of columns that see each other in both directions the number of their
             block, -1 of all others; `None` where there are none.
+        bias: what is added to the logits of attention among the columns of the prompt, see [`DecoderPolicy.bias`].
 
     Attributes:
         cached: what layers hold with the prompt; complete when the last layer has asked.
@@ -121,8 +123,10 @@ class PromptInputs:
         cache: Cache | None,
         compact: bool,
         blocks: torch.Tensor | None = None,
+        bias: Callable[..., torch.Tensor | None] = lambda *_: None,
     ) -> None:
         self.language_model, self.past, self.num_behind, self.cache = language_model, past, num_behind, cache
+        self.bias = bias
         self.prompt_positions, self.compact, self.prompt_blocks = position_ids, compact, blocks
         self.kinds = rotary_kinds(language_model)
         self.attentions = layer_attentions(language_model.config)
@@ -136,7 +140,7 @@ class PromptInputs:
             index: `[batch, n]` int64, where each column stood in the prompt; -1 for padding.
             has_padding: whether there is any.
         """
-        self.is_real, self.has_padding = index >= 0, has_padding
+        self.index, self.is_real, self.has_padding = index, index >= 0, has_padding
         rank, place = self.is_real.cumsum(dim=-1), index.clamp(min=0)
         if self.prompt_rank is None:
             self.prompt_rank = rank
@@ -161,7 +165,7 @@ class PromptInputs:
 
     def of_layer(self, number: int, hidden_states: torch.Tensor) -> LayerInputs:
         """The inputs of a layer; layers ask in their order, and each once."""
-        before, attention = self.past.of_layer[number], self.attentions[number]
+        before, attention, kind = self.past.of_layer[number], self.attentions[number], self.kinds[number]
         if before not in self._shared:
             self._shared[before] = len(self.cached.columns), of_text(self._positions(before))
             held = self.past.columns[before]
@@ -170,12 +174,20 @@ class PromptInputs:
             self.cached.columns.append(held)
         place, position_ids = self._shared[before]
         self.cached.of_layer.append(place)
-        if (place, attention) not in self._shared:
-            held = self.cached.columns[place]
-            self._shared[place, attention] = held.mask(
-                self.language_model.config, number, attention, held.num_known, self.cache, hidden_states, self.blocks
+        tables, key = self.tables(number, hidden_states), (place, attention, kind)
+        if key not in self._shared:
+            held, bias = self.cached.columns[place], self.bias(tables, self.index)
+            self._shared[key] = held.mask(
+                self.language_model.config,
+                number,
+                attention,
+                held.num_known,
+                self.cache,
+                hidden_states,
+                self.blocks,
+                bias,
             )
-        return LayerInputs(self._shared[place, attention], position_ids, self.tables(number, hidden_states))
+        return LayerInputs(self._shared[key], position_ids, tables)
 
     def _positions(self, before: int) -> torch.Tensor:
         position_ids = self.position_ids

@@ -141,7 +141,7 @@ def run_decoder(
         inputs = _answer_inputs(language_model, inputs_embeds, attention_mask, position_ids, past_key_values, compact)
     else:
         columns, inputs = _prompt_inputs(
-            language_model, inputs_embeds, attention_mask, position_ids, past_key_values, compact, blocks
+            language_model, inputs_embeds, attention_mask, position_ids, past_key_values, compact, blocks, policy
         )
         # What a cut takes along with the columns that stay.
         columns.carried.update({f"deepstack {number}": added for number, added in enumerate(deepstack)})
@@ -217,6 +217,7 @@ def _prompt_inputs(
     cache: Cache | None,
     compact: bool,
     blocks: torch.Tensor | None,
+    policy: DecoderPolicy,
 ) -> tuple[PromptColumns, PromptInputs]:
     """The columns of a prompt of which some are to leave, and inputs for them. See [`run_decoder`]."""
     batch_size, num_new, device = *inputs_embeds.shape[:2], inputs_embeds.device
@@ -233,7 +234,7 @@ def _prompt_inputs(
     if position_ids is None:
         position_ids = _positions_behind(num_cached, inputs_embeds)
     position_ids = position_ids.expand(*position_ids.shape[:-2], batch_size, -1)
-    inputs = PromptInputs(language_model, past, num_behind, position_ids, cache, compact, blocks)
+    inputs = PromptInputs(language_model, past, num_behind, position_ids, cache, compact, blocks, policy.bias)
     inputs.enter(columns.index, columns.has_padding)
     return columns, inputs
 

@@ -5,13 +5,15 @@ deciding never waits for the device. A new dial is a new policy and, where it tu
 [`Decision`].
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 
 from .plan import DecoderPlan
 from .reducer import DecoderReducer, best_visual
+from .rescaling import rescaling_bias
 from .view import DecoderView, LayerView
 
 _SCORES = "scores of the last cut"
@@ -44,6 +46,13 @@ class DecoderPolicy:
 
     name: str
     layers: frozenset[int]
+
+    def bias(self, position_embeddings: tuple[torch.Tensor, torch.Tensor], index: torch.Tensor) -> torch.Tensor | None:
+        """
+        What is added to the logits of attention among the columns `[batch, n]` that are in the sequence, which stood
+        at `index` in the prompt: `[batch, 1, n, n]`, or `None` for nothing.
+        """
+        return None
 
     def decide(self, layer: int, view: LayerView) -> Decision | None:
         """
@@ -85,18 +94,30 @@ class VisualTokenPolicy(DecoderPolicy):
         name: of the reducer.
         reducer: what scores and chooses.
         plan: how many visual tokens each layer sees.
+        wanted: of each row the mean number that the plan was made for, `None` for the reducer's own rule; for a
+            reducer that decides at its first cut.
     """
 
-    def __init__(self, name: str, reducer: DecoderReducer, plan: DecoderPlan) -> None:
-        self.name, self.reducer, self.plan = name, reducer, plan
+    def __init__(
+        self, name: str, reducer: DecoderReducer, plan: DecoderPlan, wanted: Sequence[int | None] = ()
+    ) -> None:
+        self.name, self.reducer, self.wanted = name, reducer, wanted
         num_layers = plan.counts.shape[1]
         self.cuts = [cut for cut in reducer.cuts(num_layers) if cut > 0]
+        falls = self._follow(plan)
+        if reducer.adapts and self.cuts:
+            falls = range(self.cuts[0], num_layers)
+        self.layers = frozenset(falls) | self._scored
+
+    def _follow(self, plan: DecoderPlan) -> list[int]:
+        """From here on tokens leave as a plan says; the layers before which some do."""
+        self.plan, num_layers = plan, plan.counts.shape[1]
         falls = [layer for layer in range(1, num_layers) if bool((self._leaving(layer) > 0).any())]
         # Scores are for what leaves before the next cut, which makes its own.
         spans = pairwise([*self.cuts, num_layers])
         self._scored = {start for start, end in spans if any(start <= layer < end for layer in falls)}
-        self.layers = frozenset(falls) | self._scored
         self._num_keep = plan.counts.to(plan.visual_index.device, non_blocking=True)
+        return falls
 
     @classmethod
     def of_prompt(
@@ -108,6 +129,7 @@ class VisualTokenPolicy(DecoderPolicy):
         num_keep: torch.Tensor | None,
         num_layers: int,
         always: bool = False,
+        num_whole: torch.Tensor | None = None,
     ) -> "VisualTokenPolicy | None":
         """
         What a reducer does with the prompts of a batch.
@@ -122,6 +144,7 @@ class VisualTokenPolicy(DecoderPolicy):
             num_layers: of the decoder.
             always: whether there is a policy even where nothing leaves, as in training, where every batch has to run
                 the same modules.
+            num_whole: see [`DecoderPlan`].
 
         Returns:
             The policy, or `None` if nothing leaves.
@@ -133,20 +156,21 @@ class VisualTokenPolicy(DecoderPolicy):
         wanted = [None] * len(num_visual) if num_keep is None else num_keep.tolist()
         counts = torch.tensor(
             [
-                [visual] * num_layers
-                if visual == 0 or (keep is not None and keep >= visual)
-                else reducer.layer_counts(visual, keep, num_layers)
+                [visual] * num_layers if _keeps_all(visual, keep) else reducer.layer_counts(visual, keep, num_layers)
                 for visual, keep in zip(num_visual, wanted, strict=True)
             ]
         )
-        if not always and bool((counts == counts[:, :1]).all()):
+        is_rescaled = num_whole is not None and num_whole.tolist() != num_visual
+        if not always and not is_rescaled and bool((counts == counts[:, :1]).all()):
             return None
         if asks is None:
             raise ValueError(
-                f"{name!r} drops tokens inside the decoder, which needs an `attention_mask` of shape "
+                f"{name!r} acts inside the decoder, which needs an `attention_mask` of shape "
                 "[batch, sequence] and no gates inside attention; use gradient_gates='features', or another reducer."
             )
-        return cls(name, reducer, DecoderPlan(counts, visual_index, _last(asks)))
+        if num_whole is not None:
+            num_whole = num_whole.to(visual_index.device)
+        return cls(name, reducer, DecoderPlan(counts, visual_index, _last(asks), num_whole), wanted)
 
     def _leaving(self, layer: int) -> torch.Tensor:
         """`[batch]` int64 on the CPU, visual tokens that leave before a layer."""
@@ -154,7 +178,10 @@ class VisualTokenPolicy(DecoderPolicy):
 
     def decide(self, layer: int, view: LayerView) -> Decision | None:
         """See [`DecoderPolicy.decide`]. At a cut the reducer scores anew; in between, the last scores decide."""
-        seen, num_leaving, num_keep = self._seen(view), self._leaving(layer).tolist(), self._num_keep[:, layer]
+        seen = self._seen(view)
+        if self.reducer.adapts and layer == self.cuts[0]:
+            self._adapt(seen)
+        num_leaving, num_keep = self._leaving(layer).tolist(), self._num_keep[:, layer]
         if layer in self._scored:
             with torch.no_grad():
                 view.carried[_SCORES] = self.reducer.scores(seen, self.cuts.index(layer))
@@ -166,14 +193,26 @@ class VisualTokenPolicy(DecoderPolicy):
         keep, hidden_states = self.reducer.reduce(seen, view.carried[_SCORES], num_keep)
         return Decision(keep, num_leaving, hidden_states)
 
+    def _adapt(self, seen: DecoderView) -> None:
+        """Lets the reducer say how many leave where, now that it sees the prompts; the device is waited for."""
+        num_visual, num_layers = self.plan.counts[:, 0].tolist(), self.plan.counts.shape[1]
+        with torch.no_grad():
+            adapted = self.reducer.adapted_counts(seen, num_visual, self.wanted, num_layers)
+        pairs = zip(num_visual, self.wanted, strict=True)
+        keeps_all = torch.tensor([_keeps_all(visual, keep) for visual, keep in pairs])
+        counts = torch.where(keeps_all[:, None], self.plan.counts, torch.tensor(adapted))
+        self._follow(replace(self.plan, counts=counts))
+
     def _seen(self, view: LayerView) -> DecoderView:
-        visual_index, length = self.plan.visual_index, self.plan.visual_index.shape[1]
-        # Assisted decoding puts its candidates behind the prompt.
-        in_prompt = view.is_real & (view.index < length)
-        is_visual = in_prompt & (visual_index.gather(1, view.index.clamp(0, length - 1)) >= 0)
         # Where a prompt ends with an image, the column that asks may have left; the last before it asks then.
         may_ask = view.is_real & (view.index <= self.plan.last[:, None])
-        return DecoderView(**vars(view), is_visual=is_visual, last=_last(may_ask))
+        return DecoderView(**vars(view), is_visual=self.plan.is_visual(view.index), last=_last(may_ask))
+
+    def bias(self, position_embeddings: tuple[torch.Tensor, torch.Tensor], index: torch.Tensor) -> torch.Tensor | None:
+        """See [`DecoderPolicy.bias`]."""
+        if self.plan.num_whole is None:
+            return None
+        return rescaling_bias(position_embeddings, self.plan.is_visual(index), self.plan.num_whole)
 
     def depth_of_tokens(self, is_token: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
         """
@@ -195,7 +234,13 @@ class VisualTokenPolicy(DecoderPolicy):
 
     def expand(self, expand_size: int) -> "VisualTokenPolicy":
         """See [`DecoderPolicy.expand`]."""
-        return VisualTokenPolicy(self.name, self.reducer, self.plan.expand(expand_size))
+        wanted = [keep for keep in self.wanted for _ in range(expand_size)]
+        return VisualTokenPolicy(self.name, self.reducer, self.plan.expand(expand_size), wanted)
+
+
+def _keeps_all(num_visual: int, num_keep: int | None) -> bool:
+    """Whether a prompt with so many visual tokens is to keep them all."""
+    return num_visual == 0 or (num_keep is not None and num_keep >= num_visual)
 
 
 def _last(marked: torch.Tensor) -> torch.Tensor:

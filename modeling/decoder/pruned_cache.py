@@ -161,9 +161,9 @@ class PrunedPrompt:
             return None
         return torch.nn.functional.pad(self.mask, (0, num_answer), value=1)
 
-    def positions_with(self, num_answer: int) -> torch.Tensor:
-        """Positions `[..., batch, num_answer]` of tokens behind the prompt."""
-        return self.next_position[..., None] + torch.arange(num_answer, device=self.next_position.device)
+    def positions_with(self, num_answer: int, first: int = 0) -> torch.Tensor:
+        """Positions `[..., batch, num_answer - first]` of tokens behind the prompt, from token `first` on."""
+        return self.next_position[..., None] + torch.arange(first, num_answer, device=self.next_position.device)
 
     def encoder_outputs(
         self,
@@ -255,8 +255,7 @@ def behind_cache(
     if attention_mask is None and earlier.is_unpadded:
         # Attention is faster without a mask of ones.
         num_behind = _columns_behind_cache(earlier, past_length, len(input_ids)) - earlier.num_columns
-        positions = earlier.positions_with(num_behind + input_ids.shape[1])
-        return None, positions[..., num_behind:]
+        return None, earlier.positions_with(num_behind + input_ids.shape[1], first=num_behind)
     if attention_mask is None:
         num_columns = earlier.num_columns + past_length - earlier.mask.shape[1] + input_ids.shape[1]
         attention_mask = input_ids.new_ones(len(input_ids), num_columns)
@@ -302,8 +301,8 @@ def require_no_gaps(config: PreTrainedConfig, new: NewColumns) -> None:
     A window counts columns, and a state moves on at every one: padding between two turns would take the places of
     tokens.
     """
-    mask, window = torch.cat([new.past_mask, new.attention_mask], dim=1), getattr(config, "sliding_window", None)
-    keeps_state = has_recurrent_layers(config)
+    mask = torch.cat([new.past_mask, new.attention_mask], dim=1)
+    keeps_state, window = has_recurrent_layers(config), getattr(config.get_text_config(), "sliding_window", None)
     if new.past_mask.shape[1] == 0 or not (keeps_state or (window is not None and window < mask.shape[1])):
         return
     is_gap = (mask == 0) & (mask.cumsum(dim=-1) > 0)

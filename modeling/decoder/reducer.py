@@ -5,6 +5,7 @@ leave is decided by scores, which a method reads off the two layers around the c
 """
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -17,10 +18,15 @@ from .view import DecoderView
 
 class DecoderReducer(TokenReducer):
     """
-    Base class of reducers inside the decoder. Write `layer_counts`, `cuts` and `scores`; to merge tokens, `reduce`.
+    Base class of reducers inside the decoder. Write `layer_counts`, `cuts` and `scores`; to merge tokens, `reduce`; to
+    give each prompt a schedule of its own, `adapted_counts`.
+
+    Attributes:
+        adapts: whether the schedule is decided at the first cut, by what is seen there, in place of `layer_counts`.
     """
 
     stage: ClassVar[str] = "decoder"
+    adapts: ClassVar[bool] = False
 
     def cuts(self, num_layers: int) -> list[int]:
         """The layers k, ascending and at least 1, before which tokens are scored anew."""
@@ -45,6 +51,22 @@ class DecoderReducer(TokenReducer):
         raise NotImplementedError(
             f"{type(self).__name__} has to define layer_counts(num_visual, num_keep, num_layers)."
         )
+
+    def adapted_counts(
+        self, view: DecoderView, num_visual: Sequence[int], num_keep: Sequence[int | None], num_layers: int
+    ) -> list[list[int]]:
+        """
+        Of a reducer that `adapts`, what `layer_counts` says of each prompt, and what it has seen of it.
+
+        Args:
+            view: the sequence at the first cut.
+            num_visual, num_keep: of each prompt, see [`layer_counts`].
+            num_layers: of the decoder.
+
+        Returns:
+            Of each prompt as many counts, up to the first cut those of `layer_counts`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has to define adapted_counts(view, ...).")
 
     def scores(self, view: DecoderView, cut: int) -> torch.Tensor:
         """
@@ -73,6 +95,16 @@ class DecoderReducer(TokenReducer):
             `[batch, n, hidden_size]`, changed where a column that stays stands for others too.
         """
         return best_visual(view.is_visual, scores, num_keep), view.hidden_states
+
+
+class KeepsAllReducer(DecoderReducer):
+    """Stands where no reducer acts inside the decoder, and something else does."""
+
+    def cuts(self, num_layers: int) -> list[int]:
+        return []
+
+    def layer_counts(self, num_visual: int, num_keep: int | None, num_layers: int) -> list[int]:
+        return [num_visual] * num_layers
 
 
 def best_visual(is_visual: torch.Tensor, scores: torch.Tensor, num_keep: torch.Tensor) -> torch.Tensor:

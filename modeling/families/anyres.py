@@ -2,10 +2,11 @@
 
 The whole view and every tile are units, a tile without its padding. Behind every row of tokens of the tiles, and
 behind the whole view of an image that has none, stands a newline. Newlines are separators: they are not counted, and
-never chosen.
+never chosen. Inside the tower, which sees every tile with its padding, tokens that are padding go along, and what
+leaves or merges is chosen among the others.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers.models.llava_next.modeling_llava_next import (
 )
 from transformers.utils import ModelOutput
 
+from ..reducers.base import TokenReducer
 from .encoded import KINDS, EncodingFamily, KindUnits
 
 
@@ -23,19 +25,32 @@ class AnyResFamily(EncodingFamily):
     """What a token is made of is found by sending marked values through the family's own packing."""
 
     knows_tiles = True
+    why_not_in_tower = None
     why_not_in_decoder = None
     unit_names = ("view", "tile")
 
-    def image_inputs(
-        self, config: PreTrainedConfig, height: int, width: int, number: int = 1
-    ) -> dict[str, torch.Tensor]:
+    def image_inputs(self, config: PreTrainedConfig, sizes: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
         """See [`EncodingFamily.image_inputs`]: the whole view and the tiles, and the size before that."""
-        side, size = config.vision_config.image_size, [max(height, 1), max(width, 1)]
-        tiles = image_size_to_num_patches(size, config.image_grid_pinpoints, side)
-        pixels = torch.ones(number, tiles, 3, side, side)
-        return {"pixel_values": pixels, "image_sizes": torch.tensor([size] * number)}
+        side = config.vision_config.image_size
+        tiles = max(image_size_to_num_patches(list(size), config.image_grid_pinpoints, side) for size in sizes)
+        return {"pixel_values": torch.ones(len(sizes), tiles, 3, side, side), "image_sizes": torch.tensor(sizes)}
 
-    def units(self, model: PreTrainedModel, kind: str, output: ModelOutput, inputs: Mapping[str, Any]) -> KindUnits:
+    def image_sizes(self, config: PreTrainedConfig, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
+        """See [`EncodingFamily.image_sizes`]."""
+        return [(height, width) for height, width in inputs["image_sizes"].tolist()]
+
+    def why_not(self, config: PreTrainedConfig, reducer: TokenReducer | type[TokenReducer]) -> str | None:
+        """See [`Family.why_not`]."""
+        if reducer.stage == "encoder" and reducer.resizes:
+            return (
+                "it shows the tower a smaller picture, and here the tower sees tiles, of which some are part padding. "
+                "Give the processor a smaller picture."
+            )
+        return super().why_not(config, reducer)
+
+    def units(
+        self, model: PreTrainedModel, kind: str, output: ModelOutput | None, inputs: Mapping[str, Any]
+    ) -> KindUnits:
         """See [`EncodingFamily.units`]."""
         side, grids, units, parts = self._side(model), [], [], {}
         tiles = self._tile_of_tokens(model, inputs)
@@ -61,8 +76,33 @@ class AnyResFamily(EncodingFamily):
         """See [`EncodingFamily.pixels`]."""
         if kind == "video":
             return super().pixels(model, kind, inputs, num_units)
-        pairs = zip(self._tiles(model, inputs), self._tile_of_tokens(model, inputs), strict=True)
-        return [tiles[number] for tiles, tile in pairs for number in tile[tile >= 0].unique().tolist()]
+        return list(torch.cat(self._tiles(model, inputs))[self._is_shown(model, inputs)])
+
+    def packed(self, model: PreTrainedModel, tokens: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """See [`EncodingFamily.packed`]."""
+        is_shown = self._is_shown(model, inputs)
+        tiles = tokens.new_zeros(len(is_shown), *tokens.shape[1:])
+        tiles = tiles.index_copy(0, is_shown.nonzero()[:, 0].to(tokens.device), tokens)
+        return self.pooled(model, "image", tiles.flatten(0, 1), inputs)
+
+    def patches_of_units(self, model: PreTrainedModel, inputs: Mapping[str, Any], every: torch.Tensor) -> torch.Tensor:
+        """See [`EncodingFamily.patches_of_units`]: those that packing does not cut off."""
+        number = torch.arange(sum(self._num_tiles(model, inputs)) * every.shape[1], dtype=torch.float64) + 1
+        packed = torch.cat(self._packed(model, torch.stack([number, number**2], dim=-1), inputs))
+        # Of a mean of several the square is not the mean of the squares.
+        if not torch.equal(packed[:, 0] ** 2, packed[:, 1]):
+            raise ValueError(
+                f"`image_sizes` is {inputs['image_sizes'].tolist()}, and tokens of pictures of so many tiles are made "
+                "smaller behind the tower, so that none is of a patch that could leave inside it. Use a reducer "
+                "behind the tower, or give the processor a smaller picture."
+            )
+        is_left = torch.isin(number, packed[:, 0]).view(-1, every.shape[1])
+        return is_left[self._is_shown(model, inputs)]
+
+    def _is_shown(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """Which of all tiles of a call are not padding alone, `[num_tiles]` bool."""
+        pairs = zip(self._num_tiles(model, inputs), self._tile_of_tokens(model, inputs), strict=True)
+        return torch.cat([torch.isin(torch.arange(number), tile) for number, tile in pairs])
 
     def _tile_of_tokens(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
         """
@@ -114,8 +154,10 @@ class AnyResFamily(EncodingFamily):
         ]
 
     def _tiles(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
-        pixels = inputs[KINDS["image"]]
-        return list(pixels if pixels.dim() == 5 else pixels.split(self._num_tiles(model, inputs)))
+        pixels, numbers = inputs[KINDS["image"]], self._num_tiles(model, inputs)
+        if pixels.dim() == 4:
+            return list(pixels.split(numbers))
+        return [tiles[:number] for tiles, number in zip(pixels, numbers, strict=True)]
 
     @staticmethod
     def _side(model: PreTrainedModel) -> int:
@@ -129,14 +171,16 @@ class LlavaOnevisionFamily(AnyResFamily):
     takes_tensor = ("video",)
     unit_names = ("view", "tile", "video")
 
-    def image_inputs(
-        self, config: PreTrainedConfig, height: int, width: int, number: int = 1
-    ) -> dict[str, torch.Tensor]:
+    def image_inputs(self, config: PreTrainedConfig, sizes: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
         """See [`EncodingFamily.image_inputs`]."""
-        together = {"batch_num_images": torch.tensor([number])}
-        return super().image_inputs(config, height, width, number) | together
+        inputs = super().image_inputs(config, sizes)
+        if len(sizes) > 1:
+            inputs["pixel_values"] = inputs["pixel_values"][:, :1]
+        return inputs | {"batch_num_images": torch.tensor([len(sizes)])}
 
-    def units(self, model: PreTrainedModel, kind: str, output: ModelOutput, inputs: Mapping[str, Any]) -> KindUnits:
+    def units(
+        self, model: PreTrainedModel, kind: str, output: ModelOutput | None, inputs: Mapping[str, Any]
+    ) -> KindUnits:
         """See [`EncodingFamily.units`]: a video's frames are squares, and a newline stands at its end."""
         if kind == "image":
             return super().units(model, kind, output, inputs)

@@ -5,13 +5,16 @@ placeholders and as many visual features.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedConfig
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from ..reducers.base import TokenReducer
 
 
@@ -93,6 +96,10 @@ class Family(ABC):
     def kinds(self, config: PreTrainedConfig, input_ids: torch.Tensor) -> torch.Tensor:
         """`[batch, sequence]` int64, whose placeholder each column is: 0 of an image, 1 of a video, -1 of neither."""
         return self.placeholders(config, input_ids).long() - 1
+
+    def pictures(self, model: "PreTrainedModel", inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """The pixels of each unit of a prompt's images as a picture, `[channels, height, width]`, in their order."""
+        return list(inputs["pixel_values"])
 
     def next_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
         """The first positions `[..., batch]` behind those of a prompt, `[..., batch, sequence]`."""

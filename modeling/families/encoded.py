@@ -4,7 +4,7 @@ That is the seam of transformers 5: `get_image_features` and `get_video_features
 what they made, and a placeholder stands in the prompt for every row of it. An adapter says what the rows are.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,10 @@ from ..reducers.base import TokenReducer
 from .base import Family, Units, has_recurrent_layers
 
 KINDS = {"image": "pixel_values", "video": "pixel_values_videos"}
+JOINS_PATCHES = (
+    "it acts inside the vision tower, behind which this family makes one token of all patches of a square, by their "
+    "mean, a pixel shuffle or a merger: once some of them have left, there is none to make. Use a reducer behind it."
+)
 
 
 @dataclass
@@ -48,7 +52,10 @@ class EncodingFamily(Family):
         first_position: the position of a prompt's first token where the family's forward counts.
         shares_placeholder: whether videos have the placeholders of images.
         knows_tiles: whether the inputs of a call say which part of a picture each tile shows.
+        reads_last_norm: whether the features of a tower's last layer, -1, are read behind the norm that follows it.
+        images_axis: of pixels, along which images of different prompts stand one behind the other.
         projector_in_tower: modules of the tower that join patches into tokens of the decoder's width, by name.
+        why_not_in_tower: why reducers cannot act inside the vision tower; `None` where they can.
         why_not_in_decoder: why the loop over decoder layers cannot stand in for the family's own, which may do more
             with embeddings than to put features in the places of placeholders; `None` where it can.
     """
@@ -56,7 +63,12 @@ class EncodingFamily(Family):
     first_position: int = 0
     shares_placeholder: bool = False
     knows_tiles: bool = False
+    reads_last_norm: bool = False
+    images_axis: int = 0
     projector_in_tower: tuple[str, ...] = ()
+    why_not_in_tower: str | None = (
+        "it acts inside the vision tower, and what this family's encoder makes of a tower's patches is not known."
+    )
     why_not_in_decoder: str | None = "it acts inside the decoder, whose inputs are not known for this family."
 
     def kinds(self, config: PreTrainedConfig, input_ids: torch.Tensor) -> torch.Tensor:
@@ -78,30 +90,35 @@ class EncodingFamily(Family):
         Args:
             model: with a head.
             kind: `"image"` or `"video"`.
-            output: of the family's encoder; `pooler_output` has an entry for each image, `[rows, hidden_size]`. A
-                family with a dial answers without.
+            output: of the family's encoder; `pooler_output` has an entry for each image, `[rows, hidden_size]`. For
+                images, a family with a dial or whose tower is opened answers without.
             inputs: of the call: pixels, grids, sizes.
         """
         sizes = [entry.reshape(-1, entry.shape[-1]).shape[0] for entry in output.pooler_output]
         return KindUnits([square_or_row(size) for size in sizes], torch.zeros(sum(sizes), dtype=torch.bool))
 
-    def image_inputs(
-        self, config: PreTrainedConfig, height: int, width: int, number: int = 1
-    ) -> dict[str, torch.Tensor]:
+    def image_inputs(self, config: PreTrainedConfig, sizes: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
         """
-        What the family's processor makes of grey images, given a size in pixels that it leaves as it is; of one that
+        What the family's processor makes of grey images, given sizes in pixels that it leaves as they are; of one that
         is smaller than the smallest, an image of that size.
 
         Args:
             config: the model's.
-            height, width: multiples of the side of a token, or where images are cut into tiles, of a tile.
-            number: of images, all in one prompt.
+            sizes: height and width of each image, all in one prompt: multiples of the side of a token, or where images
+                are cut into tiles, of a tile.
 
         Returns:
             The arguments of the family's `get_image_features`. Pixels are not 0, which fills up prompts in some.
         """
         side = config.vision_config.image_size
-        return {"pixel_values": torch.ones(number, 3, side, side)}
+        return {"pixel_values": torch.ones(len(sizes), 3, side, side)}
+
+    def image_sizes(self, config: PreTrainedConfig, inputs: Mapping[str, Any]) -> list[tuple[int, int]] | None:
+        """
+        The reverse of [`EncodingFamily.image_inputs`]: height and width in pixels of every image of a call; `None` if
+        the inputs do not say them. Where they do, the sizes say the units: `units` answers without an output.
+        """
+        return None
 
     def pixels(
         self, model: PreTrainedModel, kind: str, inputs: Mapping[str, Any], num_units: int
@@ -109,6 +126,10 @@ class EncodingFamily(Family):
         """The pixels of each unit of a kind, in whatever shape."""
         pixels, grids = inputs[KINDS[kind]], inputs.get(f"{kind}_grid_thw")
         return list(pixels if grids is None else pixels.split(grids.prod(dim=-1).tolist()))
+
+    def pictures(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """See [`Family.pictures`]."""
+        return self.pixels(model, "image", inputs, len(inputs[KINDS["image"]]))
 
     def blocks(self, config: PreTrainedConfig, input_ids: torch.Tensor) -> torch.Tensor | None:
         """
@@ -129,6 +150,12 @@ class EncodingFamily(Family):
 
     def why_not(self, config: PreTrainedConfig, reducer: TokenReducer | type[TokenReducer]) -> str | None:
         """See [`Family.why_not`]."""
+        if reducer.stage == "encoder":
+            if self.why_not_in_tower is not None:
+                return self.why_not_in_tower
+            if not config.opens_tower:
+                kind = config.vision_config.model_type
+                return f"it acts inside the vision tower, and a {kind!r} tower's layers are not taken apart here."
         if reducer.stage == "decoder":
             if has_recurrent_layers(config):
                 return (
@@ -166,8 +193,8 @@ class EncodingFamily(Family):
 
     def attention_module(self, model: PreTrainedModel, layer: int) -> nn.Module:
         """The attention of the tower's layer `layer`, from 0."""
-        blocks = max((m for m in self.tower(model).modules() if isinstance(m, nn.ModuleList)), key=len)
-        return next(m for m in blocks[layer].modules() if type(m).__name__.endswith("Attention"))
+        layer_of_tower = layers_of(self.tower(model))[layer]
+        return next(m for m in layer_of_tower.modules() if type(m).__name__.endswith("Attention"))
 
     def pooled(
         self, model: PreTrainedModel, kind: str, values: torch.Tensor, inputs: Mapping[str, Any]
@@ -192,12 +219,31 @@ class EncodingFamily(Family):
         """One call of the tower's attention as calls for images that do not see each other."""
         return [(query, key)]
 
+    # What our own run of a tower needs, in families whose configuration says `opens_tower`.
+
     def projected(self, model: PreTrainedModel, patches: torch.Tensor) -> torch.Tensor:
         """
-        Patches `[..., hidden_size]` as the tower's last layer leaves them as tokens in the decoder's space; of a
-        family whose configuration says that it `opens_tower`.
+        Patches `[num_units, num_patches, width]` of the feature layer, of which some may have left, as tokens in the
+        decoder's space.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not open its tower.")
+        return model.base_model.multi_modal_projector(patches)
+
+    def packed(self, model: PreTrainedModel, tokens: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """What stands at the placeholders of whole units, of `projected` ones; whatever for separators."""
+        return tokens.flatten(0, 1)
+
+    def patches_of_units(self, model: PreTrainedModel, inputs: Mapping[str, Any], every: torch.Tensor) -> torch.Tensor:
+        """
+        Of each unit the patches that are tokens, `[num_units, patches of the tower]` bool; `every` is true everywhere.
+
+        Raises:
+            ValueError: if tokens are not patches, because the family makes these images smaller behind its tower.
+        """
+        return every
+
+    def separator(self, model: PreTrainedModel) -> torch.Tensor | None:
+        """What stands at separators, `[hidden_size]`."""
+        return getattr(model.base_model, "image_newline", None)
 
     # The dial that a family may have of its own.
 
@@ -215,6 +261,11 @@ class EncodingFamily(Family):
     ) -> list[torch.Tensor]:
         """The tokens `[num_tokens, hidden_size]` that one setting makes of some units of a kind, each by itself."""
         raise NotImplementedError(f"{type(self).__name__} has no dial.")
+
+
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """The layers of a vision tower or of a text model, from the bottom: its longest list of modules."""
+    return max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=len)
 
 
 def num_tiles(height: int, width: int, tile_height: int, tile_width: int) -> int:

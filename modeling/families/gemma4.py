@@ -1,7 +1,7 @@
 """Gemma 4: images of any size up to a number of soft tokens, which is the family's own dial, 70 to 1120."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .encoded import KINDS, EncodingFamily, KindUnits, means_of_squares
+from .encoded import JOINS_PATCHES, KINDS, EncodingFamily, KindUnits, means_of_squares
 
 # What the family was trained for; its image processor takes no other.
 SOFT_TOKENS = (70, 140, 280, 560, 1120)
@@ -21,6 +21,7 @@ class Gemma4Family(EncodingFamily):
     of a square. A video is a unit.
     """
 
+    why_not_in_tower = JOINS_PATCHES
     why_not_in_decoder = (
         "it acts inside the decoder, whose layers read an embedding of each token of their own and share keys."
     )
@@ -28,16 +29,24 @@ class Gemma4Family(EncodingFamily):
     has_dial = True
     reads_videos = True
 
-    def image_inputs(
-        self, config: PreTrainedConfig, height: int, width: int, number: int = 1
-    ) -> dict[str, torch.Tensor]:
-        """See [`EncodingFamily.image_inputs`]: patches, and the column and row of each."""
+    def image_inputs(self, config: PreTrainedConfig, sizes: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
+        """
+        See [`EncodingFamily.image_inputs`]: patches, and the column and row of each, filled up to the least setting of
+        the dial that holds them all.
+        """
         vision = config.vision_config
         least, patch = vision.pooling_kernel_size, vision.patch_size
-        rows, columns = (max(pixels // patch, least) for pixels in (height, width))
-        places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(-1)
-        pixels = torch.ones(number, rows * columns, 3 * patch**2)
-        return {"pixel_values": pixels, "image_position_ids": places.expand(number, -1, -1)}
+        sides = [[max(pixels // patch, least) for pixels in size] for size in sizes]
+        places = [torch.cartesian_prod(*map(torch.arange, size)).flip(-1) for size in sides]
+        most = max(map(len, places))
+        filled = min((number * least**2 for number in SOFT_TOKENS if number * least**2 >= most), default=most)
+        places = torch.stack([nn.functional.pad(own, (0, 0, 0, filled - len(own)), value=-1) for own in places])
+        return {"pixel_values": torch.ones(*places.shape[:2], 3 * patch**2), "image_position_ids": places}
+
+    def image_sizes(self, config: PreTrainedConfig, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
+        """See [`EncodingFamily.image_sizes`]."""
+        patch = config.vision_config.patch_size
+        return [(height * patch, width * patch) for height, width in self._patches("image", inputs)]
 
     def units(
         self, model: PreTrainedModel, kind: str, output: ModelOutput | None, inputs: Mapping[str, Any]
@@ -56,6 +65,12 @@ class Gemma4Family(EncodingFamily):
     ) -> list[torch.Tensor]:
         """See [`EncodingFamily.pixels`]."""
         return list(inputs[KINDS[kind]].split(self._num_frames(kind, inputs)))
+
+    def pictures(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """See [`Family.pictures`]."""
+        patch, sizes = model.config.vision_config.patch_size, self._patches("image", inputs)
+        pairs = zip(inputs[KINDS["image"]], sizes, strict=True)
+        return [as_image(patches[: math.prod(size)], size, patch) for patches, size in pairs]
 
     def images_of_attention(
         self, model: PreTrainedModel, kind: str, query: torch.Tensor, key: torch.Tensor, inputs: Mapping[str, Any]

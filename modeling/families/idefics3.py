@@ -1,28 +1,28 @@
 """Idefics3 and SmolVLM: every tile is a unit; what the encoder makes is joined prompt by prompt."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .encoded import KINDS, EncodingFamily, KindUnits, num_tiles
+from .encoded import JOINS_PATCHES, KINDS, EncodingFamily, KindUnits, num_tiles
 
 
 class Idefics3Family(EncodingFamily):
     """All tiles have equally many tokens, and a token is made of the patches of a square."""
 
+    why_not_in_tower = JOINS_PATCHES
     why_not_in_decoder = None
     unit_names = ("tile", "frame")
     units_differ = False
 
-    def image_inputs(
-        self, config: PreTrainedConfig, height: int, width: int, number: int = 1
-    ) -> dict[str, torch.Tensor]:
+    def image_inputs(self, config: PreTrainedConfig, sizes: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
         """See [`EncodingFamily.image_inputs`]: tiles, and a view of the whole image behind several."""
         side = config.vision_config.image_size
-        return {"pixel_values": torch.ones(1, number * num_tiles(height, width, side, side), 3, side, side)}
+        tiles = sum(num_tiles(*size, side, side) for size in sizes)
+        return {"pixel_values": torch.ones(1, tiles, 3, side, side)}
 
     def units(self, model: PreTrainedModel, kind: str, output: ModelOutput, inputs: Mapping[str, Any]) -> KindUnits:
         """See [`EncodingFamily.units`]."""

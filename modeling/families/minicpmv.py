@@ -1,13 +1,13 @@
 """MiniCPM-V 4.6: tiles of any size in one row of patches, merged 16 to a token or, by the family's own dial, 4."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .encoded import KINDS, EncodingFamily, KindUnits, means_of_squares
+from .encoded import JOINS_PATCHES, KINDS, EncodingFamily, KindUnits, means_of_squares
 
 _SIZES = {"image": "target_sizes", "video": "target_sizes_videos"}
 
@@ -17,17 +17,22 @@ class MiniCPMVFamily(EncodingFamily):
     Every tile and every frame of a video is a unit: which of them belong together is not among what the model gets.
     """
 
+    why_not_in_tower = JOINS_PATCHES
     unit_names = ("image", "tile", "frame")
     has_dial = True
+    images_axis = -1
 
-    def image_inputs(
-        self, config: PreTrainedConfig, height: int, width: int, number: int = 1
-    ) -> dict[str, torch.Tensor]:
-        """See [`EncodingFamily.image_inputs`]: one tile, its patches side by side."""
+    def image_inputs(self, config: PreTrainedConfig, sizes: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
+        """See [`EncodingFamily.image_inputs`]: every image one tile, its patches side by side."""
         patch, least = config.vision_config.patch_size, 2 * config.merge_kernel_size[0] ** config.merger_times
-        sides = [max(pixels // patch, least) for pixels in (height, width)]
-        pixels = torch.ones(1, 3, patch, patch * sides[0] * sides[1] * number)
-        return {"pixel_values": pixels, "target_sizes": torch.tensor([sides] * number)}
+        sides = (torch.tensor(sizes) // patch).clamp(min=least)
+        pixels = torch.ones(1, 3, patch, patch * int(sides.prod(dim=-1).sum()))
+        return {"pixel_values": pixels, "target_sizes": sides}
+
+    def image_sizes(self, config: PreTrainedConfig, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
+        """See [`EncodingFamily.image_sizes`]."""
+        patch = config.vision_config.patch_size
+        return [(height * patch, width * patch) for height, width in inputs["target_sizes"].tolist()]
 
     def units(
         self, model: PreTrainedModel, kind: str, output: ModelOutput | None, inputs: Mapping[str, Any]
@@ -42,6 +47,12 @@ class MiniCPMVFamily(EncodingFamily):
         """See [`EncodingFamily.pixels`]."""
         columns = inputs[_SIZES[kind]].prod(dim=-1) * model.config.vision_config.patch_size
         return list(inputs[KINDS[kind]].split(columns.tolist(), dim=-1))
+
+    def pictures(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """See [`Family.pictures`]."""
+        rows, sizes = self.pixels(model, "image", inputs, 0), inputs[_SIZES["image"]].tolist()
+        tiles = [row[0].unflatten(-1, (*size, -1)) for row, size in zip(rows, sizes, strict=True)]
+        return [tile.transpose(1, 2).flatten(3).flatten(1, 2) for tile in tiles]
 
     def pooled(
         self, model: PreTrainedModel, kind: str, values: torch.Tensor, inputs: Mapping[str, Any]

@@ -1,28 +1,31 @@
 """Mistral 3: images of any size, all of a call in one sequence of the tower, each seeing only itself."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .encoded import KINDS, EncodingFamily, KindUnits, means_of_squares
+from .encoded import JOINS_PATCHES, KINDS, EncodingFamily, KindUnits, means_of_squares
 
 
 class Mistral3Family(EncodingFamily):
     """Breaks between rows are text; a token is made of the patches of a square."""
 
+    why_not_in_tower = JOINS_PATCHES
     why_not_in_decoder = None
 
-    def image_inputs(
-        self, config: PreTrainedConfig, height: int, width: int, number: int = 1
-    ) -> dict[str, torch.Tensor]:
+    def image_inputs(self, config: PreTrainedConfig, sizes: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
         """See [`EncodingFamily.image_inputs`]."""
         token = config.vision_config.patch_size * config.spatial_merge_size
         # Of an image of one token alone the family's encoder loses the axis of tokens.
-        size = [max(height, token), max(width, 2 * token)]
-        return {"pixel_values": torch.ones(number, 3, *size), "image_sizes": torch.tensor([size] * number)}
+        sides = torch.tensor(sizes).maximum(torch.tensor([token, 2 * token]))
+        return {"pixel_values": torch.ones(len(sizes), 3, *sides.amax(dim=0).tolist()), "image_sizes": sides}
+
+    def image_sizes(self, config: PreTrainedConfig, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
+        """See [`EncodingFamily.image_sizes`]."""
+        return [(height, width) for height, width in inputs["image_sizes"].tolist()]
 
     def units(self, model: PreTrainedModel, kind: str, output: ModelOutput, inputs: Mapping[str, Any]) -> KindUnits:
         """See [`EncodingFamily.units`]."""

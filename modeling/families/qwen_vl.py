@@ -1,6 +1,6 @@
 """Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5, GLM-4V: grids of merged patches, and rotary positions on several axes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..prompt import count_positions
-from .encoded import EncodingFamily, KindUnits
+from .encoded import JOINS_PATCHES, EncodingFamily, KindUnits
 
 
 class QwenVLFamily(EncodingFamily):
@@ -20,18 +20,22 @@ class QwenVLFamily(EncodingFamily):
     """
 
     reads_videos = True
+    why_not_in_tower = JOINS_PATCHES
     why_not_in_decoder = None
     projector_in_tower = ("merger", "deepstack_merger_list")
 
-    def image_inputs(
-        self, config: PreTrainedConfig, height: int, width: int, number: int = 1
-    ) -> dict[str, torch.Tensor]:
+    def image_inputs(self, config: PreTrainedConfig, sizes: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
         """See [`EncodingFamily.image_inputs`]: rows of patches, and their grid."""
         vision = config.vision_config
-        sides = [max(pixels // vision.patch_size, vision.spatial_merge_size) for pixels in (height, width)]
+        sides = (torch.tensor(sizes) // vision.patch_size).clamp(min=vision.spatial_merge_size)
         numbers = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        patches = torch.ones(number * sides[0] * sides[1], numbers)
-        return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, *sides]] * number)}
+        patches = torch.ones(int(sides.prod(dim=-1).sum()), numbers)
+        return {"pixel_values": patches, "image_grid_thw": torch.nn.functional.pad(sides, (1, 0), value=1)}
+
+    def image_sizes(self, config: PreTrainedConfig, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
+        """See [`EncodingFamily.image_sizes`]."""
+        patch = config.vision_config.patch_size
+        return [(height * patch, width * patch) for _, height, width in inputs["image_grid_thw"].tolist()]
 
     unit_names = ("image", "video")
 
@@ -40,6 +44,17 @@ class QwenVLFamily(EncodingFamily):
         merge = model.config.vision_config.spatial_merge_size
         grids = [(t, h // merge, w // merge) for t, h, w in inputs[f"{kind}_grid_thw"].tolist()]
         return KindUnits(grids, torch.zeros(sum(t * h * w for t, h, w in grids), dtype=torch.bool))
+
+    def pictures(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """See [`Family.pictures`]: patches of a token come one behind the other, each twice, as two frames."""
+        vision, sizes = model.config.vision_config, inputs["image_grid_thw"]
+        side, patch = vision.spatial_merge_size, vision.patch_size
+        pictures = []
+        for rows, (_, height, width) in zip(self.pixels(model, "image", inputs, 0), sizes.tolist(), strict=True):
+            patches = rows.view(height // side, width // side, side, side, vision.in_channels, -1, patch, patch)
+            picture = patches[:, :, :, :, :, 0].permute(4, 0, 2, 5, 1, 3, 6)
+            pictures.append(picture.reshape(-1, height * patch, width * patch))
+        return pictures
 
     def positions(
         self,

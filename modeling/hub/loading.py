@@ -95,6 +95,8 @@ class CompleteLoadingMixin:
         # Without a checkpoint there is none that could be half of one: the caller has the weights in hand.
         if not output_loading_info and pretrained_model_name_or_path is not None:
             check_completeness(model, info, pretrained_model_name_or_path)
+        if any(new_module_of(name) == TRAINED_TOGETHER for name in info["missing_keys"]):
+            model.config.untrained_controller = True
         # Whoever may run the folder's code now may run its processor's when that is first needed.
         model.trusts_remote_code = bool(kwargs.get("trust_remote_code"))
         return (model, info) if output_loading_info else model

@@ -12,7 +12,7 @@ from ...configuration.configuration_adavtp import AdaVTPConfig
 from ..budget.selection import Selection
 from ..budget.top_k import sample_top_k, top_k_mask
 from ..vision.features import VisionFeatures
-from .base import ScoringReducer, register_reducer
+from .base import ScoringReducer, directions, register_reducer, take_tokens
 from .divprune import cosine_distances, farthest_first, first_picks
 
 
@@ -31,6 +31,7 @@ class VisionTokenController(ScoringReducer):
     """
 
     trained = True
+    takes_padding = True
 
     def __init__(self, config: AdaVTPConfig) -> None:
         super().__init__(config)
@@ -52,9 +53,15 @@ class VisionTokenController(ScoringReducer):
                 self.score = nn.Linear(hidden_size, 1)
 
     def scores(self, features: VisionFeatures) -> torch.Tensor:
+        scores = self._scores(features)
+        # Behind the last token of a smaller image as low as a number can be, here and in float32.
+        lowest = max(torch.finfo(dtype).min for dtype in (scores.dtype, torch.float32))
+        return scores.masked_fill(features.positions < 0, lowest)
+
+    def _scores(self, features: VisionFeatures) -> torch.Tensor:
         head = self.config.controller_head
         if head == "budget_token":
-            return self.score(self.budget_norm(features.budget)).gather(1, features.positions)
+            return self.score(self.budget_norm(features.budget)).gather(1, features.positions.clamp(min=0))
         patches = self.patch_norm(features.patches)
         if head == "patch":
             return self.score(patches)[..., 0]
@@ -71,27 +78,65 @@ class VisionTokenController(ScoringReducer):
         training as it does in evaluation, so that what trains meets the choice it will get.
         """
         if not (self.training and any(parameter.requires_grad for parameter in self.parameters())):
-            if self.config.controller_choice == "best":
+            choice = self.config.controller_choice
+            if choice == "best":
                 return super().forward(features, num_keep)
-            return Selection.from_keep(spread_choice(self.scores(features).float(), features.patches, num_keep))
+            scores, num_tokens = self.scores(features).float(), (features.positions >= 0).sum(dim=-1)
+            if choice == "spread":
+                return Selection.from_keep(spread_choice(scores, features.patches, num_keep, num_tokens))
+            mmr_lambda = self.config.controller_mmr_lambda
+            return Selection.from_keep(mmr_choice(scores, features.patches, num_keep, num_tokens, mmr_lambda))
         return Selection.from_keep(
             *sample_top_k(self.scores(features), num_keep, self.config.controller_temperature, training=True)
         )
 
 
-def spread_choice(scores: torch.Tensor, patches: torch.Tensor, num_keep: torch.Tensor) -> torch.Tensor:
+def spread_choice(
+    scores: torch.Tensor, patches: torch.Tensor, num_keep: torch.Tensor, num_tokens: torch.Tensor
+) -> torch.Tensor:
     """
     Tokens that are worth keeping and do not repeat each other.
 
     The K best scores often belong to neighbours that show the same thing. Here the sqrt(K N) best tokens (as many
     times more than K as N is more than they) are a pool; the best of them is kept, and then, one after another, the
     one that is farthest from those kept, by the cosine distance of their features: DivPrune's greedy choice
-    (arXiv 2503.02175) among what the question is about. `[num_images, num_tokens]` bool, `num_keep` true in each row.
+    (arXiv 2503.02175) among what the question is about. `[num_images, columns]` bool, `num_keep` true in each row, of
+    whose columns the first `num_tokens` are tokens.
     """
-    num_tokens = scores.shape[-1]
-    num_keep = num_keep.to(scores.device)
-    pool_size = (num_keep.double() * num_tokens).sqrt().ceil().long().clamp(max=num_tokens)
+    num_keep, num_tokens = num_keep.to(scores.device), num_tokens.to(scores.device)
+    pool_size = (num_keep.double() * num_tokens).sqrt().ceil().long().minimum(num_tokens)
     order = farthest_first(
         cosine_distances(patches.detach()), int(num_keep.max()), top_k_mask(scores, pool_size), scores.argmax(dim=-1)
     )
-    return first_picks(order, num_keep, num_tokens)
+    return first_picks(order, num_keep, scores.shape[-1])
+
+
+def mmr_choice(
+    scores: torch.Tensor,
+    patches: torch.Tensor,
+    num_keep: torch.Tensor,
+    num_tokens: torch.Tensor,
+    mmr_lambda: float,
+) -> torch.Tensor:
+    """
+    Maximal marginal relevance, as IDPruner has it (arXiv 2602.13315): the best score is kept first, and then, one
+    after another, the token with the largest lambda r_i - (1 - lambda) max_j cos(x_i, x_j), j among those kept and r
+    the scores of an image brought into [0, 1]; of equal ones the earlier. `[num_images, columns]` bool, `num_keep`
+    is true in each row, of whose columns the first `num_tokens` are tokens.
+    """
+    is_token = torch.arange(scores.shape[-1], device=scores.device) < num_tokens.to(scores.device)[:, None]
+    highest = scores.amax(dim=-1, keepdim=True)
+    lowest = torch.where(is_token, scores, highest).amin(dim=-1, keepdim=True)
+    relevance = (scores.maximum(lowest) - lowest) / (highest - lowest + 1e-6)
+    unit = directions(patches.detach())
+    cosines = unit @ unit.transpose(1, 2)
+    # What is no token comes last, so that a small image has columns left while others still choose.
+    lowest_worth = torch.finfo(relevance.dtype).min
+    picks = [relevance.argmax(dim=-1, keepdim=True)]
+    joined, likeness = torch.zeros_like(scores, dtype=torch.bool), torch.full_like(scores, -torch.inf)
+    for _ in range(int(num_keep.max()) - 1):
+        joined = joined.scatter(1, picks[-1], True)
+        likeness = torch.maximum(likeness, take_tokens(cosines, picks[-1])[:, 0])
+        worth = (mmr_lambda * relevance - (1 - mmr_lambda) * likeness).masked_fill(~is_token, lowest_worth)
+        picks.append(worth.masked_fill(joined, -torch.inf).argmax(dim=-1, keepdim=True))
+    return first_picks(torch.cat(picks, dim=-1), num_keep, scores.shape[-1])

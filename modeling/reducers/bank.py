@@ -4,7 +4,7 @@
 reducer; what it asks for is looked up, or made for this call alone, and never becomes part of the model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,7 @@ class ReducerBank:
         controller: the reducer `"adaptive"`, which every model has.
         reducers: the others that the model has, by name. Each knows its `parameters_given`.
         made: reducers without weights that calls have asked for, which later calls share; no part of the model.
+        why_not: why a reducer cannot act on the model, or `None`.
     """
 
     def __init__(
@@ -76,8 +77,10 @@ class ReducerBank:
         controller: TokenReducer,
         reducers: nn.ModuleDict,
         made: dict[tuple[Any, ...], TokenReducer],
+        why_not: Callable[[TokenReducer], str | None],
     ) -> None:
         self.config, self.controller, self.reducers, self.made = config, controller, reducers, made
+        self.why_not = why_not
 
     def steps(self, reducer: ReducerSpec | None = None, with_new_weights: bool = False) -> list[Step]:
         """
@@ -140,11 +143,6 @@ class ReducerBank:
                     f"Reducer 'adaptive' takes no parameters, got {sorted(parameters)}; it has the configuration's."
                 )
             return self.controller
-        if name in REDUCERS and REDUCERS[name].stage == "encoder" and not self.config.opens_tower:
-            raise ImpossibleReducerError(
-                f"Reducer {name!r} acts inside a vision tower, and a {self.config.model_type!r} model's encoder runs "
-                "as a whole; use a reducer of another stage."
-            )
         known = dict(self.reducers.items()).get(name)
         has_weights = known is not None and bool(known.state_dict())
         # A name alone is what is there already, where that has learned something.
@@ -177,6 +175,11 @@ class ReducerBank:
         like = next(self.controller.parameters())
         module = build_reducer(name, self.config, **parameters).to(device=like.device, dtype=like.dtype)
         module.parameters_given = parameters
+        for part in getattr(module, "parts", [module]):
+            if (reason := self.why_not(part)) is not None:
+                raise ImpossibleReducerError(
+                    f"Reducer {name!r} cannot act on a {self.config.model_type!r} model: {reason}"
+                )
         return module.train(self.controller.training)
 
 
@@ -214,3 +217,30 @@ def _missing_weights(name: str, parameters: dict[str, Any]) -> MissingWeightsErr
         f"was trained with it, or call `model.set_reducer({name!r}{given})`, which starts from random weights, and "
         "train."
     )
+
+
+def require_trained_controller(step: Step, config: AdaVTPConfig, training: bool) -> None:
+    """
+    That a controller which still has the random weights of its beginning chooses in training alone. One that learns
+    has them no longer.
+
+    Args:
+        step: that is about to choose.
+        config: of the model, which says whether it has them.
+        training: whether the model is in training.
+
+    Raises:
+        MissingWeightsError: if it has and is not.
+    """
+    if step.name != "adaptive" or not config.untrained_controller:
+        return
+    weights = list(step.reducer.parameters())
+    if training and any(weight.requires_grad for weight in weights):
+        config.untrained_controller = False
+    # Without any weights costs are counted, which do not depend on them.
+    elif not training and not weights[0].is_meta:
+        raise MissingWeightsError(
+            f"{config.name_or_path!r} has no weights for the reducer 'adaptive', which would choose at random. Train "
+            "it, or name a reducer that needs no training, such as 'divprune'. To measure it nevertheless set "
+            "`model.config.untrained_controller = False`."
+        )

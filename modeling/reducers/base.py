@@ -35,13 +35,16 @@ class TokenReducer(nn.Module):
             [`DecoderReducer`]).
         needs: of the class or the instance, what it has to be given beside the tokens, of the fields of
             [`VisionFeatures`] `"cls"`, `"budget"`, `"question"`, `"question_ids"`, `"pixel_values"`, `"fingerprint"`,
-            `"tower_patches"`, `"native"`, `"frames"` and `"attention"` (of the tower layers in `attention_layers`).
+            `"tower_patches"`, `"native"`, `"frames"` and `"attention"` (of the tower layers in `attention_layers`);
+            `"received"` says that of their attention it reads how much each token receives.
         ranks_by_cls: whether it reads the attention of the tower's CLS token, or in other families without one the
             attention that tokens receive.
         trained: whether it has weights that have to be learned.
         has_own_rule: whether `forward` also takes `num_keep=None` and then decides by a rule of its own.
         one_count: whether `forward` wants images that all keep the same number; images that do not come in several
             calls.
+        takes_padding: whether `forward` takes images of several sizes in one call, with positions of -1 behind the
+            last token of a smaller one. In training they come in one, so that all processes call it equally often.
         redistributes: whether it may move tokens between the images of a batch; their sum is then what is exact.
         is_exact: whether it keeps exactly as many tokens as it is told, which all do but the families' own dials.
         paper: where it was published, `"Name (arXiv id)"`, or empty.
@@ -53,6 +56,7 @@ class TokenReducer(nn.Module):
     trained: ClassVar[bool] = False
     has_own_rule: ClassVar[bool] = False
     one_count: bool = False
+    takes_padding: ClassVar[bool] = False
     redistributes: bool = False
     is_exact: ClassVar[bool] = True
     paper: ClassVar[str] = ""
@@ -96,6 +100,7 @@ class ScoringReducer(TokenReducer):
     def forward(self, features: VisionFeatures, num_keep: torch.Tensor) -> Selection:
         scores = self.scores(features).float()
         num_keep = raised_to_entropy(scores, num_keep, self.config.min_token_entropy)
+        num_keep = num_keep.clamp(max=(features.positions >= 0).sum(dim=-1).to(num_keep.device))
         return Selection.from_keep(top_k_mask(scores, num_keep))
 
 

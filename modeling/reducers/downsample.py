@@ -56,6 +56,8 @@ class DownsampleReducer(EncoderReducer):
         interpolation: of the pixels, `"bicubic"` or `"bilinear"`, with antialiasing in both.
     """
 
+    resizes = True
+
     def __init__(self, config: AdaVTPConfig, interpolation: Literal["bicubic", "bilinear"] = "bicubic") -> None:
         super().__init__(config)
         require_choice("interpolation", interpolation, ("bicubic", "bilinear"))

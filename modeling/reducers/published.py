@@ -1,6 +1,8 @@
 """All reducers that come with AdaVTP, one method a file; importing this registers them."""
 
 from .aim import AimReducer
+from .apet import ApETLayerReducer, ApETReducer
+from .autoprune import AutoPruneReducer
 from .cdpruner import CDPrunerReducer
 from .cls_attention import CLSAttentionReducer
 from .controls import GridReducer, RandomReducer
@@ -12,14 +14,18 @@ from .dynamicvit import DynamicViTReducer
 from .evs import EVSReducer
 from .fastv import FastVReducer
 from .head_threshold import HeadThresholdReducer
+from .hiprune import HiPruneReducer
 from .hired import HiREDReducer
 from .native import NativeReducer
 from .pool import PoolReducer
+from .priortr import PriorTRReducer
 from .progressive import ProgressiveReducer
 from .prumerge import PruMergePlusReducer, PruMergeReducer
 from .pyramiddrop import PyramidDropReducer
 from .query import QueryReducer
+from .random_layer import RandomLayerReducer
 from .resampler import ResamplerReducer
+from .scope import SCOPEReducer
 from .sparsevlm import SparseVLMReducer
 from .token_fusion import TokenFusionReducer
 from .tome import ToMeReducer
@@ -30,6 +36,9 @@ from .vtw import VTWReducer
 
 PUBLISHED_REDUCERS = (
     AimReducer,
+    ApETLayerReducer,
+    ApETReducer,
+    AutoPruneReducer,
     CDPrunerReducer,
     CLSAttentionReducer,
     GridReducer,
@@ -43,15 +52,19 @@ PUBLISHED_REDUCERS = (
     EVSReducer,
     FastVReducer,
     HeadThresholdReducer,
+    HiPruneReducer,
     HiREDReducer,
     NativeReducer,
     PoolReducer,
+    PriorTRReducer,
     ProgressiveReducer,
     PruMergePlusReducer,
     PruMergeReducer,
     PyramidDropReducer,
     QueryReducer,
+    RandomLayerReducer,
     ResamplerReducer,
+    SCOPEReducer,
     SparseVLMReducer,
     TokenFusionReducer,
     ToMeReducer,

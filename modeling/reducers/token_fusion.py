@@ -74,7 +74,7 @@ class TokenFusionReducer(MatchingReducer):
         MLP, give to their targets: `[num_images, num_merged]` float32 in [0, 1].
         """
         gate = self.gates[layer]
-        logits = gate(self.norm(sources.to(gate.weight.dtype)))[..., 0]
+        logits = gate(self.norm(sources.to(gate.weight.dtype)))[..., 0].to(sources.device)
         return torch.sigmoid(logits.float() + self.first_logits[layer])
 
     def take_in(

@@ -290,7 +290,7 @@ def token_importance(tower: TowerPass, layer: int, entering: torch.Tensor, patch
     """
     if tower.config.has_cls:
         attention = TowerAttention.of_layer(tower.layers[layer], tower.without_budget(entering), has_cls=True)
-        importance = attention.cls_row().mean(dim=1)
+        importance = attention.cls_row().mean(dim=1)[:, : patches.shape[1]]
     else:
         importance = patches.float().norm(dim=-1)
     # Two weights of 0 have no mean.

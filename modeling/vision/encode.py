@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ...configuration.configuration_adavtp import AdaVTPConfig
-from ..reducers.base import feature_layer_index, feature_layers
+from ..reducers.base import feature_layer_index, feature_layers, take_tokens
 from .budget_token import BudgetToken
 from .features import VisionFeatures
 from .tower import TowerAttention, attention_half, input_device, mlp_half, takes_mask, tower_layers
@@ -22,13 +22,16 @@ class TowerPass:
     One pass of images through the vision tower, up to the feature layer.
 
     The sequence is the tower's own, CLS (where there is one) and patches, with the budget token in front or behind if
-    it takes part.
+    it takes part. Patches that are no tokens (padding, which is cut off behind the tower) stand behind those that are:
+    layers do not read an order from the sequence, so that every token sees what it sees in the stock tower, while
+    nobody chooses them or merges anything with them.
 
     Args:
         tower: a CLIP, SigLIP or DINOv2 vision model.
         config: the model's configuration.
         budget_token: the module that made `token`, if the budget goes through the tower.
         token: `[num_images, hidden_size]`, the budget token.
+        is_token: `[num_images, num_patches]` bool, which patches are tokens, as many of every image; by default all.
     """
 
     def __init__(
@@ -37,13 +40,16 @@ class TowerPass:
         config: AdaVTPConfig,
         budget_token: BudgetToken | None = None,
         token: torch.Tensor | None = None,
+        is_token: torch.Tensor | None = None,
     ) -> None:
         self.tower, self.config = tower, config
         self.layers = list(tower_layers(tower))[: feature_layer_index(config)]
         self.budget_token, self.token = budget_token, token
         self.budget_is_first = token is not None and config.budget_token_place == "first"
         self.num_before = int(config.has_cls) + int(self.budget_is_first)
-        self.num_after = int(token is not None and not self.budget_is_first)
+        self.is_token = None if is_token is None or bool(is_token.all()) else is_token
+        self._num_others = 0 if self.is_token is None else int((~self.is_token[0]).sum())
+        self.num_after = self._num_others + int(token is not None and not self.budget_is_first)
         # The mask of every layer that has as many tokens.
         self._hiding: dict[int, torch.Tensor] = {}
         if token is not None and config.budget_attention == "read_only":
@@ -62,13 +68,18 @@ class TowerPass:
         )
         if hasattr(self.tower, "pre_layrnorm"):  # the misspelling is CLIP's own
             hidden_states = self.tower.pre_layrnorm(hidden_states)
+        if self.is_token is not None:
+            num_cls = int(self.config.has_cls)
+            order = (~self.is_token).to(hidden_states.device, torch.int8).argsort(dim=1, stable=True)
+            patches = take_tokens(hidden_states[:, num_cls:], order)
+            hidden_states = torch.cat([hidden_states[:, :num_cls], patches], dim=1)
         if self.token is None:
             return hidden_states
         if self.budget_token.position_embedding is not None:
             position = self.budget_token.position_embedding(torch.tensor(0, device=hidden_states.device))
         else:
             position = _last_patch_position(self.tower, hidden_states.device)
-        token = (self.token + position).to(hidden_states.dtype)[:, None]
+        token = (self.token.to(position.device) + position).to(hidden_states)[:, None]
         parts = [token, hidden_states] if self.budget_is_first else [hidden_states, token]
         return torch.cat(parts, dim=1)
 
@@ -107,8 +118,8 @@ class TowerPass:
         return None if self.token is None else sequence[:, 0 if self.budget_is_first else -1]
 
     def without_budget(self, sequence: torch.Tensor) -> torch.Tensor:
-        """CLS and patches."""
-        return sequence[:, int(self.budget_is_first) : sequence.shape[1] - self.num_after]
+        """CLS and all patches."""
+        return sequence[:, int(self.budget_is_first) : sequence.shape[1] - self.num_after + self._num_others]
 
     def _mask(self, hidden_states: torch.Tensor, key_bias: torch.Tensor | None) -> torch.Tensor | None:
         """Additive mask: what `key_bias` says, and that no other token sees a read-only budget token."""
@@ -135,6 +146,7 @@ def encode_image(
     budget: torch.Tensor | None = None,
     question: torch.Tensor | None = None,
     attention_layers: Sequence[int] = (),
+    received_layers: Sequence[int] = (),
 ) -> VisionFeatures:
     """
     Runs the vision tower up to its feature layer, with the budget beside the patches or after them.
@@ -147,6 +159,7 @@ def encode_image(
         budget: `[num_images]`, kept fractions, with `budget_token`.
         question: `[num_images, text_hidden_size]` or `None`.
         attention_layers: tower layers, from 0, whose queries and keys are wanted: any that runs, and the one above.
+        received_layers: of these, those of which is wanted how much each token receives.
 
     Returns:
         `VisionFeatures` with patches, positions, CLS, attention and, with `budget_token`, budget.
@@ -171,7 +184,9 @@ def encode_image(
             states[index] = hidden_states
         if index in attention_layers:
             entering = tower_pass.without_budget(hidden_states)
-            attention[index] = TowerAttention.of_layer(tower_layers(tower)[index], entering, config.has_cls)
+            attention[index] = TowerAttention.of_layer(
+                tower_layers(tower)[index], entering, config.has_cls, with_received=index in received_layers
+            )
         if index < len(tower_pass.layers):
             hidden_states = tower_pass.run_layer(index, hidden_states)
     patches = torch.cat([tower_pass.patches(states[index]) for index in wanted], dim=-1)
@@ -192,11 +207,12 @@ def start_pass(
     budget_token: BudgetToken | None,
     budget: torch.Tensor | None,
     question: torch.Tensor | None,
+    is_token: torch.Tensor | None = None,
 ) -> tuple[TowerPass, torch.Tensor | None]:
     """A pass through the tower, and the budget token `[num_images, hidden_size]` wherever it will meet the image."""
     token = None if budget_token is None else budget_token(budget, question)
     in_tower = token if config.budget_fusion == "encoder" else None
-    return TowerPass(tower, config, budget_token, in_tower), token
+    return TowerPass(tower, config, budget_token, in_tower, is_token), token
 
 
 def _last_patch_position(tower: PreTrainedModel, device: torch.device) -> torch.Tensor:

@@ -41,12 +41,14 @@ class EncoderReducer(TokenReducer):
     it in separate calls.
 
     Attributes:
+        resizes: whether the tower is shown a smaller picture.
         spatial_order: of the instance; whether the tokens stand at their positions in the image, or in the order that
             `forward` gives them.
     """
 
     stage: ClassVar[str] = "encoder"
     one_count = True
+    resizes: ClassVar[bool] = False
     spatial_order: bool = True
 
     def __init__(self, config: AdaVTPConfig) -> None:

@@ -23,6 +23,18 @@ BY_IMAGE = (
 )
 
 
+OF_DEVICE = (
+    "patches",
+    "positions",
+    "tower_patches",
+    "cls",
+    "budget",
+    "question",
+    "question_ids",
+    "pixel_values",
+)
+
+
 @dataclass
 class NativeDial:
     """
@@ -98,6 +110,12 @@ class VisionFeatures:
         """Tokens of a whole frame; those of one call of a reducer all have the same."""
         rows, columns = self.grid
         return rows * columns // (1 if self.frames is None else int(self.frames[0]))
+
+    def to(self, device: torch.device) -> "VisionFeatures":
+        """On another device, but for what is always on the CPU."""
+        tensors = {name: getattr(self, name) for name in OF_DEVICE if getattr(self, name) is not None}
+        attention = {layer: view.to(device) for layer, view in self.attention.items()}
+        return replace(self, attention=attention, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
     def images(self, rows: torch.Tensor, num_tokens: int) -> "VisionFeatures":
         """Only the images at `rows`, of which each has `num_tokens` tokens; columns behind those are cut off."""

@@ -16,11 +16,15 @@ from ..reducers.base import ScoringReducer, TokenReducer, take_tokens
 from .encode import BudgetToken, encode_image, start_pass
 from .encoder_reducer import EncoderReducer
 from .features import BY_IMAGE, VisionFeatures
-from .tower import TowerAttention
+from .tower import TowerAttention, input_device
 
 
 def reduce_tokens(
-    name: str, reducer: TokenReducer, features: VisionFeatures, num_keep: torch.Tensor | None
+    name: str,
+    reducer: TokenReducer,
+    features: VisionFeatures,
+    num_keep: torch.Tensor | None,
+    runs_everything: bool = False,
 ) -> tuple[VisionFeatures, Selection]:
     """
     Lets a reducer of stage `"vision"` or `"projector"` choose from the tokens that are left of each image.
@@ -30,6 +34,7 @@ def reduce_tokens(
         reducer: the module.
         features: tokens `[num_images, max_tokens, hidden_size]`; images that have fewer end in positions of -1.
         num_keep: `[num_images]` int64, or `None`.
+        runs_everything: whether the reducer runs whatever images there are and keep, as it does in training.
 
     Returns:
         The tokens that are left, and the selection of the image's N patches that they are. In training, where the
@@ -45,20 +50,25 @@ def reduce_tokens(
         )
     num_tokens = (features.positions >= 0).sum(dim=-1).cpu()
     # An image that keeps everything is as it was, whatever the others keep. In training every image goes through.
+    runs_everything = runs_everything or reducer.training
     keeps_all = torch.zeros_like(num_tokens, dtype=torch.bool)
-    if num_keep is not None and not reducer.training and not reducer.redistributes and reducer.is_exact:
+    if num_keep is not None and not runs_everything and not reducer.redistributes and reducer.is_exact:
         keeps_all = num_keep >= num_tokens
     shapes = [] if features.grids is None else features.grids.unbind(dim=1)
     alike = (num_keep if reducer.one_count else None, features.frames, *shapes)
-    groups, results = image_groups(num_tokens, keeps_all, *alike), []
+    in_one_call = reducer.takes_padding and runs_everything
+    groups = [torch.arange(len(num_tokens))] if in_one_call else image_groups(num_tokens, keeps_all, *alike)
+    results = []
     for rows in groups:
-        own = features.images(rows, int(num_tokens[rows[0]]))
+        own = features.images(rows, int(num_tokens[rows].max()))
         if keeps_all[rows[0]]:
             selection = Selection.everything(len(rows), own.patches.shape[1], own.patches.device)
         else:
-            selection = reducer(own, None if num_keep is None else num_keep[rows].to(own.patches.device))
+            device, wanted = input_device(reducer, own.patches), None if num_keep is None else num_keep[rows]
+            selection = reducer(own.to(device), None if wanted is None else wanted.to(device)).to(own.patches.device)
             if num_keep is not None:
                 _require_count(name, reducer, selection, num_keep[rows])
+        selection.sizes = num_tokens[rows]
         results.append(_result(own, selection))
     return _joined(groups, results)
 
@@ -69,32 +79,40 @@ def reduce_in_tower(
     pixel_values: torch.Tensor,
     config: AdaVTPConfig,
     num_keep: torch.Tensor,
-    sizes: torch.Tensor,
+    is_token: torch.Tensor,
     budget_token: BudgetToken | None = None,
     budget: torch.Tensor | None = None,
     question: torch.Tensor | None = None,
 ) -> tuple[VisionFeatures, Selection]:
     """
-    Runs the tower with a reducer in it, which keeps `num_keep` of the `sizes` patches of each image, `[num_images]`
-    int64; all else is as in [`encode_image`].
+    Runs the tower with a reducer in it; all but what follows is as in [`encode_image`].
+
+    Args:
+        num_keep: `[num_images]` int64, tokens to keep of each image.
+        is_token: `[num_images, patches of the tower]` bool on the CPU, see [`TowerPass`].
 
     Returns:
-        The tokens that are left, and the selection of patches that they are.
+        The tokens that are left, and the selection that they are of each image's tokens, which are counted without the
+        patches that are none.
     """
-    num_patches = int(sizes.max())
+    sizes = is_token.sum(dim=-1)
+    most = int(sizes.max())
     keeps_all = num_keep >= sizes if not reducer.training else torch.zeros(len(num_keep), dtype=torch.bool)
-    groups, results = image_groups(keeps_all, num_keep if reducer.one_count else None), []
+    groups, results = image_groups(keeps_all, sizes, num_keep if reducer.one_count else None), []
     for rows in groups:
-        images = pixel_values[rows]
+        images, own_tokens, num_patches = pixel_values[rows], is_token[rows], int(sizes[rows[0]])
         own = {
             name: None if value is None else value[rows]
             for name, value in (("budget", budget), ("question", question))
         }
         if keeps_all[rows[0]]:
             features = encode_image(tower, images, config, budget_token, **own)
-            results.append((features, Selection.everything(len(rows), num_patches, features.patches.device)))
+            patches = features.patches[own_tokens.to(features.patches.device)].unflatten(0, (len(rows), -1))
+            selection = Selection.everything(len(rows), num_patches, patches.device)
+            features = replace(features, patches=patches, positions=selection.positions, num_patches=most)
+            results.append((features, _of_longer_rows(selection, most)))
             continue
-        tower_pass, token = start_pass(tower, config, budget_token, **own)
+        tower_pass, token = start_pass(tower, config, budget_token, **own, is_token=own_tokens)
         encoded = reducer(tower_pass, images, num_keep[rows])
         patches = tower_pass.patches(encoded.sequence)
         selection = reducer.selection(encoded, patches, num_patches)
@@ -108,9 +126,16 @@ def reduce_in_tower(
         gates_attention = selection.gates is not None and config.gradient_gates == "attention"
         positions = encoded.positions if gates_attention else selection.positions
         cls = tower_pass.cls(encoded.sequence)
-        left = VisionFeatures(patches, positions, cls=cls, budget=budget_state, num_patches=num_patches)
-        results.append((left, selection))
+        left = VisionFeatures(patches, positions, cls=cls, budget=budget_state, num_patches=most)
+        results.append((left, _of_longer_rows(selection, most)))
     return _joined(groups, results)
+
+
+def _of_longer_rows(selection: Selection, num_patches: int) -> Selection:
+    """A selection in a batch in which others have more tokens."""
+    rest = (0, num_patches - selection.keep.shape[1])
+    gates = None if selection.gates is None else nn.functional.pad(selection.gates, rest)
+    return replace(selection, keep=nn.functional.pad(selection.keep, rest), gates=gates)
 
 
 def image_groups(*keys: torch.Tensor | None) -> list[torch.Tensor]:
@@ -137,11 +162,13 @@ def _result(features: VisionFeatures, selection: Selection) -> tuple[VisionFeatu
     index = selection.positions.clamp(min=0)
     is_token = selection.positions >= 0
     positions = features.positions.gather(1, index).masked_fill(~is_token, -1)
-    keep = torch.zeros(len(positions), features.num_patches, dtype=torch.bool, device=positions.device)
-    keep.scatter_(1, features.positions, selection.keep)
-    gates = None
-    if selection.gates is not None:
-        gates = selection.gates.new_zeros(keep.shape).scatter(1, features.positions, selection.gates)
+    # What is no token is written behind the last patch, and cut off.
+    place = features.positions.masked_fill(features.positions < 0, features.num_patches)
+    keep = torch.zeros(len(positions), features.num_patches + 1, dtype=torch.bool, device=positions.device)
+    gates = selection.gates
+    if gates is not None:
+        gates = gates.new_zeros(keep.shape).scatter(1, place, gates)[:, :-1]
+    keep = keep.scatter(1, place, selection.keep)[:, :-1]
     patches = selection.gather(features.patches)
     merged = selection.features is not None
     features_left = patches if merged else None

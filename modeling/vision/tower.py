@@ -12,15 +12,21 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .attention_rows import received
+
 
 def tower_layers(tower: PreTrainedModel) -> nn.ModuleList:
     """The layers of a CLIP, SigLIP or DINOv2 tower, from the bottom."""
     return tower.encoder.layers if hasattr(tower.encoder, "layers") else tower.encoder.layer
 
 
-def input_device(tower: PreTrainedModel, pixel_values: torch.Tensor) -> torch.device:
-    """Where the tower's inputs go. Offloaded weights are nowhere until they run, and take their inputs along then."""
-    return pixel_values.device if tower.device.type == "meta" else tower.device
+def input_device(module: nn.Module, given: torch.Tensor) -> torch.device:
+    """
+    Where the inputs of a module go. What has no weights works where it is `given` them; offloaded weights are nowhere
+    until they run, and take their inputs along then.
+    """
+    device = next((weight.device for weight in module.parameters()), given.device)
+    return given.device if device.type == "meta" else device
 
 
 def takes_mask(layer: nn.Module) -> bool:
@@ -92,20 +98,30 @@ class TowerAttention:
         keys: `[num_images, heads, num_tokens, head_dim]`, of the patches.
         row: `[num_images, heads, num_tokens]` float32 where it is known already and not worked out from query and
             keys: how much CLS attends to each token, or where there is no CLS, how much it receives.
+        received: `[num_images, heads, num_tokens]` float32, how much each token receives, the mean over all that
+            attend; only where a reducer needs it.
     """
 
     query: torch.Tensor | None
     cls_key: torch.Tensor | None
     keys: torch.Tensor
     row: torch.Tensor | None = None
+    received: torch.Tensor | None = None
 
     @classmethod
-    def of_layer(cls, layer: nn.Module, hidden_states: torch.Tensor, has_cls: bool) -> "TowerAttention":
+    def of_layer(
+        cls, layer: nn.Module, hidden_states: torch.Tensor, has_cls: bool, with_received: bool = False
+    ) -> "TowerAttention":
         """Of what enters a layer, `[num_images, (1 +) num_patches, hidden_size]`, CLS first if there is one."""
-        keys = layer_keys(layer, hidden_states)
+        keys, first = layer_keys(layer, hidden_states), int(has_cls)
+        attending = hidden_states if with_received else hidden_states[:, :first]
+        queries = layer_queries(layer, attending) if attending.shape[1] else None
+        got = None
+        if with_received:
+            got = received(queries.float() * queries.shape[-1] ** -0.5, keys.float())[..., first:]
         if not has_cls:
-            return cls(None, None, keys)
-        return cls(layer_queries(layer, hidden_states[:, :1])[:, :, 0], keys[:, :, 0], keys[:, :, 1:])
+            return cls(None, None, keys, received=got)
+        return cls(queries[:, :, 0], keys[:, :, 0], keys[:, :, 1:], received=got)
 
     def cls_row(self) -> torch.Tensor:
         """
@@ -118,30 +134,42 @@ class TowerAttention:
         logits = (keys @ self.query.float()[..., None])[..., 0] * self.query.shape[-1] ** -0.5
         return logits.softmax(dim=-1)[..., 1:]
 
+    def to(self, device: torch.device) -> "TowerAttention":
+        """On another device."""
+        parts = (self.query, self.cls_key, self.keys, self.row, self.received)
+        return TowerAttention(*(None if part is None else part.to(device) for part in parts))
+
     def take(self, index: torch.Tensor) -> "TowerAttention":
         """Only the patches at `index` `[num_images, num_tokens]`."""
         heads, head_dim = self.keys.shape[1], self.keys.shape[-1]
         keys = self.keys.gather(2, index[:, None, :, None].expand(-1, heads, -1, head_dim))
-        row = None if self.row is None else self.row.gather(2, index[:, None].expand(-1, heads, -1))
-        return TowerAttention(self.query, self.cls_key, keys, row)
+        index = index[:, None].expand(-1, heads, -1)
+        known = [None if rows is None else rows.gather(2, index) for rows in (self.row, self.received)]
+        return TowerAttention(self.query, self.cls_key, keys, *known)
 
     def images(self, rows: torch.Tensor, num_tokens: int) -> "TowerAttention":
         """Only the images at `rows` `[num_rows]`, and of each the first `num_tokens` patches."""
         chosen = [None if tensor is None else tensor[rows] for tensor in (self.query, self.cls_key)]
-        row = None if self.row is None else self.row[rows, :, :num_tokens]
-        return TowerAttention(*chosen, self.keys[rows, :, :num_tokens], row)
+        known = [None if values is None else values[rows, :, :num_tokens] for values in (self.row, self.received)]
+        return TowerAttention(*chosen, self.keys[rows, :, :num_tokens], *known)
 
     @classmethod
     def joined(cls, parts: list["TowerAttention"], num_tokens: int, order: torch.Tensor) -> "TowerAttention":
         """Images of several parts in one, filled up to `num_tokens` patches and put in `order`."""
-        keys = [nn.functional.pad(part.keys, (0, 0, 0, num_tokens - part.keys.shape[2])) for part in parts]
-        order = order.to(keys[0].device)
-        query, cls_key = (
-            None if getattr(parts[0], name) is None else torch.cat([getattr(part, name) for part in parts])[order]
-            for name in ("query", "cls_key")
+        order = order.to(parts[0].keys.device)
+
+        def of_parts(name: str, *behind: int) -> torch.Tensor | None:
+            tensors = [getattr(part, name) for part in parts]
+            if tensors[0] is None:
+                return None
+            if name in ("keys", "row", "received"):
+                missing = [num_tokens - part.keys.shape[2] for part in parts]
+                tensors = [
+                    nn.functional.pad(tensor, (*behind, 0, number))
+                    for tensor, number in zip(tensors, missing, strict=True)
+                ]
+            return torch.cat(tensors)[order]
+
+        return cls(
+            of_parts("query"), of_parts("cls_key"), of_parts("keys", 0, 0), of_parts("row"), of_parts("received")
         )
-        row = None
-        if parts[0].row is not None:
-            rows = [nn.functional.pad(part.row, (0, num_tokens - part.row.shape[2])) for part in parts]
-            row = torch.cat(rows)[order]
-        return cls(query, cls_key, torch.cat(keys)[order], row)

@@ -4,6 +4,7 @@ There is no text model in it, so that whoever has the prompt elsewhere (a servin
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from ..budget.schedule import BudgetOfUnits, BudgetSchedule
 from ..budget.selection import Selection
 from ..families.base import Units
 from ..prompt import VisualEmbeddings
-from ..reducers.bank import Step
+from ..reducers.bank import Step, require_trained_controller
 from .budget_token import BudgetToken
 from .encode import encode_image
 from .features import NativeDial, VisionFeatures, fingerprint
@@ -46,6 +47,11 @@ class VisualModel:
     """
     The visual half of a model, whose modules it uses and does not own. In training choices are sampled, with a
     gradient.
+
+    Args:
+        tower, projector, budget_token: of the model.
+        config: its configuration.
+        runs_everything: see [`PromptReductionMixin.runs_everything`].
     """
 
     def __init__(
@@ -54,10 +60,10 @@ class VisualModel:
         projector: nn.Module,
         budget_token: BudgetToken,
         config: AdaVTPConfig,
-        training: bool,
+        runs_everything: bool,
     ) -> None:
         self.tower, self.projector, self.budget_token = tower, projector, budget_token
-        self.config, self.training = config, training
+        self.config, self.runs_everything = config, runs_everything
 
     def encode_and_reduce(
         self,
@@ -85,6 +91,8 @@ class VisualModel:
         needs = {need for step in steps for need in step.reducer.needs}
         num_keep = budget.of_step(steps[0], units.sizes)
         features, selection = self._encode(pixel_values, schedule, units, num_keep, question)
+        # From here on all of it is where the placeholders are, wherever the parts of the model are.
+        features, selection = features.to(units.token.device), selection.to(units.token.device)
         features.sample, features.unit = units.sample, torch.arange(len(units.sizes))
         features.grids = torch.tensor(units.grids) if units.grids else None
         features.frames = torch.tensor(units.frames) if units.frames else None
@@ -102,8 +110,10 @@ class VisualModel:
                 continue
             self._require_no_gates(selection, step)
             keeps_all = num_keep is not None and bool((num_keep >= entering).all())
-            if not self.training and keeps_all and step.reducer.is_exact:
+            if not self.runs_everything and keeps_all and step.reducer.is_exact:
                 continue
+            if step.reducer.training or not keeps_all:
+                require_trained_controller(step, self.config, step.reducer.training)
             if step.reducer.stage == "projector" and not is_projected:
                 features, is_projected = self._projected(features, "tower_patches" in needs), True
             features, selection = self._reduced(step, features, selection, num_keep)
@@ -154,7 +164,7 @@ class VisualModel:
         if self.config.keep_cls:
             embeds = torch.cat([features.cls, embeds], dim=1)
             is_left = nn.functional.pad(is_left, (1, 0), value=True)
-        embeds = embeds if tokens.is_projected else self.projector(embeds)
+        embeds = embeds if tokens.is_projected else self.projector(embeds).to(is_left.device)
         return VisualEmbeddings(embeds[is_left]), column_stays
 
     def keeps_whole_units(self, units: Units, schedule: BudgetSchedule) -> bool:
@@ -165,7 +175,7 @@ class VisualModel:
             asks_budget = asks_budget or "budget" in step.reducer.needs
             if step.reducer.stage != "decoder" and (num_keep is None or bool((num_keep < units.sizes).any())):
                 return False
-        return not self.training and not (asks_budget and self._patches_see_budget)
+        return not self.runs_everything and not (asks_budget and self._patches_see_budget)
 
     @property
     def _patches_see_budget(self) -> bool:
@@ -182,7 +192,7 @@ class VisualModel:
         self, step: Step, features: VisionFeatures, earlier: Selection, num_keep: torch.Tensor | None
     ) -> tuple[VisionFeatures, Selection]:
         """One step between tower and decoder."""
-        left, selection = reduce_tokens(step.name, step.reducer, features, num_keep)
+        left, selection = reduce_tokens(step.name, step.reducer, features, num_keep, self.runs_everything)
         if selection.features is None and earlier.features is not None:
             selection.features = left.patches
         selection.settings = selection.settings or earlier.settings
@@ -201,6 +211,24 @@ class VisualModel:
         question: torch.Tensor | None,
     ) -> tuple[VisionFeatures, Selection]:
         """The tower's tokens, reduced on the way if the first step acts there."""
+        return self._run_tower(pixel_values, units.is_token, schedule, units, num_keep, question)
+
+    def _acts_in_tower(self, schedule: BudgetSchedule, units: Units, num_keep: torch.Tensor | None) -> bool:
+        """Whether tokens leave, or have gates, inside the tower."""
+        if schedule.steps[0].reducer.stage != "encoder":
+            return False
+        return self.runs_everything or not bool((num_keep == units.sizes).all())
+
+    def _run_tower(
+        self,
+        pixel_values: torch.Tensor,
+        is_token: torch.Tensor,
+        schedule: BudgetSchedule,
+        units: Units,
+        num_keep: torch.Tensor | None,
+        question: torch.Tensor | None,
+    ) -> tuple[VisionFeatures, Selection]:
+        """As `_encode`; `is_token` `[num_units, patches of the tower]` bool on the CPU says which are tokens."""
         size = self.config.vision_config.image_size
         if tuple(pixel_values.shape[-2:]) != (size, size):
             raise ValueError(
@@ -208,23 +236,19 @@ class VisualModel:
                 f"{size} pixels a side."
             )
         steps, first = schedule.steps, schedule.steps[0].reducer
-        fraction, meets_budget = self._budget_fraction(schedule, units)
-        if fraction is not None:
-            fraction = fraction.to(input_device(self.tower, pixel_values))
         attention_layers = wanted_layers(steps)
-        if question is None and meets_budget and self.config.question_aware:
-            question = fraction.new_zeros(len(fraction), self.config.text_config.hidden_size, dtype=self.tower.dtype)
-        arguments = {
-            "budget_token": self.budget_token if meets_budget else None,
-            "budget": fraction,
-            "question": question if self.config.question_aware else None,
-        }
-        if first.stage != "encoder" or (not self.training and bool((num_keep == units.sizes).all())):
+        told = self._told_of_budget(schedule, units, question, input_device(self.tower, pixel_values))
+        if not self._acts_in_tower(schedule, units, num_keep):
             features = encode_image(
-                self.tower, pixel_values, self.config, **arguments, attention_layers=attention_layers
+                self.tower,
+                pixel_values,
+                self.config,
+                **told,
+                attention_layers=attention_layers,
+                received_layers=wanted_layers(steps, "received"),
             )
             # What the tower makes beyond a unit's own tokens is none of them.
-            is_token = units.is_token.to(features.positions.device)
+            is_token = is_token.to(features.positions.device)
             size = is_token.shape[1]
             positions = features.positions[:, :size].masked_fill(~is_token, -1)
             features = replace(features, patches=features.patches[:, :size], positions=positions, num_patches=size)
@@ -234,12 +258,26 @@ class VisualModel:
                 f"{steps[0].name!r} changes the tokens inside the tower, and another reducer of this stack reads the "
                 "attention of the whole tower; use one of them."
             )
-        return reduce_in_tower(self.tower, first, pixel_values, self.config, num_keep, units.sizes, **arguments)
+        return reduce_in_tower(self.tower, first, pixel_values, self.config, num_keep, is_token, **told)
+
+    def _told_of_budget(
+        self, schedule: BudgetSchedule, units: Units, question: torch.Tensor | None, device: torch.device
+    ) -> dict[str, Any]:
+        """What the budget token is made of, as [`encode_image`] takes it; nothing where the budget takes no part."""
+        fraction, takes_part = self._budget_fraction(schedule, units)
+        if not takes_part:
+            return {}
+        asked = self.budget_token.question_proj
+        if asked is None:
+            question = None
+        elif question is None:
+            question = torch.zeros(len(fraction), asked.in_features, dtype=asked.weight.dtype, device=device)
+        return {"budget_token": self.budget_token, "budget": fraction.to(device), "question": question}
 
     def _budget_fraction(self, schedule: BudgetSchedule, units: Units) -> tuple[torch.Tensor | None, bool]:
         """
         The share of tokens `[num_units]` that the reducer which meets the budget leaves, and whether the budget takes
-        part at all. In training it does whatever its value, so that every rank of a sharded model runs the same.
+        part at all. In training it does whatever its value, and where every rank of a sharded model runs the same.
         """
         asking = [number for number, step in enumerate(schedule.steps) if "budget" in step.reducer.needs]
         if not asking:
@@ -250,22 +288,20 @@ class VisualModel:
         for step in schedule.steps[: asking[0] + 1]:
             count = planned.of_step(step, left)
             left = left if count is None else count
-        keeps_everything = not self.training and bool((left == units.sizes).all())
+        keeps_everything = not self.runs_everything and bool((left == units.sizes).all())
         fraction = (left.double() / units.sizes).float()
         return fraction, self._patches_see_budget or not keeps_everything
 
     def _projected(self, features: VisionFeatures, with_tower_patches: bool) -> VisionFeatures:
         """The tokens, and CLS, in the decoder's space."""
         cls = None if features.cls is None else self.projector(features.cls)
-        patches = self.projector(features.patches)
-        return replace(
-            features, patches=patches, cls=cls, tower_patches=features.patches if with_tower_patches else None
-        )
+        patches, tower_patches = self.projector(features.patches), features.patches if with_tower_patches else None
+        return replace(features, patches=patches, cls=cls, tower_patches=tower_patches).to(features.positions.device)
 
 
-def wanted_layers(steps: list[Step]) -> list[int]:
-    """The tower layers whose attention a stack reads."""
-    reading = [step.reducer for step in steps if "attention" in step.reducer.needs]
+def wanted_layers(steps: list[Step], need: str = "attention") -> list[int]:
+    """The tower layers whose attention a stack reads, or of which it needs how much each token receives."""
+    reading = [step.reducer for step in steps if need in step.reducer.needs]
     return sorted({layer for reducer in reading for layer in reducer.attention_layers})
 
 

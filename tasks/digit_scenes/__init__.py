@@ -28,6 +28,7 @@ scenes of a larger set are the smaller set.
 True
 """
 
+from ..splits import SPLITS
 from .dataset import load_digit_questions, load_digit_scenes
 from .drawing import draw_scene
 from .handwriting import digit_instances
@@ -37,7 +38,6 @@ from .scene import (
     BACKGROUND_DIGIT,
     COLOUR_VALUES,
     COLOURS,
-    SPLITS,
     Scene,
     SceneObject,
     patch_labels,

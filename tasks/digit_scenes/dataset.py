@@ -3,44 +3,34 @@
 What was built once is read back from the cache of `datasets`.
 """
 
-import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import List, Value
-from PIL import Image
+from datasets import List
 
+from ..rows import NUMBER, QUESTION_FEATURES, TEXT, built, conversation, encoded_image
+from ..splits import random_numbers, require_at_least, split_number
 from .drawing import draw_scene
 from .questions import QUESTION_KINDS, ask_questions, caption, require_kinds
-from .scene import patch_labels, random_numbers, require_at_least, require_image_size, split_number
+from .scene import patch_labels, require_image_size
 
 DATASET_PATCH_SIZE = 8
 # Part of what the cache is keyed by. Raise it whenever a change alters what is drawn or asked: otherwise scenes built
 # by the old code would be read back.
 _RECIPE = 1
 
-_TEXT, _NUMBER = Value("string"), Value("int64")
 _SCENE_FEATURES = datasets.Features(
     {
         "image": datasets.Image(),
-        "caption": _TEXT,
-        "objects": List({"digit": _NUMBER, "colour": _TEXT, "box": List(_NUMBER)}),
-        "questions": List(_TEXT),
-        "answers": List(_TEXT),
-        "kinds": List(_TEXT),
-        "patch_digits": List(_NUMBER),
-        "patch_colours": List(_NUMBER),
-    }
-)
-_QUESTION_FEATURES = datasets.Features(
-    {
-        "images": List(datasets.Image()),
-        "messages": List({"role": _TEXT, "content": List({"type": _TEXT, "text": _TEXT})}),
-        "question": _TEXT,
-        "answer": _TEXT,
-        "kind": _TEXT,
+        "caption": TEXT,
+        "objects": List({"digit": NUMBER, "colour": TEXT, "box": List(NUMBER)}),
+        "questions": List(TEXT),
+        "answers": List(TEXT),
+        "kinds": List(TEXT),
+        "patch_digits": List(NUMBER),
+        "patch_colours": List(NUMBER),
     }
 )
 
@@ -74,8 +64,8 @@ def load_digit_scenes(
         ValueError: if an argument is outside what is allowed.
     """
     require_at_least("num_scenes", num_scenes, 1)
-    asked = {"count": num_scenes, "split": split, "seed": seed, "image_size": image_size, "recipe": _RECIPE}
-    return _built(_generate_scenes, _SCENE_FEATURES, asked, kinds, cache_dir)
+    asked = _arguments(num_scenes, split, seed, image_size, kinds)
+    return built(_generate_scenes, _SCENE_FEATURES, asked, cache_dir)
 
 
 def load_digit_questions(
@@ -103,29 +93,17 @@ def load_digit_questions(
         ValueError: if an argument is outside what is allowed.
     """
     require_at_least("num_questions", num_questions, 1)
-    asked = {"count": num_questions, "split": split, "seed": seed, "image_size": image_size, "recipe": _RECIPE}
-    return _built(_generate_questions, _QUESTION_FEATURES, asked, kinds, cache_dir)
+    asked = _arguments(num_questions, split, seed, image_size, kinds)
+    return built(_generate_questions, QUESTION_FEATURES, asked, cache_dir)
 
 
-def _built(
-    generate: Callable[..., Iterator[dict[str, Any]]],
-    features: datasets.Features,
-    asked: dict[str, Any],
-    kinds: Sequence[str] | None,
-    cache_dir: str | Path | None,
-) -> datasets.Dataset:
-    split_number(asked["split"])
-    require_at_least("seed", asked["seed"], 0)
-    require_image_size(asked["image_size"])
+def _arguments(count: int, split: str, seed: int, image_size: int, kinds: Sequence[str] | None) -> dict[str, Any]:
+    split_number(split)
+    require_at_least("seed", seed, 0)
+    require_image_size(image_size)
     require_kinds(kinds or ())
-    return datasets.Dataset.from_generator(
-        generate,
-        features=features,
-        cache_dir=None if cache_dir is None else str(cache_dir),
-        # Absent where it is `None`: it is part of what the cache is keyed by.
-        gen_kwargs=asked | ({"kinds": tuple(kinds)} if kinds else {}),
-        split=datasets.NamedSplit(asked["split"]),
-    )
+    asked = {"count": count, "split": split, "seed": seed, "image_size": image_size, "recipe": _RECIPE}
+    return asked | {"kinds": tuple(kinds) if kinds else None}
 
 
 def _generate_scenes(
@@ -140,7 +118,7 @@ def _generate_scenes(
         asked = ask_questions(scene, rng, kinds or (*QUESTION_KINDS, *more))
         digits, colours = patch_labels(scene, DATASET_PATCH_SIZE)
         yield {
-            "image": _encode(scene.image),
+            "image": encoded_image(scene.image),
             "caption": caption(scene),
             "objects": [{"digit": item.digit, "colour": item.colour, "box": item.box} for item in scene.objects],
             "questions": [item.question for item in asked],
@@ -158,19 +136,4 @@ def _generate_questions(
         scene = draw_scene(split, index, seed, image_size)
         rng = random_numbers(split, index, seed, for_questions=True)
         (item,) = ask_questions(scene, rng, [kinds[index % len(kinds)]])
-        prompt = [{"type": "image", "text": None}, {"type": "text", "text": item.question}]
-        reply = [{"type": "text", "text": item.answer}]
-        yield {
-            "images": [_encode(scene.image)],
-            "messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}],
-            "question": item.question,
-            "answer": item.answer,
-            "kind": item.kind,
-        }
-
-
-def _encode(image: Image.Image) -> dict[str, bytes | None]:
-    buffer = io.BytesIO()
-    # The noise hardly compresses, so that a higher level would cost time and save next to nothing.
-    image.save(buffer, format="PNG", compress_level=1)
-    return {"bytes": buffer.getvalue(), "path": None}
+        yield conversation(scene.image, item.question, item.answer, item.kind)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ..splits import random_numbers
 from .handwriting import Stamp, digit_instances, shape_stamp
 from .scene import (
     COLOUR_VALUES,
@@ -14,7 +15,6 @@ from .scene import (
     Box,
     Scene,
     SceneObject,
-    random_numbers,
     relation_distance,
     require_image_size,
 )

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from .scene import split_number
+from ..splits import split_number
 
 # Where the shares of train and validation end; the rest is test.
 _SPLIT_ENDS = (0.7, 0.8)

@@ -1,9 +1,11 @@
-"""What a digit scene is: a picture with digits on it, what its patches show, and which random numbers draw it."""
+"""What a digit scene is: a picture with digits on it, and what its patches show."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
+
+from ..splits import is_whole
 
 COLOUR_VALUES: dict[str, tuple[int, int, int]] = {
     "red": (238, 32, 36),
@@ -20,7 +22,6 @@ COLOUR_VALUES: dict[str, tuple[int, int, int]] = {
 COLOURS: tuple[str, ...] = tuple(COLOUR_VALUES)
 """Colour names; a colour's place here is its index in the patch labels."""
 
-SPLITS: tuple[str, ...] = ("train", "validation", "test")
 # Labels of a patch that no digit covers.
 BACKGROUND_DIGIT, BACKGROUND_COLOUR = 10, len(COLOURS)
 _PATCH_COVERAGE = 0.2
@@ -110,38 +111,6 @@ def patch_labels(scene: Scene, patch_size: int) -> tuple[np.ndarray, np.ndarray]
 def relation_distance(image_size: int) -> float:
     """How many pixels two digits' middles are apart, at least, for one to be left of or above the other."""
     return _RELATION_DISTANCE * image_size / SMALLEST_IMAGE_SIZE
-
-
-def random_numbers(split: str, index: int, seed: int, for_questions: bool = False) -> np.random.Generator:
-    """
-    What a scene is drawn from, or its questions: a stream of their own, so that a new kind of question leaves the
-    pictures as they are.
-
-    Raises:
-        ValueError: if the split is unknown, or a number is not whole or below 0.
-    """
-    numbers = [seed, split_number(split), index]
-    require_at_least("index", index, 0)
-    require_at_least("seed", seed, 0)
-    return np.random.default_rng([*numbers, 1] if for_questions else numbers)
-
-
-def split_number(split: str) -> int:
-    """The split's place in `SPLITS`. Raises `ValueError` for an unknown one."""
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}; allowed are {', '.join(SPLITS)}")
-    return SPLITS.index(split)
-
-
-def is_whole(value: object) -> bool:
-    """Whether a value is a whole number, which `True` is not."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def require_at_least(name: str, value: int, least: int) -> None:
-    """Raises `ValueError` for what is no whole number from `least`."""
-    if not is_whole(value) or value < least:
-        raise ValueError(f"{name} is {value!r}; allowed are whole numbers from {least}")
 
 
 def require_image_size(image_size: int) -> None:

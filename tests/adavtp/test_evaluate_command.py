@@ -223,7 +223,8 @@ def test_two_processes_killed_and_begun_again_leave_the_same_file_as_one(whole: 
     assert untimed(folder) == untimed(whole.folder)
     assert not list(lines_of_processes(folder))
     assert printed.read_text().count("95% CI") == 1
-    assert {path.name for path in (folder / "pictures").iterdir()} == {f"{index}.png" for index in range(12)}
+    shown = {f"{index}.{kind}" for index in range(12) for kind in ("png", "json")}
+    assert {path.name for path in (folder / "pictures").iterdir()} == shown
 
 
 def test_python_gets_the_finished_run(tmp_path: Path) -> None:
@@ -245,9 +246,20 @@ def test_a_folder_of_another_family_is_evaluated_and_reported_by_what_its_prompt
     assert seen == {("full", 1.0): 80, ("random", 0.4): 30, ("random", 4): 20, ("random", 115 / 576): 15}
     assert {(answer.num_keep, answer.flops) for answer in finished.answers()} == {(None, None)}
     assert all("frames of a video" in row["reason"] for row in finished.header["unreachable"])
-    assert (output / "pictures" / "5.png").is_file()
+    shown, grids = finished.shown_image(5)
+    assert len(shown.places) == 5 and grids == [(4, 4)] * 5
+    assert {len(answer.layers_seen) for answer in finished.answers()} == {80}
     report = CliRunner().invoke(app, ["report", str(output), "--output", str(tmp_path / "report")])
     assert report.exit_code == 0, report.output
     text = (tmp_path / "report" / "report.md").read_text()
     assert "FLOPs are not counted" in text and "| budget 0.199653 | budget 0.4 | K = 4 |" in text
     assert "| `random` (control) | 0.4 | 30.0 |" in text
+
+
+def test_a_family_without_chats_is_evaluated_by_single_questions(tmp_path: Path) -> None:
+    folder, output = family_folder("paligemma", tmp_path / "model"), tmp_path / "run"
+    settings = ["--budgets", "0.4", "--reducers", "full", "random", "--questions", 6]
+    result = run(folder, *settings, "--max-new-tokens", 2, "--output", output)
+    assert result.exit_code == 0, result.output
+    seen = {answer.setting: answer.visual_tokens for answer in Run.open(output).answers()}
+    assert seen == {("full", 1.0): 16, ("random", 0.4): 6}

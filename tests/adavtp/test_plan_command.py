@@ -99,7 +99,7 @@ def test_tables_say_what_is_assumed_and_what_does_not_fit() -> None:
     text = " ".join(result.output.split())
     assert "DOES NOT FIT" in text
     assert "utilisation is an assumption" in text and "no measured overhead" in text
-    for part in ("weights", "gradients", "optimizer", "decoder", "reserve", "vision", "plain LLaVA"):
+    for part in ("weights", "gradients", "optimizer", "decoder", "reserve", "vision", "plain model"):
         assert part in text
 
 

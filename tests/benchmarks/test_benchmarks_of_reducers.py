@@ -54,7 +54,7 @@ def test_every_registered_method_is_measured(tmp_path: Path) -> None:
             assert row["peak_bytes"] > 0
             assert len(row["seconds"]["repeats"]) == 2
             assert set(row["seconds"]) == set(row["share_of_tower"]) == SPREAD
-            assert row["target_share"] == (0.05 if name in ("divprune", "cdpruner") else 0.02)
+            assert row["target_share"] == (0.05 if name in ("divprune", "cdpruner", "scope") else 0.02)
             assert row["meets_target"] == (row["share_of_tower"]["median"] <= row["target_share"])
             assert ("whole_run_by_tower" in row) == (row["stage"] == "encoder")
             assert ("share_of_decoder_layer" in row) == (row["stage"] == "decoder")
@@ -89,8 +89,8 @@ def test_own_seconds_are_those_beyond_what_would_run_anyway(
 
 @torch.no_grad()
 def test_methods_read_the_attention_of_the_tower_that_is_timed(parts: reducers.Parts, scene: reducers.Scene) -> None:
-    seen = encode_image(parts.tower, scene.pixel_values, parts.config, attention_layers=(2, 3))
-    assert set(scene.entering) == {2, 3}
+    seen = encode_image(parts.tower, scene.pixel_values, parts.config, attention_layers=(1, 2, 3))
+    assert set(scene.entering) == {1, 2, 3}
     torch.testing.assert_close(scene.features["vision"].patches, seen.patches)
     for layer, entering in scene.entering.items():
         attention = TowerAttention.of_layer(tower_layers(parts.tower)[layer], entering, has_cls=True)

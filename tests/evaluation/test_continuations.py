@@ -1,12 +1,14 @@
 """What follows a prompt, generated or scored, against steps taken one by one; and how settings are written."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from transformers import PreTrainedModel
 
 from adavtp import AdaVTPForConditionalGeneration, AdaVTPProcessor
 from adavtp.commands.console import reference_checkpoint
@@ -60,6 +62,15 @@ def steps_forced(
     return total, all(int(row.argmax()) == token for row, token in zip(logits, ids, strict=True))
 
 
+@contextmanager
+def columns_of_logits(model: PreTrainedModel) -> Iterator[list[int]]:
+    """For every run of the model's head inside the `with`, of how many columns of a prompt it made logits."""
+    made: list[int] = []
+    handle = model.lm_head.register_forward_hook(lambda _, args, logits: made.append(logits.shape[1]))
+    yield made
+    handle.remove()
+
+
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: f"{setting.label}-{setting.budget}")
 def test_a_scored_continuation_has_the_log_probability_of_saying_it_step_by_step(
     model: AdaVTPForConditionalGeneration, processor: AdaVTPProcessor, scene: Image.Image, setting: Setting
@@ -68,7 +79,10 @@ def test_a_scored_continuation_has_the_log_probability_of_saying_it_step_by_step
     continuations = [" yes", " 4 of red 7", " no above", " no </s>"]
     images = [[scene], [scene, scene], [scene], []]
     prompts = [prompt_of(question, len(own)) for question, own in zip(questions, images, strict=True)]
-    scored = score_continuations(model, processor, prompts, continuations, images, setting)
+    with columns_of_logits(model) as made:
+        scored = score_continuations(model, processor, prompts, continuations, images, setting)
+    # Of the longest continuation, four tokens, and of the one before it.
+    assert made == [5]
     for prompt, continuation, own, one in zip(prompts, continuations, images, scored, strict=True):
         inputs = processor(images=[own] if own else None, text=[prompt], return_tensors="pt")
         ids = processor.tokenizer(continuation, add_special_tokens=False).input_ids
@@ -150,7 +164,10 @@ def test_other_families_score_and_continue_each_prompt_of_a_batch_as_alone(
         for own in images
     ]
     said = [" red", " 7", " there are two"]
-    scored = score_continuations(model, processor, prompts, said, images, setting)
+    with columns_of_logits(model) as made:
+        scored = score_continuations(model, processor, prompts, said, images, setting)
+    # Of the longest continuation, and of the token before it.
+    assert made == [1 + max(len(processor.tokenizer(text, add_special_tokens=False).input_ids) for text in said)]
     continued = generate_continuations(model, processor, prompts, images, setting, max_new_tokens=3, do_sample=False)
     for number, (prompt, answer, shown) in enumerate(zip(prompts, said, images, strict=True)):
         (alone,) = score_continuations(model, processor, [prompt], [answer], [shown], setting)

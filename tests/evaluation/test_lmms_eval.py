@@ -474,8 +474,14 @@ def test_statistics_are_never_written_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["chat", "simple"])
-def test_a_task_that_shows_videos_is_refused(form: str, forms: dict[str, Any]) -> None:
-    chat = [{"role": "user", "content": [{"type": "video", "url": "a.mp4"}, {"type": "text", "text": "?"}]}]
-    arguments = ("?", {}, lambda row: ["a.mp4"]) if form == "simple" else ("?", lambda row: chat, {})
-    with pytest.raises(ValueError, match="adavtp looks at images"):
+@pytest.mark.parametrize(("kind", "file"), [("video", "a.mp4"), ("audio", "a.wav")])
+def test_what_a_model_cannot_be_shown_is_refused(form: str, kind: str, file: str, forms: dict[str, Any]) -> None:
+    """Of videos LLaVA reads none; tests/with_video_packages has those that do."""
+    chat = [{"role": "user", "content": [{"type": kind, "url": file}, {"type": "text", "text": "?"}]}]
+    arguments = ("?", {}, lambda row: [file]) if form == "simple" else ("?", lambda row: chat, {})
+    refused = {
+        "video": "AdaVTPProcessor reads none",
+        "audio": "adavtp looks at images and videos|A task shows 'a.wav'",
+    }
+    with pytest.raises(ValueError, match=refused[kind]):
         forms[form].generate_until([request_of("generate_until", arguments, 0)])

@@ -1,4 +1,4 @@
-"""Exact match, POPE, ANLS, multiple choice, MME and relaxed accuracy against examples worked out by hand."""
+"""Exact match, POPE, ANLS, multiple choice, MME, relaxed accuracy and reading against examples worked out by hand."""
 
 from typing import Any
 
@@ -275,10 +275,62 @@ def test_relaxed_accuracy_says_how_many_are_exact() -> None:
     assert result == {"relaxed_accuracy": 0.5, "exact_match": 0.25}
 
 
+# Reading.
+
+
+@pytest.mark.parametrize(
+    ("prediction", "references", "score"),
+    [
+        ("KX office 42", ["KX office 42"], 1.0),
+        # One of 12 characters is another, one is missing, one is too many.
+        ("KX offlce 42", ["KX office 42"], 1 - 1 / 12),
+        ("KX ofice 42", ["KX office 42"], 1 - 1 / 12),
+        ("KX office 421", ["KX office 42"], 1 - 1 / 12),
+        # Case matters, space does not.
+        ("kX", ["KX"], 1 / 2),
+        (" KX\n 42", ["KX 42"], 1.0),
+        # An answer may be longer than what there is to read: CER 3, and no less than 0 of it is right.
+        ("KXKX", ["Q"], 0.0),
+        ("KX", ["QX", "KX"], 1.0),
+        ("", [""], 1.0),
+    ],
+)
+def test_character_accuracy(prediction: str, references: list[str], score: float) -> None:
+    assert score_examples("character_accuracy", [prediction], [references]) == [pytest.approx(score)]
+
+
+def test_the_character_error_rate_has_no_bound() -> None:
+    figures = compute("character_accuracy", ["KXKX", "42"], [["Q"], ["42"]])
+    assert figures == {"character_accuracy": 0.5, "character_error_rate": 2.0, "exact": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "score"),
+    [
+        ("KX 42 MB 17", "KX 42 MB 17", 1.0),
+        # In another order they are the same entries; with another value, one of two is there and one of two is right.
+        ("MB 17 KX 42", "KX 42 MB 17", 1.0),
+        ("KX 42 MB 18", "KX 42 MB 17", 0.5),
+        # One of two was read: precision 1, recall 1/2.
+        ("KX 42", "KX 42 MB 17", 2 / 3),
+        # A table's row: a key and its three values; two of them are right, of four that were read.
+        ("SP 41 59 05 06", "SP 41 59 04", 4 / 7),
+        # The same value under another key is another entry.
+        ("KX MB 42", "KX 42", 0.0),
+        ("", "KX 42", 0.0),
+        ("", "", 1.0),
+    ],
+)
+def test_entry_f1(prediction: str, reference: str, score: float) -> None:
+    assert score_examples("entry_f1", [prediction], [[reference]]) == [pytest.approx(score)]
+
+
 # All.
 
 
-@pytest.mark.parametrize("name", ["exact_match", "gqa_accuracy", "anls", "relaxed_accuracy"])
+@pytest.mark.parametrize(
+    "name", ["exact_match", "gqa_accuracy", "anls", "relaxed_accuracy", "character_accuracy", "entry_f1"]
+)
 def test_an_example_without_references_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="references of the prediction 'red' is empty; at least one is needed"):
         score_examples(name, ["red"], [[]])

@@ -2,18 +2,14 @@
 
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
 from PIL import Image
 
 from adavtp.configuration.configuration_adavtp import AdaVTPConfig
 from adavtp.evaluation.circumstances import checkpoint_hash
-from adavtp.evaluation.pictures import draw_kept_patches, patch_shares, save_gallery, save_kept_patches
+from adavtp.evaluation.pictures import save_gallery, save_kept_patches
 from adavtp.evaluation.reducer_table import as_trained, reducer_table, reducers_to_compare
 from adavtp.evaluation.runs import Run
 from adavtp.evaluation.settings import reducer_label
-from adavtp.modeling.budget.selection import Selection
 from adavtp.modeling.reducers.base import REDUCERS
 from run_folders import write_run
 from tiny_models import OF_LLAVA
@@ -48,22 +44,6 @@ def test_the_hash_is_of_configuration_and_weights(tmp_path: Path) -> None:
     second = checkpoint_hash(tmp_path)
     (tmp_path / "config.json").write_text('{"token_budget": 0.5}')
     assert len({first, second, checkpoint_hash(tmp_path)}) == 3
-
-
-def test_a_patch_that_more_layers_see_is_brighter() -> None:
-    keep = torch.ones(1, 16, dtype=torch.bool)
-    depth = torch.tensor([[4, 2, 0, 4] * 4])
-    assert patch_shares(Selection.from_keep(keep), 4).tolist() == [[1.0] * 16]
-    shares = patch_shares(Selection(keep, torch.arange(16)[None], depth=depth), 4)[0]
-    assert shares.tolist() == [1.0, 0.5, 0.0, 1.0] * 4
-    drawn = np.asarray(draw_kept_patches(Image.new("RGB", (32, 32), "white"), shares, scale=1))[4::8, 4::8, 0]
-    assert drawn.flatten().tolist() == [255, 150, 45, 255] * 4
-
-
-@pytest.mark.parametrize(("number", "value"), [(16, 2.0), (16, -0.5), (15, 1.0)])
-def test_what_is_no_share_or_no_square_cannot_be_drawn(number: int, value: float) -> None:
-    with pytest.raises(ValueError, match="`shares`"):
-        draw_kept_patches(Image.new("RGB", (32, 32)), torch.full((number,), value))
 
 
 def test_a_run_is_drawn_by_budgets_and_by_reducers_also_what_is_out_of_reach(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from adavtp.evaluation.report.blocks import Table, number_of
 from adavtp.evaluation.report.joined import join_runs
@@ -15,7 +16,8 @@ from adavtp.evaluation.report.numbers import report_numbers
 from adavtp.evaluation.report.page import report_page, viewed_examples
 from adavtp.evaluation.report.sections import report_sections
 from adavtp.evaluation.runs import Run
-from run_folders import NUM_LAYERS, NUM_PATCHES, write_run
+from adavtp.modeling.vision.shown_image import Place, ShownImage
+from run_folders import NUM_LAYERS, write_run
 
 SVG = '<?xml version="1.0"?>\n<svg width="72pt" height="36pt" viewBox="0 0 72 36"><text>adaptive</text></svg>\n'
 NASTY = "Is </script><b>this</b> & `that` \"a\" 'test'?"
@@ -151,7 +153,10 @@ def test_the_first_examples_are_shown_with_every_answer_and_what_was_kept(
     assert [one["id"] for one in viewed["examples"]] == ["q0", "q1", "q2"]
     assert viewed["examples"][1]["category"] == "count"
     assert (viewed["reducers"], viewed["budgets"]) == (["full", "adaptive", "random"], [4, 16])
-    assert (viewed["num_layers"], viewed["side"] ** 2) == (NUM_LAYERS, NUM_PATCHES)
+    assert viewed["num_layers"] == NUM_LAYERS
+    # Runs of earlier versions, as these are, show squares.
+    square = {"place": [0, 0, 1, 1], "grid": [4, 4], "begin": 0}
+    assert [(one["shape"], one["panels"]) for one in viewed["examples"]] == [([32, 32], [[square]])] * 3
     lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line["layers_seen"]]
     shown = {(one["reducer"], index): one for index in range(3) for one in viewed["examples"][index]["answered"]}
@@ -174,14 +179,24 @@ def test_pictures_may_come_from_another_run_of_the_same(tmp_path: Path, folder: 
     assert drawn == [[*("full", "adaptive", "random"), "grid"]] * 2 + [["full", "adaptive", "random"]]
 
 
-def test_patches_that_are_no_square_are_not_drawn(tmp_path: Path) -> None:
+def test_tiles_are_drawn_in_their_places_and_a_view_of_the_whole_beside_them(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", {("adaptive", 0.25): [1.0, 0.0]}, shown=1)
+    run = Run.open(folder)
+    places = [Place(0.0, 0.0, 1.0, 1.0), Place(0.0, 0.0, 1.0, 0.5), Place(0.0, 0.5, 1.0, 1.0)]
+    run.save_shown_image(0, ShownImage(Image.new("RGB", (32, 24)), places), [(2, 4), (1, 4), (1, 3)])
     first, second = (folder / "answers.jsonl").read_text().splitlines()
-    line = json.loads(first)
-    line["layers_seen"] += line["layers_seen"]
-    (folder / "answers.jsonl").write_text(json.dumps(line) + "\n" + second + "\n")
-    (text,) = [text for text in Page(page_of(folder)[0]).text["script"] if text.startswith("{")]
-    assert json.loads(text)["checkpoints"][0]["examples"][0]["answered"][0]["layers"] is None
+    for seen, is_drawn in (([4] * 8 + [0] * 7, True), ([4] * 16, False)):
+        line = json.loads(first) | {"layers_seen": seen}
+        (folder / "answers.jsonl").write_text(json.dumps(line) + "\n" + second + "\n")
+        (text,) = [text for text in Page(page_of(folder)[0]).text["script"] if text.startswith("{")]
+        (example,) = json.loads(text)["checkpoints"][0]["examples"]
+        tiles = [
+            {"place": [0, 0, 1, 0.5], "grid": [1, 4], "begin": 8},
+            {"place": [0, 0.5, 1, 1], "grid": [1, 3], "begin": 12},
+        ]
+        assert (example["shape"], example["panels"][0]) == ([32, 24], tiles)
+        assert example["panels"][1:] == [[{"place": [0, 0, 1, 1], "grid": [2, 4], "begin": 0}]]
+        assert (example["answered"][0]["layers"] is not None) == is_drawn
 
 
 def test_without_pictures_there_are_no_examples_to_look_at(tmp_path: Path) -> None:

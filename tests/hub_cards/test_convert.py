@@ -140,7 +140,7 @@ def test_logits_at_full_budget_are_those_of_stock_llava_with_the_same_weights(
     expected = logits_of(stock, inputs)[..., :vocab_size]
     assert torch.equal(logits_of(ours, inputs, token_budget=1.0)[..., :vocab_size], expected)
     # And not because everything is: fewer tokens change what is said.
-    fewer = logits_of(ours, inputs, token_budget=0.25)
+    fewer = logits_of(ours, inputs, token_budget=0.25, reducer="random")
     assert fewer.shape[1] == inputs["input_ids"].shape[1] - (NUM_PATCHES - 4)
     assert not torch.equal(fewer[:, -1, :vocab_size], expected[:, -1])
 
@@ -190,8 +190,8 @@ def test_every_weight_is_there_bit_for_bit_and_only_new_modules_beside(kind: str
 def test_a_budget_keeps_exactly_k_tokens_and_an_answer_comes(kind: str, made: Callable[[str], Made]) -> None:
     it = made(kind)
     inputs = it.processor.of_questions(image(), QUESTION)
-    assert it.model.select_tokens(**inputs, token_budget=0.4).keep.sum().item() == 6  # of 16
-    assert it.model.generate(image(), QUESTION, token_budget=0.4, max_new_tokens=4) is not None
+    assert it.model.select_tokens(**inputs, token_budget=0.4, reducer="random").keep.sum().item() == 6  # of 16
+    assert it.model.generate(image(), QUESTION, token_budget=0.4, reducer="random", max_new_tokens=4) is not None
     assert (inputs["input_ids"] == it.model.config.image_token_id).sum().item() == NUM_PATCHES
 
 
@@ -973,7 +973,7 @@ def test_the_folder_loads_and_answers_where_the_package_is_absent(made: Callable
 from PIL import Image
 from transformers import AutoModel
 model = AutoModel.from_pretrained({str(it.path)!r}, trust_remote_code=True)
-print(model.generate(Image.open("image.png"), {QUESTION!r}, token_budget=0.4, max_new_tokens=6))
+print(model.generate(Image.open("image.png"), {QUESTION!r}, token_budget=0.4, reducer="random", max_new_tokens=6))
 """
-    here = it.model.generate(image(), QUESTION, token_budget=0.4, max_new_tokens=6)
+    here = it.model.generate(image(), QUESTION, token_budget=0.4, reducer="random", max_new_tokens=6)
     assert run_without_package(code, tmp_path) == f"{here}\n" and here

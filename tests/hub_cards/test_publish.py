@@ -344,6 +344,10 @@ REFUSED = {
     ),
     "a pickle": (_only_a_pickle, "has no weights; a published folder needs weights in safetensors form"),
     "LLaVA": (_llava, "has a 'llava' model; expected is an 'adavtp' model; `adavtp convert` makes"),
+    "text alone": (
+        lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'),
+        "has a 'bert' model; expected is an 'adavtp' model. `model_type` is 'bert', and transformers",
+    ),
     "an adapter": (lambda folder: (folder / "adapter_config.json").write_text("{}"), "`adavtp merge` makes a whole"),
     "a missing shard": (_without_a_shard, "has no model-00002-of-00002.safetensors"),
     "no code": (lambda folder: shutil.rmtree(folder / "adavtp_code"), "has no code"),

@@ -624,7 +624,7 @@ def test_only_reducers_that_the_checkpoint_can_do_are_offered(checkpoint: Any) -
 
 
 @pytest.mark.parametrize("is_cut", [True, False])
-def test_another_family_is_looked_at_as_it_answers_and_drawn_where_its_images_are_whole(
+def test_another_family_is_looked_at_as_it_answers_and_drawn_where_its_tiles_lie(
     is_cut: bool, looking: ModuleType, tmp_path: Path
 ) -> None:
     folder = family_folder("idefics3", tmp_path / "model")
@@ -640,19 +640,12 @@ def test_another_family_is_looked_at_as_it_answers_and_drawn_where_its_images_ar
     model = AdaVTPForConditionalGeneration.from_pretrained(folder)
     said = model.generate(image, "Which digit is red?", token_budget=0.25, reducer="grid", max_new_tokens=64)
     assert look.answer == said
-    if is_cut:
-        assert look.picture is None and "tiles" in look.no_picture
-    else:
-        brightness = np.asarray(look.picture.convert("L").resize((4, 4), Image.Resampling.BOX))
-        assert look.no_picture is None and sorted(brightness.flatten().tolist()) == [46] * 12 + [255] * 4
-
-
-def test_dropped_patches_are_dark_and_half_seen_ones_half_so(looking: ModuleType) -> None:
-    # Patches of two pixels do not fill five by seven.
-    picture = looking.draw_kept_patches(torch.ones(3, 5, 7), torch.tensor([[1.0, 0.0, 1.0], [0.5, 1.0, 0.0]]), 2)
-    assert picture.size == (720, 480)
-    patches = np.asarray(picture)[120::240, 120::240, 0]
-    assert patches.tolist() == [[255, round(255 * 0.18), 255], [round(255 * 0.59), 255, round(255 * 0.18)]]
+    # Four tiles of sixteen tokens, and beside them the view of the whole.
+    side = 8 if is_cut else 4
+    tiles, view = look.picture.crop((0, 0, 480, 480)), look.picture.crop((495, 0, 735, 240))
+    for drawn, rows in ((tiles, side), (view, 4))[: 1 + is_cut]:
+        brightness = np.asarray(drawn.convert("L").resize((rows, rows), Image.Resampling.BOX))
+        assert sorted(brightness.flatten().tolist()) == [46] * (3 * rows**2 // 4) + [255] * (rows**2 // 4)
 
 
 # -- the folder and the command ---------------------------------------------------------------------------------------

@@ -104,7 +104,10 @@ def stock_and_ours(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tu
             folder = tmp_path_factory.mktemp(f"{vision}-{text}")
             stock = stock_llava(vision, text)
             stock.save_pretrained(folder)
-            made[vision, text] = (stock, AdaVTPForConditionalGeneration.from_pretrained(folder).eval())
+            ours = AdaVTPForConditionalGeneration.from_pretrained(folder).eval()
+            # Which tokens it keeps is of no interest, and that it keeps some.
+            ours.config.untrained_controller = False
+            made[vision, text] = (stock, ours)
         return made[vision, text]
 
     return make
@@ -639,6 +642,9 @@ REFUSED_FIELDS = {
     "place": ({"budget_token_place": "middle"}, ["'middle'", "'last'", "'first'"]),
     "position": ({"budget_position": "zero"}, ["'zero'", "'learned'", "'last_patch'"]),
     "head": ({"controller_head": "mlp"}, ["'mlp'", "'budget_token'", "'patch'", "'patch_budget'", "'dot'"]),
+    "choice": ({"controller_choice": "worst"}, ["'worst'", "'best'", "'spread'", "'mmr'"]),
+    "lambda above 1": ({"controller_mmr_lambda": 1.5}, ["1.5", "0 to 1"]),
+    "attention of the decoder": ({"visual_attention": "more"}, ["'more'", "'plain'", "'rescaled'"]),
     "temperature 0": ({"controller_temperature": 0.0}, ["0.0", "above 0"]),
     "temperature NaN": ({"controller_temperature": float("nan")}, ["nan", "above 0"]),
     "infinite temperature": ({"controller_temperature": float("inf")}, ["inf", "finite"]),

@@ -138,8 +138,10 @@ def turns(question: Any, answer: Any = "A bus.", **fields: Any) -> dict[str, Any
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "a video": (llava(video="a.mp4"), "`video` 'a.mp4', which is not read"),
-    "videos": (llava(videos=["a.mp4"]), "`videos`"),
+    "two videos": (llava(video="a.mp4", videos=["b.mp4"]), "`videos` \\['b.mp4'\\] and `video`"),
+    "a video's address": (llava(video_url="http://a.mp4"), "`video_url`"),
+    "a video that is a number": (llava(video=7), "a video is 7; expected is a path"),
+    "a video's times that are no number": (llava(video={"frames": ["a.png"], "fps": "2"}), "a video has `fps` '2'"),
     "audio": (llava(audio="a.wav"), "`audio`"),
     "audios": (llava(audios=[{"path": "a.wav"}]), "`audios`"),
     "tools": (llava(tools='[{"name": "f"}]'), "`tools`"),
@@ -157,10 +159,9 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "two forms of turns": (llava(messages=asking({"type": "image"})["messages"]), "`messages` and `conversations`"),
     "Qwen's image": (
         turns("<img>a.png</img>\nWhat is this?"),
-        "a turn says '<img>a.png</img>'; understood is <image>",
+        "a turn says '<img>a.png</img>'; understood in a turn that is text are <image>",
     ),
     "Swift's video": (turns("<video>a.mp4</video>What is this?"), "<video>a.mp4</video>"),
-    "a video's place": (turns("<video>\nWhat is this?"), "'<video>'"),
     "a sound's place": (turns("What is this?<audio>"), "'<audio>'"),
     "Qwen's tokens": (
         turns("<|vision_start|><|image_pad|><|vision_end|>What?"),
@@ -193,7 +194,9 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a turn's images": ({"messages": [{"role": "user", "content": "a", "images": ["a.png"]}]}, "`images`"),
     "a turn that is a number": (turns(7), "a turn says 7"),
     "a turn that is a list of words": (turns(["a"]), "a turn says \\['a'\\]"),
-    "a video's part": (asking({"type": "video", "video": "a.mp4"}), "`video` 'a.mp4'"),
+    "an image's part with a video": (asking({"type": "image", "video": "a.mp4"}), "`video` 'a.mp4'"),
+    "a part of a video": (asking({"type": "video", "video": "a.mp4", "video_start": 2.0}), "`video_start` 2.0"),
+    "a video's part with its own times": (asking({"type": "video", "video": "a.mp4", "fps": 2.0}), "`fps` 2.0"),
     "a sound's part": (asking({"type": "input_audio", "input_audio": {"data": ""}}), "`input_audio`"),
     "Anthropic's part": (asking({"type": "image", "source": {"type": "base64"}}), "`source`"),
     "a text part with an image": (asking({"type": "text", "text": "a", "path": "a.png"}), "a part of a message is"),
@@ -250,6 +253,55 @@ def test_what_would_be_learned_as_something_else_is_a_problem_and_fits_the_colum
         raise ValueError(row["problem"])
     # One row must not cost all others.
     assert row_features().encode_example(row)["id"] == row["id"]
+
+
+# One conversation about one video, and what the video is.
+FILE = {"bytes": None, "path": "/data/a.mp4", "frames": [], "fps": None}
+FRAMES = {"bytes": None, "path": None, "frames": [IN_FOLDER, EMBEDDED], "fps": None}
+VIDEOS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "LLaVA": (turns("<video>\nWhat is this?", image=None, video="a.mp4"), FILE),
+    "LLaVA by the image's placeholder": (llava(image=None, video="a.mp4"), FILE),
+    "LLaVA with a list": (turns("<video>What is this?", image=None, videos=["a.mp4"]), FILE),
+    "LLaVA with a file of datasets'": (
+        turns("<video>What is this?", image=None, video={"bytes": b"1", "path": "a.mp4"}),
+        FILE | {"bytes": b"1", "path": "a.mp4"},
+    ),
+    "transformers, path": (asking({"type": "video", "path": "a.mp4"}), FILE),
+    "transformers, video": (asking({"type": "video", "video": "a.mp4"}), FILE),
+    "OpenAI": (asking({"type": "video_url", "video_url": {"url": "a.mp4"}}), FILE),
+    "Swift": ({"messages": [{"role": "user", "content": "<video>What is this?"}, ANSWER], "videos": ["a.mp4"]}, FILE),
+    "without a place": ({"messages": [{"role": "user", "content": "What is this?"}, ANSWER], "video": "a.mp4"}, FILE),
+    "frames": (asking({"type": "video"}, videos=[["a.png", DATA_URL]]), FRAMES),
+    "frames with their times": (
+        asking({"type": "video"}, videos=[{"frames": ["a.png", DATA_URL], "fps": 2}]),
+        FRAMES | {"fps": 2.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("form", VIDEOS)
+def test_a_conversation_about_a_video_is_the_same_in_all_forms(form: str) -> None:
+    record, video = VIDEOS[form]
+    row = common_row(record, "a", "/data")
+    asked = [{"type": "video", "text": None}, {"type": "text", "text": "What is this?"}]
+    assert (row["problem"], row["images"], row["videos"]) == (None, [], [video])
+    assert row["messages"] == [{"role": "user", "content": asked}, ANSWERED]
+    assert row_features().encode_example(row)["videos"][0]["path"] == video["path"]
+
+
+def test_videos_and_images_stand_where_the_text_says() -> None:
+    record = turns("<image>before <video> between <image>", images=["a.png", "b.png"], image=None, videos=["a.mp4"])
+    row = common_row(record, "a", "/data")
+    kinds = [part["type"] for part in row["messages"][0]["content"]]
+    assert kinds == ["image", "text", "video", "text", "image"]
+    assert (len(row["images"]), row["videos"]) == (2, [FILE])
+
+
+def test_a_tar_s_videos_are_told_by_their_endings() -> None:
+    said = json.dumps(asking({"type": "image"}, {"type": "video"}))
+    members = [{"name": "json", "content": said.encode()}, {"name": "0.png", "content": png()}]
+    row = tar_row("k", [*members, {"name": "1.MP4", "content": b"1"}])
+    assert row["images"] == [EMBEDDED] and row["videos"] == [FILE | {"bytes": b"1", "path": None}]
 
 
 def test_what_only_looks_like_a_place_is_text() -> None:

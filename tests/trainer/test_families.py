@@ -1,6 +1,5 @@
 """Every family trains as LLaVA does: by the same collator, trainer and losses, through its own processor."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +9,21 @@ from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-from adavtp import AdaVTPTrainer, AdaVTPTrainingArguments, BudgetCollator
+from adavtp import AdaVTPForConditionalGeneration, AdaVTPTrainer, AdaVTPTrainingArguments, BudgetCollator
 from adavtp.modeling.parts import PARTS, never_run_in_tower, parts_of_names
+from adavtp.modeling.reducers.adaptive import VisionTokenController
 from adavtp.tasks.digit_scenes import load_digit_scenes
 from adavtp.trainer.adapter_folders import load_adapter
-from adavtp.trainer.adapters import add_adapters
+from adavtp.trainer.adapters import add_adapters, quantization
 from adavtp.trainer.data.budget_stream import BudgetStream
 from adavtp.trainer.data.processed import processed_lengths
 from adavtp.trainer.data.reader import ConversationReader, RejectedSample
 from adavtp.trainer.losses import visual_relevance
 from adavtp.trainer.sharded_models import layer_classes, require_same_modules
 from tiny_conversations import assistant, conversation_rows, picture, target_texts, user
-from tiny_families import FAMILIES, Writer, batch_of, with_budget
-from tiny_processors import END, PROCESSED, family_model, family_processor
-from tiny_trainers import EVERY_PART, losses_of, weights_of
+from tiny_families import FAMILIES, Writer, batch_of, family_config, stock_model, with_budget
+from tiny_processors import PROCESSED, family_model, family_processor, processor_parts
+from tiny_trainers import EVERY_PART, MadeBatches, losses_of, weights_of
 
 TRAINED = ("qwen2_5_vl", "llava_onevision", "internvl")
 ALL_LOSSES = {"lm": 0.5, "distillation": 2.0, "relevance": 0.25}
@@ -68,18 +68,21 @@ def family_trainer(
 
 
 def text_of(processor: ProcessorMixin, row: dict[str, Any]) -> str:
-    return processor.apply_chat_template(row["messages"])
+    """In the chat template, with the end that some templates do not write."""
+    text, end = processor.apply_chat_template(row["messages"]), processor.tokenizer.eos_token
+    return text if text.rstrip().endswith(end) else text.rstrip() + end
 
 
 @pytest.mark.parametrize("name", PROCESSED)
 def test_a_batch_is_what_the_family_s_processor_writes_and_the_answers_are_its_targets(name: str) -> None:
-    processor, rows = family_processor(name), rows_of_many_sizes()
+    processor, parts, rows = family_processor(name), processor_parts(name), rows_of_many_sizes()
     batch = BudgetCollator(processor)(rows)
     answers = [["red"], ["7"], ["4"], ["yes"], ["no", "4 , the largest"]]
     for number, (row, words) in enumerate(zip(rows, answers, strict=True)):
         ids, labels = batch["input_ids"][number].tolist(), batch["labels"][number].tolist()
         said = [text.strip() for text in target_texts(processor, ids, labels)]
-        assert said == [word + END.get(name, "<|im_end|>") for word in words]
+        end, eos = parts.end, "" if parts.end == parts.eos else parts.eos
+        assert said == [word + end + eos * (word == words[-1]) for word in words]
         alone = processor(images=[row["images"]] if row["images"] else None, text=[text_of(processor, row)])
         length = int(batch["attention_mask"][number].sum())
         assert ids[:length] == list(alone["input_ids"][0]) and set(ids[length:]) <= {processor.tokenizer.pad_token_id}
@@ -125,9 +128,16 @@ def test_a_row_whose_images_are_not_those_of_its_messages_is_an_error() -> None:
 # Which parts there are
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_parameter_is_of_one_part_and_gets_a_gradient_unless_it_never_runs(name: str) -> None:
-    model, writer = with_budget(name).train(), Writer(name)
+# InternVL reads its last layer behind a norm, and others before it.
+NORMED = {"vision_config": {**family_config("internvl").vision_config.to_dict(), "use_mean_pooling": False}}
+MADE = [*((name, {}) for name in FAMILIES), *(("internvl", NORMED | {"vision_feature_layer": at}) for at in (-1, -2))]
+
+
+@pytest.mark.parametrize(("name", "fields"), MADE)
+def test_every_parameter_is_of_one_part_and_gets_a_gradient_unless_it_never_runs(
+    name: str, fields: dict[str, Any]
+) -> None:
+    model, writer = with_budget(name, **fields).train(), Writer(name)
     part_of, never_run = parts_of_names(model), never_run_in_tower(model)
     for prompts in ([writer.prompt(), writer.prompt(images=())], [writer.prompt(images=())]):
         model.zero_grad()
@@ -163,6 +173,25 @@ def test_text_alone_has_the_loss_of_the_stock_class_with_the_tower_in_its_gradie
     evaluated = model(**batch, labels=labels)
     trained = model.train()(**batch, labels=labels, token_budget=0.5)
     assert torch.equal(trained.loss, evaluated.loss) and torch.equal(trained.logits, evaluated.logits)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_in_four_bits_are_the_decoder_s_linear_layers_and_nothing_else(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    stock = stock_model(name)
+    stock.save_pretrained(tmp_path)
+    model = AdaVTPForConditionalGeneration.from_pretrained(
+        tmp_path, quantization_config=quantization("nf4", torch.float32), dtype=torch.float32
+    )
+    in_four_bits = {key for key, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+    decoder = {id(module) for module in stock.get_decoder().modules() if type(module) is nn.Linear}
+    assert in_four_bits == {key for key, module in stock.named_modules() if id(module) in decoder} != set()
+    others = {p.dtype for key, p in model.named_parameters() if key.removesuffix(".weight") not in in_four_bits}
+    assert others == {torch.float32}
+    batch = batch_of(name, [Writer(name).prompt()])
+    with torch.no_grad():
+        logits = torch.stack([run(**batch).logits[0, -1].float() for run in (stock, model)])
+    assert torch.corrcoef(logits)[0, 1] > 0.8
 
 
 # Training
@@ -245,28 +274,19 @@ def test_adapters_of_a_family_train_and_are_saved_loaded_and_merged(tmp_path: Pa
     assert any(".language_model.layers.3." in key for key in adapted)
 
 
-def test_processes_that_share_parameters_take_what_runs_the_same_modules() -> None:
+def test_processes_that_share_parameters_take_what_runs_the_same_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in FAMILIES:
         model = with_budget(name)
         assert len(layer_classes(model)) == 2
         require_same_modules(model, is_fsdp=True)
+        require_same_modules(model, is_fsdp=False)
+    monkeypatch.setattr(VisionTokenController, "takes_padding", False)
     require_same_modules(with_budget("internvl"), is_fsdp=False)
     with pytest.raises(ValueError, match="runs once for every size of image"):
         require_same_modules(with_budget("qwen2_5_vl"), is_fsdp=False)
 
 
 # Learning
-
-
-@dataclass
-class MadeBatches:
-    """A collator of batches that were made before: images take longer to prepare than these models to train."""
-
-    budgets: BudgetStream
-
-    def __call__(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        (batch,) = rows
-        return dict(batch)
 
 
 def scenes_of_digits(split: str, num_scenes: int, folder: Path) -> list[dict[str, Any]]:
@@ -328,7 +348,7 @@ def test_a_controller_learns_to_choose_on_another_family(tmp_path: Path) -> None
         return float(outputs.loss), float(is_right.float().mean())
 
     model.set_reducer("random")
-    losses = train((0.3, 1.0), max_steps=160, warmup_steps=20, learning_rate=6e-3, train_parts=EVERY_PART[1:])
+    losses = train((0.1, 1.0), max_steps=160, warmup_steps=20, learning_rate=6e-3, train_parts=EVERY_PART[1:])
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
     model.set_reducer("adaptive")
     untrained, untrained_right = loss_and_share_right("adaptive")
@@ -343,5 +363,5 @@ def test_a_controller_learns_to_choose_on_another_family(tmp_path: Path) -> None
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
     learned, learned_right = loss_and_share_right("adaptive")
     random, random_right = loss_and_share_right("random")
-    assert learned < 0.85 * random and learned < 0.95 * untrained
-    assert learned_right > random_right + 0.1 and learned_right > untrained_right
+    assert learned < 0.95 * random and learned < 0.95 * untrained
+    assert learned_right > random_right + 0.05 and learned_right > untrained_right + 0.05

@@ -19,6 +19,7 @@ from adavtp.trainer.whole_checkpoints import FILE_LIST, require_whole
 from forked_processes import Forks, as_launched
 from repository import FIXTURES
 from tiny_conversations import conversation_rows, digit_model, digit_processor
+from tiny_families import Writer, batch_of, with_budget
 from tiny_processors import family_model, family_processor
 from tiny_trainers import EVERY_PART, differing, weights_in, weights_of
 from training_process import rows_with_text_on_one_process
@@ -32,11 +33,9 @@ DEEPSPEED_BY_ARGUMENT = ("zero2", "zero3")
 # How one process and FSDP2's go on, test_interrupted_training.py says.
 RESUMED = ("ddp", "zero3")
 ATTENTION = {"gradient_gates": "attention"}
-# Families, and what trains of them: noise in the choice is drawn tile by tile, and Qwen's images have none.
-FAMILIES = {"internvl": EVERY_PART, "qwen2_vl": ["projector", "vision", "decoder"]}
-# With ZeRO-3 images have to be of one size. Of Qwen2.5-VL and later the stock class says that its loss is a mean over
+# Whose images are of one size, and of any. Of Qwen2.5-VL and later the stock class says that its loss is a mean over
 # each process's own targets, so that two processes have another one.
-FAMILIES_OF = {"ddp": ("internvl", "qwen2_vl"), "fsdp2": ("internvl", "qwen2_vl"), "zero3": ("internvl",)}
+FAMILIES = ("internvl", "qwen2_vl")
 ALL_LOSSES = {"lm": 0.5, "distillation": 2.0, "relevance": 0.25}
 # What is trained, in both forms. "gather": rows of other lengths on each process, accumulated over two batches, with
 # clipped gradients, Adam, and layers that are computed again in the backward pass.
@@ -72,9 +71,13 @@ def runs_in(folder: Path, start: Path, num_processes: int) -> list[dict[str, Any
         # As the recipe for LLaVA begins: the controller alone, with gates inside attention.
         run("controller", "mask", {"train_parts": ["controller"]}, model=ATTENTION),
     ]
-    for name in FAMILIES_OF.get(folder.name, FAMILIES):
+    for name in FAMILIES:
         place = {"family": name, "start_from": str(start.parent / name), "is_evaluated": True}
-        runs.append(run(name, "gather", {"train_parts": FAMILIES[name]}) | place)
+        runs.append(run(name, "gather") | place)
+    if num_processes > 1:
+        place = {"family": "qwen2_vl", "start_from": str(start.parent / "watching"), "is_evaluated": True}
+        fields = place | {"batches": str(start.parent / "batches")}
+        runs.append(run("videos", "gather", {"per_device_train_batch_size": 1}) | fields)
     if folder.name in RESUMED:
         runs.append(run("resumed", "gather", resume=str(folder / "gather" / "checkpoint-1")))
     if folder.name in ("alone", "ddp"):
@@ -83,6 +86,23 @@ def runs_in(folder: Path, start: Path, num_processes: int) -> list[dict[str, Any
     for stage in DEEPSPEED_BY_ARGUMENT if folder.name == "ddp" else ():
         runs.append(run(stage, "mask", {"deepspeed": str(LAUNCH / f"{stage}.json")}))
     return runs
+
+
+def batches_of_several_kinds() -> list[dict[str, torch.Tensor]]:
+    """
+    Batches of one prompt. Read in turn by two processes, one has images where the other has a video, both where it has
+    none, and both where it has text.
+    """
+    image, video = {"images": ((2, 3),), "videos": ()}, {"images": (), "videos": ((2, 2, 2),)}
+    both, text = image | {"videos": ((3, 2, 2),)}, {"images": (), "videos": ()}
+    writer, batches = Writer("qwen2_vl"), []
+    for shown in 2 * [image, video, both, video, text, both, image, both]:
+        batch = batch_of("qwen2_vl", [writer.prompt(**shown)])
+        batch = {key: value.float() if value.is_floating_point() else value for key, value in batch.items()}
+        labels = batch["input_ids"].clone()
+        labels[:, :-4] = -100
+        batches.append(batch | {"labels": labels})
+    return batches
 
 
 def told_by_accelerate(config: Path) -> dict[str, str]:
@@ -111,6 +131,8 @@ def folder(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     processor.save_pretrained(folder / "start")
     for name in FAMILIES:
         family_model(name, family_processor(name)).save_pretrained(folder / name)
+    with_budget("qwen2_vl").float().save_pretrained(folder / "watching")
+    torch.save(batches_of_several_kinds(), folder / "batches")
     for name in ("alone", *LAUNCHERS):
         runs = runs_in(folder / name, folder / "start", 1 if name == "alone" else 2)
         (folder / f"{name}.json").write_text(json.dumps(runs))
@@ -137,7 +159,7 @@ def told_by(run: Path) -> list[dict[str, Any]]:
     [
         *((launcher, run) for launcher in LAUNCHERS for run in ("mask", "gather", "controller")),
         *(("ddp", run) for run in ("losses", "adapters")),
-        *((launcher, name) for launcher in LAUNCHERS for name in FAMILIES_OF[launcher]),
+        *((launcher, name) for launcher in LAUNCHERS for name in FAMILIES),
     ],
 )
 def test_two_processes_have_the_losses_of_one(folder: Path, launcher: str, run: str) -> None:
@@ -189,7 +211,10 @@ def test_the_runs_had_budgets_and_texts_that_differ_between_processes() -> None:
 
 @pytest.mark.parametrize(
     ("launcher", "run"),
-    [(launcher, run) for launcher in LAUNCHERS for run in ("mask", "gather", *FAMILIES_OF[launcher])],
+    [
+        *((launcher, run) for launcher in LAUNCHERS for run in ("mask", "gather", *FAMILIES)),
+        *((launcher, "videos") for launcher in ("fsdp2", "zero3")),
+    ],
 )
 def test_both_processes_run_the_same_modules_in_the_same_order(folder: Path, launcher: str, run: str) -> None:
     first, second = (told["modules"] for told in told_by(folder / launcher / run))

@@ -100,6 +100,21 @@ def test_budgets_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
     assert len(set(map(tuple, drawn[0]))) == 3
 
 
+def test_a_controller_is_evaluated_once_it_was_trained(tmp_path: Path) -> None:
+    model = digit_model(digit_processor())
+    # As it is where a checkpoint has no weights for it.
+    model.config.untrained_controller = True
+    evaluated = {"eval_budgets": [0.4], "max_steps": 1, "train_parts": ["controller"]}
+    rows = conversation_rows(4)
+    trainer = tiny_trainer(tmp_path, rows, model=model, data={"eval_dataset": rows[:2]}, **evaluated)
+    with pytest.raises(ValueError, match="no weights for the reducer 'adaptive'"):
+        trainer.evaluate()
+    trainer.train()
+    assert trainer.evaluate()["eval_loss_b0.4"] > 0
+    trainer.save_model()
+    assert not AdaVTPForConditionalGeneration.from_pretrained(tmp_path).config.untrained_controller
+
+
 # What trains
 
 

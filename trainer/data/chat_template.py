@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from transformers import BatchEncoding, ProcessorMixin
 
+from ...modeling.processing_adavtp import prefix_of, takes_suffix
+
 IGNORED = -100
 
 Message = dict[str, Any]
@@ -14,7 +16,8 @@ Message = dict[str, Any]
 class ConversationText(NamedTuple):
     """
     Attributes:
-        text: a conversation in the chat template, an image as one placeholder.
+        text: a conversation in the chat template, an image or a video as one placeholder; for a processor that
+            [`takes_suffix`], prefix and suffix without what it adds.
         turns: of every answer, its first character in the text and the one behind its last.
     """
 
@@ -48,9 +51,13 @@ def conversation_text(processor: ProcessorMixin, messages: list[Message]) -> Con
 
     Raises:
         ValueError: if the conversation is empty or begins with the assistant, or has a template that leaves out a
-            system prompt, or rewrites earlier turns when later ones are added, so that turns cannot be told apart.
+            system prompt, or rewrites earlier turns when later ones are added, so that turns cannot be told apart; or
+            if it is more than one question and an answer and the processor [`takes_suffix`].
     """
     messages = _in_parts(messages)
+    if takes_suffix(processor):
+        prefix, suffix = _prefix_and_suffix(processor, messages)
+        return ConversationText(prefix + suffix, [(len(prefix), len(prefix + suffix))])
     text = _text(processor, messages)
     return ConversationText(text, _turns(processor, messages, text))
 
@@ -86,16 +93,29 @@ def encode_conversation(
     return EncodedConversation(input_ids, labels)
 
 
-def count_tokens(processor: ProcessorMixin, messages: list[Message]) -> tuple[int, int]:
+def count_tokens(processor: ProcessorMixin, messages: list[Message]) -> tuple[int, int, int]:
     """
     How long a conversation is, in less time than [`encode_conversation`] takes, with the same arguments.
 
     Returns:
-        The number of tokens that are no image's placeholders, and the number of images that have some.
+        The number of tokens that are no image's or video's placeholders, and the number of images and of videos that
+        have some. What a processor that [`takes_suffix`] adds to a prefix is counted with its images.
     """
-    input_ids = _tokens(processor, _text(processor, _in_parts(messages)))["input_ids"]
-    num_images = input_ids.count(processor.image_token_id)
-    return len(input_ids) - num_images, num_images
+    if takes_suffix(processor):
+        prefix, suffix = _prefix_and_suffix(processor, _in_parts(messages))
+        question, special = prefix.replace(processor.image_token, ""), processor.tokenizer.special_tokens_map
+        written = [f"{special['bos_token']}{question}\n", f"{special['bos_token']}\n", suffix + special["eos_token"]]
+        prefixed, added, answer = map(len, processor.tokenizer(written, add_special_tokens=False)["input_ids"])
+        return prefixed - added + answer, prefix.count(processor.image_token), 0
+    text = _text(processor, _in_parts(messages))
+    num_images, num_videos = places_shown(processor, text).values()
+    return len(_tokens(processor, text)["input_ids"]) - num_images - num_videos, num_images, num_videos
+
+
+def places_shown(processor: ProcessorMixin, text: str) -> dict[str, int]:
+    """Placeholders of images and of videos in a conversation in the chat template, by kind."""
+    tokens = {kind: getattr(processor, f"{kind}_token", None) for kind in ("image", "video")}
+    return {kind: 0 if token is None else text.count(token) for kind, token in tokens.items()}
 
 
 def content_parts(message: Message) -> list[dict[str, Any]]:
@@ -114,6 +134,14 @@ def _in_parts(messages: list[Message]) -> list[Message]:
             f"`messages` is {messages!r}; a conversation begins with a message of the user's or of the system's."
         )
     return [{"role": message["role"], "content": content_parts(message)} for message in messages]
+
+
+def _prefix_and_suffix(processor: ProcessorMixin, messages: list[Message]) -> tuple[str, str]:
+    """A question and its answer, as a processor that [`takes_suffix`] is given them."""
+    *asked, answer = messages
+    if answer["role"] != "assistant":
+        raise ValueError(f"`messages` ends with a turn of {answer['role']}; expected is the assistant's answer.")
+    return prefix_of(processor, asked), "".join(part["text"] for part in answer["content"])
 
 
 def _text(processor: ProcessorMixin, messages: list[Message]) -> str:

@@ -12,6 +12,7 @@ import torch
 from transformers import ProcessorMixin
 
 from ...modeling.processing_adavtp import AdaVTPProcessor, readable_images
+from ...tasks.stored_videos import shown_clip
 from .budget_stream import BudgetStream
 from .chat_template import (
     IGNORED,
@@ -49,8 +50,10 @@ class BudgetCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """
         Args:
-            rows: with `messages`, and `images`, decoded, in the order of the messages' image entries; or read, as a
-                [`ConversationReader`] gives them, with the same images. Other columns are ignored.
+            rows: with `messages`, and `images` and `videos`, decoded, in the order of the messages' entries of these
+                types; or read, as a [`ConversationReader`] gives them, with the same images and videos. A video is
+                what [`shown_clip`] takes: a list of frames, an array, or one of these with `fps`. Other columns are
+                ignored.
 
         Returns:
             `input_ids`, `attention_mask` and `labels` `[batch, sequence]`, padded on the right, with labels -100
@@ -60,8 +63,8 @@ class BudgetCollator:
             `stream_position`, the last row's.
 
         Raises:
-            ValueError: if a row has another number of images than it shows, or the name of an image in place of one,
-                or see [`encode_conversation`].
+            ValueError: if a row has another number of images or videos than it shows, or the name of one in its
+                place, or see [`encode_conversation`] and [`processed_batch`].
         """
         images = [image for row in rows for image in row.get("images") or []]
         if named := next((image for image in images if isinstance(image, str | Path)), None):
@@ -89,11 +92,17 @@ class BudgetCollator:
             for row in rows
         ]
         images = [readable_images(row["images"]) if row.get("images") else [] for row in rows]
-        return processed_batch(self.processor, conversations, images)
+        try:
+            videos = [[shown_clip(video) for video in row.get("videos") or []] for row in rows]
+        except ValueError as error:
+            raise ValueError(f"`videos` of a row: {error}.") from error
+        return processed_batch(self.processor, conversations, images, videos)
 
     def _of_llava(self, rows: list[dict[str, Any]], images: list[Any]) -> dict[str, torch.Tensor]:
         """An image is as many tokens as any other, so that nobody has to see it to encode a conversation."""
         batch, num_image_tokens = {}, 0
+        if any(row.get("videos") for row in rows):
+            raise ValueError("`videos` of a row are given, and LLaVA reads images; show frames as images.")
         if images:
             pixel_values = self.processor.image_processor(readable_images(images), return_tensors="pt")["pixel_values"]
             batch["pixel_values"] = pixel_values

@@ -13,13 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ...tasks.conversation_rows import common_row, row_features
+from ...tasks.conversation_rows import ROW_VERSION, common_row, row_features
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# Part of what the cache is keyed by: to be raised whenever the same file would give other rows.
-ROW_VERSION = 3
 # Characters read at once.
 CHUNK = 2**20
 # Digits of a number that Python reads.
@@ -40,9 +38,9 @@ def load_llava_instruct(
     Args:
         path: a JSON file with a list of records, or with one record a line. Records have LLaVA's form, or any other
             that [`common_row`] understands.
-        images: folder that the images' paths are relative to, by default the file's own. It need not be complete: a
-            missing image is noticed when its row is read. So is a path that leads out of the folder, absolute, with
-            `..` or by a link: the row is rejected.
+        images: folder that paths of images and videos are relative to, by default the file's own. It need not be
+            complete: a missing image is noticed when its row is read. So is a path that leads out of the folder,
+            absolute, with `..` or by a link: the row is rejected.
         cache_dir: where `datasets` keeps what it builds; its own default if `None`.
         trust_image_paths: follow paths that lead out of the folder, too.
 

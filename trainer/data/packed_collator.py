@@ -21,10 +21,10 @@ from .image_tokens import image_tokens
 @dataclass
 class PackedQuestionCollator:
     """
-    Batches rows of [`load_digit_scenes`]: the caption as answer to no question, then the row's questions.
+    Batches rows of a drawn task: the caption, where there is one, as answer to no question, then the row's questions.
 
     The caption's block is the first, and nothing but it comes before the first target, so a question-aware model
-    chooses patches for someone who wants to know everything.
+    chooses patches for someone who wants to know everything. Without a caption it chooses them for the first question.
 
     Attributes:
         processor: tokenizer, image processor and chat template.
@@ -37,7 +37,7 @@ class PackedQuestionCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """
         Args:
-            rows: with `image`, `caption`, `questions` and `answers`.
+            rows: with `image`, `questions` and `answers`, and perhaps `caption`.
 
         Returns:
             `input_ids`, `labels` and `position_ids` `[batch, sequence]`, `attention_mask`
@@ -70,9 +70,10 @@ class PackedQuestionCollator:
         return batch
 
     def _pack(self, row: dict[str, Any], num_image_tokens: int) -> dict[str, list[int]]:
+        captioned = [("", row["caption"])] if "caption" in row else []
         conversations = [
             encode_conversation(self.processor, _messages(question, answer), num_image_tokens)
-            for question, answer in [("", row["caption"]), *zip(row["questions"], row["answers"], strict=True)]
+            for question, answer in [*captioned, *zip(row["questions"], row["answers"], strict=True)]
         ]
         image_token = self.processor.image_token_id
         head_length = len(conversations[0].input_ids) - conversations[0].input_ids[::-1].index(image_token)

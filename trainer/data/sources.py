@@ -13,7 +13,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...tasks.conversation_rows import UNDERSTOOD, common_row, row_features, tar_row, turns_column
+from ...tasks.conversation_rows import ROW_VERSION, UNDERSTOOD, common_row, row_features, tar_row, turns_column
+from ...tasks.drawn_tasks import TASK_NAMES, drawn_task
 from ...tasks.stored_images import hub_caches, with_undecoded_images
 from .llava_json import load_llava_instruct
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 # Format of a source -> its fields beside `path`, `format` and `weight`.
 FIELDS = {
     "digit-scenes": ("split", "num_questions", "seed", "image_size", "cache_dir", "kinds"),
+    "pages": ("split", "num_questions", "seed", "cache_dir", "kinds"),
     "json": ("images", "trust_image_paths"),
     "saved": ("images", "trust_image_paths"),
     "parquet": ("images", "trust_image_paths", "streaming"),
@@ -56,20 +58,21 @@ def load_conversations(sources: list[dict[str, Any]], seed: int = 0) -> "Dataset
             | `saved` | folder written by `Dataset.save_to_disk` | `images` (itself) |
             | `hub` | as for `load_dataset` | `name`, `split` ("train"), `revision`, `streaming` (false), `images` |
             | `digit-scenes` | `"digit-scenes"` | those of `load_digit_questions` |
+            | `pages` | `"pages"` | those of `load_page_questions` |
 
             `format` is recognised by the path where it is not given. `weight` is above 0, and given for all sources
             or for none; with several sources of which one is streamed it has to be given. `images` is the folder that
-            paths of images are relative to, by default what stands behind it in brackets, of a local `hub` path that
-            folder, else the caches of the Hub and of `datasets`. A row with an image whose path leads out of it,
+            paths of images and videos are relative to, by default what stands behind it in brackets, of a local `hub`
+            path that folder, else the caches of the Hub and of `datasets`. A row with a path that leads out of it,
             absolute, with `..` or by a link, is rejected; `trust_image_paths: true`, beside `images`, has them
             followed. Map-style parquet, tars and Hub data are copied into the cache of
             `datasets` twice, as read and in the common form; streamed ones are not copied.
         seed: of the drawing.
 
     Returns:
-        Rows of [`row_features`]: `id`, `images` (undecoded), `image_folder`, `messages` and `problem`. A `Dataset` if
-        no source is streamed, else an `IterableDataset` with `state_dict` and `load_state_dict`. Order within a source
-        is kept.
+        Rows of [`row_features`]: `id`, `images`, `videos` (both undecoded), `image_folder`, `messages` and `problem`.
+        A `Dataset` if no source is streamed, else an `IterableDataset` with `state_dict` and `load_state_dict`. Order
+        within a source is kept.
 
     Raises:
         ValueError: if there is no source, a source has an unknown field or none of the understood columns, does not
@@ -117,8 +120,8 @@ def _named(expected: Any) -> str:
 
 
 def _format(path: str) -> str:
-    if path == "digit-scenes":
-        return "digit-scenes"
+    if path in TASK_NAMES:
+        return path
     endings = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".tar": "webdataset"}
     if Path(path).suffix in endings:
         return endings[Path(path).suffix]
@@ -134,10 +137,8 @@ def _records(kind: str, path: str, given: dict[str, Any]) -> "Dataset | Iterable
     """A source as `datasets` loads it."""
     import datasets
 
-    if kind == "digit-scenes":
-        from ...tasks.digit_scenes import load_digit_questions
-
-        return load_digit_questions(**given)
+    if kind in TASK_NAMES:
+        return drawn_task(kind).load_questions(**given)
     if kind == "saved":
         saved = datasets.load_from_disk(path)
         if isinstance(saved, datasets.DatasetDict):
@@ -202,7 +203,12 @@ def conversation_rows(
         raise ValueError(f"`path` is '{path}', with the columns {columns}; understood are {UNDERSTOOD}.")
     folder = _folder_of(path) if image_folder is None else image_folder
     row = functools.partial(
-        _row, columns=columns, path=path, image_folder=str(folder), trust_image_paths=trust_image_paths
+        _row,
+        columns=columns,
+        path=path,
+        image_folder=str(folder),
+        trust_image_paths=trust_image_paths,
+        version=ROW_VERSION,
     )
     records = with_undecoded_images(records)
     return records.map(row, with_indices=True, remove_columns=columns, features=row_features())
@@ -227,6 +233,7 @@ def _row(
     path: str,
     image_folder: str,
     trust_image_paths: bool,
+    version: int,
 ) -> dict[str, Any]:
     if "members" in columns:
         return tar_row(record["__key__"], record["members"])

@@ -38,7 +38,11 @@ from ..training_arguments import AdaVTPTrainingArguments
 _MOST_VALUES = 10_000
 # Training arguments that the run says itself: where it writes, and what it goes on from.
 OF_THE_RUN = ("output_dir", "resume_from_checkpoint")
-STAGE_KINDS = ("patch_labels", "packed_questions", "conversations")
+# What recipes draw that name no task.
+DEFAULT_TASK = "digit-scenes"
+# The tower, the decoder and the projector by themselves, of drawn tasks.
+KINDS_OF_PARTS = ("patch_labels", "told_questions", "told_patches")
+STAGE_KINDS = (*KINDS_OF_PARTS, "packed_questions", "conversations")
 EVALUATION = {"questions": int, "budgets": list, "reducers": list}
 # Of data with `sources`, the stream to train on and the rows to evaluate on; see stages.py.
 SOURCE_FIELDS = {
@@ -58,14 +62,18 @@ class Stage:
 
     Attributes:
         name: names the stage's folder.
-        kind: one of `STAGE_KINDS`: `"patch_labels"`, `"packed_questions"` or `"conversations"`.
-        data: arguments of the stage's data set.
+        kind: one of `STAGE_KINDS`: `"patch_labels"` trains the tower alone (see [`PatchLabeller`]), `"told_questions"`
+            the decoder ([`ToldReader`]), `"told_patches"` the projector ([`ToldProjector`]); `"packed_questions"` and
+            `"conversations"` train what `train_parts` names.
+        data: arguments of the stage's data set; its `path` names a drawn task, or for conversations what to read.
         eval_data: the same for the data set that `Trainer` evaluates on, if `training` asks it to.
         budgets: arguments of [`BudgetStream`]; empty for the full budget throughout.
         reducer: what chooses the visual tokens, as in `set_reducer`; `"random"` makes a model ready for any choice.
         gradient_gates: where the choice gets its gradient in this stage and those behind it, `"attention"` or
             `"features"`, as in [`AdaVTPConfig`]; `None` for no change.
-        training: arguments of [`AdaVTPTrainingArguments`], or of `TrainingArguments` for `"patch_labels"`.
+        num_patches: for `"patch_labels"`, how many patches of each image the tower sees, see [`PatchLabeller`]; by
+            default all.
+        training: arguments of [`AdaVTPTrainingArguments`], or of `TrainingArguments` for a part alone.
         adapters: arguments of [`add_adapters`], such as `{"r": 16, "lora_alpha": 32}`, and `quantize`, `"nf4"` to have
             four-bit weights under them; empty to train the weights themselves. The stage leaves an adapter, and the
             next one starts from it merged.
@@ -82,6 +90,7 @@ class Stage:
     budgets: dict[str, Any] = field(default_factory=dict)
     reducer: Any = "adaptive"
     gradient_gates: str | None = None
+    num_patches: int | None = None
     training: dict[str, Any] = field(default_factory=dict)
     adapters: dict[str, Any] = field(default_factory=dict)
 
@@ -94,7 +103,12 @@ class Stage:
                 f"stage {self.name!r}: `gradient_gates` is {self.gradient_gates!r}; allowed are 'attention', "
                 "'features' and none."
             )
-        of_training = TrainingArguments if self.kind == "patch_labels" else AdaVTPTrainingArguments
+        if self.num_patches is not None and (self.kind != "patch_labels" or self.num_patches < 1):
+            raise ValueError(
+                f"stage {self.name!r}: `num_patches` is {self.num_patches}; a stage of kind 'patch_labels' may have a "
+                "number from 1, others none."
+            )
+        of_training = TrainingArguments if self.kind in KINDS_OF_PARTS else AdaVTPTrainingArguments
         arguments = [f.name for f in fields(of_training) if f.name not in OF_THE_RUN]
         known = {"training": arguments, "budgets": BUDGETS, "adapters": ADAPTER_FIELDS}
         for group, names in known.items():
@@ -128,7 +142,7 @@ class Stage:
             )
         # What trains where the recipe does not say is the decoder, among others.
         train_parts = self.training.get("train_parts", list(ADAPTED_PARTS))
-        if self.kind == "patch_labels" or not set(train_parts) & set(ADAPTED_PARTS):
+        if self.kind in KINDS_OF_PARTS or not set(train_parts) & set(ADAPTED_PARTS):
             raise ValueError(
                 f"stage {self.name!r}: `adapters` is {self.adapters}, with `kind` {self.kind!r} and `train_parts` "
                 f"{train_parts}; adapters are for {' and '.join(ADAPTED_PARTS)} in the other kinds of stages."
@@ -143,7 +157,8 @@ class Recipe:
     Attributes:
         model: `{"checkpoint": path or repository}`, of AdaVTP, LLaVA or another family, and beside it what
             `from_pretrained` takes, configuration fields among it; or the fields of an [`AdaVTPConfig`] for a new
-            model for digit scenes.
+            model, beside them `task`, the drawn task that it is for (digit scenes), and `look_around: true` for a
+            tower whose heads begin by looking at neighbours (see [`look_around`]).
         stages: what is done, in order.
         seed: of initialisation, of the order of data and of the budgets.
         reducer: what the last stage's checkpoint chooses tokens with, as in `set_reducer`, if not with what that stage
@@ -178,7 +193,9 @@ class Recipe:
                 "they could belong to; name one, or train a stage without adapters before."
             )
         if "checkpoint" not in self.model:
-            check_types(self.model, {"vision_config": dict, "text_config": dict}, "model")
+            check_types(
+                self.model, {"vision_config": dict, "text_config": dict, "task": str, "look_around": bool}, "model"
+            )
             check_record(self.model["vision_config"], {"image_size": int, "patch_size": int}, "`vision_config`")
         check_types(self.model, {"checkpoint": str}, "model")
         if self.evaluation:

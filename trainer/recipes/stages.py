@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from datasets import Dataset, load_dataset, load_from_disk
+from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments
 
 from ...hub_cards.training_record import check_record, check_types
+from ...modeling.modeling_adavtp import AdaVTPForConditionalGeneration
 from ...modeling.processing_adavtp import AdaVTPProcessor
-from ...tasks.digit_scenes import load_digit_questions, load_digit_scenes
+from ...tasks.drawn_tasks import TASK_NAMES, DrawnTask, drawn_task
 from ..adapters import add_adapters
 from ..data.budget_stream import BudgetStream
 from ..data.collator import BudgetCollator
@@ -29,17 +31,19 @@ from ..data.packed_collator import PackedQuestionCollator
 from ..data.reader import ConversationReader
 from ..data.sources import conversation_rows, load_conversations
 from ..data.stream import ConversationStream, measured_lengths
-from ..tower_pretraining import PatchLabelCollator, TowerTrainer
+from ..decoder_pretraining import ToldImageCollator, ToldPageCollator, ToldPatches, ToldProjector, ToldReader
+from ..part_trainer import PartTrainer
+from ..tower_pretraining import PatchLabelCollator, PatchLabeller
 from ..trainer import AdaVTPTrainer
 from ..training_arguments import AdaVTPTrainingArguments
-from .recipe import Stage
+from .recipe import DEFAULT_TASK, KINDS_OF_PARTS, Stage
 
 
 def stage_arguments(stage: Stage, folder: Path, seed: int) -> TrainingArguments:
     """The training arguments of one stage. They come before its model: DeepSpeed learns from them how to load it."""
     common = {"report_to": [], "seed": seed}
-    if stage.kind == "patch_labels":
-        fixed = {"label_names": ["patch_digits", "patch_colours"], "remove_unused_columns": False}
+    if stage.kind in KINDS_OF_PARTS:
+        fixed = {"label_names": list(_task(stage.data).patch_labels), "remove_unused_columns": False}
         return TrainingArguments(str(folder), **fixed | common | stage.training)
     return AdaVTPTrainingArguments(str(folder), **common | stage.training)
 
@@ -52,7 +56,8 @@ def stage_trainer(
     seed: int,
 ) -> Trainer:
     """
-    An [`AdaVTPTrainer`] of one stage, or a [`TowerTrainer`] for `"patch_labels"`, ready to `train` the model in place.
+    An [`AdaVTPTrainer`] of one stage, or a [`PartTrainer`] for one that trains a part, ready to `train` the model in
+    place.
 
     Raises:
         ValueError: if the tower alone is to be trained with its parameters spread over processes; if the kind is not
@@ -74,8 +79,9 @@ def stage_trainer(
         if evaluated is not None and "sources" in stage.eval_data:
             evaluated = _encoded(evaluated, ConversationReader(processor, stage.eval_data.get("max_length")))
     data = {"train_dataset": train, "eval_dataset": evaluated}
-    if stage.kind == "patch_labels":
-        return TowerTrainer(model, arguments, data_collator=PatchLabelCollator(processor.image_processor), **data)
+    if stage.kind in KINDS_OF_PARTS:
+        part, collator = _part(model, processor, stage, budgets)
+        return PartTrainer(model, part, arguments, data_collator=collator, **data)
     model.set_reducer(stage.reducer)
     if stage.gradient_gates is not None:
         model.config.gradient_gates = stage.gradient_gates
@@ -89,6 +95,25 @@ def stage_trainer(
     return AdaVTPTrainer(model=model, args=arguments, data_collator=collator, processing_class=processor, **data)
 
 
+def _part(
+    model: AdaVTPForConditionalGeneration, processor: AdaVTPProcessor, stage: Stage, budgets: dict[str, Any]
+) -> tuple[nn.Module, Callable[[list[dict[str, Any]]], dict[str, Tensor]]]:
+    """What a stage trains alone, and what batches its data."""
+    task = _task(stage.data)
+    if stage.kind == "patch_labels":
+        labeller = PatchLabeller(model.model.vision_tower, task.patch_labels, stage.num_patches)
+        return labeller, PatchLabelCollator(processor.image_processor, tuple(task.patch_labels))
+    if not task.patch_words:
+        raise ValueError(
+            f"stage {stage.name!r}: `kind` is {stage.kind!r}, and {stage.data.get('path', DEFAULT_TASK)!r} has no "
+            "words for what its patches show."
+        )
+    told = ToldPatches(processor, task.patch_words)
+    if stage.kind == "told_patches":
+        return ToldProjector(model), ToldImageCollator(told)
+    return ToldReader(model), ToldPageCollator(told, BudgetStream(**budgets))
+
+
 def check_data(stage: Stage) -> None:
     """`ValueError` if what a stage says of its data are not the arguments of what reads them, in their types."""
     for name, data in (("data", stage.data), ("eval_data", stage.eval_data)):
@@ -96,13 +121,21 @@ def check_data(stage: Stage) -> None:
         if name == "eval_data" and not data:
             continue
         if stage.kind != "conversations":
-            _check_arguments(load_digit_scenes, data, where)
+            _check_arguments(_task(data).load_examples, _but_path(data), where)
         elif "sources" in data:
             check_types(data, {"sources": list[dict[str, Any]], "max_length": int | None}, where)
         else:
             check_record(data, {"path": str}, where)
-            if data["path"] == "digit-scenes":
-                _check_arguments(load_digit_questions, {key: data[key] for key in data if key != "path"}, where)
+            if data["path"] in TASK_NAMES:
+                _check_arguments(_task(data).load_questions, _but_path(data), where)
+
+
+def _task(data: dict[str, Any]) -> DrawnTask:
+    return drawn_task(data.get("path", DEFAULT_TASK))
+
+
+def _but_path(data: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in data.items() if name != "path"}
 
 
 def _check_arguments(function: Callable[..., Any], data: dict[str, Any], where: str) -> None:
@@ -115,17 +148,17 @@ def _check_arguments(function: Callable[..., Any], data: dict[str, Any], where: 
 
 def _rows(stage: Stage, data: dict[str, Any], seed: int, processor: ProcessorMixin) -> Any:
     """
-    Digit scenes for the first two kinds. For conversations: `sources`; or as `path` `"digit-scenes"`, a folder written
-    by `Dataset.save_to_disk`, or whatever `datasets.load_dataset` takes, of which a row that cannot be read is an
-    error.
+    Drawn examples for the first two kinds, of the task that `path` names. For conversations: `sources`; or as `path` a
+    drawn task, a folder written by `Dataset.save_to_disk`, or whatever `datasets.load_dataset` takes, of which a row
+    that cannot be read is an error.
     """
     if stage.kind != "conversations":
-        return load_digit_scenes(**data)
+        return _task(data).load_examples(**_but_path(data))
     if "sources" in data:
         return load_conversations(data["sources"], seed)
-    path, arguments = data["path"], {name: value for name, value in data.items() if name != "path"}
-    if path == "digit-scenes":
-        return load_digit_questions(**arguments)
+    path, arguments = data["path"], _but_path(data)
+    if path in TASK_NAMES:
+        return _task(data).load_questions(**arguments)
     is_saved = (Path(path) / "dataset_info.json").is_file()
     rows = conversation_rows((load_from_disk if is_saved else load_dataset)(path, **arguments), path)
     reader = ConversationReader(processor)

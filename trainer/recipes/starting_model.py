@@ -17,10 +17,11 @@ from transformers.integrations import deepspeed
 
 from ...configuration.configuration_adavtp import AdaVTPConfig
 from ...modeling.modeling_adavtp import AdaVTPForConditionalGeneration
-from ...tasks.digit_scenes.processor import build_digit_processor
-from ..adapter_folders import ADAPTER_CONFIG, merge_adapter, processor_for
+from ...tasks.drawn_tasks import drawn_task
+from ..adapter_folders import ADAPTER_CONFIG, merge_adapter
 from ..adapters import quantization
-from .recipe import Recipe, Stage
+from ..looking_around import look_around
+from .recipe import DEFAULT_TASK, Recipe, Stage
 
 # What a recipe says of its checkpoint and a saved configuration does not.
 HOW_TO_LOAD = ("attn_implementation", "dtype")
@@ -32,20 +33,24 @@ ModelAndProcessor = tuple[PreTrainedModel, ProcessorMixin]
 
 
 def new_model(model: dict[str, Any]) -> ModelAndProcessor:
-    """A model for digit scenes with random weights, of the fields of an [`AdaVTPConfig`]."""
-    vision = model["vision_config"]
-    processor = build_digit_processor(vision["image_size"], vision["patch_size"])
+    """A model for a drawn task with random weights, of what a recipe says of it: see [`Recipe`]."""
+    fields = dict(model)
+    task, looks_around = drawn_task(fields.pop("task", DEFAULT_TASK)), fields.pop("look_around", False)
+    vision = fields["vision_config"]
+    processor = task.build_processor(vision["image_size"], vision["patch_size"])
     tokenizer = processor.tokenizer
     special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    text = AutoConfig.for_model(**model["text_config"] | special | {"vocab_size": len(tokenizer)})
+    text = AutoConfig.for_model(**fields["text_config"] | special | {"vocab_size": len(tokenizer)})
     config = AdaVTPConfig(
-        **model | {"vision_config": AutoConfig.for_model(**vision), "text_config": text},
+        **fields | {"vision_config": AutoConfig.for_model(**vision), "text_config": text},
         image_token_index=processor.image_token_id,
         image_seq_length=(vision["image_size"] // vision["patch_size"]) ** 2,
     )
     made = AdaVTPForConditionalGeneration(config)
-    # Answers are a word, captions a line; without a limit of its own `generate` counts the prompt towards twenty.
-    made.generation_config.max_new_tokens = 16
+    if looks_around:
+        look_around(made.model.vision_tower)
+    # Without a limit of its own `generate` counts the prompt towards twenty.
+    made.generation_config.max_new_tokens = task.max_new_tokens
     return made, processor
 
 
@@ -64,7 +69,7 @@ def model_on_disk(recipe: Recipe, stage: Stage, before: Path | None) -> ModelAnd
         if "unexpected keyword" not in str(error):
             raise
         raise ValueError(f"`model` has {', '.join(fields)}, of which one is unknown: {error}") from error
-    return model, processor_for(model, checkpoint)
+    return model, model.processor
 
 
 def _under_adapters(checkpoint: str, stage: Stage) -> dict[str, Any]:

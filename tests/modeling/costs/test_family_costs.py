@@ -12,22 +12,24 @@ from typer.testing import CliRunner
 from adavtp.command_line import app
 from adavtp.modeling.budget.selection import Selection
 from adavtp.modeling.costs.model_costs import ModelCosts
-from adavtp.modeling.costs.weightless import family_prompt, looks_of
+from adavtp.modeling.costs.presets import preset_config
+from adavtp.modeling.costs.weightless import family_prompt, looks_of, meta_model
 from adavtp.modeling.parts import parts_of_names
 from counted_flops import ON_A_CPU
-from tiny_families import FAMILIES, STATEFUL, budgeted, with_budget
+from tiny_families import FAMILIES, budgeted, with_budget
 
 # Height and width in pixels: of tokens, or of tiles.
 SIZES = dict.fromkeys(FAMILIES, (24, 32)) | dict.fromkeys(("internvl", "idefics3", "smolvlm"), (48, 96))
-SIZES |= {"llava_next": (48, 40), "llava_onevision": (48, 40)}
+SIZES |= {"qwen3_vl_moe": (24, 32), "llava_next": (48, 40), "llava_onevision": (48, 40), "minicpmv4_6": (32, 48)}
 TEXT = 9
-NOT_COUNTED = (*STATEFUL, "gemma4")
 
 
-def what_torch_counts(name: str, num_images: int = 1, **asked: object) -> tuple[dict[str, float], dict[str, float]]:
+def what_torch_counts(
+    name: str, num_images: int = 1, text_tokens: int = TEXT, **asked: object
+) -> tuple[dict[str, float], dict[str, float]]:
     """Of a prompt's forward, part by part, and of the step behind it; with real weights, which choose differently."""
-    model = budgeted(name)
-    inputs = family_prompt(model, looks_of(model, SIZES[name], num_images) if num_images else None, TEXT)
+    model = with_budget(name)
+    inputs = family_prompt(model, looks_of(model, [SIZES[name]] * num_images) if num_images else None, text_tokens)
     inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=ON_A_CPU) as counter:
         outputs = model(**inputs, **asked, logits_to_keep=1, use_cache=True)
@@ -46,7 +48,7 @@ def what_torch_counts(name: str, num_images: int = 1, **asked: object) -> tuple[
 
 
 @pytest.mark.parametrize("token_budget", [1.0, 0.5])
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in NOT_COUNTED])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_prompt_costs_what_torch_counts(name: str, token_budget: float) -> None:
     seen, step = what_torch_counts(name, token_budget=token_budget, reducer="adaptive")
     costs = ModelCosts.of(with_budget(name).config, SIZES[name])
@@ -58,10 +60,19 @@ def test_a_prompt_costs_what_torch_counts(name: str, token_budget: float) -> Non
     assert counted.decode_per_token == pytest.approx(step["step"], rel=1e-2)
 
 
-@pytest.mark.parametrize("name", NOT_COUNTED)
-def test_of_a_decoder_that_is_no_sum_of_its_layers_no_cost_is_made_up(name: str) -> None:
-    with pytest.raises(ValueError, match=f"Costs of a '{name}' model are not counted: its l"):
-        ModelCosts.of(with_budget(name).config, SIZES[name])
+@pytest.mark.parametrize("name", ["qwen3_5", "gemma4"])
+def test_long_prompts_and_what_follows_them_cost_what_torch_counts(name: str) -> None:
+    seen, step = what_torch_counts(name, 0, 150)
+    counted = ModelCosts.of(with_budget(name).config, SIZES[name]).of_prompt(150, num_images=0)
+    assert counted.total == pytest.approx(seen["total"], rel=1e-3)
+    assert counted.decode_per_token == pytest.approx(step["step"], rel=1e-3)
+
+
+def test_of_a_mixture_the_experts_that_run_are_counted() -> None:
+    seen, step = what_torch_counts("qwen3_vl_moe", token_budget=0.5)
+    counted = ModelCosts.of(with_budget("qwen3_vl_moe").config, (24, 32)).of_prompt(TEXT, token_budget=0.5)
+    assert counted.total == pytest.approx(seen["total"], rel=1e-2)
+    assert counted.decode_per_token == pytest.approx(step["step"], rel=1e-2)
 
 
 @pytest.mark.parametrize(("name", "num_images"), [("llava_next", 2), ("qwen2_5_vl", 2), ("mistral3", 0)])
@@ -86,6 +97,16 @@ def test_what_leaves_inside_a_family_s_decoder_costs_what_torch_counts() -> None
         assert counted.total == pytest.approx(seen["total"], rel=1e-2)
 
 
+@pytest.mark.parametrize("name", ["llava_next", "paligemma"])
+def test_what_merges_inside_a_family_s_tower_costs_what_torch_counts(name: str) -> None:
+    asked = {"token_budget": 0.5, "reducer": "tome"}
+    seen, _ = what_torch_counts(name, **asked)
+    counted = ModelCosts.of(with_budget(name).config, SIZES[name]).of_prompt(TEXT, **asked)
+    assert counted.vision == pytest.approx(seen["vision"], rel=1e-2)
+    assert counted.total == pytest.approx(seen["total"], rel=1e-2)
+    assert counted.vision < ModelCosts.of(with_budget(name).config, SIZES[name]).of_prompt(TEXT).vision
+
+
 def test_the_command_counts_a_family_s_folder_and_says_what_it_has_to_be_told(tmp_path: Path) -> None:
     budgeted("qwen2_5_vl").config.save_pretrained(tmp_path)
     asked = ["--checkpoint", str(tmp_path), "--text-tokens", str(TEXT), "--budget", "0.5"]
@@ -98,4 +119,17 @@ def test_the_command_counts_a_family_s_folder_and_says_what_it_has_to_be_told(tm
     assert counted["total"] == expected.total and counted["visual_tokens"] == 12
     assert "height and width in pixels" in said("flops", *asked)
     assert "`image_size` is '24'" in said("flops", *asked, "--image-size", "24")
-    assert "training is planned for LLaVA's alone" in said("plan", "--checkpoint", str(tmp_path))
+    tiny = ("--gpus", "1", "--longest", "40", "--text-tokens", "9", "--micro-batch", "1")
+    assert "height and width in pixels" in said("plan", "--checkpoint", str(tmp_path), *tiny)
+    planned = said("plan", "--checkpoint", str(tmp_path), "--image-size", "24x32", *tiny, "--json")
+    assert json.loads(planned)["memory"]["decoder"] > 0
+
+
+def test_well_known_shapes_of_families_have_the_sizes_that_are_known_of_them() -> None:
+    known = [("qwen2.5-vl-7b", 8.29, (448, 448), [256]), ("llava-onevision-7b", 8.03, (768, 768), [729] * 5)]
+    for name, billions, size, tokens in known:
+        model = meta_model(preset_config(name))
+        part_of = parts_of_names(model)
+        own = [weight.numel() for key, weight in model.named_parameters() if part_of(key) != "controller"]
+        assert sum(own) / 1e9 == pytest.approx(billions, abs=5e-3)
+        assert list(ModelCosts.of(model.config, size).visual_tokens("full").sizes) == tokens

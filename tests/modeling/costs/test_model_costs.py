@@ -16,12 +16,14 @@ from counted_flops import (
     uneven_model,
 )
 
-READ_THE_TOWER = ["adaptive", "tome", "token_fusion", "dynamicvit", "dart", "aim_merge"]
-READ_FEATURES = ["downsample", "divprune", "pool", "resampler", "random", "grid", "cdpruner", "query"]
-READ_CLS = ["prumerge", "prumerge+", "visionzip", "hired", "cls_attention", "vispruner"]
-IN_DECODER = ["fastv", "vtw", "pyramiddrop", "dart_layer", "depth", "head_threshold", "aim", "aim_prune"]
+READ_THE_TOWER = ["adaptive", "tome", "token_fusion", "dynamicvit", "dart", "aim_merge", "hiprune"]
+READ_FEATURES = ["downsample", "divprune", "pool", "resampler", "random", "grid", "cdpruner", "query", "apet"]
+READ_CLS = ["prumerge", "prumerge+", "visionzip", "hired", "cls_attention", "vispruner", "scope"]
+IN_DECODER = ["fastv", "vtw", "pyramiddrop", "dart_layer", "depth", "head_threshold", "aim", "aim_prune", "priortr"]
+IN_DECODER += ["apet_layer"]
 WITH_PARAMETERS = [
     {"name": "fastv", "layer": 3, "rows": "all"},
+    {"name": "random_layer", "layer": 3},
     {"name": "tome", "merge": "importance"},
     {"name": "prumerge", "attention": "per_head"},
     {"name": "cls_attention", "layer": 1},
@@ -180,11 +182,11 @@ def test_every_decoder_costs_what_torch_counts(text: str) -> None:
     ids=["read-only", "mutual", "option B"],
 )
 def test_every_controller_costs_what_torch_counts(head: str, budget_fields: dict[str, str]) -> None:
-    # Each choice with each head, and with and without the question.
-    best = ("budget" in head) != ("budget_fusion" in budget_fields)
+    # Each choice with several heads, and with and without the question.
+    number = ["budget_token", "patch", "patch_budget", "dot"].index(head) + len(budget_fields)
     model = uneven_model(
         controller_head=head,
-        controller_choice="best" if best else "spread",
+        controller_choice=["best", "spread", "mmr"][number % 3],
         question_aware=head in ("budget_token", "dot"),
         **budget_fields,
     )

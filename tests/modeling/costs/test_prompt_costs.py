@@ -1,6 +1,7 @@
 """What prompts of a batch cost: whose images are whose, how many tokens were new, and what is not known."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from adavtp.evaluation.continuations import continued
 from adavtp.evaluation.prompt_costs import CountedFlops, num_new_tokens, prompt_costs, selections_of_prompts
 from adavtp.evaluation.settings import Setting
 from adavtp.modeling.costs.model_costs import ModelCosts
+from adavtp.modeling.families.adapters import adapter_of
 from adavtp.modeling.processing_adavtp import inputs_of_questions
 from adavtp.modeling.reducers.base import REDUCERS
-from tiny_families import with_budget
+from counted_flops import all_that_torch_counts
+from tiny_families import FAMILIES, Writer, batch_of, budgeted, family_config, ragged_prompts
 from tiny_processors import family_model, family_processor
 
 END, PADDING = 2, 0
@@ -125,6 +128,33 @@ def test_tiles_cost_what_the_image_costs_that_they_are_of(name: str, setting: Se
     assert answer.cost.seen_tokens == pytest.approx(sum(whole.layer_tokens) / len(whole.layer_tokens))
 
 
-def test_units_that_differ_are_not_counted() -> None:
-    config = with_budget("qwen2_5_vl").config
-    assert CountedFlops(config, Setting("grid", 0.4)).of(20, Selection.everything(1, 4, torch.device("cpu"))) is None
+@pytest.mark.parametrize("name", [name for name in FAMILIES if adapter_of(family_config(name)).units_differ])
+def test_what_a_processor_returns_says_the_sizes_that_it_was_given(name: str) -> None:
+    config, sizes = family_config(name), [(48, 32), (32, 64)]
+    family = adapter_of(config)
+    assert family.image_sizes(config, family.image_inputs(config, sizes)) == sizes
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl", "mistral3", "gemma4"])
+def test_prompts_of_images_that_differ_cost_what_torch_counts_of_each_alone(name: str) -> None:
+    model, prompts, setting = budgeted(name), ragged_prompts(name), Setting("divprune", 0.5)
+    inputs = batch_of(name, prompts)
+    selections = selections_of_prompts(model(**inputs, **setting.arguments()).selection, len(prompts))
+    costs = prompt_costs(CountedFlops(model.config, setting), inputs, selections, [1] * len(prompts), 0.1)
+    for prompt, cost in zip(prompts, costs, strict=True):
+        alone = batch_of(name, [prompt])
+        run = partial(
+            model, **alone, **(setting.arguments() if prompt.images else {}), logits_to_keep=1, use_cache=True
+        )
+        assert cost.flops == pytest.approx(all_that_torch_counts(run), rel=1e-2)
+
+
+def test_prompts_of_videos_are_not_counted() -> None:
+    model, prompts = (
+        budgeted("qwen2_5_vl"),
+        [Writer("qwen2_5_vl").prompt(videos=[(2, 2, 2)]), Writer("qwen2_5_vl").prompt()],
+    )
+    inputs, setting = batch_of("qwen2_5_vl", prompts), Setting("divprune", 0.5)
+    selections = selections_of_prompts(model(**inputs, **setting.arguments()).selection, 2)
+    costs = prompt_costs(CountedFlops(model.config, setting), inputs, selections, [1, 1], 0.1)
+    assert costs[0].flops is None and costs[1].flops > 0

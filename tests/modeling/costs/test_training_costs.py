@@ -1,41 +1,39 @@
 """What a training run costs is counted as torch counts it, and weighed as torch allocates it."""
 
+from copy import deepcopy
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaModel, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from adavtp import AdaVTPForConditionalGeneration
+from adavtp.evaluation.training_budgets import longest_counts, mean_training_flops
 from adavtp.evaluation.training_memory import (
     LOGIT_BYTES,
     NF4_BYTES,
     Layout,
     Weights,
     activations,
-    decoder_layer_bytes,
     kept_by_weights,
-    tower_layer_bytes,
 )
 from adavtp.modeling.costs.training_step import (
     Step,
     TrainingFlops,
     count_training_flops,
-    longest_counts,
-    mean_training_flops,
     plain_training_flops,
 )
-from adavtp.modeling.reducers.base import feature_layer_index
+from adavtp.modeling.costs.weightless import family_prompt, looks_of
 from adavtp.modeling.vision.encode import encode_image
 from adavtp.modeling.vision.features import VisionFeatures
 from adavtp.trainer.data.group_by_length import length_groups
 from adavtp.trainer.losses import full_budget_logits, recorded_scores, visual_relevance
 from adavtp.trainer.trained_parts import choose_trained_parts
 from counted_flops import ON_A_CPU, BytesAlive, storage_of, uneven_model
+from tiny_families import stock_model, with_budget
 from tiny_models import GATES, targets, tiny_batch
 
 LLAMA = {
@@ -249,6 +247,54 @@ def test_plain_llava_costs_what_torch_counts(checkpointing: bool) -> None:
     assert forward_and_back(counted) == pytest.approx(seen_by_torch(plain, batch), rel=1e-2)
 
 
+# Height and width in pixels of an image of each family: several tiles, or several windows.
+FAMILY_SIZES = {"qwen2_5_vl": (24, 32), "llava_onevision": (48, 40), "internvl": (48, 96)}
+EVERY_PART = ["controller", "projector", "vision", "decoder"]
+
+
+def family_to_train(
+    name: str, parts: list[str], checkpointing: bool = False, text_tokens: int = 9
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """A family's tiny model in float32 that is ready to train the parts, and a prompt with its targets."""
+    model = with_budget(name).float().train()
+    choose_trained_parts(model, parts)
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    inputs = family_prompt(model, looks_of(model, [FAMILY_SIZES[name]]), text_tokens)
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, -3:] = inputs["input_ids"][:, -3:]
+    return model, inputs | {"labels": labels, "token_budget": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("parts", "checkpointing"),
+    [(["controller"], False), (EVERY_PART, True)],
+    ids=["controller", "whole, checkpointed"],
+)
+@pytest.mark.parametrize("name", FAMILY_SIZES)
+def test_a_step_of_a_family_costs_what_torch_counts(name: str, parts: list[str], checkpointing: bool) -> None:
+    model, inputs = family_to_train(name, parts, checkpointing)
+    step = step_of(parts, checkpointing=checkpointing)
+    size = FAMILY_SIZES[name]
+    counted = count_training_flops(model.config, [9], step, token_budget=0.5, image_size=size)
+    with counter() as flops:
+        loss = model(**inputs).loss
+        forward = flops.get_total_flops()
+        loss.backward()
+    assert forward_and_back(counted) == pytest.approx((forward, flops.get_total_flops() - forward), rel=1e-2)
+
+
+def test_the_plain_model_of_a_family_costs_what_torch_counts() -> None:
+    plain = deepcopy(stock_model("qwen2_5_vl")).float().train()
+    _, inputs = family_to_train("qwen2_5_vl", EVERY_PART)
+    del inputs["token_budget"]
+    with counter() as flops:
+        plain(**inputs).loss.backward()
+    size = FAMILY_SIZES["qwen2_5_vl"]
+    counted = plain_training_flops(with_budget("qwen2_5_vl").config, [9], step_of(EVERY_PART), size)
+    assert counted.total == pytest.approx(flops.get_total_flops(), rel=1e-2)
+
+
 def test_budgets_are_averaged_as_they_are_drawn() -> None:
     low, high, patches = 0.2, 0.9, 64
     generator = torch.Generator().manual_seed(0)
@@ -256,13 +302,13 @@ def test_budgets_are_averaged_as_they_are_drawn() -> None:
         budgets = low + (high - low) * torch.rand(200_000, draws, generator=generator, dtype=torch.float64)
         drawn = (budgets * patches).floor().long().amax(dim=1).bincount(minlength=patches + 1) / len(budgets)
         exact = torch.zeros(patches + 1).double()
-        for keep, probability in longest_counts((low, high), patches, draws):
-            exact[keep] = probability
+        for count in longest_counts((low, high), [patches], draws):
+            exact[count.keep] = count.probability
         assert exact.sum() == pytest.approx(1.0)
         assert (exact - drawn).abs().max() < 3e-3
-    assert list(longest_counts((0.4, 0.4), 100)) == [(40, 1.0)]
+    assert list(longest_counts((0.4, 0.4), [100])) == [(40, 1.0, 0.4)]
     with pytest.raises(ValueError, match="`budget_range` is"):
-        list(longest_counts((0.9, 0.2), 100))
+        list(longest_counts((0.9, 0.2), [100]))
 
 
 def test_a_batch_with_a_budget_for_each_sample_is_as_long_as_its_longest() -> None:
@@ -313,7 +359,7 @@ def test_activations_are_what_autograd_saves(parts: list[str], dtype: torch.dtyp
     batch = tiny_batch(model.config, (1, 1), (40, 35 if padded else 40))
     inputs = batch | {"labels": targets(batch), "pixel_values": batch["pixel_values"].to(dtype)}
     saved = bytes_saved(lambda: model(**inputs, token_budget=0.5).loss, model.parameters())
-    sizes = {"rows": 2, "length": 72, "visual_tokens": 32, "padded": padded, "number": dtype.itemsize}
+    sizes = {"rows": 2, "text_tokens": 40, "token_budget": 0.5, "padded": padded, "dtype": dtype}
     counted = activations(model.config, Step(parts), **sizes)
     # Of the logits only the log-probabilities are saved.
     log_probabilities = 4 * 2 * 72 * 67
@@ -332,7 +378,7 @@ def test_the_worst_moment_is_what_torch_allocates(parts: list[str], checkpointin
     with BytesAlive() as alive:
         model(**inputs, token_budget=0.5).loss.backward()
     step = Step(parts, checkpointing=checkpointing)
-    counted = activations(model.config, step, rows=8, length=132, visual_tokens=32, padded=False)
+    counted = activations(model.config, step, rows=8, text_tokens=100, token_budget=0.5, padded=False)
     assert sum(counted.values()) == pytest.approx(alive.peak, rel=0.1)
 
 
@@ -351,30 +397,80 @@ def test_logits_take_what_torch_allocates_for_them() -> None:
 
 @pytest.mark.parametrize("vision", ["siglip", "dinov2"])
 def test_activations_of_other_towers_are_what_autograd_saves(vision: str) -> None:
-    model = training_model(["vision"], vision=vision)
-    pixels = torch.randn(2, 3, 32, 32)
-    run = lambda: encode_image(model.model.vision_tower, pixels, model.config).patches  # noqa: E731
-    saved = bytes_saved(run, model.parameters())
-    tokens = 64 + int(model.config.has_cls)
-    counted = 2 * feature_layer_index(model.config) * tower_layer_bytes(model.config, tokens, True, 4)
-    assert counted == pytest.approx(saved, rel=0.06)
+    model = training_model(["vision"], vision=vision, gradient_gates="features")
+    batch = tiny_batch(model.config, (1,), (40,))
+    inputs = batch | {"labels": targets(batch)}
+    saved = bytes_saved(lambda: model(**inputs, token_budget=0.5).logits, model.parameters())
+    sizes = {"rows": 1, "text_tokens": 40, "token_budget": 0.5, "dtype": torch.float32}
+    counted = activations(model.config, Step(["vision"]), **sizes)
+    del counted["logits or a layer"]
+    assert sum(counted.values()) == pytest.approx(saved, rel=0.02)
 
 
 def test_adapters_keep_what_autograd_saves() -> None:
     peft = pytest.importorskip("peft")
-    results = {}
-    for layers in (2, 4):
-        decoder = LlamaModel(LlamaConfig(**LLAMA, num_hidden_layers=layers)).bfloat16()
-        maps = r".*(q|k|v|o|gate|up|down)_proj"
-        adapters = peft.LoraConfig(r=3, target_modules=maps, lora_dropout=0.05)
-        adapted = peft.get_peft_model(decoder, adapters, autocast_adapter_dtype=False).train()
-        embeds = torch.randn(2, 50, 40, dtype=torch.bfloat16, requires_grad=True)
-        run = partial(adapted, inputs_embeds=embeds, use_cache=False)
-        results[layers] = bytes_saved(lambda run=run: run().last_hidden_state, adapted.parameters())
-    counted = 2 * decoder_layer_bytes(LlamaConfig(**LLAMA), 50, Step(["decoder"], lora_rank=3), 2)
+    model = training_model(["projector"], gradient_gates="features").bfloat16()
+    maps = r".*language_model\.layers\..*(q|k|v|o|gate|up|down)_proj"
+    adapters = peft.LoraConfig(r=3, target_modules=maps, lora_dropout=0.05)
+    adapted = peft.get_peft_model(model, adapters, autocast_adapter_dtype=False).train()
+    batch = tiny_batch(model.config, (1,), (40,))
+    inputs = batch | {"labels": targets(batch), "pixel_values": batch["pixel_values"].bfloat16()}
+    saved = bytes_saved(lambda: adapted(**inputs, token_budget=0.5).logits, adapted.parameters())
+    counted = activations(model.config, Step(["decoder"], lora_rank=3), rows=1, text_tokens=40, token_budget=0.5)
+    del counted["logits or a layer"]
     # A GPU keeps dropout's masks in bytes, a CPU in numbers of the input's kind.
-    masks = 2 * 50 * (5 * 40 + 48 + 104)
-    assert counted + masks == pytest.approx((results[4] - results[2]) / 2, rel=1e-3)
+    masks = 8 * 72 * (5 * 40 + 48 + 104)
+    assert sum(counted.values()) + masks == pytest.approx(saved, rel=0.02)
+
+
+@pytest.mark.parametrize("name", FAMILY_SIZES)
+def test_activations_of_a_family_are_what_autograd_saves(name: str) -> None:
+    for parts in (EVERY_PART, ["projector"]):
+        model, inputs = family_to_train(name, parts, text_tokens=40)
+        saved = bytes_saved(lambda: model(**inputs).logits, model.parameters())  # noqa: B023
+        sizes = {"rows": 1, "text_tokens": 40, "token_budget": 0.5, "image_size": FAMILY_SIZES[name]}
+        counted = activations(model.config, Step(parts), dtype=torch.float32, **sizes)
+        # Of the logits only the log-probabilities are saved.
+        counted["logits or a layer"] = 4 * model(**inputs).logits.numel()
+        assert sum(counted.values()) == pytest.approx(saved, rel=0.06)
+
+
+def test_the_worst_moment_of_a_family_is_what_torch_allocates() -> None:
+    model, inputs = family_to_train("qwen2_5_vl", EVERY_PART, text_tokens=400)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with BytesAlive() as alive:
+        model(**inputs).loss.backward()
+    sizes = {"rows": 1, "text_tokens": 400, "token_budget": 0.5, "image_size": FAMILY_SIZES["qwen2_5_vl"]}
+    counted = activations(model.config, Step(EVERY_PART), dtype=torch.float32, **sizes)
+    assert sum(counted.values()) == pytest.approx(alive.peak, rel=0.1)
+
+
+@pytest.mark.parametrize("parts", [["controller"], ["projector", "decoder"]], ids="+".join)
+def test_where_products_cast_their_inputs_those_are_saved_too(parts: list[str]) -> None:
+    model = training_model(parts, gradient_gates="features")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16() if not parameter.requires_grad else parameter.data
+    batch = tiny_batch(model.config, (1,), (100,))
+    inputs = batch | {"labels": targets(batch)}
+    with torch.autocast("cpu", torch.bfloat16):
+        saved = bytes_saved(lambda: model(**inputs, token_budget=0.5).logits, model.parameters())
+    # The copies of the weights are counted with the weights.
+    maps = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    copies = 2 * sum(weight.numel() for weight in maps if weight.requires_grad)
+    sizes = {"rows": 1, "text_tokens": 100, "token_budget": 0.5}
+    counted = activations(model.config, Step(parts), autocast=True, **sizes)
+    del counted["logits or a layer"]
+    assert sum(counted.values()) + copies == pytest.approx(saved, rel=0.06)
+
+
+@pytest.mark.parametrize("name", FAMILY_SIZES)
+def test_parameters_of_a_family_are_counted_by_what_trains(name: str) -> None:
+    for parts in (["controller"], ["vision"], ["projector", "decoder"]):
+        model, _ = family_to_train(name, parts)
+        weights = Weights.of(model.config, Step(parts))
+        assert weights.trained == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+        assert weights.trained + weights.frozen == sum(weight.numel() for weight in model.parameters())
 
 
 @pytest.mark.parametrize("parts", ALL_PARTS, ids="+".join)

@@ -10,10 +10,14 @@ from adavtp.modeling.decoder import view as decoder_views
 from adavtp.modeling.decoder.reducer import DecoderReducer, best_visual, require_layer
 from adavtp.modeling.decoder.view import AttentionRows, attention_of_last, marked_columns
 from adavtp.modeling.reducers.aim import AimPrune
+from adavtp.modeling.reducers.apet import ApETLayerReducer
+from adavtp.modeling.reducers.autoprune import AutoPruneReducer
 from adavtp.modeling.reducers.depth import DepthReducer
 from adavtp.modeling.reducers.fastv import FastVReducer
 from adavtp.modeling.reducers.head_threshold import HeadThresholdReducer
+from adavtp.modeling.reducers.priortr import PriorTRReducer
 from adavtp.modeling.reducers.pyramiddrop import PyramidDropReducer
+from adavtp.modeling.reducers.random_layer import RandomLayerReducer
 from adavtp.modeling.reducers.sparsevlm import SparseVLMReducer
 from adavtp.modeling.reducers.vtw import VTWReducer
 from tiny_decoder_views import PROMPTS, deep_config, tiny_view, view_of, without_columns
@@ -29,6 +33,10 @@ REDUCERS = {
     "depth": lambda: DepthReducer(deep_config(3)),
     "head_threshold": lambda: HeadThresholdReducer(deep_config(3)),
     "aim_prune": lambda: AimPrune(deep_config(3)),
+    "autoprune": lambda: AutoPruneReducer(deep_config(3)),
+    "apet_layer": lambda: ApETLayerReducer(deep_config(3), basis=2),
+    "priortr": lambda: PriorTRReducer(deep_config(3)),
+    "random_layer": lambda: RandomLayerReducer(deep_config(3)).eval(),
 }
 LAYERS = {"previous": 0, "next": 1}
 

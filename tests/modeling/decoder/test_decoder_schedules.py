@@ -15,10 +15,14 @@ from adavtp.modeling.decoder.layer_counts import (
 )
 from adavtp.modeling.decoder.reducer import DecoderReducer
 from adavtp.modeling.reducers.aim import AimPrune
+from adavtp.modeling.reducers.apet import ApETLayerReducer
+from adavtp.modeling.reducers.autoprune import AutoPruneReducer
 from adavtp.modeling.reducers.depth import DepthReducer
 from adavtp.modeling.reducers.fastv import FastVReducer
 from adavtp.modeling.reducers.head_threshold import HeadThresholdReducer
+from adavtp.modeling.reducers.priortr import PriorTRReducer
 from adavtp.modeling.reducers.pyramiddrop import PyramidDropReducer
+from adavtp.modeling.reducers.random_layer import RandomLayerReducer
 from adavtp.modeling.reducers.sparsevlm import SparseVLMReducer
 from adavtp.modeling.reducers.vtw import VTWReducer
 from tiny_decoder_views import deep_config
@@ -37,6 +41,10 @@ REDUCERS: dict[str, Callable[[int], DecoderReducer]] = {
     "depth, a step": lambda layers: DepthReducer(deep_config(layers), first_drop=1.0, further_drop=0.0),
     "head_threshold": lambda layers: HeadThresholdReducer(deep_config(layers)),
     "aim_prune": lambda layers: AimPrune(deep_config(layers)),
+    "autoprune": lambda layers: AutoPruneReducer(deep_config(layers)),
+    "apet_layer": lambda layers: ApETLayerReducer(deep_config(layers)),
+    "priortr": lambda layers: PriorTRReducer(deep_config(layers)),
+    "random_layer": lambda layers: RandomLayerReducer(deep_config(layers)),
 }
 DEPTHS = [1, 2, 3, 4, 7, 24, 32]
 

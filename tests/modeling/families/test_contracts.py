@@ -1,5 +1,6 @@
 """What a budget promises holds for every family: against the stock class, and against prompts pruned by hand."""
 
+from collections import Counter
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import LlavaNextProcessor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlavaNextProcessor, PreTrainedModel
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from adavtp import AdaVTPProcessor
@@ -30,6 +32,18 @@ from tiny_families import (
 REFERENCE = Path(__file__).parents[3] / "hub_cards/adavtp-digits"
 
 
+class Operations(TorchDispatchMode):
+    """Counts, by name, what torch does inside the `with`; a view does nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.counts[str(func.overloadpacket)] += not func.is_view
+        return func(*args, **kwargs or {})
+
+
 def answers(name: str, prompts: list, side: str = "left", **arguments: object) -> list[list[int]]:
     batch = batch_of(name, prompts, side)
     written = budgeted(name).generate(**batch, max_new_tokens=4, do_sample=False, **arguments)
@@ -42,6 +56,47 @@ def test_at_full_budget_logits_are_the_stock_class_s_to_the_bit(name: str) -> No
     batch = batch_of(name, ragged_prompts(name)[1:2])
     with torch.no_grad():
         assert torch.equal(budgeted(name)(**batch, token_budget=1.0).logits, stock_model(name)(**batch).logits)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_step_of_decoding_does_nothing_that_the_stock_class_does_not(name: str) -> None:
+    batch = batch_of(name, [Writer(name).prompt()])
+
+    def second_step(model: PreTrainedModel, **budget: float) -> Counter[str]:
+        with torch.no_grad():
+            cache = model(**batch, **budget, use_cache=True).past_key_values
+            model(input_ids=batch["input_ids"][:, -1:], past_key_values=cache)
+            with Operations() as operations:
+                model(input_ids=batch["input_ids"][:, -1:], past_key_values=cache)
+        return operations.counts
+
+    of_stock = second_step(stock_model(name))
+    for token_budget in (1.0, 0.4):
+        assert second_step(budgeted(name), token_budget=token_budget) <= of_stock
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("reducer", ["grid", "fastv"])
+def test_under_autocast_what_deepstack_adds_is_added_as_the_stock_class_adds_it(reducer: str) -> None:
+    stock, model = deepcopy(stock_model("qwen3_vl")).float(), with_budget("qwen3_vl", reducers=[reducer]).float()
+    prompt = Writer("qwen3_vl").prompt(images=((2, 2),), videos=((2, 2, 1),))
+    batch = {
+        key: value.float() if value.is_floating_point() else value
+        for key, value in batch_of("qwen3_vl", [prompt]).items()
+    }
+    labels = torch.full_like(batch["input_ids"], -100)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = stock(**batch).logits
+        for is_training in (True, False):
+            # In training FastV acts inside the decoder also where nothing leaves.
+            whole = model.train(is_training)(**batch, labels=labels, token_budget=1.0)
+            assert torch.equal(whole.logits, expected)
+        outputs = model(**batch, token_budget=0.75)
+    selection = outputs.selection
+    depth = None if selection.depth is None else selection.depth[selection.keep]
+    by_hand = HandPruned("qwen3_vl", prompt, selection.keep[selection.is_token], depth=depth)
+    close = {"atol": 0.25, "rtol": 0.0}
+    torch.testing.assert_close(outputs.logits[0, -4:].double(), by_hand.head(by_hand.hidden()[-4:]), **close)
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *MIXTURES])
@@ -160,6 +215,8 @@ def test_both_forms_of_training_have_one_loss_and_every_trained_part_a_gradient(
 def test_fastv_leaves_in_the_decoder_what_it_leaves_alone(name: str) -> None:
     prompts, arguments = ragged_prompts(name), {"reducer": {"name": "fastv", "layer": 2}}
     selection = budgeted(name)(**batch_of(name, prompts[:1]), token_budget=0.75, **arguments).selection
+    asked = budgeted(name).select_tokens(**batch_of(name, prompts[:1]), token_budget=0.75, **arguments)
+    assert torch.equal(asked.depth, selection.depth)
     depth = selection.depth[selection.is_token]
     assert set(depth.tolist()) == {2, 4} and depth.sum() == int(0.75 * len(depth)) * 4
     together = answers(name, prompts, token_budget=[0.75, 0.6, 1.0], **arguments)

@@ -7,10 +7,12 @@ from torch.nn.functional import cross_entropy
 from pruned_by_hand import HandPruned, kept_of
 from tiny_families import (
     FAMILIES,
+    IN_DECODER,
     STATEFUL,
     Batch,
     Prompt,
     batch_of,
+    budgeted,
     close_to,
     ragged_prompts,
     stock_model,
@@ -70,3 +72,21 @@ def test_the_loss_and_every_gradient_are_those_of_prompts_pruned_by_hand(name: s
             assert torch.allclose(own[key].grad, gradient, **close_to(name)), key
     visual = [key for key in gradients if "lm_head" not in key and "language_model" not in key]
     assert any(gradients[key] is not None and gradients[key].any() for key in visual)
+
+
+@torch.no_grad()
+@every_family
+def test_with_the_last_logits_alone_the_loss_is_that_of_the_last_labels(name: str) -> None:
+    model, prompts = budgeted(name), ragged_prompts(name)
+    calls = [(prompts, "divprune"), (prompts[2:], "divprune"), *[(prompts, "fastv")] * (name in IN_DECODER)]
+    for shown, reducer in calls:
+        call = {**with_targets(name, shown, "left"), "token_budget": 0.75, "reducer": reducer}
+        whole, last = model(**call), model(**call, logits_to_keep=4)
+        if name == "minicpmv4_6":
+            # Its stock class makes all logits whatever it is asked for.
+            assert torch.equal(last.logits, whole.logits) and torch.equal(last.loss, whole.loss)
+            continue
+        torch.testing.assert_close(last.logits, whole.logits[:, -4:])
+        assert torch.equal(last.labels, whole.labels[:, -4:])
+        expected = cross_entropy(whole.logits[:, -4:-1].flatten(0, 1).float(), whole.labels[:, -3:].flatten())
+        torch.testing.assert_close(last.loss, expected)

@@ -297,9 +297,18 @@ def test_a_budget_processor_decides_for_each_prompt(name: str) -> None:
         states.append(state)
         return BUDGETS
 
-    prompts = ragged_prompts(name)
-    assert generated(name, prompts, 1.0, budget_processor=[as_by_hand]).answers == greedy(name)
+    prompts, batch = ragged_prompts(name), batch_of(name, ragged_prompts(name))
+    expected, looks = greedy(name), []
+    for budget, processors in ((BUDGETS, []), (1.0, [as_by_hand])):
+        looks.append([])
+        tower = budgeted(name).get_encoder(modality="image")
+        handle = tower.register_forward_hook(lambda *_: looks[-1].append(1))
+        assert generated(name, prompts, budget, budget_processor=processors).answers == expected
+        handle.remove()
+    assert looks[0] == looks[1] != [], "images are encoded again"
     (state,) = states
+    assert state.num_visual_tokens == max(budgeted(name).select_tokens(**batch).sizes)
+    assert torch.equal(state.pixel_values, batch["pixel_values"])
     assert state.prompt_length.tolist() == [len(prompt.ids) for prompt in prompts]
     units = [len(budgeted(name).select_tokens(**batch_of(name, [prompt])).sizes) for prompt in prompts[:2]]
     assert state.num_images.tolist() == [*units, 0]
@@ -321,6 +330,9 @@ def test_images_that_are_encoded_already_are_answered_whole(name: str) -> None:
     encoder = model.base_model.get_image_features
     given = {key: value for key, value in batch.items() if key in inspect.signature(encoder).parameters}
     encoded = {"image": encoder(**given, return_dict=True)}
+    for call in (model.generate, model):
+        with pytest.raises(ValueError, match="`pixel_values` and `mm_encoder_outputs` were both given"):
+            call(**batch, mm_encoder_outputs=encoded)
     batch.pop("pixel_values")
     options = {"do_sample": False, "max_new_tokens": NUM_NEW_TOKENS}
     answer = model.generate(**batch, mm_encoder_outputs=encoded, **options)

@@ -28,6 +28,7 @@ from tiny_families import (
 NUM_NEW_TOKENS = 2
 # Where the default cannot act, or changes hidden states inside the decoder, which cannot be done by hand.
 OTHERWISE = {
+    "apet_layer": {"merge": False},
     "prumerge": {"attention": "per_head"},
     "prumerge+": {"attention": "per_head"},
     "sparsevlm": {"version": "v2"},
@@ -108,11 +109,12 @@ def test_inside_the_decoder_the_attention_that_ranks_is_the_stock_class_s(name: 
         assert dropped == looked_at_least(name, prompt, attentions[layer][0, :, -1], len(dropped)), reducer
 
 
+@pytest.mark.parametrize("reducer", ["sparsevlm", "apet_layer"])
 @pytest.mark.parametrize("name", IN_DECODER)
-def test_what_sparsevlm_merges_in_the_decoder_does_not_depend_on_the_batch(name: str) -> None:
+def test_what_is_merged_in_the_decoder_does_not_depend_on_the_batch(name: str, reducer: str) -> None:
     prompts = ragged_prompts(name)
     outputs = {
-        number: budgeted(name)(**batch_of(name, own), token_budget=0.75, reducer="sparsevlm").logits[:, -1]
+        number: budgeted(name)(**batch_of(name, own), token_budget=0.75, reducer=reducer).logits[:, -1]
         for number, own in enumerate([prompts, *([prompt] for prompt in prompts)])
     }
     torch.testing.assert_close(outputs.pop(0), torch.cat(list(outputs.values())), atol=1e-6, rtol=1e-6)

@@ -9,11 +9,13 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from PIL import Image
-from transformers import AutoModelForMultimodalLM, BitsAndBytesConfig, LlavaForConditionalGeneration
+from transformers import AutoModelForMultimodalLM, BitsAndBytesConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from adavtp import AdaVTPForConditionalGeneration
+from adavtp.evaluation.settings import Setting
 from armed_folders import armed_folder
 from tiny_conversations import digit_processor
+from tiny_families import Writer, batch_of, stock_model
 from tiny_models import tiny_batch, tiny_model, tiny_text_config, tiny_vision_config
 
 Model = AdaVTPForConditionalGeneration
@@ -156,3 +158,50 @@ def test_what_transformers_refuses_of_a_caller_is_not_laid_to_the_files(tmp_path
     tiny_model().save_pretrained(tmp_path)
     with torch.device("meta"), pytest.raises(RuntimeError, match="with a meta device context manager"):
         Model.from_pretrained(tmp_path)
+
+
+@pytest.fixture(params=["llava", "idefics3"])
+def released(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Model, dict[str, torch.Tensor]]:
+    """A checkpoint as its family releases it, loaded with a budget, and a batch."""
+    if request.param == "idefics3":
+        stock_model("idefics3").save_pretrained(tmp_path)
+        model, batch = (
+            Model.from_pretrained(tmp_path, dtype=torch.float64),
+            batch_of("idefics3", [Writer("idefics3").prompt()]),
+        )
+    else:
+        ours = tiny_model()
+        fields = ours.config.to_dict()
+        kept = {name: fields[name] for name in ("vision_config", "text_config", "image_token_index")}
+        stock = LlavaForConditionalGeneration(LlavaConfig(**kept, vision_feature_select_strategy="default"))
+        stock.save_pretrained(tmp_path)
+        model, batch = Model.from_pretrained(tmp_path), tiny_batch(ours.config)
+    return model, batch
+
+
+def test_a_controller_that_nobody_trained_is_not_measured(
+    released: tuple[Model, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    model, batch = released
+    before = model.config.to_dict()
+    reason = "has no weights for the reducer 'adaptive'"
+    for ask in (model, model.select_tokens, model.generate):
+        with pytest.raises(ValueError, match=reason):
+            ask(**batch, token_budget=0.4)
+    assert reason in model.unreachable(**batch, token_budget=0.4)
+    assert reason in Setting("adaptive", 0.4).unreachable(model, batch)
+    # At full budget nothing is asked of it, and what needs no training chooses as ever.
+    for choice in ({"token_budget": 1.0}, {"token_budget": 0.4, "reducer": "random"}):
+        assert model.unreachable(**batch, **choice) is None
+        model(**batch, **choice)
+    assert model.config.to_dict() == before
+    # Saved with its random weights it says so, until it is trained.
+    for is_trained in (False, True):
+        if is_trained:
+            labels = batch["input_ids"].clone()
+            labels[:, :-2] = -100
+            model.train()(**batch, labels=labels, token_budget=0.4)
+            model.eval()
+        model.save_pretrained(tmp_path / "saved")
+        again = Model.from_pretrained(tmp_path / "saved", dtype=model.dtype)
+        assert (again.unreachable(**batch, token_budget=0.4) is None) == is_trained

@@ -1,14 +1,19 @@
 """What the controller promises: exactly K patches, chosen for image, budget and question, by scores that learn."""
 
 import math
+from itertools import combinations
 from typing import Any
 
 import pytest
 import torch
 
 from adavtp import AdaVTPForConditionalGeneration, VisionFeatures
-from adavtp.modeling.reducers.adaptive import VisionTokenController, spread_choice
+from adavtp.modeling.budget import top_k
+from adavtp.modeling.budget.top_k import top_k_mask
+from adavtp.modeling.reducers.adaptive import VisionTokenController, mmr_choice, spread_choice
+from adavtp.modeling.vision.reduction import reduce_tokens
 from layers_by_hand import gelu, linear, normalised
+from tiny_features import tiny_features
 from tiny_models import (
     GATE_IDS,
     GATES,
@@ -161,22 +166,71 @@ def test_a_spread_choice_keeps_good_tokens_that_differ() -> None:
     torch.manual_seed(0)
     scores, patches = torch.randn(17, NUM_PATCHES), torch.randn(17, NUM_PATCHES, 8)
     num_keep = torch.arange(17).clamp(1, NUM_PATCHES)
-    keep = spread_choice(scores, patches, num_keep)
+    keep = spread_choice(scores, patches, num_keep, torch.full((17,), NUM_PATCHES))
     assert keep.sum(dim=-1).tolist() == num_keep.tolist()
     for image, count in enumerate(num_keep.tolist()):
         expected = spread_by_hand(scores[image].tolist(), patches[image], count)
         assert set(keep[image].nonzero()[:, 0].tolist()) == expected
 
 
+def mmr_by_hand(scores: list[float], patches: torch.Tensor, count: int, mmr_lambda: float) -> set[int]:
+    """Every candidate's worth anew at every step; of equal ones the first."""
+    low, high = min(scores), max(scores)
+    relevance = [(score - low) / (high - low + 1e-6) for score in scores]
+    unit = [patch / patch.norm() for patch in patches]
+    kept = [relevance.index(max(relevance))]
+    while len(kept) < count:
+        rest = [token for token in range(len(scores)) if token not in kept]
+        worth = [
+            mmr_lambda * relevance[token] - (1 - mmr_lambda) * max(float(unit[token] @ unit[other]) for other in kept)
+            for token in rest
+        ]
+        kept.append(rest[worth.index(max(worth))])
+    return set(kept)
+
+
+@pytest.mark.parametrize("mmr_lambda", [0.0, 0.3, 0.5, 1.0])
+def test_maximal_marginal_relevance_weighs_scores_against_what_is_kept(mmr_lambda: float) -> None:
+    torch.manual_seed(0)
+    scores, patches = 5 * torch.randn(17, NUM_PATCHES), torch.randn(17, NUM_PATCHES, 8)
+    num_keep, num_tokens = torch.arange(17).clamp(1, NUM_PATCHES), torch.full((17,), NUM_PATCHES)
+    # A smaller image, behind whose tokens there are none.
+    num_keep[-1], num_tokens[-1], scores[-1, 9:] = 4, 9, torch.finfo(scores.dtype).min
+    keep = mmr_choice(scores, patches, num_keep, num_tokens, mmr_lambda)
+    assert keep.sum(dim=-1).tolist() == num_keep.tolist()
+    for image, (count, size) in enumerate(zip(num_keep.tolist(), num_tokens.tolist(), strict=True)):
+        expected = mmr_by_hand(scores[image, :size].tolist(), patches[image, :size], count, mmr_lambda)
+        assert set(keep[image].nonzero()[:, 0].tolist()) == expected
+    if mmr_lambda == 1.0:
+        assert torch.equal(keep, top_k_mask(scores, num_keep))
+
+
 @torch.no_grad()
-def test_the_configuration_says_whether_the_choice_is_spread() -> None:
+def test_the_configuration_says_how_the_choice_is_made() -> None:
     model = tiny_model(controller_choice="spread")
     batch = tiny_batch(model.config)
-    spread = model.select_tokens(**batch, token_budget=[0.2, 0.7]).keep
-    model.config.controller_choice = "best"
-    best = model.select_tokens(**batch, token_budget=[0.2, 0.7]).keep
-    assert spread.sum(dim=-1).tolist() == best.sum(dim=-1).tolist() == [3, 11]
-    assert not torch.equal(spread, best)
+    chosen = []
+    for settings in ({}, {"controller_choice": "best"}, {"controller_choice": "mmr", "controller_mmr_lambda": 0.1}):
+        for name, value in settings.items():
+            setattr(model.config, name, value)
+        chosen.append(model.select_tokens(**batch, token_budget=[0.2, 0.7]).keep)
+    assert all(keep.sum(dim=-1).tolist() == [3, 11] for keep in chosen)
+    assert not any(torch.equal(one, other) for one, other in combinations(chosen, 2))
+    # With lambda 1 only the scores count.
+    model.config.controller_mmr_lambda = 1.0
+    assert torch.equal(model.select_tokens(**batch, token_budget=[0.2, 0.7]).keep, chosen[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("choice", ["spread", "mmr"])
+def test_a_choice_among_tokens_does_not_depend_on_the_batch(choice: str) -> None:
+    model = tiny_model(controller_choice=choice)
+    counts, budgets = [1, 0, 2], [0.2, 1.0, 0.7]
+    batch = tiny_batch(model.config, counts, lengths=[5, 19, 9])
+    together = model.select_tokens(**batch, token_budget=budgets).keep
+    for number, rows in ((0, slice(0, 1)), (2, slice(1, 3))):
+        own = model.select_tokens(**alone(batch, number, counts), token_budget=budgets[number]).keep
+        assert torch.equal(own, together[rows])
 
 
 def test_a_frozen_controller_chooses_in_training_as_in_evaluation() -> None:
@@ -318,3 +372,41 @@ def test_placeholders_are_no_part_of_the_question() -> None:
     with torch.no_grad():
         model.get_input_embeddings().weight[IMAGE_TOKEN_ID] += 1.0
     assert torch.equal(scores_of(model, batch), scores)
+
+
+@pytest.mark.parametrize("choice", ["best", "spread", "sampled"])
+@pytest.mark.parametrize("head", HEADS)
+def test_images_of_several_sizes_come_in_one_call_and_each_is_chosen_from_as_alone(
+    head: str, choice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without noise, which differs from call to call.
+    monkeypatch.setattr(top_k, "gumbel_noise", torch.zeros_like)
+    own = {"controller_choice": choice} if choice != "sampled" else {}
+    controller = tiny_model(controller_head=head, **FUSIONS["post"], **own).model.controller
+    controller.train(choice == "sampled")
+    calls = []
+    controller.register_forward_pre_hook(lambda _, args: calls.append(len(args[0].patches)))
+    sizes, num_keep = torch.tensor([5, NUM_PATCHES, 9, 1]), torch.tensor([5, 6, 2, 1])
+    features, weights = tiny_features(4), torch.randn(4, NUM_PATCHES, 32)
+    is_token = torch.arange(NUM_PATCHES) < sizes[:, None]
+    features.positions = features.positions.masked_fill(~is_token, -1)
+    features.patches = features.patches * is_token[..., None]
+
+    def chosen(rows: torch.Tensor, size: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """What is kept of these images, and the gradients of a loss of what is left of them."""
+        own = features.images(rows, size)
+        left, selection = reduce_tokens("adaptive", controller, own, num_keep[rows], runs_everything=True)
+        weight = weights[rows].gather(1, left.positions.clamp(min=0)[..., None].expand(-1, -1, 32))
+        # Evaluation has no gradient of the choice.
+        loss = (left.patches * weight)[left.positions >= 0].sum() + 0.0 * next(controller.parameters()).sum()
+        found = torch.autograd.grad(loss, list(controller.parameters()), allow_unused=True)
+        return selection.keep, [torch.zeros(()) if gradient is None else gradient for gradient in found]
+
+    keep, gradients = chosen(torch.arange(4), NUM_PATCHES)
+    assert calls == [4] and keep.sum(dim=-1).tolist() == num_keep.tolist()
+    of_each = [chosen(torch.tensor([row]), size) for row, size in enumerate(sizes.tolist())]
+    for row, (alone_keep, _) in enumerate(of_each):
+        assert torch.equal(keep[row, : sizes[row]], alone_keep[0, : sizes[row]])
+    for number, gradient in enumerate(gradients):
+        torch.testing.assert_close(gradient, sum(found[number] for _, found in of_each), atol=1e-6, rtol=1e-4)
+    assert choice != "sampled" or any(gradient.abs().max() > 1e-4 for gradient in gradients)

@@ -1,6 +1,7 @@
 """What DynamicViT promises: predictors that drop for good, attention that hides what was dropped, and exactly K."""
 
 import math
+from fractions import Fraction
 from itertools import pairwise
 
 import pytest
@@ -83,16 +84,21 @@ def test_untrained_predictors_keep_nearly_everything() -> None:
 def test_the_last_stage_keeps_k_and_the_ones_before_a_geometric_share() -> None:
     assert tokens_after_stages(576, 72, 3) == [288, 144, 72]
     assert tokens_after_stages(64, 27, 3) == [48, 36, 27]
-    assert tokens_after_stages(576, 345, 3) == [485, 409, 345]
     assert tokens_after_stages(1000, 343, 3) == [700, 490, 343]
     for num_patches, num_stages in ((16, 3), (64, 2), (50, 5), (9, 1)):
         for num_keep in range(1, num_patches + 1):
             left = tokens_after_stages(num_patches, num_keep, num_stages)
             for stage, count in enumerate(left, start=1):
-                # The largest count whose share is no more than (K / N)^(s / S).
-                power = num_keep**stage * num_patches ** (num_stages - stage)
+                # The largest count whose share is no more than ((K + 1/2) / N)^(s / S).
+                power = (Fraction(1, 2) + num_keep) ** stage * num_patches ** (num_stages - stage)
                 assert count**num_stages <= power < (count + 1) ** num_stages
-            assert left[-1] == num_keep
+            assert num_patches >= left[0] and left == sorted(left, reverse=True) and left[-1] == num_keep
+
+
+@pytest.mark.parametrize("rate", [0.9, 0.8, 0.7, 0.6, 0.5])
+def test_counts_are_those_of_the_published_rates(rate: float) -> None:
+    published = [int(196 * rate**stage) for stage in (1, 2, 3)]
+    assert tokens_after_stages(196, published[-1], 3) == published
 
 
 def test_predictors_stand_at_the_quarters_of_the_layers_that_run() -> None:
@@ -113,7 +119,7 @@ def test_every_stage_keeps_its_best_tokens_and_the_others_are_gone(vision: str, 
     tower = tiny_pass(vision, vision_feature_layer=-1)
     reducer = with_random_predictors(DynamicViTReducer(tower.config, cuts=CUTS, order=order)).eval()
     before = tower.num_before
-    for num_keep, left in ((7, [12, 9, 7]), (1, [6, 2, 1])):
+    for num_keep, left in ((7, [12, 9, 7]), (1, [7, 3, 1])):
         encoded = reducer(tower, tiny_images(), counts(num_keep))
         for image in range(2):
             sequence = tower.embed(tiny_images()[image : image + 1])

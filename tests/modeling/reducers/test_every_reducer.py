@@ -20,7 +20,7 @@ from tiny_models import OF_LLAVA, tiny_config, tiny_text_config, tiny_vision_con
 # AIM is two reducers, which are here by their own names.
 BEHIND_THE_TOWER = sorted(name for name in OF_LLAVA - {"aim"} if REDUCERS[name].stage in ("vision", "projector"))
 TOLERANCE = {torch.float32: {"atol": 1e-5, "rtol": 1e-5}, torch.bfloat16: {"atol": 2e-2, "rtol": 2e-2}}
-READS_CLS = ["cls_attention", "hired", "prumerge", "prumerge+", "vispruner", "visionzip"]
+READS_CLS = ["cls_attention", "hired", "prumerge", "prumerge+", "scope", "vispruner", "visionzip"]
 
 
 def reducer(name: str, **parameters: Any) -> TokenReducer:
@@ -50,11 +50,16 @@ def test_every_image_keeps_exactly_k_tokens_and_those_that_it_keeps_alone(name: 
                 torch.testing.assert_close(alone.gather(own.patches)[0], tokens[image, :count], **TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("name", ["cdpruner", "cls_attention", "dart", "divprune", "hired", "query"])
+@pytest.mark.parametrize(
+    "name", ["apet", "cdpruner", "cls_attention", "dart", "divprune", "hiprune", "hired", "query", "scope"]
+)
 def test_of_equal_tokens_the_earlier_stay(name: str) -> None:
     keys = torch.ones(1, 4, 8, 8)
-    attention = {1: TowerAttention(keys[:, :, 0], keys[:, :, 0], keys)}
-    features = features_of(torch.ones(1, 8, 32), question=torch.eye(32)[:1], attention=attention)
+    of_layer = TowerAttention(keys[:, :, 0], keys[:, :, 0], keys, received=keys[..., 0])
+    attention = {0: of_layer, 1: of_layer}
+    features = features_of(
+        torch.ones(1, 8, 32), question=torch.eye(32)[:1], attention=attention, grids=torch.tensor([[2, 4]])
+    )
     for count in range(1, 9):
         assert reducer(name)(features, torch.tensor([count])).positions.tolist() == [list(range(count))]
 
@@ -67,7 +72,7 @@ def test_attention_is_read_in_the_layer_that_made_the_features_or_the_one_above(
     feature_layer: int | list[int], num_layers: int, making: int, above: int
 ) -> None:
     config = tiny_config(vision_config=tiny_vision_config(num_layers=num_layers), vision_feature_layer=feature_layer)
-    for name in ("cls_attention", "dart", "hired", "vispruner", "visionzip"):
+    for name in ("cls_attention", "dart", "hired", "scope", "vispruner", "visionzip"):
         assert build_reducer(name, config).attention_layers == (making,)
     for name in ("aim_merge", "prumerge", "prumerge+"):
         assert build_reducer(name, config).attention_layers == (above,)
@@ -86,6 +91,9 @@ REFUSED: dict[str, dict[str, list[Any]]] = {
     "aim": {"order": ["random"], "slope": [-1]},
     "aim_merge": {"order": ["random"], "share": [0.0, 1.5]},
     "aim_prune": {"layer": [0, 8], "slope": [0.0, 1.5]},
+    "apet": {"basis": [0, -1, 2.5, True]},
+    "apet_layer": {"layer": [0, 8], "basis": [0], "merge": [1]},
+    "autoprune": {"k0": [0, -1.0, math.inf, "1"], "gamma": [-0.1, math.nan, True]},
     "cdpruner": {"theta": [-0.1, 1.0, math.nan]},
     "cls_attention": {"layer": [-1, 3, 0.5, "1"]},
     "dart": {"pivots": [0, -1, 2.5, True]},
@@ -99,8 +107,10 @@ REFUSED: dict[str, dict[str, list[Any]]] = {
     },
     "fastv": {"layer": [0, 8, "2", True], "ratio": [-0.1, 1.1], "rows": ["first"]},
     "head_threshold": {"layer": [0, 8], "percentile": [-1, 100.5]},
+    "hiprune": {"alpha": [-0.1, 1.1, math.nan], "layer": [-1, 2, 0.5, True]},
     "hired": {"tile_grid": [(2,), (0, 2), "22", (2.0, 2)], "alpha": [1.5, -0.5], "share": ["sum"]},
     "pool": {"kind": ["median"]},
+    "priortr": {"layer": [0, 8, 1.5], "rows": ["all"], "keep": [-1]},
     "progressive": {"decay": [-1, math.inf, math.nan, "1", True]},
     "prumerge": {"attention": ["mean"], "average": ["yes", 1], "neighbours": [-1, 2.5], "order": ["random"]},
     "prumerge+": {"attention": ["mean"], "important": [1.5, -0.5]},
@@ -109,7 +119,9 @@ REFUSED: dict[str, dict[str, list[Any]]] = {
         "ratios": [[0.5, 0.6, 0.1], [1.0, 0.5, 0.1], [0.5, 0.2, 0.0], [0.5], [], 0.5],
     },
     "query": {"temperature": [0.0, -1.0, math.inf, math.nan]},
+    "random_layer": {"layer": [0, 8], "ratio": [-0.1, 1.1], "seed": [-1, 0.5]},
     "resampler": {"num_layers": [0], "num_heads": [3, 0]},
+    "scope": {"alpha": [-0.5, math.inf, math.nan, "1", True]},
     "sparsevlm": {"version": ["v3"], "tokens": [100], "merge": ["max"], "order": ["random"], "num_heads": [0, 1.5]},
     "token_fusion": {"norm_preserving": [1], "proportional_attention": [None], "order": ["best"]},
     "tome": {"merge": ["mean"], "proportional_attention": ["yes"], "order": ["score"]},

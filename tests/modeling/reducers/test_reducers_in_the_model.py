@@ -41,10 +41,9 @@ INSIDE_THE_DECODER = [name for name in NAMES if REDUCERS[name].stage == "decoder
 OWN_RULE = [name for name in NAMES if REDUCERS[name].has_own_rule]
 TRAINED = [name for name in NAMES if REDUCERS[name].trained]
 # Fewest of 16 tokens that a method can keep: two layers of the tower run and can halve them, or the decoder's first
-# layer of four (for AIM's pruning its first two) sees everything.
-LEAST = {"tome": 4, "token_fusion": 4, "aim_prune": 8} | {
-    name: 4 for name in INSIDE_THE_DECODER if name != "aim_prune"
-}
+# layer of four (its first two for methods that cut where it is half as deep) sees everything.
+LEAST = {"tome": 4, "token_fusion": 4} | dict.fromkeys(INSIDE_THE_DECODER, 4)
+LEAST |= {"aim_prune": 8, "apet_layer": 8, "random_layer": 8}
 # What only the stage can change is tried with one of each kind before the decoder, and inside it with one that drops
 # once, one that chooses by how many it keeps, one that recycles in several steps, and one that drops all.
 KINDS = ["adaptive", "tome", "dynamicvit", "prumerge", "divprune", "aim", "fastv", "dart_layer", "sparsevlm", "vtw"]

@@ -71,6 +71,18 @@ def test_an_image_does_not_notice_what_shares_its_batch_nor_a_read_only_budget(n
 @torch.no_grad()
 @every_reducer
 @every_tower
+def test_a_blank_picture_has_numbers_for_tokens_and_exactly_k_of_them(name: str, vision: str) -> None:
+    tower = tiny_pass(vision)
+    module = reducer(name, tower.config)
+    for value in (0.0, 1.0):
+        encoded = module(tower, torch.full_like(tiny_images(), value), counts(6))
+        assert encoded.sequence.isfinite().all() and encoded.sequence.shape[1] == tower.num_before + 6
+        assert all(len({*places} & {*range(NUM_PATCHES)}) == 6 for places in encoded.positions.tolist())
+
+
+@torch.no_grad()
+@every_reducer
+@every_tower
 def test_bfloat16_keeps_exactly_k_and_stays_bfloat16(name: str, vision: str) -> None:
     tower = tiny_pass(vision, dtype=torch.bfloat16, budget=True)
     for dtype in (torch.float32, torch.bfloat16):

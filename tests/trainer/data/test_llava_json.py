@@ -53,6 +53,7 @@ def test_a_record_becomes_a_row_with_the_image_in_the_folder_and_undecoded(tmp_p
     assert row == {
         "id": "000000033471",
         "images": [{"bytes": None, "path": str(tmp_path / "images/coco/train2017/000000033471.jpg")}],
+        "videos": [],
         "image_folder": str(tmp_path / "images"),
         "messages": [
             {"role": "user", "content": parts(None, "What is this?")},
@@ -112,7 +113,7 @@ UNREADABLE: dict[str, tuple[Any, str]] = {
     "an image that is a number": (record(image=7), "an image is 7"),
     "half of a surrogate pair": (record("A bus \ud83d."), "is no Unicode text"),
     "an unknown part": (
-        {"messages": [{"role": "user", "content": [{"type": "video"}]}]},
+        {"messages": [{"role": "user", "content": [{"type": "audio"}]}]},
         "types 'image' and 'image_url'",
     ),
 }

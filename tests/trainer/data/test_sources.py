@@ -19,11 +19,12 @@ from adavtp.trainer.data.reader import ConversationReader, RejectedSample
 from adavtp.trainer.data.sources import load_conversations
 from tiny_conversations import digit_processor
 
-TEXT = Value("string")
+TEXT, IMAGE = Value("string"), datasets.Image(decode=False)
 COMMON_FEATURES = Features(
     {
         "id": TEXT,
-        "images": List(datasets.Image(decode=False)),
+        "images": List(IMAGE),
+        "videos": List({"bytes": Value("binary"), "path": TEXT, "frames": List(IMAGE), "fps": Value("float64")}),
         "image_folder": TEXT,
         "messages": List({"role": TEXT, "content": List({"type": TEXT, "text": TEXT})}),
         "problem": TEXT,
@@ -136,6 +137,7 @@ def test_parquet_of_llavas_form_gives_common_rows_with_images_as_they_were_store
         {
             "id": f"p{number}",
             "images": [{"bytes": png(number), "path": None}],
+            "videos": [],
             "image_folder": str(tmp_path / "data"),
             "messages": messages(number),
             "problem": None,
@@ -434,7 +436,7 @@ def test_unknown_columns_are_named_beside_those_that_are_understood(tmp_path: Pa
     [
         ({"shuffle": True}, "unknown fields \\['shuffle'\\]; allowed are path, format, weight, images, trust"),
         ({"split": "train"}, "a 'parquet' source has unknown fields \\['split'\\]"),
-        ({"format": "csv"}, "`format` is 'csv'; allowed are 'digit-scenes', 'json'"),
+        ({"format": "csv"}, "`format` is 'csv'; allowed are 'digit-scenes', 'pages', 'json'"),
         ({"weight": 0}, "`weight` is 0; allowed are numbers above 0"),
         ({"weight": -1.0}, "`weight` is -1.0"),
         ({"weight": float("nan")}, "`weight` is nan"),

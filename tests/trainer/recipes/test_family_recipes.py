@@ -10,7 +10,6 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from adavtp import AdaVTPForConditionalGeneration
 from adavtp.modeling.parts import parts_of_names
 from adavtp.trainer.recipes import recipe as recipe_module
-from adavtp.trainer.recipes import starting_model
 from adavtp.trainer.recipes.recipe import Recipe
 from adavtp.trainer.recipes.run import run_recipe
 from tiny_conversations import write_conversations
@@ -28,7 +27,7 @@ def test_a_family_s_recipe_trains_its_own_checkpoint(
     start = family_model(name, processor)
     start.save_pretrained(tmp_path / "base")
     # Without torchvision the families' own processors do not load.
-    monkeypatch.setattr(starting_model, "processor_for", lambda model, source: processor)
+    monkeypatch.setattr(type(start), "processor", processor)
     recipe = Recipe.from_file(RECIPES / f"{name}.yaml")
     assert recipe.model["checkpoint"].split("/")[0] in ("Qwen", "llava-hf")
     recipe.model |= {"checkpoint": str(tmp_path / "base"), "dtype": "float32"}
@@ -63,8 +62,9 @@ def test_kinds_for_digit_scenes_are_refused_for_other_families(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     processor = family_processor("qwen2_5_vl")
-    family_model("qwen2_5_vl", processor).save_pretrained(tmp_path / "base")
-    monkeypatch.setattr(starting_model, "processor_for", lambda model, source: processor)
+    start = family_model("qwen2_5_vl", processor)
+    start.save_pretrained(tmp_path / "base")
+    monkeypatch.setattr(type(start), "processor", processor)
     training: dict[str, Any] = {"max_steps": 1, "use_cpu": True}
     stage = {"name": "1", "kind": kind, "data": {"split": "train", "num_scenes": 2}, "training": training}
     stages = [recipe_module.Stage(**stage)]

@@ -297,13 +297,13 @@ def test_checkpoints_of_another_run_are_not_gone_on_with(finished: Path, tmp_pat
 
 
 def test_data_that_load_dataset_takes_are_read_as_sources_are(finished: Path, tmp_path: Path) -> None:
-    rows = [{"id": "q7", "video": "a.mp4", "messages": [{"role": "user", "content": "a"}]}] * 2
+    rows = [{"id": "q7", "messages": [{"role": "user", "content": "a"}]}] * 2
     Dataset.from_list(rows).save_to_disk(tmp_path / "data")
     content = content_of(finished)
     stage = content["stages"][2] | {"data": {"path": str(tmp_path / "data")}}
     content |= {"model": {"checkpoint": str(finished / "run" / "speak")}, "stages": [without("eval_data", stage)]}
     content["stages"][0]["training"] = TRAINING | {"train_parts": ["controller"]}
-    with pytest.raises(ValueError, match="Sample 'q7': the record has `video`"):
+    with pytest.raises(ValueError, match="Sample 'q7': the assistant says nothing"):
         run_recipe(read(content, tmp_path), tmp_path / "run")
 
 
@@ -373,7 +373,10 @@ EVALUATION = {"questions": 6, "budgets": [1.0], "reducers": ["adaptive"]}
         (PLAIN | {"stages": [STAGE | {"steps": 3}]}, "steps"),
         (PLAIN | {"stages": [without("name", STAGE)]}, "missing field.*name"),
         (PLAIN | {"stages": ["see"]}, "found 'see'"),
-        (PLAIN | {"stages": [STAGE | {"kind": "magic"}]}, "'magic'.*patch_labels, packed_questions, conversations"),
+        (
+            PLAIN | {"stages": [STAGE | {"kind": "magic"}]},
+            "'magic'.*patch_labels, told_questions, told_patches, packed_questions, conversations",
+        ),
         (PLAIN | {"stages": [STAGE | {"training": {"max_step": 3}}]}, "max_step"),
         (PLAIN | {"stages": [STAGE | {"training": {"train_parts": ["vision"]}}]}, "train_parts"),
         (PLAIN | {"stages": [TALK | {"budgets": {"range": [0.2, 1.0]}}]}, "range"),
