@@ -172,6 +172,9 @@ class Shape(NamedTuple):
 
 
 def _without_values(argument: Any) -> Any:
+    if isinstance(argument, torch.device):
+        # What is asked to go to a device would need values.
+        return torch.device("meta")
     return Shape(argument.shape, argument.dtype) if isinstance(argument, torch.Tensor) else argument
 
 

@@ -152,7 +152,7 @@ def test_families_says_of_each_what_a_budget_is_for_and_why_a_reducer_is_refused
     printed = " ".join(run("families").output.split())
     assert all(name in printed for name in rows)
     # A reason that several families have is printed once, in words that fit all of them.
-    assert printed.count("It acts inside the vision tower, behind which this family makes one token") == 1
+    assert printed.count("it acts inside the vision tower, behind which this family makes one token") == 1
 
 
 def test_compare_writes_a_page_two_pictures_and_the_numbers_of_a_run_it_goes_on_with(tmp_path: Path) -> None:
@@ -172,18 +172,19 @@ def test_compare_writes_a_page_two_pictures_and_the_numbers_of_a_run_it_goes_on_
     )
 
 
-def test_compare_of_another_family_has_its_numbers_and_no_gallery(tmp_path: Path) -> None:
+def test_compare_of_another_family_has_its_numbers_and_pictures_of_its_tiles(tmp_path: Path) -> None:
     folder, page = family_folder("idefics3", tmp_path / "model"), tmp_path / "page"
     asked = ("--questions", 6, "--reducers", "random", "tome", "--budgets", 0.5, "--output", page)
     result = run("compare", folder, *asked, "--work", tmp_path / "run")
     assert result.exit_code == 0, result.output
-    assert {path.name for path in page.iterdir()} == {"reducers.md", "reducers.json", "reducers_accuracy.png"}
+    names = {"reducers.md", "reducers.json", "reducers_accuracy.png", "reducers_gallery.png"}
+    assert {path.name for path in page.iterdir()} == names
     numbers = json.loads((page / "reducers.json").read_text())
     full, random = numbers["checkpoints"][0]["settings"]
     # Its tiles are alike, so that FLOPs are counted; five of 16 tokens.
     assert (full["visual_tokens"], random["visual_tokens"]) == (80, 40) and 0 < random["flops"] < full["flops"]
     text = (page / "reducers.md").read_text()
-    assert report_markdown(numbers, "reducers_accuracy.png") == text
+    assert report_markdown(numbers, "reducers_accuracy.png", {GALLERY_TEXT: "reducers_gallery.png"}) == text
 
 
 def test_compare_refuses_a_budget_that_is_nothing_to_compare(tmp_path: Path) -> None:

@@ -244,7 +244,8 @@ def test_a_folder_of_another_family_is_evaluated_and_reported_by_what_its_prompt
     # Five units of 16 tokens, each with its own share.
     seen = {answer.setting: answer.visual_tokens for answer in finished.answers()}
     assert seen == {("full", 1.0): 80, ("random", 0.4): 30, ("random", 4): 20, ("random", 115 / 576): 15}
-    assert {(answer.num_keep, answer.flops) for answer in finished.answers()} == {(None, None)}
+    assert {answer.num_keep for answer in finished.answers()} == {None}
+    assert all(answer.flops > 0 for answer in finished.answers())
     assert all("frames of a video" in row["reason"] for row in finished.header["unreachable"])
     shown, grids = finished.shown_image(5)
     assert len(shown.places) == 5 and grids == [(4, 4)] * 5
@@ -252,7 +253,7 @@ def test_a_folder_of_another_family_is_evaluated_and_reported_by_what_its_prompt
     report = CliRunner().invoke(app, ["report", str(output), "--output", str(tmp_path / "report")])
     assert report.exit_code == 0, report.output
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "FLOPs are not counted" in text and "| budget 0.199653 | budget 0.4 | K = 4 |" in text
+    assert "FLOPs are not counted" not in text and "| budget 0.199653 | budget 0.4 | K = 4 |" in text
     assert "| `random` (control) | 0.4 | 30.0 |" in text
 
 

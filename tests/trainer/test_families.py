@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
@@ -177,7 +179,7 @@ def test_text_alone_has_the_loss_of_the_stock_class_with_the_tower_in_its_gradie
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_in_four_bits_are_the_decoder_s_linear_layers_and_nothing_else(name: str, tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
+    functional = pytest.importorskip("bitsandbytes.functional")
     stock = stock_model(name)
     stock.save_pretrained(tmp_path)
     model = AdaVTPForConditionalGeneration.from_pretrained(
@@ -189,9 +191,16 @@ def test_in_four_bits_are_the_decoder_s_linear_layers_and_nothing_else(name: str
     others = {p.dtype for key, p in model.named_parameters() if key.removesuffix(".weight") not in in_four_bits}
     assert others == {torch.float32}
     batch = batch_of(name, [Writer(name).prompt()])
-    with torch.no_grad():
-        logits = torch.stack([run(**batch).logits[0, -1].float() for run in (stock, model)])
-    assert torch.corrcoef(logits)[0, 1] > 0.8
+    for key in in_four_bits:
+        weight = model.get_submodule(key).weight
+        stock.get_submodule(key).weight.data = functional.dequantize_4bit(weight.data, weight.quant_state)
+    batch = {
+        key: value.float() if value.is_floating_point() else value
+        for key, value in batch_of(name, [Writer(name).prompt()]).items()
+    }
+    # With gradients: without them the library packs weights anew on some CPUs, and only those that are wide.
+    expected, logits = (run(**batch).logits[0, -1].detach() for run in (stock.float(), model))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 # Training
@@ -289,14 +298,16 @@ def test_processes_that_share_parameters_take_what_runs_the_same_modules(monkeyp
 # Learning
 
 
-def scenes_of_digits(split: str, num_scenes: int, folder: Path) -> list[dict[str, Any]]:
-    """Scenes of handwritten digits; what is asked is the colour of the one with the largest box."""
-    rows = []
+def digits_alone(split: str, num_scenes: int, folder: Path) -> list[dict[str, Any]]:
+    """Each handwritten digit of scenes, small and somewhere in grey noise; what is asked is its colour."""
+    generator, rows = np.random.default_rng(0), []
     for scene in load_digit_scenes(split, num_scenes, cache_dir=folder):
-        boxes = [(right - left) * (bottom - top) for left, top, right, bottom in (o["box"] for o in scene["objects"])]
-        colour = scene["objects"][boxes.index(max(boxes))]["colour"]
-        messages = [user("what colour is the largest digit ?", 1), assistant(colour)]
-        rows.append({"images": [scene["image"]], "messages": messages})
+        for digit in scene["objects"]:
+            grey = generator.integers(0, 256, (48, 48, 1), dtype=np.uint8)
+            image = Image.fromarray(grey.repeat(3, axis=-1))
+            image.paste(scene["image"].crop(digit["box"]).resize((12, 12)), tuple(generator.integers(0, 37, 2).tolist()))
+            messages = [user("what colour is the digit ?", 1), assistant(digit["colour"])]
+            rows.append({"images": [image], "messages": messages})
     return rows
 
 
@@ -320,8 +331,8 @@ def test_a_controller_learns_to_choose_on_another_family(tmp_path: Path) -> None
             scale = 0.5 if "embed_tokens" in name else parameter[0].numel() ** -0.5
             nn.init.normal_(parameter, 0.0, scale, generator)
     collator = BudgetCollator(processor)
-    rows, held_out = (scenes_of_digits(split, number, tmp_path) for split, number in (("train", 512), ("test", 128)))
-    batches = [collator(rows[first : first + 32]) for first in range(0, len(rows), 32)]
+    rows, held_out = (digits_alone(split, number, tmp_path) for split, number in (("train", 256), ("test", 64)))
+    batches = [collator(rows[first : first + 32]) for first in range(0, len(rows) - 31, 32)]
 
     def train(budgets: tuple[float, float], **arguments: Any) -> list[float]:
         trainer = family_trainer(
@@ -338,8 +349,8 @@ def test_a_controller_learns_to_choose_on_another_family(tmp_path: Path) -> None
         return losses_of(trainer)
 
     def loss_and_share_right(reducer: str) -> tuple[float, float]:
-        """Of held-out scenes, with 6 tokens of 64."""
-        batch = collator(held_out) | {"token_budget": 0.1}
+        """Of held-out digits, with 3 tokens of 64."""
+        batch = collator(held_out) | {"token_budget": 0.05}
         with torch.no_grad():
             outputs = model.eval()(**batch, reducer=reducer)
         targets = outputs.labels[:, 1:]
@@ -348,7 +359,9 @@ def test_a_controller_learns_to_choose_on_another_family(tmp_path: Path) -> None
         return float(outputs.loss), float(is_right.float().mean())
 
     model.set_reducer("random")
-    losses = train((0.1, 1.0), max_steps=160, warmup_steps=20, learning_rate=6e-3, train_parts=EVERY_PART[1:])
+    # A tower that trained would tell every token the colour, and no choice would matter.
+    decoder = ["projector", "decoder"]
+    losses = train((0.1, 1.0), max_steps=160, warmup_steps=20, learning_rate=6e-3, train_parts=decoder)
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
     model.set_reducer("adaptive")
     untrained, untrained_right = loss_and_share_right("adaptive")
@@ -360,8 +373,8 @@ def test_a_controller_learns_to_choose_on_another_family(tmp_path: Path) -> None
         train_parts=["controller"],
         loss_weights=RELEVANCE,
     )
-    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    assert sum(losses[-10:]) < 0.95 * sum(losses[:10])
     learned, learned_right = loss_and_share_right("adaptive")
     random, random_right = loss_and_share_right("random")
-    assert learned < 0.95 * random and learned < 0.95 * untrained
-    assert learned_right > random_right + 0.05 and learned_right > untrained_right + 0.05
+    assert learned < 0.9 * random and learned < 0.95 * untrained
+    assert learned_right > random_right + 0.15 and learned_right > untrained_right + 0.05

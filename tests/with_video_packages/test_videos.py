@@ -18,6 +18,9 @@ from tiny_processors import WITH_VIDEOS, family_model, family_processor, stock_o
 
 VIDEO = {"type": "video"}
 FRAMES = 4
+ROW_WITH_IMAGE = {"images": [picture(2, (50, 30))], "messages": [user("which ?", 1), assistant("red")]}
+# One takes images beside videos for frames, the other gives the model one or the other.
+APART = ("glm4v", "smolvlm")
 
 
 def clip(seed: int = 0, num_frames: int = FRAMES, size: tuple[int, int] = (60, 40)) -> list[Image.Image]:
@@ -43,9 +46,7 @@ def rows_with_videos(name: str) -> list[dict[str, Any]]:
         watching("is there a 3 ?", "no", [{"frames": array, "fps": 2.0}]),
         {"messages": [user("which digit is blue ?"), assistant("2")]},
     ]
-    if name != "glm4v":
-        rows.append({"images": [picture(2, (50, 30))], "messages": [user("which ?", 1), assistant("red")]})
-    return rows
+    return rows if name in APART else [*rows, ROW_WITH_IMAGE]
 
 
 def row_alone(batch: dict[str, torch.Tensor], number: int) -> torch.Tensor:
@@ -75,6 +76,12 @@ def test_a_batch_with_videos_is_what_the_processor_writes_and_answers_are_its_ta
     if name == "minicpmv4_6":
         pixels, own = pixels.transpose(1, -1)[0], own.transpose(1, -1)[0]
     assert torch.equal(pixels.flatten(0, pixels.dim() - own[0].dim() - 1)[: len(own)], own)
+
+
+def test_images_and_videos_that_the_processor_gives_one_name_are_refused_in_one_batch() -> None:
+    collator = BudgetCollator(family_processor("smolvlm"))
+    with pytest.raises(ValueError, match="SmolVLMProcessor gives the model one or the other"):
+        collator([*rows_with_videos("smolvlm"), ROW_WITH_IMAGE])
 
 
 def double_model(name: str, processor: ProcessorMixin) -> PreTrainedModel:
