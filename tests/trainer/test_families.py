@@ -305,7 +305,9 @@ def digits_alone(split: str, num_scenes: int, folder: Path) -> list[dict[str, An
         for digit in scene["objects"]:
             grey = generator.integers(0, 256, (48, 48, 1), dtype=np.uint8)
             image = Image.fromarray(grey.repeat(3, axis=-1))
-            image.paste(scene["image"].crop(digit["box"]).resize((12, 12)), tuple(generator.integers(0, 37, 2).tolist()))
+            image.paste(
+                scene["image"].crop(digit["box"]).resize((12, 12)), tuple(generator.integers(0, 37, 2).tolist())
+            )
             messages = [user("what colour is the digit ?", 1), assistant(digit["colour"])]
             rows.append({"images": [image], "messages": messages})
     return rows
