@@ -1,9 +1,12 @@
 """Tower, projector and decoder by themselves: what each is shown, and that what is left belongs to one model."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaModel, PreTrainedModel
 
 from adavtp import AdaVTPForConditionalGeneration
 from adavtp.tasks.pages import PATCH_LABELS, PATCH_WORDS, load_pages
@@ -19,6 +22,7 @@ from adavtp.trainer.decoder_pretraining import (
     ToldReader,
 )
 from adavtp.trainer.looking_around import HEADS, look_around
+from adavtp.trainer.looking_back import OFFSETS, look_back
 from adavtp.trainer.recipes.recipe import Recipe, Stage
 from adavtp.trainer.recipes.run import run_recipe
 from adavtp.trainer.recipes.starting_model import new_model
@@ -77,6 +81,48 @@ def test_a_tower_without_enough_heads_cannot_look_around(model: AdaVTPForConditi
     tower.config.num_attention_heads = 4
     with pytest.raises(ValueError, match="the tower has 4 heads of 32, 128 together; allowed are 7 heads and more"):
         look_around(tower)
+
+
+def decoder_that_looks_back(**changes: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    text = {"hidden_size": 128, "num_attention_heads": 8, "head_dim": 32, "attention_bias": True, "vocab_size": 200}
+    text |= {"num_hidden_layers": 2, "intermediate_size": 64, "rope_parameters": {"rope_type": "default"}}
+    text["rope_parameters"]["rope_theta"] = 1e6
+    decoder = LlamaModel(LlamaConfig(**text | changes, attn_implementation="eager")).eval()
+    look_back(decoder)
+    return decoder
+
+
+def test_heads_of_a_new_decoder_look_back_find_what_is_alike_and_copy_it() -> None:
+    decoder = decoder_that_looks_back()
+    ids = torch.randperm(200)[:150]
+    # The last token was there once before, and so was the one that is three columns back.
+    ids[[20, 90]] = ids[[149, 146]]
+    with torch.no_grad():
+        outputs = decoder(ids[None], output_attentions=True, output_hidden_states=True)
+    (first, *_), states = outputs.attentions, outputs.hidden_states
+    for number, offset in enumerate(OFFSETS):
+        assert (first[0, number].argmax(dim=-1)[offset:] == torch.arange(150 - offset)).all()
+    for head in first[0, len(OFFSETS) :, -1]:
+        assert set(head.topk(2).indices.tolist()) == {20, 149}
+    # Behind a layer it is like the words that it looked at, among all 200.
+    words = nn.functional.normalize(decoder.get_input_embeddings().weight, dim=-1)
+    likeness = nn.functional.normalize(states[1][0, -1], dim=-1) @ words.T
+    assert set(ids[-5:].tolist()) <= set(likeness.topk(10).indices.tolist())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_bias": False}, "`attention_bias` False"),
+        ({"num_attention_heads": 4}, "`num_attention_heads` 4"),
+        ({"num_key_value_heads": 2}, "`num_key_value_heads` 2"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 10.0}}, "of 16 rotary frequencies 0 are below"),
+    ],
+)
+def test_a_decoder_without_such_heads_cannot_look_back(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        decoder_that_looks_back(**changes)
 
 
 def test_a_tower_that_sees_all_patches_at_their_places_sees_the_image(

@@ -157,8 +157,9 @@ class Recipe:
     Attributes:
         model: `{"checkpoint": path or repository}`, of AdaVTP, LLaVA or another family, and beside it what
             `from_pretrained` takes, configuration fields among it; or the fields of an [`AdaVTPConfig`] for a new
-            model, beside them `task`, the drawn task that it is for (digit scenes), and `look_around: true` for a
-            tower whose heads begin by looking at neighbours (see [`look_around`]).
+            model, beside them `task`, the drawn task that it is for (digit scenes), `look_around: true` for a tower
+            whose heads begin by looking at neighbours (see [`look_around`]), and `look_back: true` for a decoder whose
+            heads begin by finding what is alike (see [`look_back`]).
         stages: what is done, in order.
         seed: of initialisation, of the order of data and of the budgets.
         reducer: what the last stage's checkpoint chooses tokens with, as in `set_reducer`, if not with what that stage
@@ -194,7 +195,9 @@ class Recipe:
             )
         if "checkpoint" not in self.model:
             check_types(
-                self.model, {"vision_config": dict, "text_config": dict, "task": str, "look_around": bool}, "model"
+                self.model,
+                {"vision_config": dict, "text_config": dict, "task": str, "look_around": bool, "look_back": bool},
+                "model",
             )
             check_record(self.model["vision_config"], {"image_size": int, "patch_size": int}, "`vision_config`")
         check_types(self.model, {"checkpoint": str}, "model")

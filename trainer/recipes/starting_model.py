@@ -21,6 +21,7 @@ from ...tasks.drawn_tasks import drawn_task
 from ..adapter_folders import ADAPTER_CONFIG, merge_adapter
 from ..adapters import quantization
 from ..looking_around import look_around
+from ..looking_back import look_back
 from .recipe import DEFAULT_TASK, Recipe, Stage
 
 # What a recipe says of its checkpoint and a saved configuration does not.
@@ -35,7 +36,8 @@ ModelAndProcessor = tuple[PreTrainedModel, ProcessorMixin]
 def new_model(model: dict[str, Any]) -> ModelAndProcessor:
     """A model for a drawn task with random weights, of what a recipe says of it: see [`Recipe`]."""
     fields = dict(model)
-    task, looks_around = drawn_task(fields.pop("task", DEFAULT_TASK)), fields.pop("look_around", False)
+    task = drawn_task(fields.pop("task", DEFAULT_TASK))
+    looks_around, looks_back = fields.pop("look_around", False), fields.pop("look_back", False)
     vision = fields["vision_config"]
     processor = task.build_processor(vision["image_size"], vision["patch_size"])
     tokenizer = processor.tokenizer
@@ -49,6 +51,8 @@ def new_model(model: dict[str, Any]) -> ModelAndProcessor:
     made = AdaVTPForConditionalGeneration(config)
     if looks_around:
         look_around(made.model.vision_tower)
+    if looks_back:
+        look_back(made.model.language_model)
     # Without a limit of its own `generate` counts the prompt towards twenty.
     made.generation_config.max_new_tokens = task.max_new_tokens
     return made, processor
