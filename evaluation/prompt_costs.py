@@ -16,6 +16,7 @@ from ..configuration.configuration_adavtp import AdaVTPConfig
 from ..modeling.budget.selection import Selection
 from ..modeling.costs.model_costs import Costs, ImageSizes, ModelCosts
 from ..modeling.families.adapters import adapter_of
+from ..modeling.families.base import has_recurrent_layers
 from ..modeling.families.llava import LLAVA
 from .settings import Setting
 
@@ -59,11 +60,12 @@ class CountedFlops:
         config: the model's.
         setting: reducer and budget, which the model has taken.
         may_be_unknown: whether a user's reducer that cannot be run to count it leaves the cost unknown, with a
-            warning; otherwise that is an error.
+            warning, as a decoder with linear attention always may; otherwise that is an error.
     """
 
     def __init__(self, config: PreTrainedConfig, setting: Setting, may_be_unknown: bool = False) -> None:
-        self.setting, self.may_be_unknown = setting, may_be_unknown
+        # Kernels for GPUs may stand in for torch's code, which alone can be counted.
+        self.setting, self.may_be_unknown = setting, may_be_unknown or has_recurrent_layers(config)
         self.is_llava, self.config = isinstance(config, AdaVTPConfig), config
         self.family = LLAVA if self.is_llava else adapter_of(config)
         # Of units that are all alike, a prompt's cost is that of as many images of the least size, a unit each.
