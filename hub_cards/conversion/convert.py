@@ -140,26 +140,34 @@ def convert_checkpoint(
     with folder_beside(output_dir) as temporary:
         folder = temporary / output_dir.name
         folder.mkdir()
+        written = _write_weights(folder, llava, model, shards, seed, progress)
+        _write_the_rest(folder, llava, model)
         done = Conversion(
             source=_public_name(str(source)),
             base=None if base is None else _public_name(str(base)),
-            layout=llava.layout,
-            vision_tower=None if llava.vision_tower is None else _public_name(llava.vision_tower),
             seed=seed,
-            dtype=str(llava.config.dtype).removeprefix("torch."),
             files=len(shards),
-            **_write_weights(folder, llava, model, shards, seed, progress),
             dropped_tensors=dropped,
-            dropped_fields=llava.dropped,
-            notes=[note for note in (llava.template_note, *llava.notes) if note is not None],
             peak_memory=_resident_size("VmHWM") - memory,
+            **_of_source(llava),
+            **written,
         )
-        _write_the_rest(folder, llava, model)
         # What the folder says of its making is the same on every machine.
         record = {name: value for name, value in asdict(done).items() if name != "peak_memory"}
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         folder.replace(output_dir)
     return done
+
+
+def _of_source(llava: LlavaSource) -> dict[str, Any]:
+    """What [`Conversion`] says of what was read."""
+    return {
+        "layout": llava.layout,
+        "vision_tower": None if llava.vision_tower is None else _public_name(llava.vision_tower),
+        "dtype": str(llava.config.dtype).removeprefix("torch."),
+        "dropped_fields": llava.dropped,
+        "notes": [note for note in (llava.template_note, *llava.notes) if note is not None],
+    }
 
 
 def _public_name(checkpoint: str) -> str:

@@ -118,22 +118,10 @@ def read_original_checkpoint(
     vocab_size, added = text_config.vocab_size, add_image_and_pad_tokens(tokenizer)
     text_config.vocab_size = rows_for(tokenizer, vocab_size)
     text_config.pad_token_id = tokenizer.pad_token_id
-    config = adavtp_config(
-        {
-            "text_config": _without_dtype(text_config),
-            "vision_config": _without_dtype(tower.config),
-            "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-            "image_seq_length": (tower.config.image_size // tower.config.patch_size) ** 2,
-            "vision_feature_layer": fields["mm_vision_select_layer"],
-            "vision_feature_select_strategy": _SELECT[fields.get("mm_vision_select_feature", "patch")],
-            "projector_hidden_act": "gelu",
-            "multimodal_projector_bias": True,
-            "pad_token_id": tokenizer.pad_token_id,
-            "tie_word_embeddings": fields.get("tie_word_embeddings", False),
-            "dtype": None if base is not None else fields.get("dtype", fields.get("torch_dtype")),
-        },
-        adavtp_fields,
-    )
+    translated = _translated(fields, text_config, tower, tokenizer)
+    if base is not None:
+        translated["dtype"] = None
+    config = adavtp_config(translated, adavtp_fields)
     image_processor, of_images = _image_processor(fields, tower)
     tokenizer.chat_template = template
     processor = AdaVTPProcessor(image_processor, tokenizer, chat_template=template)
@@ -230,6 +218,25 @@ def _text_config(fields: dict[str, Any]) -> tuple[PreTrainedConfig, list[Dropped
         )
     kept = {name: value for name, value in fields.items() if name in of_text and name not in OF_THE_FOLDER}
     return config_class(**kept), dropped
+
+
+def _translated(
+    fields: dict[str, Any], text_config: PreTrainedConfig, tower: _Tower, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """LLaVA's fields by the names that transformers has for them."""
+    return {
+        "text_config": _without_dtype(text_config),
+        "vision_config": _without_dtype(tower.config),
+        "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        "image_seq_length": (tower.config.image_size // tower.config.patch_size) ** 2,
+        "vision_feature_layer": fields["mm_vision_select_layer"],
+        "vision_feature_select_strategy": _SELECT[fields.get("mm_vision_select_feature", "patch")],
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "pad_token_id": tokenizer.pad_token_id,
+        "tie_word_embeddings": fields.get("tie_word_embeddings", False),
+        "dtype": fields.get("dtype", fields.get("torch_dtype")),
+    }
 
 
 def _without_dtype(config: PreTrainedConfig) -> dict[str, Any]:
