@@ -26,7 +26,6 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from ..configuration.configuration_adavtp import AdaVTPConfig
 from .budget.schedule import StackBudget
 from .budget.selection import Selection
-from .decoder.loop import run_decoder
 from .decoder.policy import DecoderPolicy
 from .decoder.pruned_cache import NewColumns, behind_cache, has_layer_columns, pending_policy, pruned_cache
 from .families.base import Family
@@ -229,7 +228,15 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
         # Embeddings of a prompt with images hold the images' already.
         to_place = None if pixel_values is not None and inputs_embeds is not None else encoded
         outputs = self._decode(
-            input_ids, to_place, inputs_embeds, policy, attention_mask, position_ids, past_key_values, kwargs
+            policy,
+            to_place,
+            selection,
+            input_ids,
+            inputs_embeds,
+            past_key_values,
+            attention_mask,
+            position_ids=position_ids,
+            **kwargs,
         )
         if pruned is not None and outputs.past_key_values is not None:
             pruned_cache(outputs.past_key_values).prompt = pruned.on_cache()
@@ -238,10 +245,6 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
             labels, column = of_columns(labels, column_index, -100), of_columns(column, column_index, -1)
         if column is not None:
             hidden_states, labels = at_columns(hidden_states, column, new.input_ids.shape[1]), None
-        if policy is not None:
-            # In `generate` the prompt was pruned before this call, and its selection waits on the cache.
-            chosen = pruned_cache(past_key_values).prompt.selection if selection is None else selection
-            chosen.depth = policy.depth_of_tokens(chosen.is_token, outputs.depth)
         return AdaVTPModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=outputs.past_key_values,
@@ -254,40 +257,26 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
 
     def _decode(
         self,
-        input_ids: torch.LongTensor | None,
-        encoded: BaseModelOutputWithPooling | None,
-        inputs_embeds: torch.Tensor | None,
         policy: DecoderPolicy | None,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
+        encoded: BaseModelOutputWithPooling | None,
+        selection: Selection | None,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.Tensor | None,
         past_key_values: Cache | None,
-        kwargs: dict[str, Any],
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
     ) -> Any:
         """The family's own forward; or, where layers see different columns, our loop over them."""
-        if policy is None and not has_layer_columns(past_key_values):
-            return super().forward(
-                input_ids=input_ids if inputs_embeds is None else None,
-                pixel_values=encoded,
-                inputs_embeds=inputs_embeds,
-                attention_mask=additive_mask(attention_mask, self.language_model.dtype),
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                **kwargs,
-            )
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        if encoded is not None:
-            features = torch.cat(encoded.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)
-            placeholders = self.get_placeholder_mask(input_ids, inputs_embeds=inputs_embeds, image_features=features)
-            inputs_embeds = inputs_embeds.masked_scatter(placeholders, features)
-        return run_decoder(
-            self.language_model,
+        kwargs["past_key_values"] = past_key_values
+        if policy is not None or has_layer_columns(past_key_values):
+            of_kinds = None if encoded is None else {"image": encoded}
+            kwargs["attention_mask"] = attention_mask
+            return self.run_layers(policy, of_kinds, selection, input_ids, inputs_embeds, **kwargs)
+        return super().forward(
+            input_ids=input_ids if inputs_embeds is None else None,
+            pixel_values=encoded,
             inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            policy=policy,
-            compact=self.config.visual_position_ids == "compact",
+            attention_mask=additive_mask(attention_mask, self.language_model.dtype),
             **kwargs,
         )
 

@@ -32,7 +32,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from ..configuration.configuration_families import PREFIX, family_config_class
 from .budget.schedule import BudgetSchedule, StackBudget
-from .decoder.loop import run_decoder
+from .budget.selection import Selection
 from .decoder.policy import DecoderPolicy
 from .decoder.pruned_cache import NewColumns, behind_cache, has_layer_columns, pending_policy, pruned_cache
 from .families.adapters import adapter_of
@@ -339,10 +339,9 @@ class FamilyModelMixin(
         inputs = {name: value for name, value in inputs.items() if name not in TOKEN_TYPES}
         encoded = prepared.visual.encoder_outputs(self.family.takes_tensor)
         if prepared.policy is not None:
-            outputs, depth, columns["labels"] = self._run_layers(
-                prepared.policy, encoded, past_key_values=past_key_values, **columns, **inputs
+            outputs, columns["labels"] = self._forward_of_layers(
+                prepared.policy, encoded, prepared.selection, past_key_values=past_key_values, **columns, **inputs
             )
-            prepared.selection.depth = prepared.policy.depth_of_tokens(prepared.selection.is_token, depth)
         else:
             columns["labels"] = self._labels_of_logits(columns["labels"], inputs)
             outputs = super().forward(
@@ -358,56 +357,25 @@ class FamilyModelMixin(
         outputs["selection"], outputs["labels"] = prepared.selection, columns["labels"]
         return outputs
 
-    def _run_layers(
+    def _forward_of_layers(
         self,
         policy: DecoderPolicy | None,
         encoded: dict[str, ModelOutput] | None,
-        input_ids: torch.LongTensor | None,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.LongTensor | None,
-        past_key_values: Cache | None,
+        selection: Selection | None,
         labels: torch.LongTensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> tuple[ModelOutput, torch.Tensor | None, torch.Tensor | None]:
-        """
-        Our loop over the decoder's layers, where they see different columns; and how many layers saw each column of
-        the prompt, and the labels of those that are left.
-        """
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        deepstack = []
-        for number, kind in enumerate(KINDS):
-            if encoded is None or kind not in encoded:
-                continue
-            places = (self.family.kinds(self.config, input_ids) == number)[..., None]
-            features = torch.cat([entry.flatten(0, -2) for entry in encoded[kind].pooler_output]).to(inputs_embeds)
-            inputs_embeds = inputs_embeds.masked_scatter(places, features)
-            layers = getattr(encoded[kind], "deepstack_features", None) or []
-            none = torch.zeros_like(inputs_embeds)
-            added = [none.masked_scatter(places, torch.cat(layer).to(inputs_embeds)) for layer in layers]
-            deepstack = [sum(parts) for parts in zip(deepstack, added, strict=True)] if deepstack else added
-        outputs = run_decoder(
-            self.prompt_decoder,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            policy=policy,
-            compact=self.config.visual_position_ids == "compact",
-            deepstack=deepstack,
-            blocks=None if policy is None else self.family.blocks(self.config, input_ids),
-            **kwargs,
-        )
-        logits, loss = self.lm_head(rows_to_keep(outputs.last_hidden_state, logits_to_keep)), None
+        **inputs: Any,
+    ) -> tuple[ModelOutput, torch.Tensor | None]:
+        """What the family's own forward gives, where layers see different columns; and the labels of those left."""
+        outputs, loss = self.run_layers(policy, encoded, selection, **inputs), None
+        logits = self.lm_head(rows_to_keep(outputs.last_hidden_state, logits_to_keep))
         if labels is not None:
             if outputs.column_index is not None:
                 labels = of_columns(labels, outputs.column_index, -100)
             labels = labels_of_logits(labels, logits_to_keep)
             loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.get_text_config().vocab_size, **kwargs
+                logits=logits, labels=labels, vocab_size=self.config.get_text_config().vocab_size, **inputs
             )
         made = CausalLMOutputWithPast(
             loss=loss,
@@ -416,7 +384,7 @@ class FamilyModelMixin(
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-        return made, outputs.depth, labels
+        return made, labels
 
     def _prompt(
         self,
@@ -478,9 +446,10 @@ class FamilyModelMixin(
             encoded = inputs.pop("mm_encoder_outputs", None)
             for name in TOKEN_TYPES:
                 inputs.pop(name, None)
-            outputs, depth, _ = self._run_layers(
+            return self._forward_of_layers(
                 policy,
                 encoded,
+                None,
                 input_ids=input_ids,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
@@ -488,12 +457,7 @@ class FamilyModelMixin(
                 past_key_values=past_key_values,
                 labels=labels,
                 **inputs,
-            )
-            if policy is not None:
-                # In `generate` the prompt was pruned before this call, and its selection waits on the cache.
-                chosen = pruned_cache(past_key_values).prompt.selection
-                chosen.depth = policy.depth_of_tokens(chosen.is_token, depth)
-            return outputs
+            )[0]
         labels = self._labels_of_logits(labels, inputs)
         outputs = super().forward(
             input_ids=input_ids,

@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import Cache
-from transformers.utils import logging
+from transformers.utils import ModelOutput, logging
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
 from .budget.schedule import BudgetSchedule, StackBudget
-from .decoder.policy import VisualTokenPolicy
-from .decoder.pruned_cache import NewColumns, PrunedPrompt
+from .budget.selection import Selection
+from .decoder.loop import DecoderOutput, run_decoder
+from .decoder.policy import DecoderPolicy, VisualTokenPolicy
+from .decoder.pruned_cache import NewColumns, PrunedPrompt, pruned_cache
 from .decoder.reducer import KeepsAllReducer
 from .families.base import Family, Units, has_recurrent_layers
+from .families.encoded import KINDS
 from .families.llava import LLAVA
 from .prompt import PreparedInputs, Prompt, is_before_answer, left_padded, without_first_labels
 from .reducers.adaptive import VisionTokenController
@@ -231,6 +234,56 @@ class PromptReductionMixin:
         if acts_in_decoder:
             selection.depth = selection.keep * self.config.text_config.num_hidden_layers
         return PreparedInputs(prompt, embeddings, selection, self._decoder_policy(tokens, prompt, units))
+
+    def run_layers(
+        self,
+        policy: DecoderPolicy | None,
+        encoded: Mapping[str, ModelOutput] | None,
+        selection: Selection | None,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> DecoderOutput:
+        """
+        Our loop over the decoder's layers, where they see different columns.
+
+        Args:
+            policy: what leaves inside the decoder; without one nothing does.
+            encoded: what stands at the placeholders, by kind, as the family's forward takes it.
+            selection: what was chosen before the decoder, which is told how many layers saw each token; by default
+                what the cache says of the prompt that fills it.
+            input_ids, inputs_embeds: `[batch, columns]`, and what they are read as.
+            past_key_values, kwargs: see [`run_decoder`].
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        deepstack = []
+        for number, kind in enumerate(KINDS):
+            if encoded is None or kind not in encoded:
+                continue
+            places = (self.family.kinds(self.config, input_ids) == number)[..., None]
+            features = torch.cat([entry.flatten(0, -2) for entry in encoded[kind].pooler_output]).to(inputs_embeds)
+            inputs_embeds = inputs_embeds.masked_scatter(places, features)
+            layers = getattr(encoded[kind], "deepstack_features", None) or []
+            none = torch.zeros_like(inputs_embeds)
+            added = [none.masked_scatter(places, torch.cat(layer).to(inputs_embeds)) for layer in layers]
+            deepstack = [sum(parts) for parts in zip(deepstack, added, strict=True)] if deepstack else added
+        outputs = run_decoder(
+            self.prompt_decoder,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            policy=policy,
+            compact=self.config.visual_position_ids == "compact",
+            deepstack=deepstack,
+            blocks=None if policy is None else self.family.blocks(self.config, input_ids),
+            **kwargs,
+        )
+        if policy is not None:
+            # In `generate` the prompt was pruned before this call, and its selection waits on the cache.
+            chosen = pruned_cache(past_key_values).prompt.selection if selection is None else selection
+            chosen.depth = policy.depth_of_tokens(chosen.is_token, outputs.depth)
+        return outputs
 
     @property
     def _pad_token_id(self) -> int:

@@ -101,6 +101,13 @@ class Family(ABC):
         """The pixels of each unit of a prompt's images as a picture, `[channels, height, width]`, in their order."""
         return list(inputs["pixel_values"])
 
+    def blocks(self, config: PreTrainedConfig, input_ids: torch.Tensor) -> torch.Tensor | None:
+        """
+        `[batch, sequence]` int64, of columns that see each other in both directions the number of their block, -1 of
+        all others; `None` where every column sees those before it.
+        """
+        return None
+
     def next_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
         """The first positions `[..., batch]` behind those of a prompt, `[..., batch, sequence]`."""
         return position_ids.amax(dim=-1) + 1

@@ -131,13 +131,6 @@ class EncodingFamily(Family):
         """See [`Family.pictures`]."""
         return self.pixels(model, "image", inputs, len(inputs[KINDS["image"]]))
 
-    def blocks(self, config: PreTrainedConfig, input_ids: torch.Tensor) -> torch.Tensor | None:
-        """
-        `[batch, sequence]` int64, of columns that see each other in both directions the number of their block, -1 of
-        all others; `None` where every column sees those before it.
-        """
-        return None
-
     def positions(
         self,
         model: PreTrainedModel,

@@ -46,7 +46,7 @@ class Gemma3Family(PictureFamily):
         return int(config.mm_tokens_per_image**0.5)
 
     def blocks(self, config: PreTrainedConfig, input_ids: torch.Tensor) -> torch.Tensor | None:
-        """See [`EncodingFamily.blocks`]: every image, whose columns stand one behind the other."""
+        """See [`Family.blocks`]: every image, whose columns stand one behind the other."""
         is_image = self.placeholders(config, input_ids)
         begins = is_image & ~torch.nn.functional.pad(is_image, (1, 0))[:, :-1]
         return (begins.cumsum(dim=-1) - 1).masked_fill(~is_image, -1)
