@@ -12,13 +12,13 @@ from datasets import List, Value
 
 from ..rows import QUESTION_FEATURES, TEXT, built, conversation, encoded_image
 from ..splits import random_numbers, require_at_least, split_number
-from .drawing import MOST_ENTRIES, TEXT_SHARE, draw_page, require_contents
-from .page import FORMS, NUM_CELLS, PATCH_LABELS, patch_labels
+from .drawing import TEXT_SHARE, draw_page, require_contents
+from .page import FORMS, MOST_ENTRIES, NUM_CELLS, PATCH_LABELS, patch_labels
 from .questions import QUESTION_KINDS, SHORT_KINDS, ask_questions, kinds_of_page, require_kinds
 
 # Part of what the cache is keyed by. Raise it whenever a change alters what is drawn or asked: otherwise pages built
 # by the old code would be read back.
-_RECIPE = 1
+_RECIPE = 2
 
 _PATCHES = List(Value("int16"))
 _PAGE_FEATURES = datasets.Features(

@@ -6,12 +6,25 @@ import numpy as np
 from PIL import Image
 
 from ..splits import is_whole, random_numbers
-from .page import BLANK, CAPITALS, CELL, FORMS, GLYPHS, NUM_CELLS, SMALL, Entry, Page, Place, split_of_pair
+from .page import (
+    BLANK,
+    CAPITALS,
+    CELL,
+    FORMS,
+    GLYPHS,
+    MOST_ENTRIES,
+    NUM_CELLS,
+    SMALL,
+    Entry,
+    Page,
+    Place,
+    split_of_pair,
+)
 from .questions import WORDS
 from .typefaces import FACES, NUDGE, glyph_masks
 
 # A page has at least five entries, unless it is asked to have fewer.
-_FEWEST_ENTRIES, MOST_ENTRIES = 5, 15
+_FEWEST_ENTRIES = 5
 _MOST_ROWS, _MOST_COLUMNS = 7, 4
 _LARGEST_MARGIN = 4
 # Of the places for other text, a line or the rest of one, the share that has it.

@@ -18,6 +18,9 @@ GLYPHS = CAPITALS + DIGITS + SMALL
 BLANK = len(GLYPHS)
 """Label of a place without a glyph."""
 
+MOST_ENTRIES = 15
+"""Most entries on a page."""
+
 # Of ten pairs of key and value, how many are asked for in each split.
 _TEST_PAIRS, _VALIDATION_PAIRS = 2, 1
 
@@ -88,6 +91,8 @@ PATCH_WORDS: dict[str, tuple[str, ...]] = {
     "patch_columns_second": tuple(f"##{capital}" for capital in CAPITALS),
     "patch_values_first": tuple(DIGITS),
     "patch_values_second": tuple(f"##{digit}" for digit in DIGITS),
+    # Of the lines with entries, from the top; in letters, which nothing else that is told of an entry has.
+    "patch_lines": tuple(SMALL[:MOST_ENTRIES]),
 }
 """What is told of each patch, and the token of each class; one more class, the last, has nothing to tell."""
 
@@ -98,8 +103,8 @@ PATCH_LABELS: dict[str, int] = {name: len(words) + 1 for name, words in PATCH_WO
 def patch_labels(page: Page) -> dict[str, np.ndarray]:
     """
     What each patch shows, and what it belongs to: the glyph, first in its word or further on; for glyphs of entries
-    also the two capitals of the key, of the column, and the two digits of the value. In a line of a ledger or a table
-    every glyph belongs to the key. A table's key has no one value.
+    also the two capitals of the key, of the column, the two digits of the value, and which of the lines with entries
+    they are in. In a line of a ledger or a table every glyph belongs to the key. A table's key has no one value.
 
     Returns:
         For each name in `PATCH_LABELS`, int64 `[num_patches]`, row by row from the top left.
@@ -108,7 +113,10 @@ def patch_labels(page: Page) -> dict[str, np.ndarray]:
     is_glyph = page.glyphs != BLANK
     goes_on = np.pad(is_glyph, ((0, 0), (1, 0)))[:, :-1]
     labels["patch_glyphs"] = np.where(is_glyph, page.glyphs + len(GLYPHS) * goes_on, 2 * len(GLYPHS))
+    lines = sorted({entry.row for entry in page.entries})
     for entry in page.entries:
+        for place in (*entry.key_places, *entry.value_places):
+            labels["patch_lines"][place] = lines.index(entry.row)
         own = (*entry.value_places, *(() if entry.column else entry.key_places))
         line = np.flatnonzero(page.glyphs[entry.row] != BLANK)
         of_key = own if page.form == "notes" else [(entry.row, column) for column in line]

@@ -178,6 +178,7 @@ def test_every_glyph_is_printed_in_its_place(split: str) -> None:
 def test_labels_of_patches_follow_from_the_lines(drawn: list[Page]) -> None:
     for page in drawn[:30]:
         labels = {name: label.reshape(NUM_CELLS, NUM_CELLS) for name, label in patch_labels(page).items()}
+        number = 0
         for row, words in enumerate(lines_of(page)):
             pieces = [*PATCH_WORDS["patch_glyphs"], "[SPACE]"]
             told = "".join(pieces[label] for label in labels["patch_glyphs"][row])
@@ -193,6 +194,8 @@ def test_labels_of_patches_follow_from_the_lines(drawn: list[Page]) -> None:
             assert [told["patch_keys_second"]] == second
             assert told["patch_values_first"] == {int(value[0]) for value in values}
             assert told["patch_values_second"] == {int(value[1]) for value in values}
+            assert told["patch_lines"] == ({number} if values else set())
+            number += bool(values)
 
 
 def test_a_cell_of_a_table_is_told_its_column() -> None:

@@ -1,5 +1,6 @@
 """Every family trains as LLaVA does: by the same collator, trainer and losses, through its own processor."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,8 @@ def test_text_alone_has_the_loss_of_the_stock_class_with_the_tower_in_its_gradie
 @pytest.mark.parametrize("name", FAMILIES)
 def test_in_four_bits_are_the_decoder_s_linear_layers_and_nothing_else(name: str, tmp_path: Path) -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
-    stock = stock_model(name)
+    # Its weights are changed below.
+    stock = copy.deepcopy(stock_model(name))
     stock.save_pretrained(tmp_path)
     model = AdaVTPForConditionalGeneration.from_pretrained(
         tmp_path, quantization_config=quantization("nf4", torch.float32), dtype=torch.float32
