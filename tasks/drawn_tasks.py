@@ -21,6 +21,7 @@ class DrawnTask:
             there is nothing to tell.
         patch_words: for each of them the token of each class but the last, where a decoder can be told so what a patch
             shows; empty where it cannot.
+        patch_roles: for each of them a number from 0 to 3, what its words are to the patch: 0 its own.
         num_questions: how many questions an evaluation asks unless it is told.
         max_new_tokens: what the longest answer needs.
     """
@@ -30,6 +31,7 @@ class DrawnTask:
     build_processor: Callable[[int, int], AdaVTPProcessor]
     patch_labels: dict[str, int]
     patch_words: dict[str, tuple[str, ...]]
+    patch_roles: dict[str, int]
     num_questions: int
     max_new_tokens: int
 
@@ -49,6 +51,7 @@ def _digit_scenes() -> DrawnTask:
         build_processor=build_digit_processor,
         patch_labels=labels,
         patch_words={},
+        patch_roles={},
         num_questions=2400,
         max_new_tokens=16,
     )
@@ -64,6 +67,7 @@ def _pages() -> DrawnTask:
         build_processor=build_page_processor,
         patch_labels=pages.PATCH_LABELS,
         patch_words=pages.PATCH_WORDS,
+        patch_roles=pages.PATCH_ROLES,
         num_questions=2400,
         # The longest answer has 60 glyphs.
         max_new_tokens=64,

@@ -8,7 +8,7 @@ Then the projector learns to make that sum of the tower's features.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from zlib import crc32
 
@@ -23,8 +23,24 @@ from .data.packed_collator import PackedQuestionCollator
 
 
 def told_embeddings(word_embeddings: nn.Embedding, words: torch.Tensor) -> torch.Tensor:
-    """The sums of word embeddings that tell what patches show: `[..., num_labels]`, -1 for none, -> `[..., width]`."""
-    return (word_embeddings(words.clamp(min=0)) * (words >= 0)[..., None]).sum(dim=-2)
+    """
+    The sums of word embeddings that tell what patches show.
+
+    A word of another role than the patch's own has its embedding turned around by a quarter of the width for each: one
+    linear map brings every word back, and until then none is taken for the patch's own. This is how vectors are bound
+    to roles in holographic reduced representations (Plate, 1995).
+
+    Args:
+        words: `[..., num_labels]`, id + role * vocabulary size, -1 for none.
+
+    Returns:
+        `[..., width]`.
+    """
+    role, ids = words.clamp(min=0) // word_embeddings.num_embeddings, words % word_embeddings.num_embeddings
+    width = word_embeddings.embedding_dim
+    place = (torch.arange(width, device=words.device) - role[..., None] * (width // 4)) % width
+    told = word_embeddings(ids.masked_fill(words < 0, 0)).gather(-1, place)
+    return (told * (words >= 0)[..., None]).sum(dim=-2)
 
 
 class ToldProjector(nn.Module):
@@ -45,7 +61,7 @@ class ToldProjector(nn.Module):
         """
         Args:
             pixel_values: `[batch, 3, height, width]`.
-            patch_words: `[batch, num_patches, num_labels]`, ids of what is told of each patch, -1 for nothing.
+            patch_words: `[batch, num_patches, num_labels]`, what is told of each patch, see [`told_embeddings`].
 
         Returns:
             `loss`, the mean squared distance to the sums of word embeddings, as a share of their mean square.
@@ -83,7 +99,7 @@ class ToldReader(nn.Module):
         Args:
             input_ids, position_ids, labels: `[batch, sequence]`, with a placeholder for each patch that is shown.
             attention_mask: `[batch, 1, sequence, sequence]` bool.
-            patch_words: `[batch, num_shown, num_labels]`, ids of what is told of each of them, -1 for nothing.
+            patch_words: `[batch, num_shown, num_labels]`, what is told of each of them, see [`told_embeddings`].
         """
         words = self.language_model.get_input_embeddings()
         is_patch = input_ids == self.image_token_id
@@ -107,21 +123,26 @@ class ToldPatches:
 
     Attributes:
         processor: whose tokenizer has them.
-        patch_words: see [`DrawnTask`].
+        patch_words, patch_roles: see [`DrawnTask`].
     """
 
     processor: AdaVTPProcessor
     patch_words: Mapping[str, tuple[str, ...]]
+    patch_roles: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         vocabulary = self.processor.tokenizer.get_vocab()
         self._ids = {
-            name: torch.tensor([*(vocabulary[word] for word in words), -1]) for name, words in self.patch_words.items()
+            name: torch.tensor(
+                [*(vocabulary[word] + self.patch_roles.get(name, 0) * len(vocabulary) for word in words), -1]
+            )
+            for name, words in self.patch_words.items()
         }
 
     def of_rows(self, rows: Sequence[dict[str, Any]]) -> torch.Tensor:
         """
-        Ids `[batch, num_patches, num_labels]`, -1 for none; of a patch of which nothing is told the unknown word's.
+        Words `[batch, num_patches, num_labels]`, see [`told_embeddings`]; of a patch of which nothing is told the
+        unknown one.
         """
         words = torch.stack(
             [

@@ -10,7 +10,9 @@ arXiv 2209.11895). So a new one gets them, in every layer:
   are one vector, turned by rotary embeddings as far as those columns are apart.
 - All others find what is alike: their queries and keys are the same linear map, in those dimensions that rotary
   embeddings hardly turn within a prompt.
-- Every head copies what it finds: its output is a projection of its input.
+- Every head copies what it finds: its output is a projection of its input. Those that find what is alike take turns in
+  turning it by a quarter of the width, which makes of a word that is told in another role the word itself (see
+  [`told_embeddings`]).
 
 Its word embeddings are large enough for a head that shares their weight to name what was copied. Everything is trained
 further.
@@ -24,6 +26,9 @@ from transformers import PreTrainedModel
 
 OFFSETS: tuple[int, ...] = (1, 2, 3, 4)
 """Columns back at which a head looks."""
+
+NUM_ROLES = 3
+"""Of words that are told, among heads that find what is alike."""
 
 # Logits between columns that a head looks at and the ones beside them, and between what is alike and what is not.
 _LOOKING_GAIN, _LIKENESS_GAIN = 8.0, 6.0
@@ -67,7 +72,9 @@ def look_back(decoder: PreTrainedModel, generator: torch.Generator | None = None
         for number in range(num_heads):
             rows = slice(number * attention.head_dim, (number + 1) * attention.head_dim)
             copied = _projection(attention.head_dim, config.hidden_size, generator)
-            attention.v_proj.weight[rows], attention.o_proj.weight[:, rows] = copied, _COPYING_GAIN * copied.T
+            role = max(number - len(OFFSETS), 0) % NUM_ROLES
+            attention.v_proj.weight[rows] = copied
+            attention.o_proj.weight[:, rows] = _COPYING_GAIN * copied.roll(-role * (config.hidden_size // 4), dims=1).T
             if number < len(OFFSETS):
                 attention.q_proj.bias[rows], attention.k_proj.bias[rows] = _looking(OFFSETS[number], frequencies)
             else:

@@ -32,7 +32,7 @@ set.
 
 from .dataset import load_page_questions, load_pages
 from .drawing import draw_page
-from .page import FORMS, GLYPHS, PATCH_LABELS, PATCH_WORDS, Entry, Page, patch_labels, split_of_pair
+from .page import FORMS, GLYPHS, PATCH_LABELS, PATCH_ROLES, PATCH_WORDS, Entry, Page, patch_labels, split_of_pair
 from .questions import LONG_KINDS, QUESTION_KINDS, SHORT_KINDS, Question, ask_questions, kinds_of_page
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "GLYPHS",
     "LONG_KINDS",
     "PATCH_LABELS",
+    "PATCH_ROLES",
     "PATCH_WORDS",
     "QUESTION_KINDS",
     "SHORT_KINDS",

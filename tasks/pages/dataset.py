@@ -18,7 +18,7 @@ from .questions import QUESTION_KINDS, SHORT_KINDS, ask_questions, kinds_of_page
 
 # Part of what the cache is keyed by. Raise it whenever a change alters what is drawn or asked: otherwise pages built
 # by the old code would be read back.
-_RECIPE = 2
+_RECIPE = 3
 
 _PATCHES = List(Value("int16"))
 _PAGE_FEATURES = datasets.Features(

@@ -83,6 +83,9 @@ def split_of_pair(key: str, value: str) -> str:
     return "validation" if number < _TEST_PAIRS + _VALIDATION_PAIRS else "train"
 
 
+LAST = "."
+"""What the last line of entries is told in place of the key below it."""
+
 PATCH_WORDS: dict[str, tuple[str, ...]] = {
     "patch_glyphs": (*GLYPHS, *(f"##{glyph}" for glyph in GLYPHS)),
     "patch_keys_first": tuple(CAPITALS),
@@ -91,10 +94,18 @@ PATCH_WORDS: dict[str, tuple[str, ...]] = {
     "patch_columns_second": tuple(f"##{capital}" for capital in CAPITALS),
     "patch_values_first": tuple(DIGITS),
     "patch_values_second": tuple(f"##{digit}" for digit in DIGITS),
-    # Of the lines with entries, from the top; in letters, which nothing else that is told of an entry has.
-    "patch_lines": tuple(SMALL[:MOST_ENTRIES]),
+    "patch_below_first": (*CAPITALS, LAST),
+    "patch_below_second": tuple(f"##{capital}" for capital in CAPITALS),
+    "patch_lines_first": tuple(DIGITS),
+    "patch_lines_second": tuple(f"##{digit}" for digit in DIGITS),
 }
 """What is told of each patch, and the token of each class; one more class, the last, has nothing to tell."""
+
+PATCH_ROLES: dict[str, int] = dict.fromkeys(PATCH_WORDS, 0) | {
+    **dict.fromkeys(("patch_below_first", "patch_below_second"), 1),
+    **dict.fromkeys(("patch_lines_first", "patch_lines_second"), 2),
+}
+"""What the words are to a patch: its own, 0; of the line below, 1; the number of its line, 2."""
 
 PATCH_LABELS: dict[str, int] = {name: len(words) + 1 for name, words in PATCH_WORDS.items()}
 """What is told of each patch, and in how many classes."""
@@ -103,8 +114,9 @@ PATCH_LABELS: dict[str, int] = {name: len(words) + 1 for name, words in PATCH_WO
 def patch_labels(page: Page) -> dict[str, np.ndarray]:
     """
     What each patch shows, and what it belongs to: the glyph, first in its word or further on; for glyphs of entries
-    also the two capitals of the key, of the column, the two digits of the value, and which of the lines with entries
-    they are in. In a line of a ledger or a table every glyph belongs to the key. A table's key has no one value.
+    also the two capitals of the key, of the column, and of the key in the next line with entries, the two digits of
+    the value, and the number of the line among those with entries, from 1. In a line of a ledger or a table every
+    glyph belongs to the key. A table's key has no one value.
 
     Returns:
         For each name in `PATCH_LABELS`, int64 `[num_patches]`, row by row from the top left.
@@ -113,10 +125,16 @@ def patch_labels(page: Page) -> dict[str, np.ndarray]:
     is_glyph = page.glyphs != BLANK
     goes_on = np.pad(is_glyph, ((0, 0), (1, 0)))[:, :-1]
     labels["patch_glyphs"] = np.where(is_glyph, page.glyphs + len(GLYPHS) * goes_on, 2 * len(GLYPHS))
-    lines = sorted({entry.row for entry in page.entries})
+    key_of_line = {entry.row: entry.key for entry in page.entries}
+    lines = sorted(key_of_line)
     for entry in page.entries:
-        for place in (*entry.key_places, *entry.value_places):
-            labels["patch_lines"][place] = lines.index(entry.row)
+        number = lines.index(entry.row)
+        below = key_of_line[lines[number + 1]] if number + 1 < len(lines) else LAST
+        told_of_line = {"patch_below_first": below[0], "patch_lines_first": str(number + 1)[0]}
+        told_of_line |= {"patch_below_second": f"##{below[1:]}", "patch_lines_second": f"##{str(number + 1)[1:]}"}
+        for name, word in told_of_line.items():
+            for place in (*entry.key_places, *entry.value_places) if word != "##" else ():
+                labels[name][place] = PATCH_WORDS[name].index(word)
         own = (*entry.value_places, *(() if entry.column else entry.key_places))
         line = np.flatnonzero(page.glyphs[entry.row] != BLANK)
         of_key = own if page.form == "notes" else [(entry.row, column) for column in line]

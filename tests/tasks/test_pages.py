@@ -14,6 +14,7 @@ from adavtp.tasks.pages import (
     FORMS,
     GLYPHS,
     PATCH_LABELS,
+    PATCH_ROLES,
     PATCH_WORDS,
     QUESTION_KINDS,
     Page,
@@ -178,7 +179,7 @@ def test_every_glyph_is_printed_in_its_place(split: str) -> None:
 def test_labels_of_patches_follow_from_the_lines(drawn: list[Page]) -> None:
     for page in drawn[:30]:
         labels = {name: label.reshape(NUM_CELLS, NUM_CELLS) for name, label in patch_labels(page).items()}
-        number = 0
+        lines = [(row, keys_of(words)[0]) for row, words in enumerate(lines_of(page)) if values_of(words)]
         for row, words in enumerate(lines_of(page)):
             pieces = [*PATCH_WORDS["patch_glyphs"], "[SPACE]"]
             told = "".join(pieces[label] for label in labels["patch_glyphs"][row])
@@ -194,8 +195,16 @@ def test_labels_of_patches_follow_from_the_lines(drawn: list[Page]) -> None:
             assert [told["patch_keys_second"]] == second
             assert told["patch_values_first"] == {int(value[0]) for value in values}
             assert told["patch_values_second"] == {int(value[1]) for value in values}
-            assert told["patch_lines"] == ({number} if values else set())
-            number += bool(values)
+            if values:
+                number = [line for line, _ in lines].index(row)
+                below = [key for _, key in lines[number + 1 :]]
+                of_line = {
+                    name: [PATCH_WORDS[name][label].replace("##", "") for label in told[name]]
+                    for name in PATCH_WORDS
+                    if PATCH_ROLES[name]
+                }
+                assert "".join(of_line["patch_lines_first"] + of_line["patch_lines_second"]) == str(number + 1)
+                assert "".join(of_line["patch_below_first"] + of_line["patch_below_second"]) == (below or ["."])[0]
 
 
 def test_a_cell_of_a_table_is_told_its_column() -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaModel, PreTrainedModel
 
 from adavtp import AdaVTPForConditionalGeneration
-from adavtp.tasks.pages import PATCH_LABELS, PATCH_WORDS, load_pages
+from adavtp.tasks.pages import PATCH_LABELS, PATCH_ROLES, PATCH_WORDS, load_pages
 from adavtp.tasks.pages.processor import build_page_processor
 from adavtp.trainer.data.budget_stream import BudgetStream
 from adavtp.trainer.data.chat_template import IGNORED
@@ -20,6 +20,7 @@ from adavtp.trainer.decoder_pretraining import (
     ToldPatches,
     ToldProjector,
     ToldReader,
+    told_embeddings,
 )
 from adavtp.trainer.looking_around import HEADS, look_around
 from adavtp.trainer.looking_back import OFFSETS, look_back
@@ -55,7 +56,7 @@ def model() -> AdaVTPForConditionalGeneration:
 
 @pytest.fixture(scope="module")
 def told() -> ToldPatches:
-    return ToldPatches(build_page_processor(), PATCH_WORDS)
+    return ToldPatches(build_page_processor(), PATCH_WORDS, PATCH_ROLES)
 
 
 def test_heads_of_a_new_tower_look_where_they_are_said_to(model: AdaVTPForConditionalGeneration) -> None:
@@ -160,10 +161,21 @@ def test_a_told_patch_is_the_sum_of_its_words(rows: list[dict], told: ToldPatche
     for row, own in zip(rows, words, strict=True):
         for patch in (*row["answer_patches"][0], row["patch_glyphs"].index(PATCH_LABELS["patch_glyphs"] - 1)):
             named = [
-                of[row[name][patch]] for name, of in PATCH_WORDS.items() if row[name][patch] != PATCH_LABELS[name] - 1
+                (PATCH_ROLES[name], of[row[name][patch]])
+                for name, of in PATCH_WORDS.items()
+                if row[name][patch] != PATCH_LABELS[name] - 1
             ]
-            ids = [number for number in own[patch].tolist() if number >= 0]
-            assert tokenizer.convert_ids_to_tokens(ids) == (named or [tokenizer.unk_token])
+            told_words = [divmod(number, len(tokenizer)) for number in own[patch].tolist() if number >= 0]
+            roles, ids = zip(*told_words, strict=True)
+            expected = named or [(0, tokenizer.unk_token)]
+            assert list(zip(roles, tokenizer.convert_ids_to_tokens(ids), strict=True)) == expected
+
+
+def test_a_word_of_another_role_is_turned_around() -> None:
+    embedding = nn.Embedding(5, 8)
+    told = told_embeddings(embedding, torch.tensor([3, 5 + 4, 10 + 3, -1]))
+    three, four = embedding.weight[3], embedding.weight[4]
+    torch.testing.assert_close(told, three + four.roll(2) + three.roll(4))
 
 
 def test_a_told_page_of_all_patches_is_the_packed_batch(rows: list[dict], told: ToldPatches) -> None:

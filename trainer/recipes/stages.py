@@ -108,7 +108,7 @@ def _part(
             f"stage {stage.name!r}: `kind` is {stage.kind!r}, and {stage.data.get('path', DEFAULT_TASK)!r} has no "
             "words for what its patches show."
         )
-    told = ToldPatches(processor, task.patch_words)
+    told = ToldPatches(processor, task.patch_words, task.patch_roles)
     if stage.kind == "told_patches":
         return ToldProjector(model), ToldImageCollator(told)
     return ToldReader(model), ToldPageCollator(told, BudgetStream(**budgets))
