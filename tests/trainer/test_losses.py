@@ -201,6 +201,35 @@ def test_a_controller_learns_to_choose_what_the_question_is_about(head: str) -> 
     assert (best & is_relevant.bool()).any(dim=-1)[has_any].float().mean() > 0.95
 
 
+@pytest.mark.parametrize("head", ["late_interaction", "cross_attention"])
+def test_a_controller_learns_to_choose_the_patch_that_two_words_name_together(head: str) -> None:
+    # A page has each pair of four first and four second glyphs in one patch, in any order. Of the question one word
+    # is the first and one the second, wherever among others; the budget token says nothing.
+    torch.manual_seed(0)
+    controller = tiny_model(controller_head=head).model.controller.train()
+    first, second = torch.randn(2, 4, 1, 32).expand(-1, -1, 4, -1)
+    keys = (first + second.transpose(0, 1)).flatten(0, 1)
+    words, positions = torch.randn(12, 32), torch.arange(NUM_PATCHES).expand(64, -1)
+    optimizer = torch.optim.AdamW(controller.parameters(), lr=0.005)
+
+    def pages() -> tuple[VisionFeatures, torch.Tensor]:
+        order, asked = torch.rand(64, NUM_PATCHES).argsort(dim=-1), torch.randint(16, (64,))
+        question = torch.stack([asked // 4, 4 + asked % 4, *torch.randint(8, 12, (3, 64))], dim=1)
+        question = question.gather(1, torch.rand(64, 5).argsort(dim=-1))
+        of_question = {"question_tokens": words[question], "is_question_token": torch.ones(64, 5, dtype=torch.bool)}
+        patches = keys[order] + 0.1 * torch.randn(64, NUM_PATCHES, 32)
+        return VisionFeatures(patches, positions, budget=torch.zeros(64, 32), **of_question), order == asked[:, None]
+
+    for _ in range(300):
+        features, is_asked = pages()
+        optimizer.zero_grad()
+        relevance_loss(controller.scores(features), is_asked.float(), torch.ones(64)).backward()
+        optimizer.step()
+    features, is_asked = pages()
+    best = controller.eval()(features, torch.full((64,), 1)).keep
+    assert (best & is_asked).any(dim=-1).float().mean() > 0.9
+
+
 def test_a_trained_controller_keeps_the_patch_that_the_answer_depends_on(tmp_path: Path) -> None:
     # One patch of a grey picture is noise; positions are the same everywhere, so only it can tell anything.
     processor = digit_processor()

@@ -1,4 +1,4 @@
-"""What the soft choice promises: gates between 0 and 1 with a sum of exactly K, their gradient, and hardness in time."""
+"""What the soft choice promises: gates between 0 and 1 that sum to exactly K, their gradient, hardness in the end."""
 
 import numpy as np
 import pytest

@@ -336,7 +336,11 @@ def test_a_missing_shard_is_refused_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"controller_head": "dot"}, {"controller_head": "patch"}, {"question_aware": False}, {"budget_fusion": "post"}],
+    [
+        *({"controller_head": head} for head in ("dot", "patch", "late_interaction", "cross_attention")),
+        {"question_aware": False},
+        {"budget_fusion": "post"},
+    ],
     ids=str,
 )
 def test_a_configuration_for_another_controller_is_refused(change: dict[str, Any], folder: Path) -> None:

@@ -13,7 +13,6 @@ from tiny_models import (
     IMAGE_TOKEN_ID,
     NUM_PATCHES,
     PAD_TOKEN_ID,
-    alone,
     padded_on_the_right,
     targets,
     tiny_batch,
@@ -171,11 +170,10 @@ def test_a_batch_of_another_family_gives_what_its_prompts_give_alone(name: str, 
 def test_word_embeddings_learn_from_the_choice_where_they_train(head: str) -> None:
     # As they do through the question's mean.
     torch.manual_seed(0)
-    model = tiny_model(controller_head=head, question_aware=False).train()
+    model, seen = tiny_model(controller_head=head, question_aware=False).train(), []
     batch = tiny_batch(model.config, [1])
     embeds = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
     model.model.controller.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    seen: list[VisionFeatures] = []
     asked = {name: value for name, value in batch.items() if name != "input_ids"} | {"inputs_embeds": embeds}
     model(**asked, labels=targets(batch), token_budget=0.4)
     scores = model.model.controller.scores(seen[0])
@@ -283,15 +281,3 @@ def test_a_question_head_knows_the_text_model_s_width_and_not_the_tower_s() -> N
         is_question_token=torch.ones(2, 3, dtype=torch.bool),
     )
     assert controller.scores(features).shape == (2, NUM_PATCHES)
-
-
-@torch.no_grad()
-@every_head
-def test_the_choice_of_a_prompt_does_not_depend_on_the_length_of_its_neighbours(head: str) -> None:
-    model = tiny_model(controller_head=head)
-    counts = [1, 1]
-    batch = tiny_batch(model.config, counts, lengths=[4, 40])
-    _, scores = seen_by_the_controller(model, batch)
-    for number in range(2):
-        _, own = seen_by_the_controller(model, alone(batch, number, counts))
-        torch.testing.assert_close(own[0], scores[number], atol=1e-5, rtol=0)
