@@ -26,7 +26,7 @@ from adavtp.tasks.digit_scenes import draw_scene
 from adavtp.tasks.digit_scenes.processor import build_digit_processor
 from load_without_package import answers, loaded_elsewhere
 from repository import ROOT
-from tiny_models import tiny_config, tiny_model
+from tiny_models import tiny_batch, tiny_config, tiny_model
 
 MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors"}
 PROCESSOR_FILES = {"processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
@@ -228,6 +228,18 @@ def test_a_model_without_a_head_round_trips(tmp_path: Path) -> None:
         == f"{CODE_FOLDER}/modeling_adavtp.AdaVTPModel"
     )
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", ["late_interaction", "cross_attention"])
+def test_a_controller_that_reads_the_question_s_words_round_trips(head: str, tmp_path: Path) -> None:
+    model = tiny_model(controller_head=head, controller_estimator="differentiable_top_k")
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, trust_remote_code=True)
+    assert (loaded.config.controller_head, loaded.config.controller_estimator) == (head, "differentiable_top_k")
+    batch = tiny_batch(model.config)
+    assert torch.equal(loaded(**batch, token_budget=0.4).logits, model(**batch, token_budget=0.4).logits)
+    assert any("question_head" in name for name in loaded.state_dict())
 
 
 def test_a_head_tied_to_the_embeddings_round_trips_tied(tmp_path: Path) -> None:
