@@ -105,15 +105,25 @@ class BudgetFields:
             choice learns to depend on the question only slowly. `False` is what checkpoints from before the field
             were trained with.
         controller_head (`str`, *optional*, defaults to `"patch_budget"`):
-            How the controller scores a patch, one of `"budget_token"`, `"patch"`, `"patch_budget"`, `"dot"`.
+            How the controller scores a patch, one of `"budget_token"`, `"patch"`, `"patch_budget"`, `"dot"`,
+            `"late_interaction"`, `"cross_attention"`. The first four know of the question what the budget token does,
+            if `question_aware`; the last two read it word by word, whether the budget token does or not.
         controller_choice (`"best"`, `"spread"` or `"mmr"`, *optional*, defaults to `"best"`):
             What a controller that is not in training keeps. `"best"`: the K best scores. `"spread"`: of a larger
             number of good scores those that are most unlike each other. `"mmr"`: one after another the token whose
             score, less its likeness to what is kept, is largest (maximal marginal relevance).
         controller_mmr_lambda (`float`, *optional*, defaults to 0.5):
             Only for `controller_choice="mmr"`: from 0, likeness alone, to 1, the score alone.
+        controller_estimator (`"straight_through"` or `"differentiable_top_k"`, *optional*, defaults to
+            `"straight_through"`):
+            How the choice gets its gradient in training. `"straight_through"`: K tokens are drawn by their scores, and
+            the gates of the choice are 0 or 1 forward and soft backward. `"differentiable_top_k"`: nothing is drawn
+            and no token leaves; gates between 0 and 1, whose sum is K, weigh them all, and a term of the loss, whose
+            weight [`AdaVTPTrainer`] raises during training, makes the gates decide (VisionSelector,
+            arXiv 2510.16598).
         controller_temperature (`float`, *optional*, defaults to 1.0):
-            Temperature of the straight-through gradient of the choice. Larger is smoother.
+            Temperature of the gates of the choice: of their gradient, and with `"differentiable_top_k"` of their
+            values. Larger is smoother.
         untrained_controller (`bool`, *optional*, defaults to `False`):
             Whether the controller still has the random weights that it began with, as it does where a checkpoint has
             none for it, until it is trained. It then refuses to choose, except in training.
@@ -122,7 +132,8 @@ class BudgetFields:
             multiplies the attention that its token gets in every decoder layer, as in DynamicViT (arXiv 2106.02034);
             the gradient says what a kept token is worth and what a dropped one would have been. All tokens stay in
             the sequence for it. `"features"`: a gate moves its token's feature towards the image's mean feature, in
-            whichever form `selection_output` says; the gradient knows nothing of dropped tokens.
+            whichever form `selection_output` says; the gradient knows nothing of dropped tokens. A gate between 0
+            and 1 multiplies what the decoder gets of its token, and all stay.
         selection_output (`"gather"` or `"mask"`, *optional*, defaults to `"gather"`):
             `"gather"`: dropped tokens leave the sequence. `"mask"`: they stay, zeroed and hidden from attention, so
             that shapes and the order of execution do not depend on the budget.
@@ -162,9 +173,12 @@ class BudgetFields:
     budget_position: Literal["learned", "last_patch"] = "learned"
     question_aware: bool = True
     question_norm: bool = False
-    controller_head: Literal["budget_token", "patch", "patch_budget", "dot"] = "patch_budget"
+    controller_head: Literal["budget_token", "patch", "patch_budget", "dot", "late_interaction", "cross_attention"] = (
+        "patch_budget"
+    )
     controller_choice: Literal["best", "spread", "mmr"] = "best"
     controller_mmr_lambda: float | int = 0.5
+    controller_estimator: Literal["straight_through", "differentiable_top_k"] = "straight_through"
     controller_temperature: float | int = 1.0
     untrained_controller: bool = False
     gradient_gates: Literal["attention", "features"] = "attention"

@@ -51,7 +51,7 @@ class FamilyFields(BudgetFields):
         if self.controller_head == "budget_token":
             raise ValueError(
                 f"`controller_head` is 'budget_token', which scores as many places as every image has; images of a "
-                f"{self.model_type!r} model differ in size. Use 'patch_budget', 'patch' or 'dot'."
+                f"{self.model_type!r} model differ in size. Use another, such as 'patch_budget'."
             )
 
     @property

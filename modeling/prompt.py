@@ -115,7 +115,7 @@ class Prompt:
         weight: with none at all, its gradient would be 0 and not what the column would have been worth.
 
         Args:
-            gates: `[batch, sequence]` float, 0 or 1 going forward.
+            gates: `[batch, sequence]` float in [0, 1].
             dtype: of the additive mask, the decoder's.
 
         Returns:

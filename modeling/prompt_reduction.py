@@ -28,6 +28,7 @@ from .prompt import PreparedInputs, Prompt, is_before_answer, left_padded, witho
 from .reducers.adaptive import VisionTokenController
 from .reducers.bank import ReducerBank, ReducerSpec, Step, named
 from .vision.budget_token import BudgetToken
+from .vision.features import Question
 from .vision.visual_model import VisualModel, VisualTokens
 
 if TYPE_CHECKING:
@@ -192,8 +193,8 @@ class PromptReductionMixin:
         selection_output = self.checked_output(selection_output)
         placeholders = self.family.placeholders(self.config, prompt.input_ids)
         visual, units = looked or self.looked_at(prompt.input_ids, images, schedule)
-        question, question_ids = self._questions(schedule.steps, prompt, placeholders, units)
-        tokens = visual.encode_and_reduce(images, units, schedule, question, question_ids)
+        question = self._questions(schedule.steps, prompt, placeholders, units)
+        tokens = visual.encode_and_reduce(images, units, schedule, question)
         selection = tokens.selection
         gates_attention = selection.gates is not None and self.config.gradient_gates == "attention"
         # Hidden columns would leave in the decoder, and with them the labels that stand at them.
@@ -398,7 +399,8 @@ class PromptReductionMixin:
                 "model's only with `labels`. TRL's trainers compute the loss themselves; use AdaVTPTrainer."
             )
         in_decoder = prepared.policy is not None
-        asks = in_decoder or not self._needs(schedule.steps).isdisjoint({"question", "question_ids"})
+        of_question = {"question", "question_ids", "question_tokens"}
+        asks = in_decoder or not self._needs(schedule.steps).isdisjoint(of_question)
         # Where everything stays, nothing was chosen.
         if not self.training or not asks or (not in_decoder and bool(prepared.selection.keep.all())):
             return
@@ -453,8 +455,8 @@ class PromptReductionMixin:
         visual, units, images = self.look_at_blank(input_ids.device, schedule)
         none = torch.zeros_like(input_ids[:1], dtype=torch.bool)
         prompt = Prompt(input_ids[:1], torch.ones_like(input_ids[:1]), input_ids[:1])
-        question, question_ids = self._questions(schedule.steps, prompt, none, units)
-        tokens = visual.encode_and_reduce(images, units, schedule, question, question_ids)
+        question = self._questions(schedule.steps, prompt, none, units)
+        tokens = visual.encode_and_reduce(images, units, schedule, question)
         embeddings = visual.embeddings(tokens, units, in_place=True)[0]
         used = [embeddings.features, *embeddings.deepstack, tokens.selection.gates, tokens.selection.loss]
         return 0.0 * sum(value.sum().to(self.prompt_decoder.dtype) for value in used if value is not None)
@@ -466,23 +468,22 @@ class PromptReductionMixin:
         one = torch.zeros(1, dtype=torch.long)
         return self.visual_model, Units(one, one + size, [], torch.arange(size, device=device)), pixels
 
-    def _questions(
-        self, steps: list[Step], prompt: Prompt, placeholders: torch.Tensor, units: Units
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """
-        The text that asks about each unit, up to the first token that is a target: its mean embedding
-        `[num_units, text_hidden_size]` and its ids `[num_units, sequence]`, each if somebody wants it.
-        """
-        needs = self._needs(steps)
+    def _questions(self, steps: list[Step], prompt: Prompt, placeholders: torch.Tensor, units: Units) -> Question:
+        """The text that asks about each unit, up to the first token that is a target."""
+        needs, question = self._needs(steps), Question()
         is_text, sample = self._is_question(prompt, placeholders), units.sample.to(placeholders.device)
-        mean = ids = None
+        embeds = prompt.inputs_embeds
+        if embeds is None and not needs.isdisjoint({"question", "question_tokens"}):
+            embeds = self.get_input_embeddings()(prompt.input_ids)
         if "question" in needs:
-            embeds = prompt.inputs_embeds
-            if embeds is None:
-                embeds = self.get_input_embeddings()(prompt.input_ids)
             weight = is_text.to(embeds)
             mean = (embeds * weight[..., None]).sum(dim=1) / weight.sum(dim=1, keepdim=True).clamp(min=1)
-            mean = mean.to(sample.device)[sample]
+            question.mean = mean.to(sample.device)[sample]
+        if "question_tokens" in needs:
+            index = left_padded(is_text).to(embeds.device)
+            tokens = embeds.gather(1, index[..., None].expand(-1, -1, embeds.shape[-1]))
+            question.tokens = tokens.to(sample.device)[sample]
+            question.is_token = is_text.gather(1, index.to(is_text.device))[sample]
         if "question_ids" in needs:
             if prompt.inputs_embeds is not None:
                 names = ", ".join(step.name for step in steps if "question_ids" in step.reducer.needs)
@@ -490,8 +491,8 @@ class PromptReductionMixin:
                     f"`inputs_embeds` was given in place of `input_ids`, and {names} reads the question's ids; pass "
                     "`input_ids`, or choose another reducer."
                 )
-            ids = prompt.input_ids.masked_fill(~is_text, -1)[sample]
-        return mean, ids
+            question.ids = prompt.input_ids.masked_fill(~is_text, -1)[sample]
+        return question
 
     def _needs(self, steps: list[Step]) -> set[str]:
         """What the reducers of a stack have to be given; those that get the budget token hear what it hears."""

@@ -25,6 +25,14 @@ from .trained_parts import adavtp_model_of
 FULL_BUDGET = 1.0
 
 
+def controller_in_use(model: nn.Module) -> VisionTokenController:
+    """The controller that an AdaVTP model calls, whatever wraps it: PEFT, told to train all of it, calls a copy."""
+    controller = adavtp_model_of(model).controller
+    if hasattr(controller, "modules_to_save"):
+        return controller.modules_to_save[controller.active_adapters[0]]
+    return controller
+
+
 @contextmanager
 def recorded_scores(controller: VisionTokenController) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
     """
@@ -33,9 +41,6 @@ def recorded_scores(controller: VisionTokenController) -> Iterator[list[tuple[to
 
     Selections carry what was chosen and not by which scores.
     """
-    if hasattr(controller, "modules_to_save"):
-        # PEFT's wrapper, told to train the whole controller, calls its own copy.
-        controller = controller.modules_to_save[controller.active_adapters[0]]
     recorded = []
     scores_of = controller.scores
 

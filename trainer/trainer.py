@@ -12,6 +12,7 @@ from transformers.trainer_utils import speed_metrics
 from .adapter_folders import save_beside_adapter
 from .hub_push import HubPushMixin
 from .losses import (
+    controller_in_use,
     distillation_loss,
     full_budget_logits,
     recorded_scores,
@@ -69,7 +70,9 @@ class AdaVTPTrainer(WholeCheckpointsMixin, HubPushMixin, StreamedTraining):
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], torch.Tensor | int | None]:
-        """See `Trainer`. Sets each micro-batch's budgets to those of its position in the run."""
+        """See `Trainer`. Sets each micro-batch's budgets to those of its position in the run, of which the controller
+        hears too."""
+        controller_in_use(self.model).training_progress = self.state.global_step / max(self.state.max_steps, 1)
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         budgets = getattr(self.data_collator, "budgets", None)
         if budgets is not None and self.stream_progress is None:
@@ -127,7 +130,7 @@ class AdaVTPTrainer(WholeCheckpointsMixin, HubPushMixin, StreamedTraining):
         """The model's outputs, with the weighted sum of losses as their loss."""
         weights = self.args.loss_weights
         inner = self.accelerator.unwrap_model(model)
-        with recorded_scores(adavtp_model_of(inner).controller) as scores:
+        with recorded_scores(controller_in_use(inner)) as scores:
             outputs = model(**inputs)
         # A prompt without an image has nothing to choose. The zero keeps the loss a function of what trains.
         losses = {"lm": outputs.loss} | dict.fromkeys(("distillation", "relevance"), 0.0 * outputs.loss)

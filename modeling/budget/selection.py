@@ -19,6 +19,8 @@ class Selection:
         positions: `[num_images, max_keep]` int64, the kept patch positions in ascending order; rows of images that
             keep fewer end in -1.
         gates: `[num_images, num_patches]` or `None`; equal to `keep`, and carrying the gradient of the choice.
+        is_soft: whether gates lie between 0 and 1 instead, with as many as are kept for their sum; then every token
+            stays, as far as its gate says, and `keep` is what would be kept if one had to decide.
         features: `[num_images, max_keep, hidden_size]` of reducers that merge, or `None`: what stands at `positions`
             in place of the patches' own features. Rows at position -1 are ignored.
         loss: a term that the reducer adds to the training loss, or `None`.
@@ -41,6 +43,7 @@ class Selection:
     sample: torch.Tensor | None = None
     grids: list[tuple[int, int]] | None = None
     settings: list[str] | None = None
+    is_soft: bool = False
 
     def __post_init__(self) -> None:
         if self.sizes is None:

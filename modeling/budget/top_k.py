@@ -27,18 +27,36 @@ def gumbel_noise(scores: torch.Tensor) -> torch.Tensor:
     return -torch.log((-torch.log(uniform.clamp_min(tiny))).clamp_min(tiny))
 
 
+def margins(scores: torch.Tensor, threshold: torch.Tensor, temperature: float) -> torch.Tensor:
+    """
+    How far each score lies above the threshold of its row, (s_i - t) / temperature, whose sigmoid is a soft gate p_i.
+
+    The threshold moves with the scores such that the p_i keep their sum, dt/ds_i = p'_i / sum_j p'_j, because how many
+    tokens stay is the budget's to say. A token's score therefore gets the gradient of its own gate less the mean of
+    all: that one more token would help says nothing about which.
+
+    Args:
+        scores: `[batch, num_patches]`.
+        threshold: `[batch, 1]`, without gradient.
+        temperature: above 0; larger spreads the gradient over more tokens.
+    """
+    values = scores.detach()
+    slope = torch.sigmoid((values - threshold) / temperature)
+    slope = slope * (1 - slope)
+    share = slope / slope.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(slope.dtype).tiny)
+    threshold = threshold + (share * (scores - values)).sum(dim=-1, keepdim=True)
+    return (scores - threshold) / temperature
+
+
 def straight_through_gates(
     perturbed_scores: torch.Tensor, num_keep: torch.Tensor, keep: torch.Tensor, temperature: float
 ) -> torch.Tensor:
     """
     Gates that are exactly 0 or 1 going forward and soft going backward.
 
-    The soft gate of token i is p_i = sigmoid((s_i - t) / temperature), where the threshold t lies halfway between the
-    last score that is kept and the first that is dropped: how nearly the choice would have fallen the other way. The
-    threshold moves with the scores such that the p_i keep their sum, dt/ds_i = p'_i / sum_j p'_j, because how many
-    tokens stay is the budget's to say. A token's score therefore gets the gradient of its own gate less the mean of
-    all: that one more token would help says nothing about which. A row that keeps everything has no boundary, and its
-    gates carry no gradient.
+    The threshold of the soft gates, see [`margins`], lies halfway between the last score that is kept and the first
+    that is dropped: how nearly the choice would have fallen the other way. A row that keeps everything has no
+    boundary, and its gates carry no gradient.
 
     Args:
         perturbed_scores: `[batch, num_patches]`, the scores that were ranked, noise included.
@@ -46,17 +64,11 @@ def straight_through_gates(
         keep: `[batch, num_patches]` bool, the choice.
         temperature: above 0; larger spreads the gradient over more tokens.
     """
-    scores = perturbed_scores.detach()
-    ranked = scores.sort(dim=-1, descending=True).values
+    ranked = perturbed_scores.detach().sort(dim=-1, descending=True).values
     num_keep = num_keep.to(ranked.device)
     last_kept = ranked.gather(-1, (num_keep - 1)[:, None])
     first_dropped = ranked.gather(-1, num_keep.clamp(max=ranked.shape[-1] - 1)[:, None])
-    threshold = (last_kept + first_dropped) / 2
-    slope = torch.sigmoid((scores - threshold) / temperature)
-    slope = slope * (1 - slope)
-    share = slope / slope.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(slope.dtype).tiny)
-    threshold = threshold + (share * (perturbed_scores - scores)).sum(dim=-1, keepdim=True)
-    soft = torch.sigmoid((perturbed_scores - threshold) / temperature)
+    soft = torch.sigmoid(margins(perturbed_scores, (last_kept + first_dropped) / 2, temperature))
     keeps_everything = (num_keep == ranked.shape[-1])[:, None]
     soft = torch.where(keeps_everything, soft.detach(), soft)
     return keep.to(soft.dtype) + (soft - soft.detach())

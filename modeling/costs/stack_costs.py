@@ -38,7 +38,7 @@ ImageSizes = tuple[tuple[int, int] | None, ...]
 # Nothing is chosen and everything is kept. At the full budget a reducer is not asked, and the one that stands for it
 # reads nothing, so that nothing is prepared for it either.
 FULL, NEVER_ASKED = "full", "grid"
-# Prompts of so many text tokens are run; what a reducer inside the decoder spends on others lies on the parabola.
+# Prompts of so many text tokens are run; what a reducer that reads text spends on others lies on the parabola.
 _TEXTS = (8, 16, 32)
 
 
@@ -180,7 +180,8 @@ class StackCosts:
             return Counter()
         leaves_inside = self.decoder is not None and tokens.of_layers[-1] < tokens.of_layers[0]
         is_rescaled = self.config.visual_attention == "rescaled"
-        if not leaves_inside and not is_rescaled:
+        reads_words = any("question_tokens" in step.reducer.needs for step in self.before)
+        if not leaves_inside and not is_rescaled and not reads_words:
             return self._run(token_budget, images, _TEXTS[0], 0)
         stop = self.decoder.reducer.cuts(len(tokens.of_layers))[-1] if leaves_inside else 0
         if is_rescaled:

@@ -139,7 +139,8 @@ def count_training_flops(
 
     Args:
         config: the model's, of any family.
-        text_tokens: of each prompt with its answer, placeholders of images not among them.
+        text_tokens: of each prompt with its answer, placeholders of images not among them. A controller that reads
+            the question word by word is counted as if all of it asked.
         step: how it is carried out.
         token_budget: see [`AdaVTPForConditionalGeneration.forward`].
         num_images: of each prompt, one by default; of other families than LLaVA as many of all.

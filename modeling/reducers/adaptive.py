@@ -1,19 +1,25 @@
 """The learned reducer: which patches are worth the budget.
 
 How many tokens stay is said by the budget, exactly. Which ones is said here, by a score for every patch that may
-depend on the patch, on the budget and, through the budget token, on the question. Training samples K patches by
-Gumbel top-K and lets the gradient through; evaluation keeps the K best.
+depend on the patch, on the budget and, through the budget token or word by word, on the question. Training samples K
+patches by Gumbel top-K and lets the gradient through, or weighs them all; evaluation keeps the K best.
 """
 
 import torch
 from torch import nn
 
 from ...configuration.configuration_adavtp import AdaVTPConfig
+from ..budget.differentiable_top_k import differentiable_top_k, weight_of_indecision
 from ..budget.selection import Selection
 from ..budget.top_k import sample_top_k, top_k_mask
 from ..vision.features import VisionFeatures
 from .base import ScoringReducer, directions, register_reducer, take_tokens
+from .cross_attention import QuestionCrossAttention
 from .divprune import cosine_distances, farthest_first, first_picks
+from .late_interaction import LateInteraction
+
+# Heads that read the question word by word, and what they read it with.
+QUESTION_HEADS = {"late_interaction": LateInteraction, "cross_attention": QuestionCrossAttention}
 
 
 @register_reducer("adaptive")
@@ -27,11 +33,20 @@ class VisionTokenController(ScoringReducer):
     - `"patch"`: a linear score of each patch alone;
     - `"patch_budget"`: a two-layer score of each patch beside the budget token's output. One linear layer would add
       the same number to every patch's score, and the budget and question could not change the choice;
-    - `"dot"`: the scaled dot product of projected patch and projected budget token.
+    - `"dot"`: the scaled dot product of projected patch and projected budget token;
+    - `"late_interaction"`: as `"patch_budget"`, and how well the patch matches the question's tokens, see
+      [`LateInteraction`];
+    - `"cross_attention"`: as `"patch_budget"`, of patch, budget and what the patch reads in the question, see
+      [`QuestionCrossAttention`].
+
+    Attributes:
+        training_progress: how much of training is over, from 0 to 1, where a trainer says so; see
+            [`weight_of_indecision`].
     """
 
     trained = True
     takes_padding = True
+    training_progress: float = 0.0
 
     def __init__(self, config: AdaVTPConfig) -> None:
         super().__init__(config)
@@ -40,6 +55,8 @@ class VisionTokenController(ScoringReducer):
         # A patch alone says nothing of the budget, except where the patches themselves have seen it.
         patches_see_budget = config.budget_fusion == "encoder" and config.budget_attention == "mutual"
         self.needs = ("budget",) if head != "patch" or patches_see_budget else ()
+        if head in QUESTION_HEADS:
+            self.needs += ("question_tokens",)
         self.patch_norm = nn.LayerNorm(width) if head != "budget_token" else None
         self.budget_norm = nn.LayerNorm(hidden_size) if head != "patch" else None
         if head == "budget_token":
@@ -49,8 +66,9 @@ class VisionTokenController(ScoringReducer):
         else:
             self.patch_proj = nn.Linear(width, hidden_size)
             self.budget_proj = nn.Linear(hidden_size, hidden_size)
-            if head == "patch_budget":
+            if head != "dot":
                 self.score = nn.Linear(hidden_size, 1)
+        self.question_head = QUESTION_HEADS[head](config) if head in QUESTION_HEADS else None
 
     def scores(self, features: VisionFeatures) -> torch.Tensor:
         scores = self._scores(features)
@@ -66,29 +84,45 @@ class VisionTokenController(ScoringReducer):
         if head == "patch":
             return self.score(patches)[..., 0]
         key, query = self.patch_proj(patches), self.budget_proj(self.budget_norm(features.budget))
-        if head == "patch_budget":
-            # A linear layer of patch and budget side by side is the sum of one of each; the budget's is the same for
-            # all patches.
-            return self.score(nn.functional.gelu(key + query[:, None]))[..., 0]
-        return (key @ query[..., None])[..., 0] / query.shape[-1] ** 0.5
+        if head == "dot":
+            return (key @ query[..., None])[..., 0] / query.shape[-1] ** 0.5
+        # A linear layer of patch and budget side by side is the sum of one of each; the budget's is the same for all
+        # patches.
+        hidden, question = key + query[:, None], (features.question_tokens, features.is_question_token)
+        if head == "cross_attention":
+            hidden = hidden + self.question_head(patches, *question)
+        scores = self.score(nn.functional.gelu(hidden))[..., 0]
+        return scores if head != "late_interaction" else scores + self.question_head(patches, *question)
 
     def forward(self, features: VisionFeatures, num_keep: torch.Tensor) -> Selection:
         """
-        While the controller trains, the choice is sampled and the selection has gates. A frozen one chooses in
-        training as it does in evaluation, so that what trains meets the choice it will get.
+        While the controller trains, the choice has gates. A frozen one chooses in training as it does in evaluation,
+        so that what trains meets the choice it will get.
         """
-        if not (self.training and any(parameter.requires_grad for parameter in self.parameters())):
-            choice = self.config.controller_choice
-            if choice == "best":
-                return super().forward(features, num_keep)
-            scores, num_tokens = self.scores(features).float(), (features.positions >= 0).sum(dim=-1)
-            if choice == "spread":
-                return Selection.from_keep(spread_choice(scores, features.patches, num_keep, num_tokens))
-            mmr_lambda = self.config.controller_mmr_lambda
-            return Selection.from_keep(mmr_choice(scores, features.patches, num_keep, num_tokens, mmr_lambda))
-        return Selection.from_keep(
-            *sample_top_k(self.scores(features), num_keep, self.config.controller_temperature, training=True)
-        )
+        if self.training and any(parameter.requires_grad for parameter in self.parameters()):
+            if self.config.controller_estimator == "differentiable_top_k":
+                return self._soft_choice(features, num_keep)
+            return Selection.from_keep(
+                *sample_top_k(self.scores(features), num_keep, self.config.controller_temperature, training=True)
+            )
+        choice = self.config.controller_choice
+        if choice == "best":
+            return super().forward(features, num_keep)
+        scores, num_tokens = self.scores(features).float(), (features.positions >= 0).sum(dim=-1)
+        if choice == "spread":
+            return Selection.from_keep(spread_choice(scores, features.patches, num_keep, num_tokens))
+        mmr_lambda = self.config.controller_mmr_lambda
+        return Selection.from_keep(mmr_choice(scores, features.patches, num_keep, num_tokens, mmr_lambda))
+
+    def _soft_choice(self, features: VisionFeatures, num_keep: torch.Tensor) -> Selection:
+        """The K best, soft gates, and a loss of how far these are from deciding; see the estimator's file."""
+        scores, num_tokens = self.scores(features).float(), (features.positions >= 0).sum(dim=-1)
+        keep = top_k_mask(scores.detach(), num_keep)
+        gates, indecision = differentiable_top_k(scores, num_keep, keep, self.config.controller_temperature)
+        selection = Selection.from_keep(keep, gates)
+        selection.is_soft = True
+        selection.loss = weight_of_indecision(self.training_progress) * (indecision.sum(dim=-1) / num_tokens).mean()
+        return selection
 
 
 def spread_choice(

@@ -34,9 +34,10 @@ class TokenReducer(nn.Module):
             and projector; `"projector"`: on the projected tokens; `"decoder"`: before decoder layers (see
             [`DecoderReducer`]).
         needs: of the class or the instance, what it has to be given beside the tokens, of the fields of
-            [`VisionFeatures`] `"cls"`, `"budget"`, `"question"`, `"question_ids"`, `"pixel_values"`, `"fingerprint"`,
-            `"tower_patches"`, `"native"`, `"frames"` and `"attention"` (of the tower layers in `attention_layers`);
-            `"received"` says that of their attention it reads how much each token receives.
+            [`VisionFeatures`] `"cls"`, `"budget"`, `"question"`, `"question_ids"`, `"question_tokens"`,
+            `"pixel_values"`, `"fingerprint"`, `"tower_patches"`, `"native"`, `"frames"` and `"attention"` (of the
+            tower layers in `attention_layers`); `"received"` says that of their attention it reads how much each token
+            receives.
         ranks_by_cls: whether it reads the attention of the tower's CLS token, or in other families without one the
             attention that tokens receive.
         trained: whether it has weights that have to be learned.

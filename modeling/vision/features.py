@@ -14,6 +14,8 @@ BY_IMAGE = (
     "budget",
     "question",
     "question_ids",
+    "question_tokens",
+    "is_question_token",
     "pixel_values",
     "fingerprint",
     "sample",
@@ -31,8 +33,28 @@ OF_DEVICE = (
     "budget",
     "question",
     "question_ids",
+    "question_tokens",
+    "is_question_token",
     "pixel_values",
 )
+
+
+@dataclass
+class Question:
+    """
+    The text that asks about each unit of a call, in those forms that somebody wants.
+
+    Attributes:
+        mean: `[num_units, text_hidden_size]`, its mean embedding.
+        ids: `[num_units, sequence]` int64, its ids, -1 in all other columns.
+        tokens: `[num_units, longest question, text_hidden_size]`, its embeddings one by one.
+        is_token: `[num_units, longest question]` bool, false in front of shorter ones.
+    """
+
+    mean: torch.Tensor | None = None
+    ids: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
+    is_token: torch.Tensor | None = None
 
 
 @dataclass
@@ -66,6 +88,9 @@ class VisionFeatures:
         budget: `[num_images, tower's hidden_size]`, the budget as it came out of its meeting with the image.
         question: `[num_images, text_hidden_size]`, the mean embedding of the text of the prompt that shows the image.
         question_ids: `[num_images, sequence]` int64, the ids of that text, -1 in all other columns.
+        question_tokens: `[num_images, longest question, text_hidden_size]`, the embeddings of that text one by one.
+        is_question_token: `[num_images, longest question]` bool, false in front of shorter texts; with
+            `question_tokens`.
         pixel_values: `[num_images, channels, height, width]`.
         fingerprint: `[num_images]` int64 on the CPU, a number that depends on an image's pixels alone.
         attention: of the tower layers that the reducer's `attention_layers` names.
@@ -86,6 +111,8 @@ class VisionFeatures:
     budget: torch.Tensor | None = None
     question: torch.Tensor | None = None
     question_ids: torch.Tensor | None = None
+    question_tokens: torch.Tensor | None = None
+    is_question_token: torch.Tensor | None = None
     pixel_values: torch.Tensor | None = None
     fingerprint: torch.Tensor | None = None
     attention: dict[int, TowerAttention] = field(default_factory=dict)

@@ -172,7 +172,8 @@ def _result(features: VisionFeatures, selection: Selection) -> tuple[VisionFeatu
     patches = selection.gather(features.patches)
     merged = selection.features is not None
     features_left = patches if merged else None
-    whole = Selection(keep, positions, gates, features_left, selection.loss, settings=selection.settings)
+    whole = Selection(keep, positions, gates, features_left, selection.loss)
+    whole.settings, whole.is_soft = selection.settings, selection.is_soft
     tower_patches = features.tower_patches
     if tower_patches is not None:
         tower_patches = take_tokens(tower_patches, index)
@@ -221,6 +222,7 @@ def _joined(
         patches if merged else None,
         torch.stack(losses).sum() / len(order) if losses else None,
         settings=_in_order([selection.settings for selection in selections], order),
+        is_soft=selections[0].is_soft,
     )
     attention = (
         {}

@@ -18,7 +18,7 @@ from ..prompt import VisualEmbeddings
 from ..reducers.bank import Step, require_trained_controller
 from .budget_token import BudgetToken
 from .encode import encode_image
-from .features import NativeDial, VisionFeatures, fingerprint
+from .features import NativeDial, Question, VisionFeatures, fingerprint
 from .reduction import reduce_in_tower, reduce_tokens
 from .tower import input_device
 
@@ -70,8 +70,7 @@ class VisualModel:
         pixel_values: torch.Tensor,
         units: Units,
         schedule: BudgetSchedule,
-        question: torch.Tensor | None = None,
-        question_ids: torch.Tensor | None = None,
+        question: Question | None = None,
     ) -> VisualTokens:
         """
         Encodes the images and lets every reducer before the decoder choose.
@@ -80,8 +79,7 @@ class VisualModel:
             pixel_values: `[num_images, channels, height, width]`.
             units: that they make.
             schedule: the stack and its budget.
-            question: `[num_units, text_hidden_size]`, the mean embedding of the prompt's text; by default zeros.
-            question_ids: `[num_units, sequence]`, its ids, -1 in other columns.
+            question: what the prompts ask about the units; by default nothing, whose mean embedding is zero.
 
         Raises:
             ValueError: if the images do not have the size that the model was made for, or a reducer cannot do what it
@@ -89,15 +87,20 @@ class VisualModel:
         """
         steps, budget = schedule.steps, self.budget_of_units(schedule, units)
         needs = {need for step in steps for need in step.reducer.needs}
-        num_keep = budget.of_step(steps[0], units.sizes)
-        features, selection = self._encode(pixel_values, schedule, units, num_keep, question)
+        num_keep, question = budget.of_step(steps[0], units.sizes), question or Question()
+        features, selection = self._encode(pixel_values, schedule, units, num_keep, question.mean)
         # From here on all of it is where the placeholders are, wherever the parts of the model are.
         features, selection = features.to(units.token.device), selection.to(units.token.device)
         features.sample, features.unit = units.sample, torch.arange(len(units.sizes))
         features.grids = torch.tensor(units.grids) if units.grids else None
         features.frames = torch.tensor(units.frames) if units.frames else None
-        features.question = question if "question" in needs else None
-        features.question_ids = question_ids if "question_ids" in needs else None
+        features.question = question.mean if "question" in needs else None
+        features.question_ids = question.ids if "question_ids" in needs else None
+        features.question_tokens, features.is_question_token = question.tokens, question.is_token
+        if "question_tokens" in needs and question.tokens is None:
+            text_size = self.config.get_text_config().hidden_size
+            features.question_tokens = features.patches.new_zeros(len(units.sizes), 0, text_size)
+            features.is_question_token = torch.zeros_like(features.question_tokens[..., 0], dtype=torch.bool)
         features.pixel_values = pixel_values if "pixel_values" in needs else None
         features.native = self.native_dial() if "native" in needs else None
         features.fingerprint = self.fingerprints(pixel_values) if "fingerprint" in needs else None
@@ -106,9 +109,9 @@ class VisualModel:
             entering = (features.positions >= 0).sum(dim=-1).cpu()
             if number > 0:
                 num_keep = budget.of_step(step, entering)
+                self._require_no_gates(selection, step)
             if step.reducer.stage in ("encoder", "decoder"):
                 continue
-            self._require_no_gates(selection, step)
             keeps_all = num_keep is not None and bool((num_keep >= entering).all())
             if not self.runs_everything and keeps_all and step.reducer.is_exact:
                 continue
@@ -117,6 +120,8 @@ class VisualModel:
             if step.reducer.stage == "projector" and not is_projected:
                 features, is_projected = self._projected(features, "tower_patches" in needs), True
             features, selection = self._reduced(step, features, selection, num_keep)
+        if selection.is_soft and self.config.gradient_gates == "features":
+            features, is_projected = self._weighed(features, selection, is_projected), True
         selection.sizes, selection.sample, selection.grids = units.sizes, units.sample, units.grids
         decoder = steps[-1] if steps[-1].reducer.stage == "decoder" else None
         return VisualTokens(features, selection, is_projected, decoder, num_keep if decoder else None)
@@ -181,12 +186,29 @@ class VisualModel:
     def _patches_see_budget(self) -> bool:
         return self.config.budget_fusion == "encoder" and self.config.budget_attention == "mutual"
 
+    def _all_stay(self, selection: Selection) -> bool:
+        """Whether every token stays in the sequence, for the gradient of the choice."""
+        return selection.is_soft or (selection.gates is not None and self.config.gradient_gates == "attention")
+
     def _require_no_gates(self, selection: Selection, step: Step) -> None:
-        if selection.gates is not None and self.config.gradient_gates == "attention":
+        if selection.is_soft:
+            raise ValueError(
+                f"`controller_estimator` is 'differentiable_top_k' and {step.name!r} follows the controller, which "
+                "drops nothing in training; train with controller_estimator='straight_through' and "
+                "gradient_gates='features', or with the controller at the end of the stack."
+            )
+        if self._all_stay(selection):
             raise ValueError(
                 f"`gradient_gates` is 'attention' and {step.name!r} follows a reducer whose choice is in training; "
                 "train with gradient_gates='features', or with the reducer that learns at the end of the stack."
             )
+
+    def _weighed(self, features: VisionFeatures, selection: Selection, is_projected: bool) -> VisionFeatures:
+        """Each token as the decoder gets it, times its gate."""
+        if not is_projected:
+            features = self._projected(features, with_tower_patches=False)
+        gates = selection.gates.gather(1, features.positions.clamp(min=0))
+        return replace(features, patches=features.patches * gates[..., None].to(features.patches))
 
     def _reduced(
         self, step: Step, features: VisionFeatures, earlier: Selection, num_keep: torch.Tensor | None
@@ -198,9 +220,7 @@ class VisualModel:
         selection.settings = selection.settings or earlier.settings
         losses = [loss for loss in (selection.loss, earlier.loss) if loss is not None]
         selection.loss = torch.stack(losses).sum() if losses else None
-        gates_attention = selection.gates is not None and self.config.gradient_gates == "attention"
-        # With gates inside attention, every token that came here stays in the sequence.
-        return features if gates_attention else left, selection
+        return features if self._all_stay(selection) else left, selection
 
     def _encode(
         self,

@@ -201,6 +201,40 @@ def test_a_controller_learns_to_choose_what_the_question_is_about(head: str) -> 
     assert (best & is_relevant.bool()).any(dim=-1)[has_any].float().mean() > 0.95
 
 
+@pytest.mark.parametrize("head", ["late_interaction", "cross_attention", "patch_budget"])
+def test_a_controller_learns_to_choose_the_patch_that_two_words_name_together_if_it_reads_words(head: str) -> None:
+    # Patches are pairs of glyphs, and share their first or their second with others of their page. Two of fourteen
+    # words of the question say which pair is asked for; the budget token hears the mean of all.
+    torch.manual_seed(0)
+    controller = tiny_model(controller_head=head).model.controller.train()
+    first, second, words = torch.randn(20, 32), torch.randn(20, 32), 0.02 * torch.randn(100, 32)
+    positions, all_are_words = torch.arange(NUM_PATCHES).expand(64, -1), torch.ones(64, 14, dtype=torch.bool)
+    optimizer = torch.optim.AdamW(controller.parameters(), lr=0.005)
+
+    def pages() -> tuple[VisionFeatures, torch.Tensor]:
+        firsts, seconds = (part.flatten(1) for part in torch.randint(20, (2, 64, 4, 1)).expand(-1, -1, -1, 4))
+        seconds = seconds.unflatten(1, (4, 4)).transpose(1, 2).flatten(1)
+        asked = torch.randint(NUM_PATCHES, (64, 1))
+        key = firsts.gather(1, asked), seconds.gather(1, asked)
+        question = words[torch.cat([key[0], 20 + key[1], torch.randint(40, 100, (64, 12))], dim=1)]
+        heard = nn.functional.layer_norm(question.mean(dim=1), (32,))
+        of_question = {"budget": heard, "question_tokens": question, "is_question_token": all_are_words}
+        patches = first[firsts] + second[seconds] + 0.1 * torch.randn(64, NUM_PATCHES, 32)
+        return VisionFeatures(patches, positions, **of_question), (firsts == key[0]) & (seconds == key[1])
+
+    for _ in range(300):
+        features, is_asked = pages()
+        optimizer.zero_grad()
+        relevance = is_asked / is_asked.sum(dim=-1, keepdim=True)
+        relevance_loss(controller.scores(features), relevance, torch.ones(64)).backward()
+        optimizer.step()
+    features, is_asked = pages()
+    best = controller.eval()(features, torch.full((64,), 1)).keep
+    share_found = (best & is_asked).any(dim=-1).float().mean()
+    assert (share_found > 0.9) == (head != "patch_budget")
+    assert share_found > 0.9 or share_found < 0.7
+
+
 def test_a_trained_controller_keeps_the_patch_that_the_answer_depends_on(tmp_path: Path) -> None:
     # One patch of a grey picture is noise; positions are the same everywhere, so only it can tell anything.
     processor = digit_processor()

@@ -163,6 +163,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "head budget_token": {"controller_head": "budget_token"},
     "head patch": {"controller_head": "patch"},
     "head dot": {"controller_head": "dot"},
+    "head late_interaction": {"controller_head": "late_interaction"},
+    "head cross_attention": {"controller_head": "cross_attention", "question_aware": False},
+    "soft choice": {"controller_estimator": "differentiable_top_k"},
+    "soft choice on features": {"controller_estimator": "differentiable_top_k", "gradient_gates": "features"},
     "random": {"reducer": "random"},
     "divprune": {"reducer": "divprune"},
     "gates on features": {"gradient_gates": "features"},
@@ -220,6 +224,15 @@ def test_arguments_that_are_not_allowed_are_errors(tmp_path: Path) -> None:
 
 
 # How it trains
+
+
+def test_the_controller_hears_how_much_of_training_is_over(tmp_path: Path) -> None:
+    model = digit_model(digit_processor(), controller_estimator="differentiable_top_k")
+    trainer, heard = tiny_trainer(tmp_path, conversation_rows(8), model, max_steps=4), []
+    controller = model.model.controller
+    controller.register_forward_pre_hook(lambda *_: heard.append(controller.training_progress))
+    trainer.train()
+    assert heard == [0.0, 0.25, 0.5, 0.75]
 
 
 def test_four_batches_of_one_are_one_batch_of_four(tmp_path: Path) -> None:

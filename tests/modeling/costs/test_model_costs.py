@@ -171,7 +171,10 @@ def test_every_decoder_costs_what_torch_counts(text: str) -> None:
         assert_counted(model, reducer, 0.5)
 
 
-@pytest.mark.parametrize("head", ["budget_token", "patch", "patch_budget", "dot"])
+HEADS = ["budget_token", "patch", "patch_budget", "dot", "late_interaction", "cross_attention"]
+
+
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize(
     "budget_fields",
     [
@@ -183,15 +186,18 @@ def test_every_decoder_costs_what_torch_counts(text: str) -> None:
 )
 def test_every_controller_costs_what_torch_counts(head: str, budget_fields: dict[str, str]) -> None:
     # Each choice with several heads, and with and without the question.
-    number = ["budget_token", "patch", "patch_budget", "dot"].index(head) + len(budget_fields)
+    number = HEADS.index(head) + len(budget_fields)
     model = uneven_model(
         controller_head=head,
         controller_choice=["best", "spread", "mmr"][number % 3],
-        question_aware=head in ("budget_token", "dot"),
+        question_aware=head in ("budget_token", "dot", "cross_attention"),
         **budget_fields,
     )
     assert_counted(model, "adaptive", 1.0)
     assert_counted(model, ["tome", "adaptive"], 0.4)
+    # Of several lengths, the later ones by the earlier: some heads read the question word by word.
+    for text_tokens in (9, 20, 31):
+        assert_counted(model, "adaptive", 0.4, text_tokens=text_tokens)
 
 
 @pytest.mark.parametrize("fields", [{"vision_feature_select_strategy": "full"}, {"vision_feature_layer": [-2, -4]}])

@@ -73,7 +73,7 @@ def training_model(parts: list[str], checkpointing: bool = False, **fields: Any)
 def seen_by_torch(model: AdaVTPForConditionalGeneration, batch: dict[str, torch.Tensor], **asked: Any) -> tuple:
     """FLOPs of a forward pass, and of the way back with all that runs again."""
     with counter() as flops:
-        loss = model(**batch, labels=targets(batch), **asked).loss
+        loss = model(**({"labels": targets(batch)} | batch), **asked).loss
         forward = flops.get_total_flops()
         loss.backward()
     return forward, flops.get_total_flops() - forward
@@ -112,6 +112,9 @@ def test_every_choice_of_trained_parts_costs_what_torch_counts(
         ({"controller_head": "dot"}, ["controller"]),
         ({"controller_head": "budget_token", "controller_choice": "spread"}, ["controller"]),
         ({"controller_head": "patch"}, ["controller", "vision"]),
+        ({"controller_head": "late_interaction"}, ["controller"]),
+        ({"controller_head": "cross_attention", "budget_fusion": "post"}, ["controller", "vision"]),
+        ({"controller_estimator": "differentiable_top_k"}, ["controller", "projector"]),
         ({"vision": "siglip"}, ["controller", "vision"]),
         ({"vision": "dinov2", "text": "qwen3"}, ["controller", "vision"]),
         ({"vision_feature_select_strategy": "full"}, ["controller", "vision"]),
@@ -123,7 +126,10 @@ def test_every_kind_of_model_costs_what_torch_counts(fields: dict[str, Any], par
     checkpointing = "vision" in parts
     model = training_model(parts, checkpointing, gradient_gates="features", **fields)
     counted = count_training_flops(model.config, [9], step_of(parts, checkpointing=checkpointing), token_budget=0.4)
-    seen = seen_by_torch(model, tiny_batch(model.config, (1,), (9,)), token_budget=0.4)
+    batch = tiny_batch(model.config, (1,), (9,))
+    # Where a controller reads words, the count is of a prompt that does nothing but ask.
+    batch["labels"] = torch.full_like(batch["input_ids"], -100)
+    seen = seen_by_torch(model, batch, token_budget=0.4)
     assert forward_and_back(counted) == pytest.approx(seen, rel=1e-4)
 
 

@@ -26,7 +26,7 @@ from adavtp.tasks.digit_scenes import draw_scene
 from adavtp.tasks.digit_scenes.processor import build_digit_processor
 from load_without_package import answers, loaded_elsewhere
 from repository import ROOT
-from tiny_models import tiny_config, tiny_model
+from tiny_models import tiny_batch, tiny_config, tiny_model
 
 MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors"}
 PROCESSOR_FILES = {"processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
@@ -230,6 +230,18 @@ def test_a_model_without_a_head_round_trips(tmp_path: Path) -> None:
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("head", ["late_interaction", "cross_attention"])
+def test_a_controller_that_reads_the_question_s_words_round_trips(head: str, tmp_path: Path) -> None:
+    model = tiny_model(controller_head=head, controller_estimator="differentiable_top_k")
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, trust_remote_code=True)
+    assert (loaded.config.controller_head, loaded.config.controller_estimator) == (head, "differentiable_top_k")
+    batch = tiny_batch(model.config)
+    assert torch.equal(loaded(**batch, token_budget=0.4).logits, model(**batch, token_budget=0.4).logits)
+    assert any("question_head" in name for name in loaded.state_dict())
+
+
 def test_a_head_tied_to_the_embeddings_round_trips_tied(tmp_path: Path) -> None:
     tiny_model(tie_word_embeddings=True).save_pretrained(tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
@@ -336,7 +348,11 @@ def test_a_missing_shard_is_refused_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"controller_head": "dot"}, {"controller_head": "patch"}, {"question_aware": False}, {"budget_fusion": "post"}],
+    [
+        *({"controller_head": head} for head in ("dot", "patch", "late_interaction", "cross_attention")),
+        {"question_aware": False},
+        {"budget_fusion": "post"},
+    ],
     ids=str,
 )
 def test_a_configuration_for_another_controller_is_refused(change: dict[str, Any], folder: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from adavtp import AdaVTPForConditionalGeneration, VisionFeatures
 from adavtp.modeling.budget import top_k
@@ -26,7 +27,7 @@ from tiny_models import (
     tiny_model,
 )
 
-HEADS = ["budget_token", "patch", "patch_budget", "dot"]
+HEADS = ["budget_token", "patch", "patch_budget", "dot", "late_interaction", "cross_attention"]
 FUSIONS = {
     "read_only": {"budget_fusion": "encoder", "budget_attention": "read_only"},
     "mutual": {"budget_fusion": "encoder", "budget_attention": "mutual"},
@@ -35,7 +36,7 @@ FUSIONS = {
 
 # Every head and every fusion, and the head that hears the budget in one fusion only in that one and in another.
 PAIRS = [("budget_token", "read_only"), ("patch", "post"), ("patch", "mutual"), ("patch_budget", "post")]
-PAIRS += [("dot", "mutual"), ("dot", "read_only")]
+PAIRS += [("dot", "mutual"), ("dot", "read_only"), ("late_interaction", "post"), ("cross_attention", "read_only")]
 every_pair = pytest.mark.parametrize(("head", "fusion"), [(h, FUSIONS[f]) for h, f in PAIRS], ids=map(str, PAIRS))
 
 # Every head with every kind of gates, every kind of gates with every fusion, every fusion with every head; every
@@ -52,6 +53,8 @@ WITHOUT_GRADIENT = {
     "patch_budget": ("controller.score.bias",),
     "dot": ("controller.patch_proj.bias", "controller.patch_norm.bias"),
     "budget_token": (),
+    "late_interaction": ("controller.score.bias",),
+    "cross_attention": ("controller.score.bias",),
 }
 
 
@@ -72,19 +75,45 @@ def hears_the_budget(head: str, fusion: dict[str, str]) -> bool:
     return head != "patch" or fusion.get("budget_attention") == "mutual"
 
 
-def scores_by_hand(
-    head: str, controller: VisionTokenController, patches: torch.Tensor, budget: torch.Tensor
+def matches_by_hand(
+    module: nn.Module, patch: torch.Tensor, tokens: torch.Tensor, query: nn.Linear, key: nn.Linear
 ) -> torch.Tensor:
-    """The scores of one image's patches, written out."""
+    """Scaled dot products of one patch with every token in each of four heads, `[4, 1 + tokens]`; 0 with nothing."""
+    patch, rows = linear(patch, query), [linear(normalised(token, module.question_norm), key) for token in tokens]
+    parts = [slice(8 * head, 8 * head + 8) for head in range(4)]
+    return torch.stack(
+        [torch.stack([torch.zeros(()), *(patch[p].dot(row[p]) / 8**0.5 for row in rows)]) for p in parts]
+    )
+
+
+def scores_by_hand(
+    head: str,
+    controller: VisionTokenController,
+    patches: torch.Tensor,
+    budget: torch.Tensor,
+    tokens: torch.Tensor,
+) -> torch.Tensor:
+    """The scores of one image's patches, written out; the question is `tokens` `[num_tokens, width]`."""
     if head == "budget_token":
         return linear(normalised(budget, controller.budget_norm), controller.score)
     patches = normalised(patches, controller.patch_norm)
     if head == "patch":
         return linear(patches, controller.score)[:, 0]
-    patches = linear(patches, controller.patch_proj)
+    normal, patches = patches, linear(patches, controller.patch_proj)
     budget = linear(normalised(budget, controller.budget_norm), controller.budget_proj)
     if head == "patch_budget":
         return linear(gelu(patches + budget), controller.score)[:, 0]
+    if head == "late_interaction":
+        module, base = controller.question_head, linear(gelu(patches + budget), controller.score)[:, 0]
+        matches = [matches_by_hand(module, p, tokens, module.patch_proj, module.question_proj) for p in normal]
+        return torch.stack([b + match.exp().sum(dim=-1).log().sum() for b, match in zip(base, matches, strict=True)])
+    if head == "cross_attention":
+        module = controller.question_head
+        values = [linear(normalised(token, module.question_norm), module.v_proj) for token in tokens]
+        values = torch.stack([torch.zeros(32), *values]).unflatten(-1, (4, 8))
+        weights = [matches_by_hand(module, p, tokens, module.q_proj, module.k_proj).softmax(dim=-1) for p in normal]
+        read = torch.stack([torch.einsum("ht,thw->hw", weight, values).flatten() for weight in weights])
+        return linear(gelu(patches + budget + linear(read, module.out_proj)), controller.score)[:, 0]
     return torch.stack([patch.dot(budget) / 32**0.5 for patch in patches])
 
 
@@ -102,11 +131,14 @@ def test_scores_are_the_head_s_formula(head: str, feature_layer: int | list[int]
         patches=torch.randn(3, NUM_PATCHES, width, generator=generator),
         positions=torch.arange(NUM_PATCHES).expand(3, -1),
         budget=torch.randn(3, 32, generator=generator),
+        question_tokens=torch.randn(3, 5, 32, generator=generator),
+        is_question_token=torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 0, 0, 0]]).bool(),
     )
     scores = controller.scores(features)
     assert scores.shape == (3, NUM_PATCHES)
-    for image in range(3):
-        expected = scores_by_hand(head, controller, features.patches[image], features.budget[image])
+    for image, is_token in enumerate(features.is_question_token):
+        tokens = features.question_tokens[image, is_token]
+        expected = scores_by_hand(head, controller, features.patches[image], features.budget[image], tokens)
         torch.testing.assert_close(scores[image], expected, atol=1e-5, rtol=0)
 
 
