@@ -117,7 +117,7 @@ def hard_subset_notes(checkpoint: dict[str, Any]) -> list[str]:
     """What the hard subset is, and at which budgets it is another's, empty or missing, and why: a sentence each."""
     if "hard_subsets" not in checkpoint:
         return [
-            "There is no hard subset: these numbers were written before reports had one, and have to be written anew."
+            "There is no hard subset: these numbers are older than it. A report written anew from its run has one."
         ]
     if not checkpoint["is_share"]:
         return [f"There is no hard subset: {checkpoint['metric']} does not say which answers are right."]
