@@ -48,9 +48,11 @@ def _subset(measured: Measured, num_keep: int | float, against: str | None) -> d
         return {"by": None}
     is_wrong = measured.paired.scores[by] < RIGHT_FROM
     low, high = mean_interval(is_wrong.astype(float), is_wrong)
-    seen = float(measured.settings[by].column("visual_tokens").mean())
+    seen = measured.settings[by].column("visual_tokens")
+    # A question without a picture has no visual tokens, whatever the budget.
+    seen = seen[seen > 0] if seen.any() else seen
     about = {
-        "by": {"reducer": by[0], "num_keep": by[1], "visual_tokens": seen},
+        "by": {"reducer": by[0], "num_keep": by[1], "visual_tokens": float(seen.mean())},
         "num_examples": int(is_wrong.sum()),
         "share": float(is_wrong.mean()),
         "low": low,
