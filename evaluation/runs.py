@@ -26,6 +26,7 @@ HEADER_FIELDS |= dict.fromkeys(("command", "checkpoint_hash", "data_hash", "metr
 FINISHED_FIELDS = dict.fromkeys(("checkpoint", "checkpoint_hash", "data", "data_hash", "metric"), str)
 FINISHED_FIELDS |= dict.fromkeys(("num_examples", "num_layers"), int) | {"num_patches": int | None}
 MORE_OF_HEADER = {"split": str, "machine": str, "versions": dict[str, str], "max_new_tokens": int, **FINISHED_FIELDS}
+MORE_OF_HEADER |= {"category_metrics": dict[str, str]}
 MORE_OF_HEADER |= dict.fromkeys(("figures", "measurements"), list[dict] | None)
 MORE_OF_HEADER |= dict.fromkeys(("seconds", "model_seconds", "evaluation_seconds"), float)
 MEASUREMENT = {"reducer": str, "device": str, "batch_size": int, "peak_memory_bytes": float, "kv_bytes": float}

@@ -1,7 +1,7 @@
 """The tasks that AdaVTP draws itself, by the names that commands and recipes call them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..modeling.processing_adavtp import AdaVTPProcessor
@@ -24,6 +24,8 @@ class DrawnTask:
         patch_roles: for each of them a number from 0 to 3, what its words are to the patch: 0 its own.
         num_questions: how many questions an evaluation asks unless it is told.
         max_new_tokens: what the longest answer needs.
+        kind_metrics: kinds of question with long answers -> the metric module that says how much of one is right,
+            where exact match only says whether all of it is.
     """
 
     load_examples: Callable[..., "Dataset"]
@@ -34,6 +36,7 @@ class DrawnTask:
     patch_roles: dict[str, int]
     num_questions: int
     max_new_tokens: int
+    kind_metrics: dict[str, str] = field(default_factory=dict)
 
 
 # Loaded where they are named: `datasets` and what draws are needed by those alone who draw.
@@ -71,6 +74,7 @@ def _pages() -> DrawnTask:
         num_questions=2400,
         # The longest answer has 60 glyphs.
         max_new_tokens=64,
+        kind_metrics={"read_line": "character_accuracy", "read_entries": "entry_f1"},
     )
 
 

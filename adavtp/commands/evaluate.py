@@ -80,7 +80,10 @@ def evaluate(
     ] = False,
     metric: Annotated[str | None, typer.Option(help="Metric module. Default: the data's own.")] = None,
     batch_size: Annotated[int, typer.Option(help="Questions answered together.", min=1)] = 32,
-    max_new_tokens: Annotated[int, typer.Option(help="Length limit of an answer.", min=1)] = 16,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="Length limit of an answer. Default: 16, or what a drawn task's longest needs.", min=1),
+    ] = None,
     latency_repeats: Annotated[
         int, typer.Option(help="Also measure time and memory, as `adavtp measure`, in so many rounds.", min=0)
     ] = 0,
@@ -119,7 +122,7 @@ def evaluate_checkpoint(
     trust_image_paths: bool = False,
     metric: str | None = None,
     batch_size: int = 32,
-    max_new_tokens: int = 16,
+    max_new_tokens: int | None = None,
     latency_repeats: int = 0,
 ) -> Run:
     """
@@ -137,7 +140,7 @@ def evaluate_checkpoint(
     folder = checkpoint or str(reference_checkpoint())
     with process.main_process_first():
         asked = named_data(data, split, images, questions, trust_image_paths)
-        metric = metric or asked.metric
+        metric, max_new_tokens = metric or asked.metric, max_new_tokens or asked.max_new_tokens
         load_metric(metric)
         model, processor = load_checkpoint(folder)
     model.to(process.device)
@@ -188,7 +191,11 @@ def named_data(
         return read_data(name, split, images, trust_image_paths).first(questions)
     task = drawn_task(name)
     rows = task.load_questions(split or DEFAULT_SPLIT, questions or task.num_questions)
-    return EvaluationData(name, split or DEFAULT_SPLIT, ConversationExamples(rows.rename_column("kind", "category")))
+    return EvaluationData(
+        *(name, split or DEFAULT_SPLIT, ConversationExamples(rows.rename_column("kind", "category"))),
+        category_metrics=task.kind_metrics,
+        max_new_tokens=task.max_new_tokens,
+    )
 
 
 def _settings(
@@ -215,6 +222,7 @@ def _header(
         "data": without_place(asked.name),
         "split": asked.split,
         "data_hash": asked.hash(),
+        "category_metrics": asked.category_metrics,
         "num_examples": len(asked.examples),
         "settings": [
             dict(zip(("reducer", "budget"), one.key, strict=True), num_keep=one.num_keep) for one in settings

@@ -1,6 +1,7 @@
 """`adavtp experiment`: an experiment from its checkpoints to its report, in one command."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -85,11 +86,15 @@ def summary(plan: "Experiment", output: Path, command: str) -> str:
 
 
 def part_summary(part: "Part", numbers: dict[str, Any]) -> list[str]:
-    """Paragraphs on one part: what it asks, what was found, its curves, and its statistics in short."""
+    """
+    Paragraphs on one part: what it asks, what was found, its curves, and its statistics in short; folded below, scores
+    on all questions, on the hard subset, and by kind of question.
+    """
     from ..evaluation.report.blocks import as_markdown
-    from ..evaluation.report.findings import statistics_in_short
+    from ..evaluation.report.findings import hard_subset_notes, statistics_in_short
     from ..evaluation.report.over_checkpoints import agreement_of_checkpoints, compared_checkpoints
     from ..evaluation.report.sections import leads
+    from ..evaluation.report.tables import categories_in_short, hard_tables, score_table
 
     text = [
         f"## {part.name}",
@@ -99,7 +104,10 @@ def part_summary(part: "Part", numbers: dict[str, Any]) -> list[str]:
         f"[Tables]({part.name}/report.md) · [page]({part.name}/index.html), to be opened in a browser",
     ]
     for checkpoint in numbers["checkpoints"]:
-        text += [f"**{checkpoint['checkpoint']}**", as_markdown(statistics_in_short(checkpoint))]
+        lines = [*statistics_in_short(checkpoint), *hard_subset_notes(checkpoint)]
+        tables = [score_table(checkpoint), *hard_tables(checkpoint), *categories_in_short(checkpoint)]
+        text += [f"**{checkpoint['checkpoint']}**", as_markdown(lines)]
+        text += [as_markdown(replace(table, folded=True)) for table in tables]
     for over in numbers["over_checkpoints"]:
         lines = agreement_of_checkpoints(over, compared_checkpoints(numbers, over))
         text += ["**All checkpoints**", as_markdown(lines)]

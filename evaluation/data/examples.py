@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +55,16 @@ class EvaluationData:
         split: which part of the data this is.
         examples: in a fixed order; images may be loaded when an example is looked at.
         metric: name of the metric module that scores them.
+        category_metrics: categories -> the metric module that says more of their answers, for reports.
+        max_new_tokens: length limit of an answer, unless an evaluation is told.
     """
 
     name: str
     split: str
     examples: Sequence[Example]
     metric: str = DEFAULT_METRIC
+    category_metrics: dict[str, str] = field(default_factory=dict)
+    max_new_tokens: int = 16
 
     def hash(self) -> str:
         """SHA-256 of all questions, answers and images; of image files, their names and sizes in bytes."""

@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from markupsafe import Markup, escape
+
 
 @dataclass(frozen=True)
 class Table:
@@ -55,6 +57,10 @@ def as_markdown(block: Block, curves: str = "") -> str:
             # A bar inside a cell would end it.
             body = [[cell.replace("|", "\\|") for cell in row] for row in block.rows]
             lines = [f"| {' | '.join(cells)} |" for cells in [*head, *body]]
+            if block.folded:
+                # Inside a line of HTML no Markdown is read.
+                opening = f"<details><summary>{inline(block.caption)}</summary>"
+                return "\n".join([opening, "", *lines, "", "</details>"])
             return "\n".join([f"{block.caption}:", "", *lines])
         case Command():
             return f"```\n{block.text}\n```"
@@ -64,6 +70,13 @@ def as_markdown(block: Block, curves: str = "") -> str:
             return "\n".join(f"- {item}" for item in block)
         case _:
             return block
+
+
+def inline(text: str) -> Markup:
+    """`code`, **bold** and \\* of a text as HTML."""
+    html = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text)))
+    html = re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", html)
+    return Markup(html.replace("\\*", "*"))
 
 
 def number_of(cell: str) -> float | None:

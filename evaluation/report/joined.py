@@ -14,14 +14,11 @@ import numpy as np
 from ..records import check_record
 from ..runs import FINISHED_FIELDS, HEADER, Answer, Run, setting_of
 from ..settings import FULL, FULL_BUDGET
-from ..statistics import bootstrap_means
+from .paired import Key, Paired
 
 # What runs that are joined have in common, beside checkpoint and data.
 _IN_COMMON = ("metric", "max_new_tokens", "num_examples", "num_patches", "num_layers")
 _AGREE_ON = ("prediction", "score", "visual_tokens", "flops")
-
-# Reducer and number of kept tokens, or budget.
-Key = tuple[str, int | float]
 
 
 def kept_label(num_keep: int | float) -> str:
@@ -80,14 +77,14 @@ class Measured:
         return next(iter(self.settings.values())).answers
 
     @cached_property
-    def scores(self) -> dict[Key, np.ndarray]:
-        """Of every setting, `[num_examples]`."""
-        return {key: setting.column("score") for key, setting in self.settings.items()}
+    def paired(self) -> Paired:
+        """The scores of every setting on all examples."""
+        return Paired({key: setting.column("score") for key, setting in self.settings.items()})
 
-    @cached_property
-    def draws(self) -> dict[Key, np.ndarray]:
-        """Every setting's mean score on the same draws of examples, `[num_draws]`; see [`bootstrap_means`]."""
-        return dict(zip(self.scores, bootstrap_means(np.stack(list(self.scores.values()))).T, strict=True))
+    @property
+    def category_metrics(self) -> dict[str, str]:
+        """Of a category, the metric that says more of its answers than the run's own, as the first run that knows."""
+        return next((own for run in self.runs if (own := run.header.get("category_metrics"))), {})
 
 
 def join_runs(runs: Sequence[Run]) -> list[Measured]:

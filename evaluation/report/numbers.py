@@ -4,14 +4,14 @@ What is compared is compared on the same examples, and several checkpoints stand
 figures.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from ..circumstances import command_without_places, without_place
-from ..metric_modules import SCORED_TOGETHER
+from ..metric_modules import SCORED_TOGETHER, score_examples
 from ..reducer_table import CONTROLLER, is_control, known_of_label, reducer_table
 from ..runs import Run
 from ..settings import FULL
@@ -19,15 +19,15 @@ from ..statistics import (
     NUM_DRAWS,
     SEED,
     area_weights,
-    bootstrap_means,
     common_range,
     correct,
     difference,
     interval,
-    mean_interval,
 )
-from .joined import Answered, Key, Measured, everything_kept_by
+from .hard_subset import hard_subsets
+from .joined import Answered, Measured, everything_kept_by
 from .over_checkpoints import over_checkpoints
+from .paired import Key, Paired
 
 Row = dict[str, Any]
 
@@ -42,10 +42,11 @@ def report_numbers(measured: Sequence[Measured], against: str | None, title: str
         title, command: of the report.
 
     Returns:
-        `checkpoints`, one for each of `measured`, with `settings` (score, interval, cost, budget, differences),
-        `areas` (under the score-FLOPs curves), `unreachable`, `measurements` and `runs`; and `over_checkpoints`, one
-        for each data set that several checkpoints were measured on. Their names are as in the runs, with the beginning
-        of their hash where two have the same.
+        `checkpoints`, one for each of `measured`, with `settings` (score, interval, cost, budget, differences, and the
+        same in each category), `hard_subsets` (see [`hard_subsets`]), `areas` (under the score-FLOPs curves),
+        `unreachable`, `measurements` and `runs`; and `over_checkpoints`, one for each data set that several
+        checkpoints were measured on. Their names are as in the runs, with the beginning of their hash where two have
+        the same.
 
     Raises:
         ValueError: if `against` was not measured.
@@ -86,24 +87,31 @@ def _checkpoint(measured: Measured, against: str | None, table: list[dict[str, A
         raise ValueError(f"`against` is {against!r}; measured were {', '.join(reducers)}.")
     rows = [_row(setting, measured) for setting in settings]
     controls = _best_controls(rows)
-    _compare(rows, measured, "against", lambda key: (against, key[1]))
-    # A control beside the best control says which control is better, not what a method is worth.
-    _compare(rows, measured, "control", lambda key: None if is_control(key[0]) else (controls.get(key[1]), key[1]))
-    _compare(rows, measured, "full", lambda key: everything_kept_by(header))
+    others = {
+        "against": lambda key: (against, key[1]),
+        # A control beside the best control says which control is better, not what a method is worth.
+        "control": lambda key: None if is_control(key[0]) else (controls.get(key[1]), key[1]),
+        "full": lambda key: everything_kept_by(header),
+    }
+    for name, other_of in others.items():
+        correct(measured.paired.compare(rows, name, other_of))
     categories = [example.category for example in measured.examples]
-    _add_categories(rows, measured, np.array(categories, dtype=object), against)
+    for category in sorted(set(categories) - {None}):
+        _add_category(rows, measured, category, against)
     names = ("checkpoint", "checkpoint_hash", "data", "data_hash", "metric")
     return {name: header[name] for name in (*names, "num_examples", "num_patches", "num_layers")} | {
         "data": without_place(header["data"]),
         "is_share": header["metric"] not in SCORED_TOGETHER,
-        "is_binary": all(np.isin(scores, (0, 1)).all() for scores in measured.scores.values()),
+        "is_binary": all(np.isin(scores, (0, 1)).all() for scores in measured.paired.scores.values()),
         "reducers": reducers,
         "stages": {reducer: known_of_label(reducer, table, "stage") for reducer in reducers},
         "papers": {reducer: known_of_label(reducer, table, "paper") for reducer in reducers},
         "against": against,
         "budgets": _budgets(settings),
         "categories": {name: categories.count(name) for name in sorted(set(categories) - {None})},
+        "category_metrics": measured.category_metrics,
         "settings": rows,
+        "hard_subsets": hard_subsets(measured, against),
         "best_controls": [{"num_keep": key, "reducer": value} for key, value in controls.items()],
         "areas": _areas(measured),
         "unreachable": _unreachable(measured),
@@ -137,7 +145,6 @@ def _budgets(settings: list[Answered]) -> list[dict[str, Any]]:
 
 def _row(setting: Answered, measured: Measured) -> Row:
     key, visual_tokens = (setting.reducer, setting.num_keep), setting.column("visual_tokens")
-    low, high = mean_interval(measured.scores[key], measured.draws[key])
     off_by = None
     if measured.header["num_patches"] is not None:
         # A question without a picture has no visual tokens, whatever the budget.
@@ -147,9 +154,7 @@ def _row(setting: Answered, measured: Measured) -> Row:
         "reducer": setting.reducer,
         "num_keep": setting.num_keep,
         "asked": setting.asked,
-        "score": float(measured.scores[key].mean()),
-        "low": low,
-        "high": high,
+        **measured.paired.mean(key),
         "visual_tokens": float(visual_tokens.mean()),
         "off_by_most": off_by,
         # JSON has no number for what was not counted or measured.
@@ -173,32 +178,35 @@ def _best_controls(rows: list[Row]) -> dict[int, str]:
     return {num_keep: row["reducer"] for num_keep, row in sorted(best.items())}
 
 
-def _compare(rows: list[Row], measured: Measured, name: str, other_of: Callable[[Key], tuple | None]) -> None:
-    """Puts into each row its difference to another setting, if that was measured and is of another reducer."""
-    compared = []
+def _add_category(rows: list[Row], measured: Measured, category: str, against: str | None) -> None:
+    """
+    Puts into each row its score in a category, and there its difference to `against` at the same K; and under `metric`
+    the same by the metric that says more of this category's answers, with its `name`, where there is one.
+    """
+    is_own = np.array([example.category == category for example in measured.examples])
+    metric, own = measured.category_metrics.get(category), measured.paired.only(is_own)
+    more = None if metric in (None, measured.header["metric"]) else _scored_by(metric, measured, is_own)
     for row in rows:
-        own = row["reducer"], row["num_keep"]
-        other = other_of(own)
-        if other in measured.settings and own[0] != other[0]:
-            row[name] = difference(
-                measured.scores[own] - measured.scores[other], measured.draws[own] - measured.draws[other]
-            ) | {"other": other[0]}
-            compared.append(row[name])
-    correct(compared)
+        cell = _category_cell(row, own, against)
+        if more is not None:
+            cell["metric"] = {"name": metric} | _category_cell(row, more, against)
+        row.setdefault("categories", {})[category] = cell
 
 
-def _add_categories(rows: list[Row], measured: Measured, categories: np.ndarray, against: str | None) -> None:
-    """Puts into each row its score in each category, and there its difference to `against` at the same K."""
-    for category in sorted({category for category in categories if category is not None}):
-        scores = {key: own[categories == category] for key, own in measured.scores.items()}
-        draws = dict(zip(scores, bootstrap_means(np.stack(list(scores.values()))).T, strict=True))
-        for row in rows:
-            key, other = (row["reducer"], row["num_keep"]), (against, row["num_keep"])
-            low, high = mean_interval(scores[key], draws[key])
-            cell = {"score": float(scores[key].mean()), "low": low, "high": high}
-            if other in scores and other != key:
-                cell["against"] = difference(scores[key] - scores[other], draws[key] - draws[other])
-            row.setdefault("categories", {})[category] = cell
+def _category_cell(row: Row, paired: Paired, against: str | None) -> Row:
+    key, other = (row["reducer"], row["num_keep"]), (against, row["num_keep"])
+    is_compared = other in paired.scores and other != key
+    return paired.mean(key) | ({"against": paired.difference(key, other)} if is_compared else {})
+
+
+def _scored_by(metric: str, measured: Measured, chosen: np.ndarray) -> Paired:
+    """The answers to the chosen examples, scored by another metric than the run's."""
+    scores = {}
+    for key, setting in measured.settings.items():
+        own = [setting.answers[index] for index in np.flatnonzero(chosen)]
+        own = score_examples(metric, [answer.prediction for answer in own], [answer.answers for answer in own])
+        scores[key] = np.array(own)
+    return Paired(scores)
 
 
 def _areas(measured: Measured) -> list[dict[str, Any]]:
@@ -234,8 +242,8 @@ def _area(curves: dict[str, list[Key]], measured: Measured) -> dict[str, Any] | 
     scores, draws = {}, {}
     for name, points in curves.items():
         weights = area_weights(cost[name], *bounds)
-        scores[name] = weights @ np.stack([measured.scores[point] for point in points])
-        draws[name] = weights @ np.stack([measured.draws[point] for point in points])
+        scores[name] = weights @ np.stack([measured.paired.scores[point] for point in points])
+        draws[name] = weights @ np.stack([measured.paired.draws[point] for point in points])
     pairs = [
         {"reducer": one, "other": other} | difference(scores[one] - scores[other], draws[one] - draws[other])
         for one, other in combinations(curves, 2)

@@ -10,6 +10,7 @@ from ..statistics import rank_agreement
 from .blocks import Section, Table
 from .findings import listed
 from .joined import kept_label
+from .paired import Key
 from .tables import by_budget, named, scaled, score_unit
 
 
@@ -35,6 +36,8 @@ def compared_checkpoints(numbers: dict[str, Any], over: dict[str, Any]) -> list[
 def _over(group: list[dict[str, Any]]) -> dict[str, Any]:
     scores = [{(row["reducer"], row["num_keep"]): row["score"] for row in one["settings"]} for one in group]
     common = [key for key in scores[0] if all(key in own for own in scores)]
+    hard = [_hard_scores(one) for one in group]
+    common_hard = [key for key in hard[0] if all(key in own for own in hard)]
     areas = [{row["reducer"]: row["area"] for row in one["areas"][0]["rows"]} if one["areas"] else {} for one in group]
     common_areas = [name for name in areas[0] if all(name in own for own in areas)]
     orders = [[own[name] for name in common_areas] for own in areas]
@@ -46,10 +49,19 @@ def _over(group: list[dict[str, Any]]) -> dict[str, Any]:
         "settings": [
             {"reducer": key[0], "num_keep": key[1]} | _spread([own[key] for own in scores]) for key in common
         ],
+        "hard_settings": [
+            {"reducer": key[0], "num_keep": key[1]} | _spread([own[key] for own in hard]) for key in common_hard
+        ],
         "areas": [{"reducer": name} | _spread([own[name] for own in areas]) for name in common_areas],
         "not_in_all": len(set().union(*scores)) - len(common),
         "area_agreement": {"tau": [rank_agreement(first, second) for first, second in combinations(orders, 2)]},
     }
+
+
+def _hard_scores(checkpoint: dict[str, Any]) -> dict[Key, float]:
+    """Scores on the hard subsets, by reducer and the subset's number of kept tokens."""
+    subsets = [one for one in checkpoint["hard_subsets"] if one["by"]]
+    return {(row["reducer"], one["num_keep"]): row["score"] for one in subsets for row in one["settings"]}
 
 
 def _spread(values: list[float]) -> dict[str, Any]:
@@ -110,6 +122,10 @@ def over_checkpoints_sections(over: dict[str, Any], checkpoints: Sequence[dict[s
         return f"{mean} ({lowest} to {highest})"
 
     tables = [by_budget(f"{score_unit(first)}: mean over {number} checkpoints", over["settings"], cell)]
+    if hard := over.get("hard_settings"):
+        tables.append(
+            by_budget(f"{score_unit(first)}: the same, each on its checkpoint's own hard subset", hard, cell)
+        )
     if over["areas"]:
         rows = [[named(row["reducer"]), cell(row)] for row in over["areas"]]
         caption = "Area under the score-FLOPs curve, each over its checkpoint's range"

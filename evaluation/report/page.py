@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from ..runs import Answer
-from .blocks import Command, Curves, Table, number_of
+from .blocks import Command, Curves, Table, inline, number_of
 from .joined import Measured, kept_label
 from .sections import report_sections
 
@@ -43,7 +43,7 @@ def report_page(numbers: dict[str, Any], viewed: Sequence[dict[str, Any]], curve
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"inline": _inline, "number": number_of}
+    environment.filters |= {"inline": inline, "number": number_of}
     kinds = {"table": Table, "command": Command, "curves": Curves}
     environment.tests |= {name: lambda block, kind=kind: isinstance(block, kind) for name, kind in kinds.items()}
     return environment.get_template(TEMPLATE).render(
@@ -53,13 +53,6 @@ def report_page(numbers: dict[str, Any], viewed: Sequence[dict[str, Any]], curve
         viewer={"checkpoints": [one for one in viewed if one["examples"]]},
         most_columns=_MOST_COLUMNS,
     )
-
-
-def _inline(text: str) -> Markup:
-    """`code`, **bold** and \\* as they are meant."""
-    html = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text)))
-    html = re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", html)
-    return Markup(html.replace("\\*", "*"))
 
 
 def _as_element(svg: str) -> str:

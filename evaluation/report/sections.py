@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..reducer_table import CONTROLS
+from ..settings import FULL
 from . import tables
 from .blocks import Block, Command, Curves, Section, as_markdown
-from .findings import lead, listed, statistics_in_short
+from .findings import hard_subset_notes, lead, listed, statistics_in_short
+from .hard_subset import SMALLER_PICTURE
 from .over_checkpoints import compared_checkpoints, over_checkpoints_sections
 
 
@@ -71,6 +73,8 @@ def _checkpoint_sections(checkpoint: dict[str, Any]) -> list[Section]:
     )
     below = {
         "Scores": [*tables.everything_kept(checkpoint), tables.score_table(checkpoint)],
+        "Where choosing matters": [hard_subset_notes(checkpoint), *tables.hard_tables(checkpoint)],
+        "By kind of question": tables.category_tables(checkpoint),
         "Cost": [tables.cost_table(checkpoint), tables.budgets_kept(checkpoint)],
         "What else the metric says": tables.figure_tables(checkpoint),
         "Measured": tables.measured_tables(checkpoint),
@@ -79,7 +83,6 @@ def _checkpoint_sections(checkpoint: dict[str, Any]) -> list[Section]:
         "Beside the best control": tables.difference_blocks(checkpoint, "control"),
         "Beside everything kept": tables.difference_blocks(checkpoint, "full"),
         "Area under the score-FLOPs curve": tables.area_blocks(checkpoint),
-        "Categories": tables.category_tables(checkpoint),
         "What could not be measured": tables.unreachable_blocks(checkpoint),
     }
     title = f"{checkpoint['checkpoint']} on {checkpoint['data']}"
@@ -108,6 +111,9 @@ def _conventions(numbers: dict[str, Any]) -> list[str]:
         "are counted and taken as known; divided by the range it is a mean score. With everything kept all reducers "
         "are the same, so `full`, where it was measured, is on every curve. Differences between areas are in "
         "report.json.",
+        f"The hard subset is of each checkpoint and K its own, and every method answered all of it. VTC-Bench (arXiv "
+        f"2510.07143), from which it is, leaves out what the model with all tokens answers wrongly too; here the row "
+        f"of `{FULL}` says how much that is. Since `{SMALLER_PICTURE}` chose it, nothing is compared with it there.",
         "Not told apart does not mean equal.",
     ]
 

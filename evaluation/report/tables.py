@@ -4,9 +4,11 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from ..metric_modules import SCORED_TOGETHER
 from ..reducer_table import is_control
 from ..settings import FULL
 from .blocks import Block, Table
+from .findings import hard_subset_at
 from .joined import kept_label
 
 NOTHING = "–"
@@ -28,7 +30,7 @@ def by_budget(
     caption: str,
     settings: Iterable[Mapping[str, Any]],
     cell: Callable[[Mapping[str, Any]], str | None],
-    budgets: Sequence[Mapping[str, Any]] = (),
+    labels: Mapping[int | float, str] | None = None,
     about: Mapping[str, Sequence[str]] | None = None,
 ) -> Table:
     """
@@ -38,17 +40,21 @@ def by_budget(
         caption: of the table.
         settings: `reducer`, `num_keep` and more of each.
         cell: what stands where a setting was measured; `None` for nothing.
-        budgets: `num_keep`, and under `asked` the fractions that were asked for, which stand beside it.
+        labels: of the columns, where [`kept_label`] does not say all.
         about: what stands behind a reducer's name, under `stage` and `published`.
     """
     cells = {(row["reducer"], row["num_keep"]): text for row in settings if (text := cell(row)) is not None}
-    counts, labels = sorted({num_keep for _, num_keep in cells}), {one["num_keep"]: _label(one) for one in budgets}
+    counts = sorted({num_keep for _, num_keep in cells})
     rows = [
         [named(reducer), *(about[reducer] if about else []), *(cells.get((reducer, keep), NOTHING) for keep in counts)]
         for reducer in dict.fromkeys(reducer for reducer, _ in cells)
     ]
     headings = ["reducer", *(["stage", "published"] if about else [])]
-    return Table(caption, headings + [labels.get(keep, kept_label(keep)) for keep in counts], rows)
+    return Table(caption, headings + [(labels or {}).get(keep, kept_label(keep)) for keep in counts], rows)
+
+
+def _labels(checkpoint: dict[str, Any]) -> dict[int | float, str]:
+    return {one["num_keep"]: _label(one) for one in checkpoint["budgets"]}
 
 
 def _label(budget: Mapping[str, Any]) -> str:
@@ -72,9 +78,29 @@ def score_table(checkpoint: dict[str, Any]) -> Table:
         f"{score_unit(checkpoint)}, with the 95% interval ({interval}) of each single cell",
         _reduced(checkpoint),
         lambda row: _score_cell(row, checkpoint),
-        checkpoint["budgets"],
+        _labels(checkpoint),
         {name: [stage, checkpoint["papers"][name]] for name, stage in checkpoint["stages"].items()},
     )
+
+
+def hard_tables(checkpoint: dict[str, Any]) -> list[Block]:
+    """The same of the hard subset, with everything kept in the first row; nothing where there is no subset."""
+    caption = f"On the hard subset: {score_unit(checkpoint)}, with the 95% interval of each single cell"
+    return _on_hard_subset(caption, checkpoint, lambda row: _score_cell(row, checkpoint))
+
+
+def _on_hard_subset(
+    caption: str, checkpoint: dict[str, Any], cell: Callable[[Mapping[str, Any]], str | None]
+) -> list[Block]:
+    """A table whose columns have the share of questions that are in the subset, with its interval."""
+    labels, rows = _labels(checkpoint), []
+    for num_keep in labels:
+        if subset := hard_subset_at(checkpoint, num_keep):
+            share, low, high = (f"{100 * subset[name]:.1f}" for name in ("share", "low", "high"))
+            labels[num_keep] += f": {share}% ({low} to {high}) of questions"
+            rows += [row | {"num_keep": num_keep} for row in subset["settings"]]
+    table = by_budget(caption, rows, cell, labels)
+    return [table] if table.rows else []
 
 
 def score_unit(checkpoint: dict[str, Any]) -> str:
@@ -114,12 +140,22 @@ def difference_blocks(checkpoint: dict[str, Any], name: str) -> list[Block]:
         f"**Bold**: the interval of this one difference leaves out 0. \\*: told apart also after Holm's correction "
         f"for the {number} differences of this table (p below 0.05)."
     )
+    hard = [one for one in checkpoint.get("hard_subsets", []) if one.get("settings")]
+    if on_hard := sum(name in row for one in hard for row in one["settings"]):
+        text += f" On the hard subset it is for the {on_hard} there."
     if name == "control":
-        best = [f"`{one['reducer']}` at {kept_label(one['num_keep'])}" for one in checkpoint["best_controls"]]
-        text = f"Of the controls that were measured, the best is {', '.join(best)}. {text}"
+        best = _at_each_budget((one["reducer"], one["num_keep"]) for one in checkpoint["best_controls"])
+        best += _at_each_budget(((one["best_control"], one["num_keep"]) for one in hard), "; on the hard subset ")
+        text = f"Of the controls that were measured, the best is {best}. {text}"
     caption = f"{score_unit(checkpoint)}: difference to {others[name]}, with its 95% interval (paired bootstrap)"
     cell = lambda row: difference_cell(row.get(name), checkpoint)  # noqa: E731
-    return [text, by_budget(caption, _reduced(checkpoint), cell, checkpoint["budgets"])]
+    table = by_budget(caption, _reduced(checkpoint), cell, _labels(checkpoint))
+    return [text, table, *_on_hard_subset(f"On the hard subset: {caption}", checkpoint, cell)]
+
+
+def _at_each_budget(reducers: Iterable[tuple[str | None, int | float]], before: str = "") -> str:
+    places = [f"`{reducer}` at {kept_label(num_keep)}" for reducer, num_keep in reducers if reducer is not None]
+    return before + ", ".join(places) if places else ""
 
 
 # Tables with a row for each setting.
@@ -237,25 +273,59 @@ def area_blocks(checkpoint: dict[str, Any]) -> list[Block]:
 
 
 def category_tables(checkpoint: dict[str, Any]) -> list[Block]:
-    """For each budget a row for each reducer, a column for each category."""
+    """For each budget a row for everything kept and for each reducer, a column for each category and its metric."""
     counts = {row["num_keep"] for row in _reduced(checkpoint)} if checkpoint["categories"] else set()
     return [_category_table(checkpoint, budget) for budget in checkpoint["budgets"] if budget["num_keep"] in counts]
 
 
 def _category_table(checkpoint: dict[str, Any], budget: dict[str, Any]) -> Table:
-    cells = []
-    for row in checkpoint["settings"]:
-        if row["num_keep"] == budget["num_keep"]:
-            own = [row["categories"][category] for category in checkpoint["categories"]]
-            pairs = [
-                (scaled(one["score"], checkpoint), difference_cell(one.get("against"), checkpoint)) for one in own
-            ]
-            cells.append([named(row["reducer"]), *("; ".join(filter(None, pair)) for pair in pairs)])
-    caption = f"{_label(budget)}: {score_unit(checkpoint)}"
+    rows = [row for row in checkpoint["settings"] if row["reducer"] == FULL or row["num_keep"] == budget["num_keep"]]
+    columns = _category_columns(checkpoint)
+    cells = [[named(row["reducer"]), *(_category_cell(cell_of(row)) for cell_of in columns.values())] for row in rows]
+    caption = f"{_label(budget)}: {score_unit(checkpoint)}, with its 95% interval"
     if checkpoint["against"] is not None:
-        caption += f"; difference to `{checkpoint['against']}`, with its 95% interval, not corrected"
-    sizes = [f"{name} ({number:,})" for name, number in checkpoint["categories"].items()]
-    return Table(caption, ["reducer", *sizes], cells, folded=True)
+        caption += f"; where there is one, difference to `{checkpoint['against']}` with its own, not corrected"
+    return Table(caption, ["reducer", *columns], cells, folded=True)
+
+
+def categories_in_short(checkpoint: dict[str, Any]) -> list[Block]:
+    """One table of all settings: a row for each reducer at each budget, a column for each category and its metric."""
+    columns = _category_columns(checkpoint)
+    if not columns:
+        return []
+    rows = sorted(checkpoint["settings"], key=lambda row: (row["reducer"] != FULL, row["num_keep"]))
+    cells = [
+        [named(row["reducer"]), f"{row['num_keep']:g}"]
+        + [scaled(cell["score"], about) for cell, about in (cell_of(row) for cell_of in columns.values())]
+        for row in rows
+    ]
+    asked = "K" if checkpoint["num_patches"] is not None else "budget"
+    caption = f"By kind of question: {score_unit(checkpoint)}; intervals are in the part's own tables"
+    return [Table(caption, ["reducer", asked, *columns], cells, folded=True)]
+
+
+# A row's score in a category, and what says whether that is a share.
+_CategoryCell = tuple[Mapping[str, Any], Mapping[str, Any]]
+
+
+def _category_columns(checkpoint: dict[str, Any]) -> dict[str, Callable[[Mapping[str, Any]], _CategoryCell]]:
+    """Headings, and what stands below: a category's score, and behind it the score by its own metric if it has one."""
+    columns = {}
+    for name, number in checkpoint["categories"].items():
+        columns[f"{name} ({number:,})"] = lambda row, name=name: (row["categories"][name], checkpoint)
+        metric = checkpoint["settings"][0]["categories"][name].get("metric", {}).get("name")
+        if metric is not None:
+            about = {"is_share": metric not in SCORED_TOGETHER}
+            columns[f"{name}, {metric}"] = lambda row, name=name, about=about: (
+                row["categories"][name]["metric"],
+                about,
+            )
+    return columns
+
+
+def _category_cell(found: _CategoryCell) -> str:
+    cell, checkpoint = found
+    return "; ".join(filter(None, [_score_cell(cell, checkpoint), difference_cell(cell.get("against"), checkpoint)]))
 
 
 def figure_tables(checkpoint: dict[str, Any]) -> list[Block]:

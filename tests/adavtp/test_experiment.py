@@ -23,7 +23,7 @@ parts:
     asks: Which method?
     against: adaptive
     questions: 6
-    reducers: [full, adaptive, random]
+    reducers: [full, adaptive, random, downsample]
   - name: heads
     asks: Which head?
     against: dot head
@@ -64,6 +64,22 @@ def test_every_part_has_a_report_and_one_page_says_all_in_short(carried_out: Pat
     page = (carried_out / "reports" / "report.md").read_text()
     assert page.startswith("# A small experiment") and "Which method?" in page and "Which head?" in page
     assert "methods/curves.png" in page and "`dot head`" in page
+
+
+def test_the_page_of_all_parts_has_folded_tables_and_says_which_part_has_no_hard_subset(carried_out: Path) -> None:
+    page = (carried_out / "reports" / "report.md").read_text()
+    methods, heads = page.split("## heads")
+    (numbers,) = json.loads((carried_out / "reports" / "methods" / "report.json").read_text())["checkpoints"]
+    assert "The hard subset: the questions that the control `downsample`" in methods
+    assert "No hard subset" not in methods
+    assert "No hard subset at K = 14, K = 57" in heads and "`controls: [downsample]`" in heads
+    for text in (methods, heads):
+        assert text.count("<details><summary>") == text.count("</details>") >= 2
+    by_kind = methods.partition("<details><summary>By kind of question")[2]
+    for row in numbers["settings"]:
+        cells = [f"{100 * row['categories'][kind]['score']:.1f}" for kind in numbers["categories"]]
+        name = f"`{row['reducer']}`" + (" (control)" if row["reducer"] in ("random", "downsample") else "")
+        assert " | ".join([name, str(row["num_keep"]), *cells]) in by_kind
 
 
 def test_a_report_s_scores_are_those_of_its_run(carried_out: Path) -> None:
@@ -159,7 +175,11 @@ def test_experiment_1_is_what_the_plan_asks_for() -> None:
     ("old", "new", "message"),
     [
         ("questions: 6\n    reducers", "question: 6\n    reducers", "unknown field.*question"),
-        ("reducers: [full, adaptive, random]", "reducers: []", "'methods'.*needs reducers alone, or variants"),
+        (
+            "reducers: [full, adaptive, random, downsample]",
+            "reducers: []",
+            "'methods'.*needs reducers alone, or variants",
+        ),
         ("{reducer: random}", "{reduce: random}", "'by chance'.*unknown field.*reduce"),
         ("title: A small experiment", "", "missing field.*title"),
     ],
