@@ -4,7 +4,8 @@ LLaVA starts from a pretrained language model. The reference model's small decod
 answers about images it stays at chance for a long time: it would have to learn at once to copy what a patch shows, to
 find the patch that a question asks for, and what the tower's features mean. So it first learns the first two from
 pages without pictures. There a visual token is the sum of the word embeddings of what the patch shows and belongs to.
-Then the projector learns to make that sum of the tower's features.
+Then the projector learns to make that sum of the tower's features, and both learn further from pictures of which few
+patches are shown, the answers' among them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -83,6 +84,8 @@ class ToldReader(nn.Module):
     def __init__(self, model: AdaVTPForConditionalGeneration) -> None:
         super().__init__()
         self.language_model, self.image_token_id = model.model.language_model, model.config.image_token_id
+        # A stage that trained the projector has frozen the word embeddings.
+        self.language_model.requires_grad_(True)
         # A head that shares its weight with the word embeddings is saved as these.
         is_tied = model.lm_head.weight is model.get_input_embeddings().weight
         self.lm_head = None if is_tied else model.lm_head
@@ -101,10 +104,20 @@ class ToldReader(nn.Module):
             attention_mask: `[batch, 1, sequence, sequence]` bool.
             patch_words: `[batch, num_shown, num_labels]`, what is told of each of them, see [`told_embeddings`].
         """
+        patches = told_embeddings(self.language_model.get_input_embeddings(), patch_words)
+        return self._answer(patches, input_ids, attention_mask, position_ids, labels)
+
+    def _answer(
+        self,
+        patches: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        labels: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
         words = self.language_model.get_input_embeddings()
         is_patch = input_ids == self.image_token_id
-        told = told_embeddings(words, patch_words).flatten(0, 1)
-        embeddings = words(input_ids.masked_fill(is_patch, 0)).masked_scatter(is_patch[..., None], told)
+        embeddings = words(input_ids.masked_fill(is_patch, 0)).masked_scatter(is_patch[..., None], patches)
         hidden_states = self.language_model(
             inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=position_ids
         ).last_hidden_state
@@ -114,6 +127,40 @@ class ToldReader(nn.Module):
         targets = labels[:, 1:][is_asked]
         right = (logits.argmax(dim=-1) == targets).float().mean()
         return {"loss": nn.functional.cross_entropy(logits.float(), targets), "correct": right.detach()}
+
+
+class ShownReader(ToldReader):
+    """
+    Projector and decoder of a model, on prompts with some of an image's patches. The tower sees all of them.
+
+    Args:
+        model: its projector, word embeddings, decoder and head are trained, in place; the tower stays as it is.
+    """
+
+    def __init__(self, model: AdaVTPForConditionalGeneration) -> None:
+        super().__init__(model)
+        self.vision_tower = model.model.vision_tower.requires_grad_(False)
+        self.projector = model.model.multi_modal_projector.requires_grad_(True)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        labels: torch.Tensor,
+        pixel_values: torch.Tensor,
+        shown: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            input_ids, attention_mask, position_ids, labels: see [`ToldReader`].
+            pixel_values: `[batch, 3, height, width]`.
+            shown: `[batch, num_shown]`, which of its patches are shown, ascending.
+        """
+        with torch.no_grad():
+            features = self.vision_tower(pixel_values).last_hidden_state[:, 1:]
+        patches = self.projector(features.gather(1, shown[..., None].expand(-1, -1, features.shape[-1])))
+        return self._answer(patches, input_ids, attention_mask, position_ids, labels)
 
 
 @dataclass
@@ -170,7 +217,8 @@ class ToldImageCollator:
 @dataclass
 class ToldPageCollator:
     """
-    Batches rows of a drawn task that tells its patches in words, for [`ToldReader`].
+    Batches rows of a drawn task that tells its patches in words, for [`ToldReader`], or `with_pictures` for
+    [`ShownReader`].
 
     Few patches are shown, by `budgets` one number in each batch: those that the answers are read from, and others at
     random. Of the questions the first are asked whose answers these patches tell.
@@ -178,6 +226,7 @@ class ToldPageCollator:
 
     told: ToldPatches
     budgets: BudgetStream
+    with_pictures: bool = False
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         num_patches = len(rows[0][next(iter(self.told.patch_words))])
@@ -188,9 +237,11 @@ class ToldPageCollator:
         generator = torch.Generator().manual_seed(number)
         shown = torch.stack([_shown(row, num_patches, num_shown, generator) for row in asked])
         batch = PackedQuestionCollator(self.told.processor)(asked)
+        prompts = _at_columns(batch, shown, num_patches, self.told.processor.image_token_id)
+        if self.with_pictures:
+            return prompts | {"pixel_values": batch["pixel_values"], "shown": shown}
         words = self.told.of_rows(asked)
-        words = words.gather(1, shown[..., None].expand(-1, -1, words.shape[-1]))
-        return _at_columns(batch, shown, num_patches, self.told.processor.image_token_id) | {"patch_words": words}
+        return prompts | {"patch_words": words.gather(1, shown[..., None].expand(-1, -1, words.shape[-1]))}
 
 
 def _questions_within(row: dict[str, Any], num_patches: int) -> dict[str, Any]:

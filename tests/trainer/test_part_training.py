@@ -15,6 +15,7 @@ from adavtp.trainer.data.budget_stream import BudgetStream
 from adavtp.trainer.data.chat_template import IGNORED
 from adavtp.trainer.data.packed_collator import PackedQuestionCollator
 from adavtp.trainer.decoder_pretraining import (
+    ShownReader,
     ToldImageCollator,
     ToldPageCollator,
     ToldPatches,
@@ -231,6 +232,18 @@ def test_the_projector_alone_learns(
     assert all(".multi_modal_projector." in name for name in learns)
 
 
+def test_a_page_of_which_every_patch_is_shown_is_what_the_model_sees(
+    model: AdaVTPForConditionalGeneration, rows: list[dict], told: ToldPatches
+) -> None:
+    shown = ToldPageCollator(told, BudgetStream((1.0, 1.0)), with_pictures=True)(rows)
+    loss = ShownReader(model)(**shown)["loss"]
+    whole = model(**PackedQuestionCollator(told.processor)(rows), token_budget=1.0)
+    torch.testing.assert_close(loss, whole.loss, rtol=1e-5, atol=1e-5)
+    loss.backward()
+    learns = {name.split(".")[1] for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert learns == {"language_model", "multi_modal_projector"}
+
+
 def test_a_recipe_trains_parts_one_after_another(tmp_path: Path) -> None:
     data = {
         "path": "pages",
@@ -240,17 +253,19 @@ def test_a_recipe_trains_parts_one_after_another(tmp_path: Path) -> None:
         "cache_dir": str(tmp_path / "cache"),
     }
     training = {"max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1, "save_steps": 1}
-    kinds = ("patch_labels", "told_questions", "told_patches", "packed_questions")
+    kinds = ("patch_labels", "told_questions", "told_patches", "shown_questions", "packed_questions")
     stages = [Stage(kind, kind, data, training=dict(training)) for kind in kinds]
     stages[0].num_patches = 60
     stages[1].budgets = {"budget_range": [0.1, 0.2]}
-    stages[3].reducer = "random"
+    stages[3].budgets = {"budget_range": [0.1, 0.2]}
+    stages[4].reducer = "random"
     folder = run_recipe(Recipe(MODEL, stages), tmp_path / "run")
     before = None
     trained = {
         "patch_labels": {"vision_tower"},
         "told_questions": {"language_model"},
         "told_patches": {"multi_modal_projector"},
+        "shown_questions": {"language_model", "multi_modal_projector"},
     }
     for kind in kinds:
         own = AdaVTPForConditionalGeneration.from_pretrained(tmp_path / "run" / kind).state_dict()

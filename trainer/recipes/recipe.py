@@ -41,7 +41,7 @@ OF_THE_RUN = ("output_dir", "resume_from_checkpoint")
 # What recipes draw that name no task.
 DEFAULT_TASK = "digit-scenes"
 # The tower, the decoder and the projector by themselves, of drawn tasks.
-KINDS_OF_PARTS = ("patch_labels", "told_questions", "told_patches")
+KINDS_OF_PARTS = ("patch_labels", "told_questions", "told_patches", "shown_questions")
 STAGE_KINDS = (*KINDS_OF_PARTS, "packed_questions", "conversations")
 EVALUATION = {"questions": int, "budgets": list, "reducers": list}
 # Of data with `sources`, the stream to train on and the rows to evaluate on; see stages.py.
@@ -63,8 +63,8 @@ class Stage:
     Attributes:
         name: names the stage's folder.
         kind: one of `STAGE_KINDS`: `"patch_labels"` trains the tower alone (see [`PatchLabeller`]), `"told_questions"`
-            the decoder ([`ToldReader`]), `"told_patches"` the projector ([`ToldProjector`]); `"packed_questions"` and
-            `"conversations"` train what `train_parts` names.
+            the decoder ([`ToldReader`]), `"told_patches"` the projector ([`ToldProjector`]), `"shown_questions"` both
+            ([`ShownReader`]); `"packed_questions"` and `"conversations"` train what `train_parts` names.
         data: arguments of the stage's data set; its `path` names a drawn task, or for conversations what to read.
         eval_data: the same for the data set that `Trainer` evaluates on, if `training` asks it to.
         budgets: arguments of [`BudgetStream`]; empty for the full budget throughout.

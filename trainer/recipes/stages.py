@@ -31,7 +31,14 @@ from ..data.packed_collator import PackedQuestionCollator
 from ..data.reader import ConversationReader
 from ..data.sources import conversation_rows, load_conversations
 from ..data.stream import ConversationStream, measured_lengths
-from ..decoder_pretraining import ToldImageCollator, ToldPageCollator, ToldPatches, ToldProjector, ToldReader
+from ..decoder_pretraining import (
+    ShownReader,
+    ToldImageCollator,
+    ToldPageCollator,
+    ToldPatches,
+    ToldProjector,
+    ToldReader,
+)
 from ..part_trainer import PartTrainer
 from ..tower_pretraining import PatchLabelCollator, PatchLabeller
 from ..trainer import AdaVTPTrainer
@@ -111,7 +118,9 @@ def _part(
     told = ToldPatches(processor, task.patch_words, task.patch_roles)
     if stage.kind == "told_patches":
         return ToldProjector(model), ToldImageCollator(told)
-    return ToldReader(model), ToldPageCollator(told, BudgetStream(**budgets))
+    with_pictures = stage.kind == "shown_questions"
+    reader = ShownReader(model) if with_pictures else ToldReader(model)
+    return reader, ToldPageCollator(told, BudgetStream(**budgets), with_pictures)
 
 
 def check_data(stage: Stage) -> None:
