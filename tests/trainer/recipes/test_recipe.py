@@ -375,7 +375,7 @@ EVALUATION = {"questions": 6, "budgets": [1.0], "reducers": ["adaptive"]}
         (PLAIN | {"stages": ["see"]}, "found 'see'"),
         (
             PLAIN | {"stages": [STAGE | {"kind": "magic"}]},
-            "'magic'.*patch_labels, told_questions, told_patches, packed_questions, conversations",
+            "'magic'.*patch_labels, told_questions, told_patches, shown_questions, packed_questions, conversations",
         ),
         (PLAIN | {"stages": [STAGE | {"training": {"max_step": 3}}]}, "max_step"),
         (PLAIN | {"stages": [STAGE | {"training": {"train_parts": ["vision"]}}]}, "train_parts"),
