@@ -77,11 +77,11 @@ SHAPES: dict[str, Callable[[str], tuple[PreTrainedConfig, tuple[int, int]]]] = {
 
 
 def build(config: PreTrainedConfig) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The class with a budget, and the stock class on its weights."""
+    """The class with a budget, and the stock class on the same weights: where they lie in memory is a few percent."""
     model_class = model_class_of(config.model_type)
     ours = model_class(model_class.config_class.from_dict(config.to_dict())).eval()
     stock = AutoModelForImageTextToText.from_config(config).eval()
-    stock.load_state_dict(ours.state_dict(), strict=False)
+    stock.load_state_dict(ours.state_dict(), strict=False, assign=True)
     return ours, stock
 
 
