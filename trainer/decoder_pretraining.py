@@ -21,6 +21,7 @@ from ..modeling.processing_adavtp import AdaVTPProcessor
 from .data.budget_stream import BudgetStream
 from .data.chat_template import IGNORED
 from .data.packed_collator import PackedQuestionCollator
+from .looking_back import turn_of_role
 
 
 def told_embeddings(word_embeddings: nn.Embedding, words: torch.Tensor) -> torch.Tensor:
@@ -39,7 +40,7 @@ def told_embeddings(word_embeddings: nn.Embedding, words: torch.Tensor) -> torch
     """
     role, ids = words.clamp(min=0) // word_embeddings.num_embeddings, words % word_embeddings.num_embeddings
     width = word_embeddings.embedding_dim
-    place = (torch.arange(width, device=words.device) - role[..., None] * (width // 4)) % width
+    place = (torch.arange(width, device=words.device) - turn_of_role(role[..., None], width)) % width
     told = word_embeddings(ids.masked_fill(words < 0, 0)).gather(-1, place)
     return (told * (words >= 0)[..., None]).sum(dim=-2)
 

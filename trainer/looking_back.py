@@ -19,6 +19,7 @@ further.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,14 +42,18 @@ _WORD_SIZE = 0.1
 _NUM_FAST, _SLOW = 4, 0.005
 
 
+def turn_of_role(role: Any, width: int) -> Any:
+    """By how many entries the embedding of a word is turned that is told in a role, a number or a tensor of them."""
+    return role * (width // 4)
+
+
 @torch.no_grad()
-def look_back(decoder: PreTrainedModel, generator: torch.Generator | None = None) -> None:
+def look_back(decoder: PreTrainedModel) -> None:
     """
     Gives a new Llama decoder its first heads, in place.
 
     Args:
         decoder: with `attention_bias`, as many key as query heads, and more of them than `OFFSETS`.
-        generator: of the projections.
 
     Raises:
         ValueError: if it has no such heads, or no rotary frequencies that are slow enough (see `rope_theta`).
@@ -66,26 +71,28 @@ def look_back(decoder: PreTrainedModel, generator: torch.Generator | None = None
             f"of {len(frequencies)} rotary frequencies {num_slow} are below {_SLOW}; allowed are 2 to "
             f"{len(frequencies) - _NUM_FAST}. Choose another `rope_theta` or `head_dim`."
         )
-    nn.init.normal_(decoder.get_input_embeddings().weight, std=_WORD_SIZE, generator=generator)
+    nn.init.normal_(decoder.get_input_embeddings().weight, std=_WORD_SIZE)
     for layer in decoder.layers:
         attention = layer.self_attn
         for number in range(num_heads):
             rows = slice(number * attention.head_dim, (number + 1) * attention.head_dim)
-            copied = _projection(attention.head_dim, config.hidden_size, generator)
+            copied = _projection(attention.head_dim, config.hidden_size)
             role = max(number - len(OFFSETS), 0) % NUM_ROLES
             attention.v_proj.weight[rows] = copied
-            attention.o_proj.weight[:, rows] = _COPYING_GAIN * copied.roll(-role * (config.hidden_size // 4), dims=1).T
+            attention.o_proj.weight[:, rows] = (
+                _COPYING_GAIN * copied.roll(-turn_of_role(role, config.hidden_size), 1).T
+            )
             if number < len(OFFSETS):
                 attention.q_proj.bias[rows], attention.k_proj.bias[rows] = _looking(OFFSETS[number], frequencies)
             else:
-                alike = _likeness(num_slow, attention.head_dim, config.hidden_size, generator)
+                alike = _likeness(num_slow, attention.head_dim, config.hidden_size)
                 attention.q_proj.weight[rows] += alike
                 attention.k_proj.weight[rows] += alike
 
 
-def _projection(num_rows: int, width: int, generator: torch.Generator | None) -> torch.Tensor:
+def _projection(num_rows: int, width: int) -> torch.Tensor:
     """Orthonormal rows `[num_rows, width]`."""
-    return nn.init.orthogonal_(torch.empty(num_rows, width), generator=generator)
+    return nn.init.orthogonal_(torch.empty(num_rows, width))
 
 
 def _looking(offset: int, frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,14 +110,12 @@ def _looking(offset: int, frequencies: torch.Tensor) -> tuple[torch.Tensor, torc
     return query, key
 
 
-def _likeness(num_slow: int, head_dim: int, width: int, generator: torch.Generator | None) -> torch.Tensor:
+def _likeness(num_slow: int, head_dim: int, width: int) -> torch.Tensor:
     """
     A map `[head_dim, width]` into the slowest dimensions, for queries and keys: of states whose entries are about 1
     the product with itself, over the root of `head_dim`, is about `_LIKENESS_GAIN`.
     """
-    mapped = (
-        _projection(2 * num_slow, width, generator) * (_LIKENESS_GAIN * math.sqrt(head_dim) / (2 * num_slow)) ** 0.5
-    )
+    mapped = _projection(2 * num_slow, width) * (_LIKENESS_GAIN * math.sqrt(head_dim) / (2 * num_slow)) ** 0.5
     weight, half = torch.zeros(head_dim, width), head_dim // 2
     weight[half - num_slow : half], weight[head_dim - num_slow :] = mapped[:num_slow], mapped[num_slow:]
     return weight
