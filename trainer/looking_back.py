@@ -19,11 +19,13 @@ further.
 """
 
 import math
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+Number = TypeVar("Number", int, torch.Tensor)
 
 OFFSETS: tuple[int, ...] = (1, 2, 3, 4)
 """Columns back at which a head looks."""
@@ -42,7 +44,7 @@ _WORD_SIZE = 0.1
 _NUM_FAST, _SLOW = 4, 0.005
 
 
-def turn_of_role(role: Any, width: int) -> Any:
+def turn_of_role(role: Number, width: int) -> Number:
     """By how many entries the embedding of a word is turned that is told in a role, a number or a tensor of them."""
     return role * (width // 4)
 
