@@ -12,6 +12,7 @@ from transformers.trainer_utils import speed_metrics
 from .adapter_folders import save_beside_adapter
 from .hub_push import HubPushMixin
 from .losses import (
+    Relevance,
     controller_in_use,
     distillation_loss,
     full_budget_logits,
@@ -21,6 +22,7 @@ from .losses import (
     target_logits,
     visual_relevance,
 )
+from .noted_relevance import COLUMN, with_relevance
 from .sharded_models import layer_classes, require_same_modules
 from .streamed_training import StreamedTraining
 from .trained_parts import adavtp_model_of, choose_trained_parts
@@ -64,6 +66,10 @@ class AdaVTPTrainer(WholeCheckpointsMixin, HubPushMixin, StreamedTraining):
             )
         super().__init__(model=model, args=args, **kwargs)
         choose_trained_parts(model, args.train_parts)
+        if args.relevance_once and self.train_dataset is not None:
+            # One process computes what the others then find on the disk.
+            with args.main_process_first(desc="noting relevance"):
+                self.train_dataset = with_relevance(self.train_dataset, model, self.data_collator)
         self._eval_budget: float | None = None
         self._prepare_for_sharding(model)
 
@@ -116,18 +122,21 @@ class AdaVTPTrainer(WholeCheckpointsMixin, HubPushMixin, StreamedTraining):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """See `Trainer`. The loss is the sum that `args.loss_weights` says."""
+        noted = inputs.pop(COLUMN, None)
         if self.args.loss_weights == {"lm": 1.0}:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
         def model_with_weighted_loss(**inputs: Any) -> Any:
-            return self._with_weighted_loss(model, inputs)
+            return self._with_weighted_loss(model, inputs, noted)
 
         # In the model's place, so that Trainer scales the sum as it scales the model's own loss: for the number of
         # processes and of micro-batches, in whichever way its version does.
         return super().compute_loss(model_with_weighted_loss, inputs, return_outputs, num_items_in_batch)
 
-    def _with_weighted_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
-        """The model's outputs, with the weighted sum of losses as their loss."""
+    def _with_weighted_loss(
+        self, model: nn.Module, inputs: dict[str, Any], noted: dict[str, torch.Tensor] | None
+    ) -> Any:
+        """The model's outputs, with the weighted sum of losses as their loss; `noted` is relevance that rows had."""
         weights = self.args.loss_weights
         inner = self.accelerator.unwrap_model(model)
         with recorded_scores(controller_in_use(inner)) as scores:
@@ -140,9 +149,8 @@ class AdaVTPTrainer(WholeCheckpointsMixin, HubPushMixin, StreamedTraining):
                 teacher = full_budget_logits(inner, inputs)
                 losses["distillation"] = distillation_loss(target_logits(outputs), teacher, num_items)
             if "relevance" in weights:
-                losses["relevance"] = relevance_loss(
-                    scores_of_images(scores), *visual_relevance(inner, inputs), num_items
-                )
+                relevance = visual_relevance(inner, inputs) if noted is None else Relevance(**noted)
+                losses["relevance"] = relevance_loss(scores_of_images(scores), *relevance, num_items)
         outputs["loss"] = sum(weight * losses[name] for name, weight in weights.items())
         return outputs
 

@@ -14,7 +14,7 @@ LOSSES: tuple[str, ...] = ("lm", "distillation", "relevance")
 @dataclass
 class AdaVTPTrainingArguments(TrainingArguments):
     """
-    [`TrainingArguments`] with four more.
+    [`TrainingArguments`] with five more.
 
     Args:
         train_parts (`list[str]`): which parts of the model train, of `"controller"` (with the budget token),
@@ -24,14 +24,19 @@ class AdaVTPTrainingArguments(TrainingArguments):
         loss_weights (`dict[str, float]`): what the training loss is a weighted sum of. `"lm"` is the language model's
             on the assistant's turns; `"distillation"` the divergence from what the same model predicts at full
             budget; `"relevance"` how badly the controller's scores tell which patches the full-budget model's answer
-            depends on, which trains the controller alone. See `controller_targets.py`. Each of the latter two costs a
-            pass at full budget, and both are for data with one question in a prompt.
+            depends on, which trains the controller alone. See `losses.py`. Each of the latter two costs a pass at full
+            budget, and both are for data with one question in a prompt. Rows that have `relevance` as a column need no
+            pass for it, see [`BudgetCollator`].
+        relevance_once (`bool`, *optional*, defaults to `False`): whether relevance is computed for every row of a
+            `datasets.Dataset` before training, by the model as it is then. For several epochs; and for several
+            controllers of one model, since it lies beside the rows where these lie on a disk.
         hub_license (`str`, *optional*): licence of what `push_to_hub` publishes, in the Hub's spelling, such as
             `"llama2"`; needed where that of the base model is not known.
 
     Raises:
         ValueError: if a part or a loss is not one of these, or none is named; if a weight is not above 0; if
-            `"relevance"` alone is to train more than the controller; or if there is no budget to evaluate at, or one
+            `"relevance"` alone is to train more than the controller, or is to be computed once and is no loss; or if
+            there is no budget to evaluate at, or one
             that is not allowed.
     """
 
@@ -45,6 +50,9 @@ class AdaVTPTrainingArguments(TrainingArguments):
     loss_weights: dict[str, float] | str = field(
         default_factory=lambda: {"lm": 1.0},
         metadata={"help": f"Weights of the losses that are added up, of {', '.join(LOSSES)}."},
+    )
+    relevance_once: bool = field(
+        default=False, metadata={"help": "Compute the relevance of all rows before training, and keep it."}
     )
     hub_license: str | None = field(
         default=None, metadata={"help": "Licence of what is pushed to the Hub, such as llama2."}
@@ -65,6 +73,10 @@ class AdaVTPTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"`loss_weights` is {self.loss_weights}, which trains the controller alone, and `train_parts` is "
                 f"{self.train_parts}; use train_parts=['controller'], or add 'lm' or 'distillation'."
+            )
+        if self.relevance_once and "relevance" not in self.loss_weights:
+            raise ValueError(
+                f"`relevance_once` is True and `loss_weights` is {self.loss_weights}; it is for the loss 'relevance'."
             )
         if not self.eval_budgets:
             raise ValueError("`eval_budgets` is empty; name at least one budget, such as 1.0.")

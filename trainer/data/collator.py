@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import ProcessorMixin
 
 from ...modeling.processing_adavtp import AdaVTPProcessor, readable_images
@@ -52,15 +53,16 @@ class BudgetCollator:
         Args:
             rows: with `messages`, and `images` and `videos`, decoded, in the order of the messages' entries of these
                 types; or read, as a [`ConversationReader`] gives them, with the same images and videos. A video is
-                what [`shown_clip`] takes: a list of frames, an array, or one of these with `fps`. Other columns are
-                ignored.
+                what [`shown_clip`] takes: a list of frames, an array, or one of these with `fps`. Perhaps with
+                `relevance`, for each image what each of its patches is worth to the answer, 0 or more. Other columns
+                are ignored.
 
         Returns:
             `input_ids`, `attention_mask` and `labels` `[batch, sequence]`, padded on the right, with labels -100
             except on the assistant's turns; `token_budget` `[batch]`, the rows' own if they have any; and if the batch
             has images `pixel_values` `[num_images, channels, height, width]`, or whatever else the family's processor
-            makes of them. Of a stream's rows also what is not for the model: `rejected`, a list, and
-            `stream_position`, the last row's.
+            makes of them. Of rows with `relevance` also that, with the fields of [`Relevance`], and of a stream's rows
+            `rejected`, a list, and `stream_position`, the last row's: these are not for the model.
 
         Raises:
             ValueError: if a row has another number of images or videos than it shows, or the name of one in its
@@ -78,6 +80,8 @@ class BudgetCollator:
             batch["token_budget"] = torch.tensor([row["token_budget"] for row in rows], dtype=torch.float32)
         else:
             batch["token_budget"] = self.budgets.next(len(rows))
+        if "relevance" in rows[0]:
+            batch["relevance"] = _noted_relevance(rows, (batch["labels"] != IGNORED).sum(dim=1))
         if "stream_position" in rows[-1]:
             batch["rejected"] = [rejected for row in rows for rejected in row["rejected"]]
             batch["stream_position"] = rows[-1]["stream_position"]
@@ -127,6 +131,15 @@ class BudgetCollator:
                 f"{num_given}; every image needs one entry of type 'image' in its row's messages."
             )
         return encoded
+
+
+def _noted_relevance(rows: list[dict[str, Any]], num_targets: torch.Tensor) -> dict[str, torch.Tensor]:
+    images = [torch.as_tensor(image, dtype=torch.float32) for row in rows for image in row["relevance"]]
+    num_images = torch.tensor([len(row["relevance"]) for row in rows])
+    return {
+        "of_patches": pad_sequence(images, batch_first=True) if images else torch.zeros(0, 0),
+        "num_targets": num_targets.repeat_interleave(num_images),
+    }
 
 
 def _padded(rows: list[EncodedConversation], pad_id: int) -> dict[str, torch.Tensor]:
