@@ -65,7 +65,7 @@ def experiment(
         for one in checkpoints:
             console.rule(f"{own.name}: {Path(one).name}")
             folder = work / Path(one).name / own.name
-            folders.append(evaluate_part(plan, own, one, folder, command_as_typed()).folder)
+            folders += [run.folder for run in evaluate_part(plan, own, one, folder, command_as_typed())]
         write_report(folders, output / own.name, own.against, own.asks, command_as_typed())
     (output / "report.md").write_text(summary(plan, output, command_as_typed()), encoding="utf-8")
     console.print(f"Report: {output / 'report.md'}")

@@ -8,7 +8,7 @@ training leave checkpoints, evaluations go on where they stopped.
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -106,13 +106,20 @@ class Experiment:
         budgets: what the answers are asked at: fractions, numbers of tokens, or `"115/576"`, the fraction that keeps
             115 of 576 and as large a share of another number.
         parts: its questions.
-        seed: of the variants' training.
+        seeds: of the variants' training, which is done once with each.
+
+    Raises:
+        ValueError: if there are no seeds, or one twice.
     """
 
     title: str
     budgets: list[str | float | int]
     parts: list[Part]
-    seed: int = 0
+    seeds: list[int] = field(default_factory=lambda: [0])
+
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"`seeds` is {self.seeds}; allowed are one or more numbers, none of them twice.")
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Experiment":
@@ -162,17 +169,17 @@ def write_start(checkpoint: str | Path, folder: Path) -> Path:
     return folder
 
 
-def train_variant(experiment: Experiment, part: Part, variant: str, checkpoint: str | Path, folder: Path) -> Path:
+def train_variant(part: Part, variant: str, seed: int, checkpoint: str | Path, folder: Path) -> Path:
     """Trains one variant of a part from a checkpoint's folder, or finds it trained; the folder of the result."""
     settings = part.variants[variant]
     start = write_start(checkpoint, folder / START) if part.fresh_controller else checkpoint
     reducer = settings.get("reducer", "adaptive")
     stage = Stage(name=part.name, **{"reducer": reducer} | part.stage)
-    recipe = Recipe(model={"checkpoint": str(start)} | settings.get("model", {}), stages=[stage], seed=experiment.seed)
+    recipe = Recipe(model={"checkpoint": str(start)} | settings.get("model", {}), stages=[stage], seed=seed)
     return run_recipe(recipe, folder)
 
 
-def evaluate_part(experiment: Experiment, part: Part, checkpoint: str, folder: Path, command: str) -> Run:
+def evaluate_part(experiment: Experiment, part: Part, checkpoint: str, folder: Path, command: str) -> list[Run]:
     """
     The answers of one checkpoint to one part's questions.
 
@@ -182,7 +189,7 @@ def evaluate_part(experiment: Experiment, part: Part, checkpoint: str, folder: P
         command: that asked for it.
 
     Returns:
-        The run; of variants, their runs as one, with a variant's name where a reducer's would be.
+        The run; of variants for each seed one that joins their runs, with a variant's name where a reducer's would be.
 
     Raises:
         ValueError: if the folder was begun with another checkpoint, or a reducer or budget is not allowed.
@@ -191,21 +198,35 @@ def evaluate_part(experiment: Experiment, part: Part, checkpoint: str, folder: P
     _require_same(about, folder)
     if not Path(checkpoint).is_dir():
         checkpoint = snapshot_download(checkpoint)
-    asked = {"budgets": [budget_of_text(str(budget)) for budget in part.budgets], "questions": part.questions}
+
+    def run_of(checkpoint: str | Path, reducers: Sequence[Any], output: Path) -> Run:
+        return evaluate_checkpoint(
+            *(str(checkpoint), DIGIT_SCENES, [budget_of_text(str(budget)) for budget in part.budgets]),
+            reducers=[reducer_of_text(one) if isinstance(one, str) else one for one in reducers],
+            output=output,
+            questions=part.questions,
+        )
+
     if part.reducers:
-        reducers = [reducer_of_text(reducer) for reducer in part.reducers]
-        return evaluate_checkpoint(checkpoint, DIGIT_SCENES, reducers=reducers, output=folder / "run", **asked)
-    runs = {}
-    for name, settings in part.variants.items():
-        own = folder / re.sub(r"[^\w+-]+", "_", name)
-        trained = train_variant(experiment, part, name, checkpoint, own)
-        reducers = [settings.get("reducer", "adaptive")]
-        runs[name] = evaluate_checkpoint(str(trained), DIGIT_SCENES, reducers=reducers, output=own / "run", **asked)
-    for name in part.controls:
-        own = folder / "controls" / name / "run"
-        reducers = [reducer_of_text(name)]
-        runs[name] = evaluate_checkpoint(checkpoint, DIGIT_SCENES, reducers=reducers, output=own, **asked)
-    return join_variants(runs, folder / "run", about | {"command": command})
+        return [run_of(checkpoint, part.reducers, folder / "run")]
+    controls = {name: run_of(checkpoint, [name], folder / "controls" / name / "run") for name in part.controls}
+    joined = []
+    for seed in experiment.seeds:
+        of_seed, runs = folder / f"seed_{seed}", {}
+        for name, settings in part.variants.items():
+            own = of_seed / re.sub(r"[^\w+-]+", "_", name)
+            trained = train_variant(part, name, seed, checkpoint, own)
+            runs[name] = run_of(trained, [settings.get("reducer", "adaptive")], own / "run")
+        joined.append(join_variants(runs | controls, of_seed / "run", _of_seed(about, seed) | {"command": command}))
+    return joined
+
+
+def _of_seed(about: dict[str, str], seed: int) -> dict[str, str]:
+    """What is said of a checkpoint and one seed of training: reports tell them apart as they do checkpoints."""
+    return {
+        "checkpoint": f"{about['checkpoint']}, seed {seed}",
+        "checkpoint_hash": f"{about['checkpoint_hash']}-{seed}",
+    }
 
 
 def join_variants(runs: Mapping[str, Run], folder: str | Path, about: Mapping[str, Any]) -> Run:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import Result
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -17,7 +18,7 @@ from adavtp.evaluation.runs import Run
 EXPERIMENT = """
 title: A small experiment
 budgets: [58/576, 230/576]
-seed: 3
+seeds: [3, 4]
 parts:
   - name: methods
     asks: Which method?
@@ -84,20 +85,32 @@ def test_the_page_of_all_parts_has_folded_tables_and_says_which_part_has_no_hard
 
 def test_a_report_s_scores_are_those_of_its_run(carried_out: Path) -> None:
     numbers = json.loads((carried_out / "reports" / "heads" / "report.json").read_text())
-    answers = Run.open(carried_out / "work" / "adavtp-digits" / "heads" / "run").answers()
-    (checkpoint,) = numbers["checkpoints"]
-    assert {row["reducer"] for row in checkpoint["settings"]} == {"dot head", "patch head", "grid"}
-    for row in checkpoint["settings"]:
-        own = [
-            answer.score
-            for answer in answers
-            if (answer.reducer, answer.num_keep) == (row["reducer"], row["num_keep"])
-        ]
-        assert len(own) == 6 and row["score"] == pytest.approx(sum(own) / 6)
+    assert [one["checkpoint"] for one in numbers["checkpoints"]] == ["adavtp-digits, seed 3", "adavtp-digits, seed 4"]
+    for checkpoint in numbers["checkpoints"]:
+        answers = Run.open(heads_of(carried_out, checkpoint["checkpoint"][-1]) / "run").answers()
+        assert {row["reducer"] for row in checkpoint["settings"]} == {"dot head", "patch head", "grid"}
+        for row in checkpoint["settings"]:
+            own = [
+                answer.score
+                for answer in answers
+                if (answer.reducer, answer.num_keep) == (row["reducer"], row["num_keep"])
+            ]
+            assert len(own) == 6 and row["score"] == pytest.approx(sum(own) / 6)
+
+
+def heads_of(carried_out: Path, seed: str = "3") -> Path:
+    return carried_out / "work" / "adavtp-digits" / "heads" / f"seed_{seed}"
+
+
+def test_each_seed_trains_another_controller(carried_out: Path) -> None:
+    first, second = (
+        load_file(heads_of(carried_out, seed) / "dot_head" / "heads" / "model.safetensors") for seed in "34"
+    )
+    assert {name for name in first if not torch.equal(first[name], second[name])} & set(filter(is_for_choosing, first))
 
 
 def test_controls_are_those_of_the_checkpoint_as_it_is(carried_out: Path) -> None:
-    heads = carried_out / "work" / "adavtp-digits" / "heads"
+    heads = heads_of(carried_out)
     joined = [answer.prediction for answer in Run.open(heads / "run").answers() if answer.reducer == "grid"]
     output = carried_out / "grid"
     asked = ["--budgets", "58/576", "230/576", "--reducers", "grid", "--questions", 6]
@@ -109,7 +122,7 @@ def test_controls_are_those_of_the_checkpoint_as_it_is(carried_out: Path) -> Non
 def test_a_variant_is_what_it_says_and_keeps_the_llava_that_it_starts_from(carried_out: Path) -> None:
     start = load_file(reference_checkpoint() / "model.safetensors")
     for variant, head in (("dot_head", "dot"), ("patch_head", "patch")):
-        folder = carried_out / "work" / "adavtp-digits" / "heads" / variant / "heads"
+        folder = heads_of(carried_out) / variant / "heads"
         assert json.loads((folder / "config.json").read_text())["controller_head"] == head
         trained = load_file(folder / "model.safetensors")
         assert all((tensor == trained[name]).all() for name, tensor in start.items() if not is_for_choosing(name))
@@ -144,7 +157,7 @@ def test_a_start_has_no_weights_for_choosing(tmp_path: Path) -> None:
 
 
 def test_runs_of_other_questions_are_not_joined(carried_out: Path, tmp_path: Path) -> None:
-    heads = carried_out / "work" / "adavtp-digits" / "heads"
+    heads = heads_of(carried_out)
     runs = {name: Run.open(heads / name / "run") for name in ("dot_head", "patch_head")}
     runs["patch_head"].header["data_hash"] = "other"
     with pytest.raises(ValueError, match="'patch_head'.*data_hash 'other'"):
@@ -182,6 +195,7 @@ def test_experiment_1_is_what_the_plan_asks_for() -> None:
         ),
         ("{reducer: random}", "{reduce: random}", "'by chance'.*unknown field.*reduce"),
         ("title: A small experiment", "", "missing field.*title"),
+        ("seeds: [3, 4]", "seeds: [3, 3]", "`seeds` is .3, 3.; allowed are one or more"),
     ],
 )
 def test_what_is_written_wrong_is_refused_by_name(tmp_path: Path, old: str, new: str, message: str) -> None:
