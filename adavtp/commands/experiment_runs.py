@@ -28,6 +28,8 @@ from .evaluate import DIGIT_SCENES, evaluate_checkpoint
 NEW_MODULES = (".controller.", ".budget_token.", ".reducers.")
 START, START_IS_WHOLE = "start", "processor_config.json"
 CHECKPOINT = "checkpoint.json"
+# Fields of a variant.
+VARIANT = {"model": dict[str, Any], "training": dict[str, Any], "reducer": Any}
 # Of visual tokens, where it is only asked whether a budget is one.
 ANY_NUMBER = 576
 
@@ -44,8 +46,9 @@ class Part:
         questions: how many examples are answered.
         reducers: what is compared on each checkpoint as it is, as on the command line.
         stage: how every variant trains: the fields of a recipe's [`Stage`] but its name.
-        variants: what is compared otherwise, by name: `model`, fields of the configuration that differ, and
-            `reducer`, what chooses in the variant's training and evaluation, by default the controller.
+        variants: what is compared otherwise, by name: `model`, fields of the configuration that differ; `training`,
+            the stage's training arguments that do; and `reducer`, what chooses in the variant's training and
+            evaluation, by default the controller.
         controls: reducers that the variants are compared with on the checkpoint as it is, as on the command line.
         fresh_controller: whether the variants' controllers start from random values and not from the checkpoint's.
         budgets: see [`Experiment`]; by default the experiment's.
@@ -75,25 +78,27 @@ class Part:
                 f"part {self.name!r} has `reducers` {self.reducers}, `variants` {list(self.variants)} and `stage` "
                 f"{self.stage}; it needs reducers alone, or variants and a stage."
             )
-        require_folder_name(self.name, f"part {self.name!r}")
         if self.stage:
             check_fields({"name": self.name} | self.stage, Stage, f"part {self.name!r}, stage")
         for name, variant in self.variants.items():
-            if unknown := sorted(set(variant) - {"model", "reducer"}):
-                raise ValueError(
-                    f"part {self.name!r}, variant {name!r}: unknown field(s) {', '.join(unknown)}; allowed are model, "
-                    "reducer."
-                )
-            check_types(variant, {"model": dict[str, Any]}, f"part {self.name!r}, variant {name!r}")
-        if self.stage:
-            check_fields({"name": self.name} | self.stage, Stage, f"part {self.name!r}, stage")
-            Stage(name=self.name, **self.stage)
+            where = f"part {self.name!r}, variant {name!r}"
+            if unknown := sorted(set(variant) - set(VARIANT)):
+                raise ValueError(f"{where}: unknown field(s) {', '.join(unknown)}; allowed are {', '.join(VARIANT)}.")
+            check_types(variant, VARIANT, where)
+            self.stage_of(name)
         names = [*self.variants, *(reducer_label(reducer_of_text(one)) for one in [*self.reducers, *self.controls])]
         if self.against not in (FULL, *names):
             raise ValueError(
                 f"part {self.name!r}: `against` is {self.against!r}, which is not measured; allowed are "
                 f"{', '.join(names)}."
             )
+
+    def stage_of(self, variant: str) -> Stage:
+        """How a variant trains."""
+        settings = self.variants[variant]
+        training = self.stage.get("training", {}) | settings.get("training", {})
+        reducer = settings.get("reducer", "adaptive")
+        return Stage(name=self.name, **{"reducer": reducer} | self.stage | {"training": training})
 
 
 @dataclass
@@ -173,10 +178,8 @@ def train_variant(part: Part, variant: str, seed: int, checkpoint: str | Path, f
     """Trains one variant of a part from a checkpoint's folder, or finds it trained; the folder of the result."""
     settings = part.variants[variant]
     start = write_start(checkpoint, folder / START) if part.fresh_controller else checkpoint
-    reducer = settings.get("reducer", "adaptive")
-    stage = Stage(name=part.name, **{"reducer": reducer} | part.stage)
-    recipe = Recipe(model={"checkpoint": str(start)} | settings.get("model", {}), stages=[stage], seed=seed)
-    return run_recipe(recipe, folder)
+    model = {"checkpoint": str(start)} | settings.get("model", {})
+    return run_recipe(Recipe(model=model, stages=[part.stage_of(variant)], seed=seed), folder)
 
 
 def evaluate_part(experiment: Experiment, part: Part, checkpoint: str, folder: Path, command: str) -> list[Run]:

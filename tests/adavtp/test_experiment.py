@@ -51,7 +51,10 @@ def run(*arguments: object) -> Result:
 def carried_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("experiment")
     (folder / "small.yaml").write_text(
-        EXPERIMENT.replace("by chance: {reducer: random}", "patch head: {model: {controller_head: patch}}")
+        EXPERIMENT.replace(
+            "by chance: {reducer: random}",
+            "patch head: {model: {controller_head: patch}, training: {loss_weights: {lm: 1.0}}}",
+        )
     )
     result = run("experiment", folder / "small.yaml", "--output", folder / "reports", "--work", folder / "work")
     assert result.exit_code == 0, result.output
@@ -124,6 +127,8 @@ def test_a_variant_is_what_it_says_and_keeps_the_llava_that_it_starts_from(carri
     for variant, head in (("dot_head", "dot"), ("patch_head", "patch")):
         folder = heads_of(carried_out) / variant / "heads"
         assert json.loads((folder / "config.json").read_text())["controller_head"] == head
+        training = json.loads((folder / "training_log.json").read_text())["stage"]["training"]
+        assert training["loss_weights"] == {"relevance" if head == "dot" else "lm": 1.0}
         trained = load_file(folder / "model.safetensors")
         assert all((tensor == trained[name]).all() for name, tensor in start.items() if not is_for_choosing(name))
         assert any(is_for_choosing(name) for name in trained)
@@ -194,6 +199,7 @@ def test_experiment_1_is_what_the_plan_asks_for() -> None:
             "'methods'.*needs reducers alone, or variants",
         ),
         ("{reducer: random}", "{reduce: random}", "'by chance'.*unknown field.*reduce"),
+        ("{reducer: random}", "{training: {steps: 1}}", "'heads'.*steps"),
         ("title: A small experiment", "", "missing field.*title"),
         ("seeds: [3, 4]", "seeds: [3, 3]", "`seeds` is .3, 3.; allowed are one or more"),
     ],
