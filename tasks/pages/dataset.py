@@ -18,7 +18,7 @@ from .questions import QUESTION_KINDS, SHORT_KINDS, ask_questions, kinds_of_page
 
 # Part of what the cache is keyed by. Raise it whenever a change alters what is drawn or asked: otherwise pages built
 # by the old code would be read back.
-_RECIPE = 3
+_RECIPE = 4
 
 _PATCHES = List(Value("int16"))
 _PAGE_FEATURES = datasets.Features(
@@ -43,6 +43,7 @@ def load_pages(
     num_questions: int = 12,
     max_entries: int = MOST_ENTRIES,
     text_share: float = TEXT_SHARE,
+    forms: Sequence[str] = FORMS,
 ) -> datasets.Dataset:
     """
     A data set with one row per page and several questions about each.
@@ -55,7 +56,7 @@ def load_pages(
         kinds: the kinds of question, repetitions allowed; those that a page can be asked take turns on it. By default
             `SHORT_KINDS`.
         num_questions: how many questions every page is asked; fewer where it has not as many that differ.
-        max_entries, text_share: as in [`draw_page`].
+        max_entries, text_share, forms: as in [`draw_page`]; forms take turns, repetitions allowed.
 
     Returns:
         Rows of `image`, `form`, `questions`, `answers` and `kinds`, `answer_patches` (for each question the patches,
@@ -66,8 +67,9 @@ def load_pages(
     """
     require_at_least("num_pages", num_pages, 1)
     require_at_least("num_questions", num_questions, 1)
-    require_contents(max_entries, text_share)
+    require_contents(max_entries, text_share, forms)
     asked = {"num_questions": num_questions, "max_entries": max_entries, "text_share": text_share}
+    asked["forms"] = tuple(forms)
     return built(_generate_pages, _PAGE_FEATURES, _arguments(num_pages, split, seed, kinds) | asked, cache_dir)
 
 
@@ -113,10 +115,11 @@ def _generate_pages(
     num_questions: int,
     max_entries: int,
     text_share: float,
+    forms: tuple[str, ...],
     kinds: tuple[str, ...] = SHORT_KINDS,
 ) -> Iterator[dict[str, Any]]:
     for index in range(count):
-        page = draw_page(split, index, seed, max_entries, text_share)
+        page = draw_page(split, index, seed, max_entries, text_share, forms)
         rng = random_numbers(split, index, seed, for_questions=True)
         possible = kinds_of_page(page, kinds)
         order = rng.permutation(len(possible)).tolist()

@@ -56,9 +56,7 @@ def draw_page(
         ValueError: if an argument is outside what is allowed.
     """
     rng = random_numbers(split, index, seed)
-    require_contents(max_entries, text_share)
-    if not forms or not set(forms) <= set(FORMS):
-        raise ValueError(f"forms is {forms!r}; allowed are some of {', '.join(FORMS)}")
+    require_contents(max_entries, text_share, forms)
     form = forms[index % len(forms)]
     setter = _Setter(split, text_share, rng)
     _SETTERS[form](setter, max_entries)
@@ -67,12 +65,14 @@ def draw_page(
     return Page(Image.fromarray(image), form, setter.glyphs, tuple(setter.entries), index)
 
 
-def require_contents(max_entries: int, text_share: float) -> None:
-    """Raises `ValueError` for more entries than a page has room for, or none, or a share that is none."""
+def require_contents(max_entries: int, text_share: float, forms: Sequence[str]) -> None:
+    """Raises `ValueError` for more entries than a page has room for, or none, a share that is none, or such a form."""
     if not is_whole(max_entries) or not 1 <= max_entries <= MOST_ENTRIES:
         raise ValueError(f"max_entries is {max_entries!r}; allowed are 1 to {MOST_ENTRIES}")
     if not 0 <= text_share <= 1:
         raise ValueError(f"text_share is {text_share!r}; allowed are 0 to 1")
+    if not forms or not set(forms) <= set(FORMS):
+        raise ValueError(f"forms is {forms!r}; allowed are some of {', '.join(FORMS)}")
 
 
 class _Setter:

@@ -116,7 +116,7 @@ def patch_labels(page: Page) -> dict[str, np.ndarray]:
     What each patch shows, and what it belongs to: the glyph, first in its word or further on; for glyphs of entries
     also the two capitals of the key, of the column, and of the key in the next line with entries, the two digits of
     the value, and the number of the line among those with entries, from 1. In a line of a ledger or a table every
-    glyph belongs to the key. A table's key has no one value.
+    glyph belongs to the key. A table's key has no one value, and the head of a column belongs to its column alone.
 
     Returns:
         For each name in `PATCH_LABELS`, int64 `[num_patches]`, row by row from the top left.
@@ -138,10 +138,11 @@ def patch_labels(page: Page) -> dict[str, np.ndarray]:
         own = (*entry.value_places, *(() if entry.column else entry.key_places))
         line = np.flatnonzero(page.glyphs[entry.row] != BLANK)
         of_key = own if page.form == "notes" else [(entry.row, column) for column in line]
+        of_column = (*entry.column_places, *entry.value_places) if entry.column else ()
         for number, which in enumerate(("first", "second")):
             for name, text, alphabet, places in (
                 ("patch_keys", entry.key, CAPITALS, of_key),
-                ("patch_columns", entry.column, CAPITALS, entry.value_places if entry.column else ()),
+                ("patch_columns", entry.column, CAPITALS, of_column),
                 ("patch_values", entry.value, DIGITS, own),
             ):
                 for place in places:

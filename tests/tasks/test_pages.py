@@ -130,6 +130,7 @@ def test_every_argument_leads_to_another_data_set(cache_dir: Path) -> None:
         load_pages("test", 2, num_questions=3, cache_dir=cache_dir),
         load_pages("test", 2, max_entries=5, cache_dir=cache_dir),
         load_pages("test", 2, text_share=0.0, cache_dir=cache_dir),
+        load_pages("test", 2, forms=["table", "ledger"], cache_dir=cache_dir),
         load_page_questions("test", 2, cache_dir=cache_dir),
     ]
     assert len({variant.cache_files[0]["filename"] for variant in variants}) == len(variants)
@@ -207,18 +208,21 @@ def test_labels_of_patches_follow_from_the_lines(drawn: list[Page]) -> None:
                 assert "".join(of_line["patch_below_first"] + of_line["patch_below_second"]) == (below or ["."])[0]
 
 
-def test_a_cell_of_a_table_is_told_its_column() -> None:
+def test_a_cell_of_a_table_is_told_its_column_and_the_head_of_a_column_itself() -> None:
     page = draw_page("train", 2, forms=["table"])
     labels = patch_labels(page)
     (head,) = [words for words in lines_of(page) if len(keys_of(words)) >= 2]
-    for entry in page.entries:
-        row, column = entry.value_places[0]
-        place = row * NUM_CELLS + column
-        told = "".join(
-            "ABCDEFGHJKLMNPRSTUVWXYZ"[labels[f"patch_columns_{which}"][place]] for which in ("first", "second")
+
+    def told(place: tuple[int, int]) -> str:
+        index = place[0] * NUM_CELLS + place[1]
+        return "".join(
+            "ABCDEFGHJKLMNPRSTUVWXYZ"[labels[f"patch_columns_{which}"][index]] for which in ("first", "second")
         )
-        values = values_of(lines_of(page)[row])
-        assert told == keys_of(head)[values.index(entry.value)]
+
+    for entry in page.entries:
+        values = values_of(lines_of(page)[entry.value_places[0][0]])
+        column = keys_of(head)[values.index(entry.value)]
+        assert {told(place) for place in (*entry.value_places, *entry.column_places)} == {column}
 
 
 # Questions
