@@ -23,7 +23,8 @@ from ..hub_cards.training_record import check_types, read_record
 from ..modeling.processing_adavtp import AdaVTPProcessor
 from ..trainer.recipes.recipe import Recipe, Stage, check_fields, read_yaml, require_folder_name
 from ..trainer.recipes.run import run_recipe
-from .evaluate import DIGIT_SCENES, evaluate_checkpoint
+from .console import REFERENCES
+from .evaluate import evaluate_checkpoint
 
 NEW_MODULES = (".controller.", ".budget_token.", ".reducers.")
 START, START_IS_WHOLE = "start", "processor_config.json"
@@ -103,16 +104,25 @@ class Experiment:
 
     Attributes:
         title: of its report.
+        data: the drawn task whose questions are asked.
         budgets: what the answers are asked at: fractions, numbers of tokens, or `"115/576"`, the fraction that keeps
             115 of 576 and as large a share of another number.
         parts: its questions.
         seed: of the variants' training.
+
+    Raises:
+        ValueError: if `data` is no drawn task.
     """
 
     title: str
+    data: str
     budgets: list[str | float | int]
     parts: list[Part]
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.data not in REFERENCES:
+            raise ValueError(f"`data` is {self.data!r}; allowed are {', '.join(REFERENCES)}.")
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Experiment":
@@ -191,20 +201,21 @@ def evaluate_part(experiment: Experiment, part: Part, checkpoint: str, folder: P
     _require_same(about, folder)
     if not Path(checkpoint).is_dir():
         checkpoint = snapshot_download(checkpoint)
-    asked = {"budgets": [budget_of_text(str(budget)) for budget in part.budgets], "questions": part.questions}
+    asked = {"data": experiment.data, "questions": part.questions}
+    asked["budgets"] = [budget_of_text(str(budget)) for budget in part.budgets]
     if part.reducers:
         reducers = [reducer_of_text(reducer) for reducer in part.reducers]
-        return evaluate_checkpoint(checkpoint, DIGIT_SCENES, reducers=reducers, output=folder / "run", **asked)
+        return evaluate_checkpoint(checkpoint, reducers=reducers, output=folder / "run", **asked)
     runs = {}
     for name, settings in part.variants.items():
         own = folder / re.sub(r"[^\w+-]+", "_", name)
         trained = train_variant(experiment, part, name, checkpoint, own)
         reducers = [settings.get("reducer", "adaptive")]
-        runs[name] = evaluate_checkpoint(str(trained), DIGIT_SCENES, reducers=reducers, output=own / "run", **asked)
+        runs[name] = evaluate_checkpoint(str(trained), reducers=reducers, output=own / "run", **asked)
     for name in part.controls:
         own = folder / "controls" / name / "run"
         reducers = [reducer_of_text(name)]
-        runs[name] = evaluate_checkpoint(checkpoint, DIGIT_SCENES, reducers=reducers, output=own, **asked)
+        runs[name] = evaluate_checkpoint(checkpoint, reducers=reducers, output=own, **asked)
     return join_variants(runs, folder / "run", about | {"command": command})
 
 
