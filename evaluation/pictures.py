@@ -1,6 +1,6 @@
 """Pictures of what was kept: the image with its dropped patches dark, and grids of these drawn from a run."""
 
-from itertools import zip_longest
+from itertools import product, zip_longest
 from pathlib import Path
 
 import torch
@@ -42,27 +42,50 @@ def _draw_answer(axis: Axes, run: Run, answer: Answer, above: str) -> None:
     _draw(axis, _picture(run, answer), above, answer.prediction + right, "green" if answer.score else "red")
 
 
-def save_kept_patches(run: Run, reducer: str, num_examples: int, path: str | Path) -> None:
+def where_methods_differ(run: Run) -> int:
     """
-    Writes a picture with a row for each of a run's first examples and a column for each budget: what a reducer kept,
-    and the answer.
+    Of the examples whose pictures a run has, the first on which it matters most what chooses: at as many budgets as on
+    no other, one reducer's answer is right and another's wrong. Those that are answered wrongly with everything kept
+    come last.
+    """
+    answers = run.answers_of_settings()
+
+    def order(index: int) -> tuple[bool, int]:
+        scores: dict[float | int, set[float]] = {}
+        for (reducer, budget), own in answers.items():
+            scores.setdefault(FULL if reducer == FULL else budget, set()).add(own[index].score)
+        return max(scores.pop(FULL, {0.0})) > 0, sum(len(own) > 1 for own in scores.values())
+
+    return max(range(run.header["shown"]), key=order)
+
+
+def save_kept_patches(run: Run, index: int, path: str | Path) -> None:
+    """
+    Writes a picture of one example: the image, the question and the answer with everything kept; beside it a row for
+    each reducer and a column for each budget, with what was kept and the answer, green if it is right and else red.
 
     Args:
-        run: with pictures of so many examples.
-        reducer: as on the command line; where everything is kept it is `"full"`.
+        run: with `"full"`, and every other reducer at the same budgets.
+        index: of an example whose picture the run has.
         path: of the PNG.
     """
-    settings = [entry for entry in run.header["settings"] if entry["reducer"] in (FULL, reducer)]
-    answers = run.answers_of_settings()
-    figure = Figure(figsize=(2.1 * len(settings), 2.55 * num_examples), layout="constrained")
-    for index, row in enumerate(figure.subplots(num_examples, len(settings), squeeze=False)):
-        for axis, entry in zip(row, settings, strict=True):
-            tokens = "" if entry["num_keep"] is None else f", {entry['num_keep']} tokens"
-            above = f"budget {entry['budget']:g}{tokens}" if index == 0 else ""
-            _draw_answer(axis, run, answers[setting_of(entry)][index], above)
-        question = answers[setting_of(settings[0])][index].question
-        row[0].set_ylabel(question.replace(" ?", "?"), fontsize=8, wrap=True)
+    answers = {key: own[index] for key, own in run.answers_of_settings().items()}
+    everything = next(answer for (reducer, _), answer in answers.items() if reducer == FULL)
+    rows = list(dict.fromkeys(reducer for reducer, _ in answers if reducer != FULL))
+    budgets = list(dict.fromkeys(budget for reducer, budget in answers if reducer != FULL))
+    figure = Figure(figsize=(2.1 * (len(budgets) + 2), 2.45 * len(rows)), layout="constrained")
+    grid = figure.add_gridspec(len(rows), 1 + len(budgets), width_ratios=[2, *[1] * len(budgets)])
+    figure.suptitle(everything.question.replace(" ?", "?"), fontsize=12)
+    _draw_answer(figure.add_subplot(grid[:, 0]), run, everything, "everything kept" + _tokens(everything))
+    for (row, reducer), (column, budget) in product(enumerate(rows), enumerate(budgets, start=1)):
+        answer, axis = answers[reducer, budget], figure.add_subplot(grid[row, column])
+        _draw_answer(axis, run, answer, f"budget {budget:g}{_tokens(answer)}" if row == 0 else "")
+        axis.set_ylabel(reducer if column == 1 else "", fontsize=10)
     figure.savefig(path, dpi=110)
+
+
+def _tokens(answer: Answer) -> str:
+    return "" if answer.num_keep is None else f", {answer.num_keep} tokens"
 
 
 def save_gallery(run: Run, budget: float | int, path: str | Path, index: int = 0) -> None:

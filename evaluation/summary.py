@@ -37,7 +37,7 @@ def evaluation_record(run: Run) -> dict[str, Any]:
             for entry, own, column in zip(whole, scores, draws.T, strict=True)
         ],
         "unreachable": header["unreachable"],
-        # A card calls the reference's data by their usual name.
+        # A card calls them by their usual name.
         "dataset": str(header.get("data")).replace("digit-scenes", "digit scenes"),
         "metric": header["metric"],
         "figures": header.get("figures"),

@@ -26,7 +26,7 @@ OF_BASE_MODELS = {
     "liuhaotian/llava-v1.6-vicuna-13b": "llama2",
     "liuhaotian/llava-v1.6-mistral-7b": "apache-2.0",
 }
-OF_DIGIT_SCENES = "apache-2.0"
+OF_DRAWN_TASKS = "apache-2.0"
 _IN_THE_HUBS_SPELLING = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 
@@ -53,7 +53,7 @@ def origin_of(
 
     Said in so many words goes first, then what the folder's card says, then where the record's base model comes from:
     in the same way, where that is a folder; a well-known repository has a licence here. Last comes what a trainer
-    wrote down. Digit scenes alone, from nothing, are ours.
+    wrote down. What learned a drawn task alone, from nothing, is ours.
 
     Args:
         folder: of the checkpoint.
@@ -75,8 +75,8 @@ def origin_of(
         source = Origin(began, OF_BASE_MODELS.get(began))
     elif began is not None and Path(began).resolve() not in passed:
         source = origin_of(began, TrainingRecord.found_in(began), passed=passed)
-    elif began is None and record.is_digit_scenes:
-        source = Origin(None, OF_DIGIT_SCENES)
+    elif began is None and record.drawn_task is not None:
+        source = Origin(None, OF_DRAWN_TASKS)
     return Origin(source.base_model, license or card.license or source.license or record.license)
 
 

@@ -17,8 +17,9 @@ from ..modeling.families.llava import LLAVA
 from ..modeling.hub.loading import family_class
 from ..modeling.hub.own_files import failures_in_words
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration
+from .drawn_data import DRAWN_DATA
 from .licence import Origin
-from .training_record import DIGIT_SCENES, TrainingRecord, data_names, is_hub_id
+from .training_record import DRAWN_BY_DEFAULT, TrainingRecord, data_names, is_hub_id
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
@@ -58,11 +59,10 @@ def model_card(folder: str | Path, name: str, record: TrainingRecord, origin: Or
     except SafetensorsParsingError as error:
         raise ValueError(f"A weight file is not whole; copy or download it again. {error}") from error
     dtype = max(numbers, key=numbers.get)
-    digit_scenes = record.is_digit_scenes and origin.base_model is None
+    task = record.drawn_task if origin.base_model is None else None
+    drawn = DRAWN_DATA.get(task)
     return ModelCard.from_template(
-        _metadata(
-            name, record, origin, "llava" if family is None else config.model_type, ["digit-scenes"] * digit_scenes
-        ),
+        _metadata(name, record, origin, "llava" if family is None else config.model_type, [task] if task else []),
         template_path=str(TEMPLATE),
         name=name,
         config=config,
@@ -71,7 +71,7 @@ def model_card(folder: str | Path, name: str, record: TrainingRecord, origin: Or
         num_visual_tokens=LLAVA.tokens_per_image(config) if family is None else None,
         num_parameters=f"{sum(numbers.values()):,}",
         dtype=_DTYPES.get(dtype, dtype),
-        question="What colour is the largest digit?" if digit_scenes else "What is in the picture?",
+        question="What is in the picture?" if drawn is None else drawn.question,
         example_budget=_example_budget(record.results),
         default_budget=_in_words(_default_budget(folder, config)),
         evaluations=[
@@ -81,7 +81,7 @@ def model_card(folder: str | Path, name: str, record: TrainingRecord, origin: Or
         stages=_shown_stages(record),
         recipe_file=None if record.recipe is None else record.recipe.name,
         origin=origin,
-        digit_scenes=digit_scenes,
+        drawn=drawn,
         vocabulary_size=len(tokenizer) if len(tokenizer) <= _SMALL_VOCABULARY else None,
         unknown_token=tokenizer.unk_token,
         trained_budgets=_trained_budgets(record.stages),
@@ -128,7 +128,7 @@ def _hub_result(result: dict[str, Any], row: dict[str, Any]) -> EvalResult:
 
 def _dataset_name(result: dict[str, Any]) -> str:
     """An id on the Hub, or the name of a data set; of a folder on somebody's machine its last part."""
-    form, colon, path = result.get("dataset", DIGIT_SCENES).rpartition(":")
+    form, colon, path = result.get("dataset", DRAWN_DATA[DRAWN_BY_DEFAULT].name).rpartition(":")
     return form + colon + (path if is_hub_id(path) else Path(path).name)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from ..evaluation.circumstances import command_without_places, without_place
 from ..evaluation.records import check_record, check_types, read_record
 from ..modeling.hub.own_files import require_own_file
+from .drawn_data import DRAWN_DATA
 
 RECIPE = "recipe.yaml"
 # What a recipe's stage leaves behind when it is finished, with the recipe's `model`, and what a conversion does, with
@@ -31,9 +32,9 @@ LOG, STAGE = {"stage": dict, "log": list[dict]}, {"name": str, "kind": str}
 MORE_OF_STAGE = {"data": dict | None, "budgets": dict, "training": dict}
 RECIPE_FIELDS = {"model": dict, "stages": list[dict]}
 
-# Stage kinds of recipes that have no data set of their own to name.
-DIGIT_SCENE_KINDS = ("patch_labels", "packed_questions")
-DIGIT_SCENES = "digit scenes"
+# Kinds of stages that draw their data, and what they draw where they do not say it.
+DRAWN_KINDS = ("patch_labels", "told_questions", "told_patches", "shown_questions", "packed_questions")
+DRAWN_BY_DEFAULT = "digit-scenes"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DATA_FILE = re.compile(r"\.(jsonl?|csv|parquet|arrow|tar|ya?ml|txt|gz|zst)$")
@@ -152,9 +153,10 @@ class TrainingRecord:
         return next((log["license"] for log in self.logs if log.get("license")), None)
 
     @property
-    def is_digit_scenes(self) -> bool:
-        """Whether the stages' data are known, and all are digit scenes."""
-        return {name for stage in self.stages for name in data_names(stage)} == {DIGIT_SCENES}
+    def drawn_task(self) -> str | None:
+        """The drawn task that all stages' data are of; `None` if some are of another, or are not known."""
+        paths = {path for stage in self.stages for path in _data_paths(stage) or [None]}
+        return paths.pop() if len(paths) == 1 and paths <= set(DRAWN_DATA) else None
 
     @property
     def hub_data_sets(self) -> list[str]:
@@ -224,14 +226,13 @@ def data_names(stage: dict[str, Any]) -> list[str]:
     Args:
         stage: with `kind` and `data`, which has a `path`, or `sources` with a path each.
     """
-    if stage.get("kind") in DIGIT_SCENE_KINDS:
-        return [DIGIT_SCENES]
-    paths = _data_paths(stage)
-    called = [path if is_hub_id(path) else Path(path).name or path for path in paths]
-    return [DIGIT_SCENES if name == "digit-scenes" else name for name in called] or ["not named"]
+    called = [path if is_hub_id(path) else Path(path).name or path for path in _data_paths(stage)]
+    return [DRAWN_DATA[name].name if name in DRAWN_DATA else name for name in called] or ["not named"]
 
 
 def _data_paths(stage: dict[str, Any]) -> list[str]:
     data = stage.get("data") or {}
     sources = data.get("sources", [data])
+    if stage.get("kind") in DRAWN_KINDS:
+        sources = [{"path": DRAWN_BY_DEFAULT} | data]
     return [str(source["path"]) for source in sources if source.get("path") is not None]

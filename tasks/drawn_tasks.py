@@ -22,6 +22,7 @@ class DrawnTask:
         patch_words: for each of them the token of each class but the last, where a decoder can be told so what a patch
             shows; empty where it cannot.
         patch_roles: for each of them a number from 0 to 3, what its words are to the patch: 0 its own.
+        short_kinds: kinds of question whose answers are a few tokens long.
         num_questions: how many questions an evaluation asks unless it is told.
         max_new_tokens: what the longest answer needs.
         kind_metrics: kinds of question with long answers -> the metric module that says how much of one is right,
@@ -34,6 +35,7 @@ class DrawnTask:
     patch_labels: dict[str, int]
     patch_words: dict[str, tuple[str, ...]]
     patch_roles: dict[str, int]
+    short_kinds: tuple[str, ...]
     num_questions: int
     max_new_tokens: int
     kind_metrics: dict[str, str] = field(default_factory=dict)
@@ -55,6 +57,7 @@ def _digit_scenes() -> DrawnTask:
         patch_labels=labels,
         patch_words={},
         patch_roles={},
+        short_kinds=digit_scenes.QUESTION_KINDS,
         num_questions=2400,
         max_new_tokens=16,
     )
@@ -71,6 +74,7 @@ def _pages() -> DrawnTask:
         patch_labels=pages.PATCH_LABELS,
         patch_words=pages.PATCH_WORDS,
         patch_roles=pages.PATCH_ROLES,
+        short_kinds=pages.SHORT_KINDS,
         num_questions=2400,
         # The longest answer has 60 glyphs.
         max_new_tokens=64,

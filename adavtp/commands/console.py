@@ -35,9 +35,15 @@ FLAGS = {
 LARGEST_NUMBER = 2**31
 _TRUSTS: ContextVar[bool] = ContextVar(TRUST, default=False)
 
-_CHECKPOINT = "Checkpoint folder or Hub repository. Default: the digit-scenes reference."
+# Drawn tasks -> folders of the checkpoints for them that come with the package. The first is the reference, which
+# commands take where no other is named.
+REFERENCES = {"pages": "adavtp-pages", "digit-scenes": "adavtp-digits"}
+REFERENCE_TASK = next(iter(REFERENCES))
+
+_CHECKPOINT = f"Checkpoint folder or Hub repository. Default: the reference, for the task {REFERENCE_TASK}."
 CheckpointArgument = Annotated[str | None, typer.Argument(help=_CHECKPOINT)]
 CheckpointOption = Annotated[str | None, typer.Option("--checkpoint", help=_CHECKPOINT)]
+DrawnTaskOption = Annotated[str, typer.Option("--data", help=f"Drawn task: {' or '.join(REFERENCES)}.")]
 BudgetsOption = Annotated[
     list[str],
     typer.Option(
@@ -168,11 +174,11 @@ def folder_to_write(folder: Path | None) -> Path | None:
     return folder
 
 
-def reference_checkpoint() -> Path:
-    """Folder of the reference checkpoint that comes with the package."""
+def reference_checkpoint(task: str = REFERENCE_TASK) -> Path:
+    """Folder of the checkpoint for a drawn task that comes with the package."""
     from .. import hub_cards
 
-    return Path(hub_cards.__file__).parent / "adavtp-digits"
+    return Path(hub_cards.__file__).parent / REFERENCES[task]
 
 
 def load_checkpoint(checkpoint: str | None) -> tuple:

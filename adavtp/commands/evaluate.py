@@ -32,6 +32,7 @@ from ..evaluation.settings import (
 )
 from ..evaluation.summary import evaluation_record, metric_figures, unfinished
 from .console import (
+    REFERENCE_TASK,
     BudgetsOption,
     CheckpointArgument,
     ReducersOption,
@@ -44,9 +45,9 @@ from .console import (
     reference_checkpoint,
 )
 
-DIGIT_SCENES = "digit-scenes"
 BUDGETS = ["1.0", "0.8", "0.6", "0.4", "0.2"]
-REDUCERS = ["full", "adaptive", "random"]
+# Reports ask the control `downsample` which questions are hard: those that a smaller picture does not answer.
+REDUCERS = ["full", "adaptive", "random", "downsample"]
 
 # Examples whose pictures and kept patches a run has, for its report.
 SHOWN = 12
@@ -57,11 +58,11 @@ def evaluate(
     data: Annotated[
         str,
         typer.Option(
-            help="digit-scenes or pages; a data set on the Hub, a folder or a file (parquet, json, jsonl) in "
+            help="pages or digit-scenes; a data set on the Hub, a folder or a file (parquet, json, jsonl) in "
             "conversational form; or a "
             "benchmark's local files: vqav2:FOLDER, gqa:, textvqa:, vizwiz:, scienceqa:, pope:, mme:."
         ),
-    ] = DIGIT_SCENES,
+    ] = REFERENCE_TASK,
     budgets: BudgetsOption = BUDGETS,  # noqa: B006
     reducers: ReducersOption = REDUCERS,  # noqa: B006
     output: Annotated[
@@ -70,6 +71,10 @@ def evaluate(
     ] = None,
     questions: Annotated[
         int | None, typer.Option(help="Only the first so many. Default: all; of drawn tasks 2400.", min=1)
+    ] = None,
+    kinds: Annotated[
+        list[str] | None,
+        typer.Option("--kinds", "--kind", help="Several: kinds of question, of a drawn task. Default: all."),
     ] = None,
     split: Annotated[
         str | None, typer.Option(help="Part of the data. Default: test, or that with public answers.")
@@ -99,6 +104,7 @@ def evaluate(
         *(checkpoint, data, [budget_of_text(text) for text in budgets], [reducer_of_text(text) for text in reducers]),
         output=output,
         questions=questions,
+        kinds=kinds,
         split=split,
         images=images,
         trust_image_paths=trust_image_paths,
@@ -117,6 +123,7 @@ def evaluate_checkpoint(
     reducers: Sequence[Any] | None,
     output: Path | None = None,
     questions: int | None = None,
+    kinds: Sequence[str] | None = None,
     split: str | None = None,
     images: Path | None = None,
     trust_image_paths: bool = False,
@@ -139,7 +146,7 @@ def evaluate_checkpoint(
     process, started = PartialState(cpu=not torch.cuda.is_available()), time.perf_counter()
     folder = checkpoint or str(reference_checkpoint())
     with process.main_process_first():
-        asked = named_data(data, split, images, questions, trust_image_paths)
+        asked = named_data(data, split, images, questions, trust_image_paths, kinds)
         metric, max_new_tokens = metric or asked.metric, max_new_tokens or asked.max_new_tokens
         load_metric(metric)
         model, processor = load_checkpoint(folder)
@@ -182,15 +189,22 @@ def named_data(
     images: Path | None,
     questions: int | None = None,
     trust_image_paths: bool = False,
+    kinds: Sequence[str] | None = None,
 ) -> EvaluationData:
-    """What is asked: a drawn task, or what [`adavtp.evaluation.data.names.read_data`] reads; the first so many."""
+    """
+    What is asked: a drawn task, of which `kinds` may say the kinds of question, or what
+    [`adavtp.evaluation.data.names.read_data`] reads; the first so many.
+    """
     from ..evaluation.data.names import DEFAULT_SPLIT, read_data
     from ..tasks.drawn_tasks import TASK_NAMES, drawn_task
 
+    if kinds and name not in TASK_NAMES:
+        known = " and ".join(TASK_NAMES)
+        raise ValueError(f"`kinds` is {list(kinds)} and `data` {name!r}; kinds are those of {known} alone.")
     if name not in TASK_NAMES:
         return read_data(name, split, images, trust_image_paths).first(questions)
     task = drawn_task(name)
-    rows = task.load_questions(split or DEFAULT_SPLIT, questions or task.num_questions)
+    rows = task.load_questions(split or DEFAULT_SPLIT, questions or task.num_questions, kinds=kinds)
     return EvaluationData(
         *(name, split or DEFAULT_SPLIT, ConversationExamples(rows.rename_column("kind", "category"))),
         category_metrics=task.kind_metrics,

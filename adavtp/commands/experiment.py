@@ -21,7 +21,7 @@ def experiment(
         typer.Option(
             "--checkpoint",
             "--checkpoints",
-            help="Several: checkpoint folders or Hub repositories. Default: the digit-scenes reference.",
+            help="Several: checkpoint folders or Hub repositories. Default: the package's for the experiment's data.",
         ),
     ] = None,
     output: Annotated[
@@ -57,7 +57,7 @@ def experiment(
         raise ValueError(f"`part` is {unknown[0]!r}; this experiment's parts: {', '.join(names)}.")
     output = output or Path("reports") / path.stem
     work = work or Path("runs") / path.stem
-    checkpoints = [str(one) for one in checkpoint or [reference_checkpoint()]]
+    checkpoints = [str(one) for one in checkpoint or [reference_checkpoint(plan.data)]]
     if len({Path(one).name for one in checkpoints}) < len(checkpoints):
         raise ValueError(f"`checkpoint` is {checkpoints}; folders are named by their last names, which must differ.")
     for own in (own for own in plan.parts if not part or own.name in part):

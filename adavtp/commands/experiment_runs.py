@@ -23,7 +23,8 @@ from ..hub_cards.training_record import check_types, read_record
 from ..modeling.processing_adavtp import AdaVTPProcessor
 from ..trainer.recipes.recipe import Recipe, Stage, check_fields, read_yaml, require_folder_name
 from ..trainer.recipes.run import run_recipe
-from .evaluate import DIGIT_SCENES, evaluate_checkpoint
+from .console import REFERENCES
+from .evaluate import evaluate_checkpoint
 
 NEW_MODULES = (".controller.", ".budget_token.", ".reducers.")
 START, START_IS_WHOLE = "start", "processor_config.json"
@@ -108,16 +109,18 @@ class Experiment:
 
     Attributes:
         title: of its report.
+        data: the drawn task whose questions are asked.
         budgets: what the answers are asked at: fractions, numbers of tokens, or `"115/576"`, the fraction that keeps
             115 of 576 and as large a share of another number.
         parts: its questions.
         seeds: of the variants' training, which is done once with each.
 
     Raises:
-        ValueError: if there are no seeds, or one twice.
+        ValueError: if `data` is no drawn task, or there are no seeds, or one twice.
     """
 
     title: str
+    data: str
     budgets: list[str | float | int]
     parts: list[Part]
     seeds: list[int] = field(default_factory=lambda: [0])
@@ -125,6 +128,8 @@ class Experiment:
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"`seeds` is {self.seeds}; allowed are one or more numbers, none of them twice.")
+        if self.data not in REFERENCES:
+            raise ValueError(f"`data` is {self.data!r}; allowed are {', '.join(REFERENCES)}.")
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Experiment":
@@ -204,7 +209,7 @@ def evaluate_part(experiment: Experiment, part: Part, checkpoint: str, folder: P
 
     def run_of(checkpoint: str | Path, reducers: Sequence[Any], output: Path) -> Run:
         return evaluate_checkpoint(
-            *(str(checkpoint), DIGIT_SCENES, [budget_of_text(str(budget)) for budget in part.budgets]),
+            *(str(checkpoint), experiment.data, [budget_of_text(str(budget)) for budget in part.budgets]),
             reducers=[reducer_of_text(one) if isinstance(one, str) else one for one in reducers],
             output=output,
             questions=part.questions,

@@ -13,8 +13,10 @@ from ..evaluation.measurements import Measurement, as_rows
 from ..evaluation.settings import asked_settings, budget_of_text, reachable_settings, reducer_of_text, tokens_per_image
 from ..modeling.processing_adavtp import inputs_of_questions
 from .console import (
+    REFERENCE_TASK,
     BudgetsOption,
     CheckpointArgument,
+    DrawnTaskOption,
     ReducersOption,
     command_as_typed,
     console,
@@ -29,6 +31,7 @@ NUM_QUESTIONS = 6
 
 def measure(
     checkpoint: CheckpointArgument = None,
+    data: DrawnTaskOption = REFERENCE_TASK,
     budgets: BudgetsOption = ["0.2", "0.4"],  # noqa: B006
     reducers: ReducersOption = ["full", "adaptive"],  # noqa: B006
     batch_size: Annotated[int, typer.Option(help="Questions answered together.", min=1)] = 1,
@@ -41,14 +44,14 @@ def measure(
     """
     Measure time to first token, tokens per second, peak memory and keys and values, at each reducer and budget.
 
-    The questions are of the digit-scenes test split; `full` keeps everything, and ratios are to it. Settings take
+    The questions are of a drawn task's test split; `full` keeps everything, and ratios are to it. Settings take
     turns; what is printed is the median over repeats, with quartiles.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _require_device(device)
     model, processor = load_checkpoint(checkpoint)
     model.to(device=torch.device(device), dtype=_dtype(dtype) or model.dtype)
-    inputs = _inputs(processor, batch_size).to(model.device)
+    inputs = _inputs(processor, data, batch_size).to(model.device)
     values = [budget_of_text(text) for text in budgets]
     asked = asked_settings(tokens_per_image(model), [reducer_of_text(text) for text in reducers], values)
     settings, unreachable = reachable_settings(model, inputs, asked)
@@ -79,10 +82,10 @@ def _dtype(name: str | None) -> Any:
     return dtype
 
 
-def _inputs(processor: Any, batch_size: int) -> Any:
-    from ..tasks.digit_scenes import load_digit_questions
+def _inputs(processor: Any, data: str, batch_size: int) -> Any:
+    from ..tasks.drawn_tasks import drawn_task
 
-    rows = load_digit_questions("test", max(batch_size, NUM_QUESTIONS))[:batch_size]
+    rows = drawn_task(data).load_questions("test", max(batch_size, NUM_QUESTIONS))[:batch_size]
     return inputs_of_questions(processor, [images[0] for images in rows["images"]], list(rows["question"]))
 
 

@@ -1,7 +1,6 @@
-"""`adavtp demo` and `adavtp compare`: evaluations of digit scenes with settings that are chosen already."""
+"""`adavtp demo` and `adavtp compare`: evaluations of a drawn task with settings that are chosen already."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -10,44 +9,64 @@ import typer
 
 from ..evaluation.runs import Run
 from ..evaluation.settings import reducer_of_text
-from .console import CheckpointArgument, CheckpointOption, command_as_typed, console, folder_to_write
-from .evaluate import DIGIT_SCENES, evaluate_checkpoint
+from .console import (
+    REFERENCE_TASK,
+    CheckpointArgument,
+    CheckpointOption,
+    DrawnTaskOption,
+    command_as_typed,
+    console,
+    folder_to_write,
+)
+from .evaluate import evaluate_checkpoint
 
-DEMO_BUDGETS = (1.0, 0.8, 0.6, 0.4, 0.2)
-DEMO_EXAMPLES = 6
+DEMO_BUDGETS = (1.0, 0.4, 0.2, 0.1, 0.05)
+# The best of the published methods that need no training, on the reference.
+PUBLISHED = "cdpruner"
+DEMO_REDUCERS = ("full", "adaptive", PUBLISHED, "random")
 COMPARED_BUDGETS = [0.1, 0.2, 0.4, 0.6, 0.8]
-# In the reference's four decoder layers, reducers inside the decoder cannot go below 0.25, and there all look alike.
+# Reducers inside the decoder cannot go far below: the layers before them see everything.
 GALLERY_BUDGET = 0.4
 GALLERY_TEXT = (
-    "What each reducer keeps of one scene. The brighter a patch, the more decoder layers see it. Of reducers that "
+    "What each reducer keeps of one image. The brighter a patch, the more decoder layers see it. Of reducers that "
     "merge, the patches in whose place tokens stand are bright."
 )
-# No answer about digit scenes is longer.
-MAX_NEW_TOKENS = 4
 
 
 def demo(
-    questions: Annotated[int, typer.Option(help="Number of held-out questions.", min=DEMO_EXAMPLES)] = 300,
+    questions: Annotated[int, typer.Option(help="Number of held-out questions.", min=1)] = 300,
     output: Annotated[Path, typer.Option(help="Folder for the pictures.", callback=folder_to_write)] = Path(
         "outputs/demo"
     ),
     checkpoint: CheckpointOption = None,
+    data: DrawnTaskOption = REFERENCE_TASK,
 ) -> None:
-    """Answer held-out questions about digit scenes at five budgets; print a table, write two pictures."""
-    from ..evaluation.pictures import save_kept_patches
+    """
+    Answer held-out questions at five budgets, by the controller, a published method and chance.
+
+    Prints a table and writes two pictures: accuracy.png, and kept_patches.png, which shows for one question what each
+    kept of the image and answered. Only kinds of question with short answers are asked.
+    """
+    from ..evaluation.pictures import save_kept_patches, where_methods_differ
     from ..evaluation.report.curves import curves_of_evaluation, save_curves
+    from ..tasks.drawn_tasks import drawn_task
 
     with TemporaryDirectory() as folder:
-        run = _answered(checkpoint, questions, DEMO_BUDGETS, ["full", "adaptive", "random"], Path(folder) / "run")
+        run = evaluate_checkpoint(
+            *(checkpoint, data, DEMO_BUDGETS, DEMO_REDUCERS, Path(folder) / "run"),
+            questions=questions,
+            kinds=drawn_task(data).short_kinds,
+        )
         evaluation = json.loads((run.folder / "evaluation.json").read_text())
         output.mkdir(parents=True, exist_ok=True)
-        save_kept_patches(run, "adaptive", DEMO_EXAMPLES, output / "kept_patches.png")
+        save_kept_patches(run, where_methods_differ(run), output / "kept_patches.png")
     save_curves([curves_of_evaluation(evaluation)], output / "accuracy.png")
     console.print(f"Pictures: {output / 'kept_patches.png'} and {output / 'accuracy.png'}")
 
 
 def compare(
     checkpoint: CheckpointArgument = None,
+    data: DrawnTaskOption = REFERENCE_TASK,
     output: Annotated[
         Path, typer.Option(help="Folder for the page, its pictures and its numbers.", callback=folder_to_write)
     ] = Path("docs"),
@@ -68,7 +87,7 @@ def compare(
     batch_size: Annotated[int, typer.Option(help="Questions answered together.", min=1)] = 100,
 ) -> None:
     """
-    Compare reducers on the digit-scenes test split; write reducers.md, its two pictures, and reducers.json.
+    Compare reducers on a drawn task's test split; write reducers.md, its two pictures, and reducers.json.
 
     The run's folder grows while answers come in. Interrupted, the same command goes on where it stopped; with more
     budgets or reducers it answers only those. After a change to a reducer's code, delete it.
@@ -77,7 +96,11 @@ def compare(
         raise ValueError(
             f"`budgets` has {wrong[0]}; allowed are fractions from 0.0 to below 1.0; the full budget always runs."
         )
-    run = _answered(checkpoint, questions, sorted(set(budgets)), reducers, work, batch_size)
+    # Everything kept stands beside the reducers that were named.
+    stacks = None if reducers is None else ["full", *map(reducer_of_text, reducers)]
+    run = evaluate_checkpoint(
+        *(checkpoint, data, sorted(set(budgets)), stacks, work), questions=questions, batch_size=batch_size
+    )
     write_comparison(run, output)
 
 
@@ -99,21 +122,3 @@ def write_comparison(run: Run, output: Path) -> None:
     page = report_markdown(numbers, "reducers_accuracy.png", pictures)
     (output / "reducers.md").write_text(page, encoding="utf-8")
     console.print(f"Page: {output / 'reducers.md'}, numbers: {output / 'reducers.json'}")
-
-
-def _answered(
-    checkpoint: str | None,
-    questions: int,
-    budgets: Sequence[float],
-    reducers: list[str] | None,
-    folder: Path,
-    batch_size: int = 50,
-) -> Run:
-    """A run of digit scenes, with everything kept beside the reducers that were named."""
-    stacks = None if reducers is None else ["full", *map(reducer_of_text, reducers)]
-    return evaluate_checkpoint(
-        *(checkpoint, DIGIT_SCENES, budgets, stacks, folder),
-        questions=questions,
-        batch_size=batch_size,
-        max_new_tokens=MAX_NEW_TOKENS,
-    )

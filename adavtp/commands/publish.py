@@ -1,4 +1,4 @@
-"""`adavtp publish` and `adavtp publish-data`: a checkpoint, or digit scenes, as a repository on the Hub."""
+"""`adavtp publish` and `adavtp publish-data`: a checkpoint, or a drawn task, as a repository on the Hub."""
 
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..hub_cards.publish import Publication, require_licence, require_repository_id, upload
-from .console import command_as_typed, console
+from .console import REFERENCE_TASK, DrawnTaskOption, command_as_typed, console
 
 RepositoryArgument = Annotated[str, typer.Argument(metavar="REPO_ID", help="Repository: user/name.")]
 PrivateOption = Annotated[bool, typer.Option("--private", help="Make a new repository private.")]
@@ -70,39 +70,39 @@ def publish(
 
 def publish_data(
     repo_id: RepositoryArgument,
+    data: DrawnTaskOption = REFERENCE_TASK,
     train: Annotated[int, typer.Option(help="Questions of the training split.", min=1)] = 12000,
     validation: Annotated[int, typer.Option(help="Questions of the validation split.", min=1)] = 1200,
     test: Annotated[int, typer.Option(help="Questions of the test split.", min=1)] = 2400,
-    seed: Annotated[int, typer.Option(help="Which of the endless sequences of scenes.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Which of the endless sequences of pictures.", min=0)] = 0,
     private: PrivateOption = False,
     dry_run: DryRunOption = False,
 ) -> None:
     """
-    Publish digit scenes as a data set on the Hub: parquet files of three splits, and a card.
+    Publish a drawn task as a data set on the Hub: parquet files of three splits, and a card.
 
     The first N questions of a split are the same for every size, so that a smaller set is a part of a larger one.
     """
     from datasets import disable_progress_bars
 
     from ..hub_cards.dataset_card import DATA_FILES, dataset_folder
-    from ..tasks.digit_scenes import load_digit_questions
+    from ..tasks.drawn_tasks import drawn_task
 
     with tempfile.TemporaryDirectory() as temporary:
         require_repository_id(repo_id)
         disable_progress_bars()
         sizes = {"train": train, "validation": validation, "test": test}
-        with console.status("Drawing scenes ..."):
-            splits = {split: load_digit_questions(split, size, seed) for split, size in sizes.items()}
-        folder = dataset_folder(splits, Path(temporary), repo_id, command_as_typed())
+        load_questions = drawn_task(data).load_questions
+        with console.status("Drawing ..."):
+            splits = {split: load_questions(split, size, seed) for split, size in sizes.items()}
+        folder = dataset_folder(data, splits, Path(temporary), repo_id, command_as_typed())
         files = {"card": [folder / "README.md"], "data": sorted((folder / "data").iterdir())}
         _print_summary(repo_id, "dataset", private, files)
         console.print(", ".join(f"{split}: {size} questions" for split, size in sizes.items()), highlight=False)
         if not dry_run:
-            _print_published(
-                upload(
-                    folder, repo_id, "Digit scenes", "dataset", private=private, replaced=("README.md", *DATA_FILES)
-                )
-            )
+            title = f"Questions of the drawn task {data}"
+            replaced = ("README.md", *DATA_FILES)
+            _print_published(upload(folder, repo_id, title, "dataset", private=private, replaced=replaced))
 
 
 def _print_summary(repo_id: str, repo_type: str, private: bool, files: Mapping[str, Sequence[Path]]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .console import console, folder_to_write
-from .evaluate import DIGIT_SCENES, evaluate_checkpoint
+from .evaluate import evaluate_checkpoint
 
 
 def train(
@@ -24,7 +24,7 @@ def train(
     """
     from accelerate import PartialState
 
-    from ..trainer.recipes.recipe import Recipe
+    from ..trainer.recipes.recipe import DEFAULT_TASK, Recipe
     from ..trainer.recipes.run import run_recipe
 
     asked = Recipe.from_file(recipe)
@@ -32,14 +32,15 @@ def train(
     if not PartialState().is_main_process:
         return
     console.print(f"Checkpoint: {checkpoint}")
-    evaluation = asked.evaluation
+    evaluation, task = asked.evaluation, asked.model.get("task", DEFAULT_TASK)
     if evaluation and PartialState().num_processes > 1:
         # Training may have spread every model that is loaded from now on over the processes.
         budgets, reducers = (" ".join(map(str, evaluation[name])) for name in ("budgets", "reducers"))
-        console.print(f"Evaluate it: adavtp evaluate {checkpoint} --budgets {budgets} --reducers {reducers}")
+        asks = f"--data {task} --budgets {budgets} --reducers {reducers}"
+        console.print(f"Evaluate it: adavtp evaluate {checkpoint} {asks}")
     elif evaluation:
         measured = evaluate_checkpoint(
-            *(str(checkpoint), DIGIT_SCENES, evaluation["budgets"], evaluation["reducers"]),
+            *(str(checkpoint), task, evaluation["budgets"], evaluation["reducers"]),
             output=checkpoint / "evaluation",
             questions=evaluation["questions"],
         )

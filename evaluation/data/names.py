@@ -83,6 +83,6 @@ def _rows_of_data_set(name: str, split: str) -> Sequence[Any]:
     except Exception as error:
         benchmarks = ", ".join(f"{benchmark}:FOLDER" for benchmark in BENCHMARKS)
         raise ValueError(
-            f"`data` is {name!r} and `split` {split!r}, which cannot be read ({error}). Allowed are digit-scenes, "
-            f"pages, {benchmarks}, a file ({', '.join(FILE_FORMATS)}), a folder, or a data set on the Hub."
+            f"`data` is {name!r} and `split` {split!r}, which cannot be read ({error}). Allowed are pages, "
+            f"digit-scenes, {benchmarks}, a file ({', '.join(FILE_FORMATS)}), a folder, or a data set on the Hub."
         ) from error

@@ -1,4 +1,4 @@
-"""The command line, run on the reference checkpoint as the README says."""
+"""The command line, run on a checkpoint that comes with the package as the README says."""
 
 import json
 import re
@@ -11,14 +11,15 @@ from transformers import AutoProcessor
 from typer.testing import CliRunner, Result
 
 from adavtp.command_line import app
-from adavtp.commands.presets import GALLERY_TEXT
+from adavtp.commands.presets import GALLERY_TEXT, PUBLISHED
 from adavtp.evaluation.report.sections import report_markdown
 from adavtp.modeling.families.adapters import ADAPTERS
 from adavtp.modeling.reducers.base import REDUCERS, STAGES
 from adavtp.tasks.digit_scenes import draw_scene
+from repository import DIGITS
 from tiny_processors import family_folder, released_folder
 
-# Brightness of a patch that none, one, ... and all four of the reference's decoder layers see.
+# Brightness of a patch that none, one, ... and all four of the checkpoint's decoder layers see.
 LEVELS = (0.18, 0.385, 0.59, 0.795, 1.0)
 
 
@@ -33,11 +34,19 @@ def run(*arguments: str | Path) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def test_demo_prints_five_budgets_and_writes_two_pictures(tmp_path: Path) -> None:
-    result = run("demo", "--questions", 6, "--output", tmp_path)
+# Of commands that ask a drawn task's questions.
+OF_DIGITS = ("--data", "digit-scenes")
+
+
+def ask(*arguments: str | Path) -> Result:
+    return run("ask", *arguments, "--checkpoint", DIGITS)
+
+
+def test_demo_prints_five_budgets_of_four_reducers_and_writes_two_pictures(tmp_path: Path) -> None:
+    result = run("demo", "--checkpoint", DIGITS, *OF_DIGITS, "--questions", 6, "--output", tmp_path)
     assert result.exit_code == 0, result.output
-    for tokens in ("144", "115", "86", "57", "28"):
-        assert tokens in result.output
+    for shown in ("144", "57", "28", "14", "7", "full", "adaptive", PUBLISHED, "random"):
+        assert shown in result.output
     for name in ("kept_patches.png", "accuracy.png"):
         assert min(Image.open(tmp_path / name).size) > 300
 
@@ -46,7 +55,7 @@ def test_demo_prints_five_budgets_and_writes_two_pictures(tmp_path: Path) -> Non
 def test_ask_answers_within_the_budget_and_shows_what_it_kept(
     scene: Path, tmp_path: Path, budget: str, kept: int
 ) -> None:
-    result = run("ask", scene, "how many digits are there ?", "--budget", budget, "--show", tmp_path / "kept.png")
+    result = ask(scene, "how many digits are there ?", "--budget", budget, "--show", tmp_path / "kept.png")
     assert result.exit_code == 0, result.output
     assert result.output.split()[0] in "23456"
     assert f"{kept} of 144 visual tokens" in result.output
@@ -93,7 +102,7 @@ def test_ask_draws_what_is_kept_on_an_image_that_is_not_cut(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("budget", ["1", "1.5", "nan", "much"])
 def test_ask_refuses_a_budget_that_is_none(scene: Path, budget: str) -> None:
-    result = run("ask", scene, "how many digits are there ?", "--budget", budget)
+    result = ask(scene, "how many digits are there ?", "--budget", budget)
     assert result.exit_code == 2
     assert budget in result.output
 
@@ -102,8 +111,8 @@ def test_ask_shows_how_many_layers_see_a_patch(scene: Path, tmp_path: Path) -> N
     levels = {}
     for reducers in (["fastv:layer=2"], ["grid", "vtw:layer=2"]):
         options = [word for reducer in reducers for word in ("--reducer", reducer)]
-        result = run(
-            *("ask", scene, "how many digits are there ?", "--budget", 0.6, *options, "--show", tmp_path / "kept.png")
+        result = ask(
+            *(scene, "how many digits are there ?", "--budget", 0.6, *options, "--show", tmp_path / "kept.png")
         )
         assert result.exit_code == 0, result.output
         assert "86 of 144 visual tokens, mean over decoder layers" in result.output
@@ -122,14 +131,14 @@ def test_ask_shows_how_many_layers_see_a_patch(scene: Path, tmp_path: Path) -> N
     [("0.1", "fastv:layer=2", "cannot go below"), ("0.5", "fastv:depth=2", "depth"), ("0.5", "nosuch", "nosuch")],
 )
 def test_ask_refuses_what_a_reducer_cannot_do(scene: Path, budget: str, reducer: str, reason: str) -> None:
-    result = run("ask", scene, "how many digits are there ?", "--budget", budget, "--reducer", reducer)
+    result = ask(scene, "how many digits are there ?", "--budget", budget, "--reducer", reducer)
     assert result.exit_code == 2
     assert reason in " ".join(result.output.split())
 
 
 def test_ask_refuses_a_file_that_is_no_image(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("not an image")
-    assert run("ask", tmp_path / "text.png", "how many digits are there ?").exit_code == 2
+    assert ask(tmp_path / "text.png", "how many digits are there ?").exit_code == 2
 
 
 def test_reducers_lists_every_one() -> None:
@@ -158,7 +167,8 @@ def test_families_says_of_each_what_a_budget_is_for_and_why_a_reducer_is_refused
 def test_compare_writes_a_page_two_pictures_and_the_numbers_of_a_run_it_goes_on_with(tmp_path: Path) -> None:
     folders = ("--output", tmp_path / "page", "--work", tmp_path / "run")
     for reducers in (["vtw"], ["adaptive", "vtw"]):
-        result = run("compare", "--questions", 6, "--reducers", *reducers, "--budgets", 0.1, 0.6, *folders)
+        asked = ("--questions", 6, "--reducers", *reducers, "--budgets", 0.1, 0.6)
+        result = run("compare", DIGITS, *OF_DIGITS, *asked, *folders)
         assert result.exit_code == 0, result.output
     names = {"reducers.md", "reducers.json", "reducers_accuracy.png", "reducers_gallery.png"}
     assert {path.name for path in (tmp_path / "page").iterdir()} == names
@@ -175,7 +185,7 @@ def test_compare_writes_a_page_two_pictures_and_the_numbers_of_a_run_it_goes_on_
 def test_compare_of_another_family_has_its_numbers_and_pictures_of_its_tiles(tmp_path: Path) -> None:
     folder, page = family_folder("idefics3", tmp_path / "model"), tmp_path / "page"
     asked = ("--questions", 6, "--reducers", "random", "tome", "--budgets", 0.5, "--output", page)
-    result = run("compare", folder, *asked, "--work", tmp_path / "run")
+    result = run("compare", folder, *OF_DIGITS, *asked, "--work", tmp_path / "run")
     assert result.exit_code == 0, result.output
     names = {"reducers.md", "reducers.json", "reducers_accuracy.png", "reducers_gallery.png"}
     assert {path.name for path in page.iterdir()} == names

@@ -1,4 +1,4 @@
-"""`adavtp evaluate` on the reference checkpoint: as it is typed, killed, shared by processes, and read by others."""
+"""`adavtp evaluate` on a checkpoint of ours: as it is typed, killed, shared by processes, and read by others."""
 
 import json
 import os
@@ -13,15 +13,20 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from adavtp.command_line import app
-from adavtp.commands.console import reference_checkpoint, repeated_options
-from adavtp.commands.evaluate import evaluate_checkpoint
+from adavtp.commands.console import repeated_options
+from adavtp.commands.evaluate import REDUCERS, evaluate_checkpoint
+from adavtp.evaluation.report.hard_subset import SMALLER_PICTURE
 from adavtp.evaluation.runs import Run
+from adavtp.evaluation.settings import CONTROLLER
 from forked_processes import Forks, as_launched
+from repository import DIGITS
 from tiny_processors import family_folder
 
 # The settings that most tests run, as they are typed; 58 of 144 is what 230 of 576 is.
 ASKED = ["--budgets", "0.1", "230/576", "576", "--reducers", "full", "prumerge", "fastv:layer=1", "adaptive"]
 SIZES = ["--questions", "12", "--batch-size", "4", "--max-new-tokens", "4"]
+DRAWN = ["--data", "digit-scenes"]
+OF_DIGITS = [str(DIGITS), *DRAWN]
 
 # Of the command, what it imports as it goes along.
 IMPORTS = """
@@ -40,7 +45,7 @@ def run(*arguments: str | Path) -> Result:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("whole") / "run"
-    result = run(*ASKED, *SIZES, "--output", folder)
+    result = run(*OF_DIGITS, *ASKED, *SIZES, "--output", folder)
     assert result.exit_code == 0, result.output
     return Run.open(folder)
 
@@ -98,7 +103,7 @@ def test_the_header_says_what_was_measured_with_what(whole: Run) -> None:
 
 
 def test_the_summary_is_printed_and_a_model_card_reads_it(whole: Run, tmp_path: Path) -> None:
-    result = run(*ASKED, *SIZES, "--output", whole.folder)
+    result = run(*OF_DIGITS, *ASKED, *SIZES, "--output", whole.folder)
     assert result.exit_code == 0, result.output
     full = [answer.score for answer in whole.answers() if answer.reducer == "full"]
     assert f"{100 * sum(full) / len(full):.1f}" in result.output and "GFLOPs" in result.output
@@ -112,8 +117,8 @@ def test_the_summary_is_printed_and_a_model_card_reads_it(whole: Run, tmp_path: 
     rows = {(row["reducer"], row["budget"]): row for row in report["rows"]}
     assert rows["full", 1.0]["accuracy"] == sum(full) / len(full)
     assert report["num_questions"] == 12 and report["split"] == "test"
-    record = TrainingRecord.found_in(reference_checkpoint(), evaluations=[path])
-    card = str(model_card(reference_checkpoint(), "adavtp-digits", record, Origin(None, "apache-2.0")))
+    record = TrainingRecord.found_in(DIGITS, evaluations=[path])
+    card = str(model_card(DIGITS, "adavtp-digits", record, Origin(None, "apache-2.0")))
     assert "prumerge" in card and f"{100 * rows['adaptive', 0.1]['accuracy']:.1f}" in card
 
 
@@ -121,9 +126,9 @@ def test_a_finished_run_answers_nothing_again_and_new_settings_are_added(whole: 
     folder = tmp_path / "run"
     shutil.copytree(whole.folder, folder)
     before = (folder / "answers.jsonl").read_bytes()
-    assert run(*ASKED, *SIZES, "--output", folder).exit_code == 0
+    assert run(*OF_DIGITS, *ASKED, *SIZES, "--output", folder).exit_code == 0
     assert (folder / "answers.jsonl").read_bytes() == before
-    assert run("--budget", 0.2, "--reducer", "random", *SIZES, "--output", folder).exit_code == 0
+    assert run(*OF_DIGITS, "--budget", 0.2, "--reducer", "random", *SIZES, "--output", folder).exit_code == 0
     assert (folder / "answers.jsonl").read_bytes().startswith(before)
     added = Run.open(folder).answers()[len(before.splitlines()) :]
     assert [answer.key for answer in added] == [("random", 0.2, index) for index in range(12)]
@@ -138,15 +143,15 @@ def test_a_finished_run_answers_nothing_again_and_new_settings_are_added(whole: 
     ],
 )
 def test_another_run_s_folder_is_refused(whole: Run, changed: list[str], name: str) -> None:
-    result = run(*ASKED, *SIZES, *changed, "--output", whole.folder)
+    result = run(*OF_DIGITS, *ASKED, *SIZES, *changed, "--output", whole.folder)
     assert result.exit_code == 2 and name in " ".join(result.output.split())
 
 
 def test_another_checkpoint_s_folder_is_refused(whole: Run, tmp_path: Path) -> None:
-    other = shutil.copytree(reference_checkpoint(), tmp_path / "other")
+    other = shutil.copytree(DIGITS, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"token_budget": 0.5}))
-    result = run(other, *ASKED, *SIZES, "--output", whole.folder)
+    result = run(other, *DRAWN, *ASKED, *SIZES, "--output", whole.folder)
     assert result.exit_code == 2 and "checkpoint_hash" in " ".join(result.output.split())
 
 
@@ -159,10 +164,13 @@ def test_another_checkpoint_s_folder_is_refused(whole: Run, tmp_path: Path) -> N
         ("--metric nosuch", "nosuch"),
         ("--data nothing.json", "nothing.json"),
         ("--data gqa:nothing", "no folder"),
+        ("--kinds nosuch", "nosuch"),
+        ("--data pages --kinds relation", "'relation'; allowed are value_of_key"),
+        ("--data gqa:nothing --kinds count", "kinds are those of digit-scenes and pages alone"),
     ],
 )
 def test_what_is_not_allowed_is_refused_with_the_reason(arguments: str, reason: str, tmp_path: Path) -> None:
-    result = run(*arguments.split(), "--questions", 6, "--output", tmp_path / "run")
+    result = run(*OF_DIGITS, *arguments.split(), "--questions", 6, "--output", tmp_path / "run")
     assert result.exit_code == 2 and reason in " ".join(result.output.split())
     assert not (tmp_path / "run").exists()
 
@@ -180,7 +188,7 @@ def test_a_benchmark_s_files_are_evaluated_with_its_metric(tmp_path: Path) -> No
     (folder / "llava_pope_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "coco" / "coco_pope_random.json").write_text("".join(json.dumps(row) + "\n" for row in labels))
     options = ["--reducers", "full", "--output", tmp_path / "run", "--latency-repeats", 1]
-    result = run("--data", f"pope:{folder}", *options)
+    result = run(DIGITS, "--data", f"pope:{folder}", *options)
     assert result.exit_code == 0, result.output
     finished = Run.open(tmp_path / "run")
     assert finished.header["metric"] == "pope"
@@ -196,7 +204,8 @@ def test_a_benchmark_s_files_are_evaluated_with_its_metric(tmp_path: Path) -> No
 
 
 def test_where_nothing_can_be_measured_that_is_an_error(tmp_path: Path) -> None:
-    result = run("--budgets", "0.1", "--reducers", "fastv:layer=1", "--questions", "6", "--output", tmp_path / "run")
+    asked = ("--budgets", "0.1", "--reducers", "fastv:layer=1", "--questions", "6")
+    result = run(*OF_DIGITS, *asked, "--output", tmp_path / "run")
     assert result.exit_code == 2 and "cannot go below" in " ".join(result.output.split())
     assert not (tmp_path / "run").exists()
 
@@ -207,7 +216,7 @@ def lines_of_processes(folder: Path) -> Iterator[int]:
 
 def test_two_processes_killed_and_begun_again_leave_the_same_file_as_one(whole: Run, tmp_path: Path) -> None:
     folder, printed = tmp_path / "two", tmp_path / "printed"
-    command = ["adavtp", "evaluate", *ASKED, *SIZES, "--output", str(folder)]
+    command = ["adavtp", "evaluate", *OF_DIGITS, *ASKED, *SIZES, "--output", str(folder)]
     with Forks(IMPORTS, "app()") as forks:
         processes = forks.begin(command, printed, as_launched(2))
         while sum(lines_of_processes(folder)) < 12 or len(list(lines_of_processes(folder))) < 2:
@@ -229,15 +238,28 @@ def test_two_processes_killed_and_begun_again_leave_the_same_file_as_one(whole: 
 
 def test_python_gets_the_finished_run(tmp_path: Path) -> None:
     finished = evaluate_checkpoint(
-        None, "digit-scenes", [0.5], ["adaptive"], output=tmp_path / "run", questions=6, max_new_tokens=2
+        str(DIGITS), "digit-scenes", [0.5], ["adaptive"], output=tmp_path / "run", questions=6, max_new_tokens=2
     )
     assert [answer.reducer for answer in finished.answers()] == ["adaptive"] * 6
 
 
+def test_only_kinds_that_were_named_are_asked(tmp_path: Path) -> None:
+    asked = ["--reducers", "full", "--kinds", "count", "largest", "--questions", 6, "--max-new-tokens", 2]
+    result = run(*OF_DIGITS, *asked, "--output", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert [answer.category for answer in Run.open(tmp_path / "run").answers()] == ["count", "largest"] * 3
+
+
+def test_by_default_a_run_has_the_hard_subset_s_control() -> None:
+    assert SMALLER_PICTURE in REDUCERS and CONTROLLER in REDUCERS
+
+
 def test_a_folder_of_another_family_is_evaluated_and_reported_by_what_its_prompts_had(tmp_path: Path) -> None:
     folder, output = family_folder("llava_next", tmp_path / "model"), tmp_path / "run"
-    settings = ["--budgets", "0.4", "4", "115/576", "--reducers", "full", "random", "evs"]
-    result = run(folder, *settings, "--questions", 6, "--batch-size", 4, "--max-new-tokens", 2, "--output", output)
+    settings = [*DRAWN, "--budgets", "0.4", "4", "115/576", "--reducers", "full", "random", "evs"]
+    result = run(
+        folder, *DRAWN, *settings, "--questions", 6, "--batch-size", 4, "--max-new-tokens", 2, "--output", output
+    )
     assert result.exit_code == 0, result.output
     finished = Run.open(output)
     assert finished.header["num_patches"] is None
@@ -260,7 +282,7 @@ def test_a_folder_of_another_family_is_evaluated_and_reported_by_what_its_prompt
 def test_a_family_without_chats_is_evaluated_by_single_questions(tmp_path: Path) -> None:
     folder, output = family_folder("paligemma", tmp_path / "model"), tmp_path / "run"
     settings = ["--budgets", "0.4", "--reducers", "full", "random", "--questions", 6]
-    result = run(folder, *settings, "--max-new-tokens", 2, "--output", output)
+    result = run(folder, *DRAWN, *settings, "--max-new-tokens", 2, "--output", output)
     assert result.exit_code == 0, result.output
     seen = {answer.setting: answer.visual_tokens for answer in Run.open(output).answers()}
     assert seen == {("full", 1.0): 16, ("random", 0.4): 6}

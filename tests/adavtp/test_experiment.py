@@ -11,12 +11,13 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from adavtp.command_line import app
-from adavtp.commands.console import reference_checkpoint
 from adavtp.commands.experiment_runs import Experiment, join_variants, named_experiments, write_start
 from adavtp.evaluation.runs import Run
+from repository import DIGITS
 
 EXPERIMENT = """
 title: A small experiment
+data: digit-scenes
 budgets: [58/576, 230/576]
 seeds: [3, 4]
 parts:
@@ -117,13 +118,13 @@ def test_controls_are_those_of_the_checkpoint_as_it_is(carried_out: Path) -> Non
     joined = [answer.prediction for answer in Run.open(heads / "run").answers() if answer.reducer == "grid"]
     output = carried_out / "grid"
     asked = ["--budgets", "58/576", "230/576", "--reducers", "grid", "--questions", 6]
-    result = run("evaluate", reference_checkpoint(), *asked, "--output", output)
+    result = run("evaluate", DIGITS, "--data", "digit-scenes", *asked, "--output", output)
     assert result.exit_code == 0, result.output
     assert joined == [answer.prediction for answer in Run.open(output).answers()]
 
 
 def test_a_variant_is_what_it_says_and_keeps_the_llava_that_it_starts_from(carried_out: Path) -> None:
-    start = load_file(reference_checkpoint() / "model.safetensors")
+    start = load_file(DIGITS / "model.safetensors")
     for variant, head in (("dot_head", "dot"), ("patch_head", "patch")):
         folder = heads_of(carried_out) / variant / "heads"
         assert json.loads((folder / "config.json").read_text())["controller_head"] == head
@@ -154,8 +155,8 @@ def test_asked_again_nothing_is_trained_or_answered_again(carried_out: Path) -> 
 
 
 def test_a_start_has_no_weights_for_choosing(tmp_path: Path) -> None:
-    start = load_file(write_start(reference_checkpoint(), tmp_path / "start") / "model.safetensors")
-    whole = load_file(reference_checkpoint() / "model.safetensors")
+    start = load_file(write_start(DIGITS, tmp_path / "start") / "model.safetensors")
+    whole = load_file(DIGITS / "model.safetensors")
     missing = set(whole) - set(start)
     assert missing == set(filter(is_for_choosing, whole))
     assert missing and all((start[name] == whole[name]).all() for name in start)
@@ -170,7 +171,7 @@ def test_runs_of_other_questions_are_not_joined(carried_out: Path, tmp_path: Pat
 
 
 def test_experiment_1_is_what_the_plan_asks_for() -> None:
-    experiment = Experiment.from_file(named_experiments()["1"])
+    experiment = Experiment.from_file(named_experiments()["1-digits"])
     assert [str(budget) for budget in experiment.budgets][2:] == [
         f"{count}/576" for count in (115, 230, 345, 460, 576)
     ]
@@ -202,6 +203,7 @@ def test_experiment_1_is_what_the_plan_asks_for() -> None:
         ("{reducer: random}", "{training: {steps: 1}}", "'heads'.*steps"),
         ("title: A small experiment", "", "missing field.*title"),
         ("seeds: [3, 4]", "seeds: [3, 3]", "`seeds` is .3, 3.; allowed are one or more"),
+        ("data: digit-scenes\n", "data: photographs\n", "`data` is 'photographs'; allowed are pages, digit-scenes"),
     ],
 )
 def test_what_is_written_wrong_is_refused_by_name(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -211,7 +213,7 @@ def test_what_is_written_wrong_is_refused_by_name(tmp_path: Path, old: str, new:
 
 
 def test_another_checkpoint_under_the_same_name_is_refused(carried_out: Path, tmp_path: Path) -> None:
-    other = shutil.copytree(reference_checkpoint(), tmp_path / "adavtp-digits")
+    other = shutil.copytree(DIGITS, tmp_path / "adavtp-digits")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"controller_choice": "best"}))
     options = ("--checkpoint", other, "--output", tmp_path / "reports", "--work", carried_out / "work")
@@ -229,11 +231,11 @@ def test_a_variant_that_was_trained_otherwise_is_refused(carried_out: Path, tmp_
 
 
 def test_what_is_asked_wrong_is_refused_by_name(tmp_path: Path) -> None:
-    other = shutil.copytree(reference_checkpoint(), tmp_path / "adavtp-digits")
+    other = shutil.copytree(DIGITS, tmp_path / "adavtp-digits")
     for arguments, said in (
         (["seven"], "'seven'"),
-        (["1", "--parts", "nothing"], "'nothing'; this experiment's parts: methods"),
-        (["1", "--checkpoints", reference_checkpoint(), other], "last names"),
+        (["1-digits", "--parts", "nothing"], "'nothing'; this experiment's parts: methods"),
+        (["1-digits", "--checkpoints", DIGITS, other], "last names"),
     ):
         result = run("experiment", *arguments, "--output", tmp_path / "reports")
         assert result.exit_code == 2 and said in " ".join(result.output.split())

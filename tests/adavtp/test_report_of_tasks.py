@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from adavtp.command_line import app
 from adavtp.tasks.drawn_tasks import drawn_task
 from adavtp.trainer.recipes.starting_model import new_model
+from repository import DIGITS
 
 Line = dict[str, Any]
 
@@ -81,7 +82,8 @@ def reported(folder: Path) -> tuple[list[Line], dict[str, Any], str]:
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Line], dict[str, Any], str]:
     folder = tmp_path_factory.mktemp("scenes")
     asked = ["--budgets", 0.1, "--reducers", "full", "adaptive", "grid", "downsample", "--questions", 24]
-    written("evaluate", *asked, "--max-new-tokens", 4, "--batch-size", 24, "--output", folder / "run")
+    limits = ["--max-new-tokens", 4, "--batch-size", 24]
+    written("evaluate", DIGITS, "--data", "digit-scenes", *asked, *limits, "--output", folder / "run")
     return reported(folder)
 
 

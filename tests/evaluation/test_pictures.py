@@ -6,7 +6,7 @@ from PIL import Image
 
 from adavtp.configuration.configuration_adavtp import AdaVTPConfig
 from adavtp.evaluation.circumstances import checkpoint_hash
-from adavtp.evaluation.pictures import save_gallery, save_kept_patches
+from adavtp.evaluation.pictures import save_gallery, save_kept_patches, where_methods_differ
 from adavtp.evaluation.reducer_table import as_trained, reducer_table, reducers_to_compare
 from adavtp.evaluation.runs import Run
 from adavtp.evaluation.settings import reducer_label
@@ -50,7 +50,18 @@ def test_a_run_is_drawn_by_budgets_and_by_reducers_also_what_is_out_of_reach(tmp
     scores = {("full", 1.0): [1.0, 0.0], ("adaptive", 0.5): [1.0, 1.0], ("adaptive", 0.25): [0.0, 1.0]}
     unreachable = [{"reducer": "vtw", "budget": 0.25, "reason": "too low"}]
     run = Run.open(write_run(tmp_path / "run", scores, shown=2, unreachable=unreachable))
-    save_kept_patches(run, "adaptive", 2, tmp_path / "kept.png")
+    save_kept_patches(run, 1, tmp_path / "kept.png")
     save_gallery(run, 0.25, tmp_path / "gallery.png")
-    for name, size in (("kept.png", (693, 561)), ("gallery.png", (1347, 286))):
+    for name, size in (("kept.png", (924, 269)), ("gallery.png", (1347, 286))):
         assert Image.open(tmp_path / name).size == size
+
+
+def test_the_picture_is_of_the_question_on_which_methods_differ_at_most_budgets(tmp_path: Path) -> None:
+    # Wrong with everything kept; alike; different at one budget; at two; at two again.
+    full = [0.0, 1.0, 1.0, 1.0, 1.0]
+    ours = {0.5: [1.0, 1.0, 1.0, 0.0, 1.0], 0.25: [1.0, 0.0, 1.0, 1.0, 0.0]}
+    theirs = {0.5: [0.0, 1.0, 1.0, 1.0, 0.0], 0.25: [0.0, 0.0, 0.0, 0.0, 1.0]}
+    scores = {("full", 1.0): full}
+    scores |= {("adaptive", budget): own for budget, own in ours.items()}
+    scores |= {("random", budget): own for budget, own in theirs.items()}
+    assert where_methods_differ(Run.open(write_run(tmp_path / "run", scores, shown=5))) == 3

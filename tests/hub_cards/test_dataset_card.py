@@ -1,4 +1,4 @@
-"""The data set repository of digit scenes: files that load as they were, and a card whose numbers are counted."""
+"""The data set repository of a drawn task: files that load as they were, and a card whose numbers are counted."""
 
 import re
 from collections import Counter
@@ -9,20 +9,30 @@ import pytest
 from huggingface_hub import DatasetCard, metadata_load
 
 from adavtp.hub_cards.dataset_card import TEMPLATE, dataset_folder
-from adavtp.tasks.digit_scenes import QUESTION_KINDS, load_digit_questions
+from adavtp.tasks import digit_scenes, pages
 
 SIZES = {"train": 24, "validation": 6, "test": 12}
 COMMAND = "adavtp publish-data somebody/scenes --train 24"
+TASKS = {
+    "digit-scenes": (digit_scenes.load_digit_questions, digit_scenes.QUESTION_KINDS),
+    "pages": (pages.load_page_questions, pages.QUESTION_KINDS),
+}
+
+
+@pytest.fixture(scope="module", params=TASKS)
+def task(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def splits() -> dict[str, datasets.Dataset]:
-    return {split: load_digit_questions(split, size) for split, size in SIZES.items()}
+def splits(task: str) -> dict[str, datasets.Dataset]:
+    load_questions, _ = TASKS[task]
+    return {split: load_questions(split, size) for split, size in SIZES.items()}
 
 
 @pytest.fixture(scope="module")
-def folder(splits: dict[str, datasets.Dataset], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return dataset_folder(splits, tmp_path_factory.mktemp("scenes"), "somebody/scenes", COMMAND)
+def folder(task: str, splits: dict[str, datasets.Dataset], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return dataset_folder(task, splits, tmp_path_factory.mktemp("scenes"), "somebody/scenes", COMMAND)
 
 
 @pytest.fixture(scope="module")
@@ -44,38 +54,42 @@ def test_the_folder_loads_with_splits_features_and_rows_as_they_were(
             }
 
 
-def test_the_metadata_are_what_the_data_are(folder: Path) -> None:
+def test_the_metadata_are_what_the_data_are(task: str, folder: Path) -> None:
     data = metadata_load(folder / "README.md")
     info = data["dataset_info"]
     assert {split["name"]: split["num_examples"] for split in info["splits"]} == SIZES
     assert info["download_size"] == sum(path.stat().st_size for path in (folder / "data").iterdir())
     assert datasets.Features._from_yaml_list(info["features"])["images"] == datasets.List(datasets.Image())
     assert data["size_categories"] == ["n<1K"]
-    assert (data["license"], data["language"]) == ("cc-by-4.0", ["en"])
+    licences = {"digit-scenes": "cc-by-4.0", "pages": "apache-2.0"}
+    assert (data["license"], data["language"]) == (licences[task], ["en"]) and task in data["tags"]
     assert "visual-question-answering" in data["task_categories"]
     paths = {one["split"]: one["path"] for one in data["configs"][0]["data_files"]}
     assert all(len(list(folder.glob(path))) == 1 for path in paths.values()) and set(paths) == set(SIZES)
 
 
-def test_the_card_counts_rows_and_kinds(card: str, splits: dict[str, datasets.Dataset]) -> None:
+def test_the_card_counts_rows_and_kinds(task: str, card: str, splits: dict[str, datasets.Dataset]) -> None:
     for split, size in SIZES.items():
         assert f"| {split} | {size} |" in card
     counted = {split: Counter(data["kind"]) for split, data in splits.items()}
     rows = {
         row[0]: row[1:] for row in re.findall(r"^\| (\w+) \| (\d+) \| (\d+) \| (\d+) \| (.+) \| (.+) \|$", card, re.M)
     }
-    assert set(rows) == set(QUESTION_KINDS)
+    assert set(rows) == set(TASKS[task][1])
     for kind, (*numbers, question, answer) in rows.items():
         assert [int(number) for number in numbers] == [counted[split][kind] for split in SIZES]
         asked = [row for row in splits["train"].remove_columns("images") if row["kind"] == kind]
         assert (question, answer) == (asked[0]["question"], asked[0]["answer"])
 
 
-def test_the_card_says_how_it_was_made_and_whose_handwriting_it_is(card: str) -> None:
+def test_the_card_says_how_it_was_made_and_of_whose_writing(task: str, card: str) -> None:
     assert COMMAND in card
-    assert "96 x 96 pixels" in card
-    for fact in ("E. Alpaydin", "C. Kaynak", "UCI", "scikit-learn", "Creative Commons Attribution 4.0"):
-        assert fact in " ".join(card.split())
+    facts = {
+        "digit-scenes": ("96 x 96 pixels", "E. Alpaydin", "C. Kaynak", "UCI", "Creative Commons Attribution 4.0"),
+        "pages": ("192 x 192 pixels", "Computer Modern", "Apache"),
+    }
+    for name, own in facts.items():
+        assert [fact in " ".join(card.split()) for fact in own] == [name == task] * len(own)
 
 
 def test_the_card_has_no_line_left_over_from_the_template(card: str) -> None:

@@ -180,17 +180,39 @@ def test_a_model_inherits_the_licence_of_a_base_that_is_known_and_no_other(
     assert (data["base_model"], data["base_model_relation"], data.get("license")) == (base, "finetune", licence)
 
 
-def test_digit_scenes_from_nothing_are_apache_and_from_llava_are_not(tmp_path: Path) -> None:
-    digits = {"path": "digit-scenes"}
+@pytest.mark.parametrize("task", ["digit-scenes", "pages"])
+def test_what_learned_a_drawn_task_from_nothing_is_apache_and_from_llava_is_not(task: str, tmp_path: Path) -> None:
+    drawn = {"path": task}
     of_recipe = {}
     for name, recipe in {
-        "nothing": _recipe(digits),
-        "llava": _recipe(digits, checkpoint=LLAVA),
-        "photographs": _recipe(digits, {"path": "org/photographs"}),
+        "nothing": _recipe(drawn),
+        "llava": _recipe(drawn, checkpoint=LLAVA),
+        "photographs": _recipe(drawn, {"path": "org/photographs"}),
     }.items():
         (tmp_path / name).mkdir()
         of_recipe[name] = origin_of(tmp_path / name, _record(tmp_path / name, recipe)).license
     assert of_recipe == {"nothing": "apache-2.0", "llava": "llama2", "photographs": None}
+
+
+@pytest.mark.parametrize(
+    ("path", "question", "content"),
+    [
+        ("digit-scenes", "What colour is the largest digit?", "coloured handwritten digits"),
+        (None, "What colour is the largest digit?", "coloured handwritten digits"),
+        ("pages", "How many entries are there?", "pages of dense text"),
+        ("org/vqa", "What is in the picture?", "where the cost of looking has to be limited"),
+    ],
+)
+def test_the_card_has_a_question_and_a_use_for_what_was_learned(
+    path: str | None, question: str, content: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    recipe = _recipe({} if path is None else {"path": path})
+    # What such a stage draws it need not say.
+    recipe["stages"][0]["kind"] = "conversations" if path == "org/vqa" else "packed_questions"
+    data = _metadata(checkpoint, _record(tmp_path, recipe), tmp_path)
+    card = (tmp_path / "card.md").read_text()
+    assert f'image, "{question}", token_budget' in card and content in " ".join(card.split())
+    assert ("digit-scenes" in data["tags"], "pages" in data["tags"]) == ("largest" in question, path == "pages")
 
 
 def test_a_folder_that_training_began_with_says_its_base_and_licence(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def round_trip(
     draw_scene("test", 0).image.save(elsewhere / "image.png")
     with local_hub(elsewhere / "home") as hub:
         model = adavtp("publish", checkpoint, "somebody/tiny")
-        sizes = ("--train", 12, "--validation", 6, "--test", 9)
+        sizes = ("--data", "digit-scenes", "--train", 12, "--validation", 6, "--test", 9)
         data = adavtp("publish-data", "somebody/digit-scenes", *sizes)
         assert (model.exit_code, data.exit_code) == (0, 0), model.output + data.output
         files = {"model": hub.files("somebody/tiny"), "dataset": hub.files("somebody/digit-scenes", "dataset")}

@@ -164,8 +164,8 @@ class Recipe:
         seed: of initialisation, of the order of data and of the budgets.
         reducer: what the last stage's checkpoint chooses tokens with, as in `set_reducer`, if not with what that stage
             trained. The weights of all reducers that were trained are in it.
-        evaluation: what `adavtp train` measures at the end on digit scenes: `questions`, the number of them, `budgets`
-            and `reducers`; empty for nothing.
+        evaluation: what `adavtp train` measures at the end on the model's task: `questions`, the number of them,
+            `budgets` and `reducers`; empty for nothing.
 
     Raises:
         ValueError: if there are no stages or two have the same name, or the model or the evaluation is not complete.
