@@ -21,7 +21,7 @@ from repository import DIGITS, ROOT
 from stock_batches import pipeline_answers, stock_answers
 from without_package import run_without_package
 
-EVERY_FOLDER = pytest.mark.parametrize("folder", map(reference_checkpoint, REFERENCES), ids=REFERENCES)
+EVERY_FOLDER = pytest.mark.parametrize("folder", list(map(reference_checkpoint, REFERENCES)), ids=list(REFERENCES))
 
 
 @pytest.fixture(scope="module")
