@@ -258,8 +258,8 @@ def jpeg(generator: torch.Generator, width: int = 640, height: int = 480) -> byt
 
 
 def build_processor(image_size: int, patch_size: int) -> AdaVTPProcessor:
-    """The reference's, CLIP's preprocessing and a prompt in LLaVA's form, for images of another size."""
-    processor = AdaVTPProcessor.from_pretrained(reference_checkpoint())
+    """That of digit scenes, CLIP's preprocessing and a prompt in LLaVA's form, for images of another size."""
+    processor = AdaVTPProcessor.from_pretrained(reference_checkpoint("digit-scenes"))
     processor.image_processor.size = {"shortest_edge": image_size}
     processor.image_processor.crop_size = {"height": image_size, "width": image_size}
     processor.patch_size = patch_size

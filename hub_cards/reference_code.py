@@ -1,6 +1,6 @@
 """Writes the code of the reference checkpoints beside their weights; git keeps only the weights.
 
-`make demo` and `make test` run it, so that `AutoModel.from_pretrained("hub_cards/adavtp-digits",
+`make demo` and `make test` run it, so that `AutoModel.from_pretrained("hub_cards/adavtp-pages",
 trust_remote_code=True)` works in a script that never imports this package, as with any folder that was exported.
 """
 
@@ -21,8 +21,8 @@ __all__ = ["AdaVTPConfig", "AdaVTPProcessor"]
 
 
 def write_reference_code() -> None:
-    """Brings the code in `hub_cards/adavtp-digits*/adavtp_code/` up to date."""
-    for folder in Path(__file__).resolve().parent.glob("adavtp-digits*"):
+    """Brings the code in `hub_cards/adavtp-*/adavtp_code/` up to date."""
+    for folder in Path(__file__).resolve().parent.glob("adavtp-*"):
         save_code(AdaVTPForConditionalGeneration, folder)
         save_code(AdaVTPProcessor, folder)
         (folder / CODE_FOLDER / f"{LEADING_FILE}.py").write_text(_LEADING, encoding="utf-8")

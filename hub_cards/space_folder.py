@@ -31,7 +31,7 @@ def space_folder(output_dir: str | Path, repo_id: str, examples: str | Path | No
             up to date.
         repo_id: the checkpoint's repository on the Hub, `owner/name`.
         examples: folder with images and a `questions.json` that holds pairs of an image's file name and a question;
-            by default digit scenes. `None` for a page without examples. Those of an earlier Space are replaced,
+            by default pages. `None` for a page without examples. Those of an earlier Space are replaced,
             unless it is their own folder that is named.
 
     Returns:
@@ -78,7 +78,7 @@ def _example_files(examples: Path) -> list[str]:
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(
             f"`examples` is {str(examples)!r}; expected is a folder with a {_QUESTIONS} of pairs such as "
-            f'["scene.png", "Which digit is red?"]: {error}'
+            f'["cat.png", "Is there a cat?"]: {error}'
         ) from error
     for image, _ in pairs:
         require_own_file(examples / image, examples)

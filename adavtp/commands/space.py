@@ -27,7 +27,7 @@ def space(
         Path | None,
         typer.Option(
             help="For --export: folder with images and questions.json, pairs of image file and question. Default: "
-            "those that are there already, else digit scenes.",
+            "those that are there already, else pages.",
             exists=True,
             file_okay=False,
         ),
@@ -42,7 +42,7 @@ def space(
         _export(export, checkpoint, examples)
         return
     if examples is not None:
-        raise typer.BadParameter("`--examples` goes with `--export`; the page that runs here has digit scenes.")
+        raise typer.BadParameter("`--examples` goes with `--export`; the one that runs here has pages.")
     if importlib.util.find_spec("gradio") is None:
         console.print(
             "The page needs Gradio, which is not installed: [bold]pip install 'gradio>=6.31,<7'[/bold], or this "

@@ -140,7 +140,7 @@ def _what_is_asked() -> tuple[gr.Image, gr.Textbox, gr.Button, gr.HTML, Dependen
         alt_text="The image that is asked about.",
         elem_id="image",
     )
-    question = gr.Textbox(label="Question", placeholder="Which digit is red?", max_lines=3, elem_id="question")
+    question = gr.Textbox(label="Question", placeholder="What is in the picture?", max_lines=3, elem_id="question")
     ask = gr.Button("Ask", variant="primary")
     message = gr.HTML(elem_id="message", padding=False)
     if not (rows := examples()):

@@ -12,8 +12,9 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from adavtp.command_line import app
-from adavtp.commands.console import Command, reference_checkpoint
+from adavtp.commands.console import Command
 from armed_folders import armed_folder
+from repository import DIGITS
 
 
 def run(*arguments: str | Path) -> Result:
@@ -53,7 +54,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_a_sentence(damage: str, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
-    shutil.copytree(reference_checkpoint(), folder)
+    shutil.copytree(DIGITS, folder)
     DAMAGES[damage](folder)
     result = run("ask", Path("docs/scene.png").resolve(), "q", "--checkpoint", folder)
     assert result.exit_code == 2, text_of(result)
@@ -99,7 +100,7 @@ STAGES = {
 }
 OTHERS = {
     "model": ["x", None, [1], {}, {"checkpoint": "/nowhere"}, {"vision_config": 1, "text_config": 2}]
-    + [{"vision_config": {}, "text_config": {}}, {"checkpoint": str(reference_checkpoint()), "nonsense": 1}],
+    + [{"vision_config": {}, "text_config": {}}, {"checkpoint": str(DIGITS), "nonsense": 1}],
     "stages": [None, "x", [1], {"a": 1}, [STAGE, STAGE]],
     "seed": ["x", [1], 1.5, None],
     "reducer": [3, "nothing"],
@@ -110,7 +111,7 @@ OTHERS = {
     ]
     + [{"questions": 6, "budgets": [0.4], "reducers": ["nothing"]}, {"questions": 6, "budgets": 3, "reducers": 4}],
 }
-RECIPE = {"model": {"checkpoint": str(reference_checkpoint())}, "stages": [STAGE]}
+RECIPE = {"model": {"checkpoint": str(DIGITS)}, "stages": [STAGE]}
 BROKEN_RECIPES = [
     *[(name, RECIPE | {"stages": [STAGE | {name: value}]}) for name, values in STAGES.items() for value in values],
     *[(name, RECIPE | {name: value}) for name, values in OTHERS.items() for value in values],
@@ -187,7 +188,7 @@ def test_a_record_with_something_else_in_a_field_is_a_sentence_and_nothing_is_ex
 ) -> None:
     option, content = BROKEN_RECORDS[number]
     (tmp_path / "record").write_text(json.dumps(content))
-    result = run("export", reference_checkpoint(), tmp_path / "out", option, tmp_path / "record")
+    result = run("export", DIGITS, tmp_path / "out", option, tmp_path / "record")
     assert result.exit_code == 2 and "fault of AdaVTP" not in text_of(result), text_of(result)
     assert [path.name for path in tmp_path.iterdir()] == ["record"]
 
@@ -242,7 +243,7 @@ COMMAND_LINES = {
     "a rank beyond all widths": ([*PLAN, "--lora", "2147483647"], "less than or equal to"),
     "a measurement too deep": ([*PLAN, "--measured", "deep.json"], "`measured` is 'deep.json'"),
     "a checkpoint too deep": (["export", "deep", "out"], "checkpoint in 'deep' cannot be read"),
-    "an export onto what is too deep": (["export", reference_checkpoint(), "deep"], "config.json' is not JSON"),
+    "an export onto what is too deep": (["export", DIGITS, "deep"], "config.json' is not JSON"),
     "a parameter too deep": ([*ASK, "--reducer", "fastv:layer=" + "[" * 5000], "`layer`"),
     "a source too deep": (["convert", "deep", "out"], "config.json' is not JSON"),
     "a measurement that is a list": ([*PLAN, "--measured", "list.json"], "`measured` is 'list.json'"),
@@ -261,7 +262,7 @@ COMMAND_LINES = {
     "an adapter evaluated": (["evaluate", "adapter"], "adavtp merge"),
     "a base that is a folder": (["export", "file", "out", "--base-model", "./x"], "`base_model` is './x'"),
     "a licence in words": (["export", "file", "out", "--license", "a: b"], "`license` is 'a: b'"),
-    "an export onto a file": (["export", reference_checkpoint(), "file"], "holds something else"),
+    "an export onto a file": (["export", DIGITS, "file"], "holds something else"),
     "a space onto something else": (["space", "user/name", "--export", "folder"], "holds something else"),
     "a picture without a form": ([*ASK, "--show", "kept.nothing"], "nothing"),
     "a picture below a file": ([*ASK, "--show", "file/kept.png"], "cannot be read or written"),

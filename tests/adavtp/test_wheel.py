@@ -11,7 +11,7 @@ import pytest
 from repository import ROOT
 
 ROOMS = ("configuration", "modeling", "tasks", "trainer", "evaluation", "hub_cards")
-LEFT_OUT = {"__pycache__", "adavtp_code", "adavtp-digits-seed-1", ".gitkeep"}
+LEFT_OUT = {"__pycache__", "adavtp_code", ".gitkeep"}
 
 
 def _files(folder: Path) -> set[str]:

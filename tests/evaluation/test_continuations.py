@@ -11,10 +11,9 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from adavtp import AdaVTPForConditionalGeneration, AdaVTPProcessor
-from adavtp.commands.console import reference_checkpoint
 from adavtp.evaluation.continuations import generate_continuations, score_continuations
 from adavtp.evaluation.settings import Setting
-from repository import ROOT
+from repository import DIGITS, ROOT
 from tiny_processors import family_model, family_processor
 
 SCENE = ROOT / "docs" / "scene.png"
@@ -24,12 +23,12 @@ NUM_PATCHES = 144
 
 @pytest.fixture(scope="module")
 def model() -> AdaVTPForConditionalGeneration:
-    return AdaVTPForConditionalGeneration.from_pretrained(reference_checkpoint()).eval()
+    return AdaVTPForConditionalGeneration.from_pretrained(DIGITS).eval()
 
 
 @pytest.fixture(scope="module")
 def processor() -> AdaVTPProcessor:
-    return AdaVTPProcessor.from_pretrained(reference_checkpoint())
+    return AdaVTPProcessor.from_pretrained(DIGITS)
 
 
 @pytest.fixture(scope="module")

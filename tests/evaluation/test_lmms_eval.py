@@ -18,7 +18,7 @@ from datasets import Dataset, DatasetDict, Image
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from adavtp import AdaVTPConfig, AdaVTPForConditionalGeneration, AdaVTPProcessor
-from adavtp.commands.console import load_checkpoint, reference_checkpoint
+from adavtp.commands.console import load_checkpoint
 from adavtp.evaluation.continuations import score_continuations
 from adavtp.evaluation.settings import Setting
 from adavtp.tasks.digit_scenes import load_digit_questions
@@ -33,7 +33,7 @@ from lmms_eval.api.instance import Instance, unwrap_generation_output  # noqa: E
 from lmms_eval.models import get_model  # noqa: E402
 
 from adavtp.evaluation.lmms_eval.model import generation_arguments  # noqa: E402
-from repository import FIXTURES
+from repository import DIGITS, FIXTURES
 from tiny_processors import family_folder
 
 TASKS = FIXTURES / "lmms_eval_task"
@@ -93,7 +93,7 @@ def run_lmms_eval(
     forks: Forks, workplace: Path, name: str, setting: str, tasks: str, *more: str, num_processes: int = 1
 ) -> Path:
     """`python -m lmms_eval --model adavtp ...`; the folder with what it wrote."""
-    model_args = f"pretrained={reference_checkpoint()},{setting},statistics={name}.jsonl"
+    model_args = f"pretrained={DIGITS},{setting},statistics={name}.jsonl"
     arguments = ["--model", "adavtp", "--model_args", model_args, "--tasks", tasks, "--include_path", str(TASKS)]
     arguments += ["--batch_size", "5", "--output_path", name, "--log_samples", *more]
     printed = workplace / f"{name}.txt"
@@ -131,7 +131,7 @@ def simple_run(lmms_eval: Forks, workplace: Path) -> Path:
 @pytest.fixture(scope="module")
 def reference() -> tuple[Any, Any]:
     """The reference checkpoint's model and processor, without lmms-eval."""
-    return load_checkpoint(None)
+    return load_checkpoint(str(DIGITS))
 
 
 def answers_alone(reference: tuple[Any, Any], questions: Dataset, **setting: Any) -> list[str]:
@@ -217,7 +217,7 @@ def test_lmms_eval_picks_the_likeliest_choice(
 
 def made(form: str, **arguments: Any) -> Any:
     """The model as lmms-eval makes it from its name, a form and `--model_args`."""
-    text = ",".join(f"{name}={value}" for name, value in ({"pretrained": reference_checkpoint()} | arguments).items())
+    text = ",".join(f"{name}={value}" for name, value in ({"pretrained": DIGITS} | arguments).items())
     return get_model("adavtp", force_simple=form == "simple").create_from_arg_string(text, {"device": "cpu"})
 
 
@@ -395,7 +395,7 @@ def test_requests_of_different_tasks_keep_their_own_generation_kwargs(
 
 def plain_llava(folder: Path) -> Path:
     """A small LLaVA in transformers' own class, with the reference checkpoint's words and weights."""
-    ours = AdaVTPForConditionalGeneration.from_pretrained(reference_checkpoint())
+    ours = AdaVTPForConditionalGeneration.from_pretrained(DIGITS)
     given: AdaVTPConfig = ours.config
     names = ("image_token_index", "vision_feature_layer", "vision_feature_select_strategy", "image_seq_length")
     config = LlavaConfig(
@@ -407,7 +407,7 @@ def plain_llava(folder: Path) -> Path:
     missing, _ = stock.load_state_dict(ours.state_dict(), strict=False)
     assert not missing
     stock.save_pretrained(folder)
-    AdaVTPProcessor.from_pretrained(reference_checkpoint()).save_pretrained(folder)
+    AdaVTPProcessor.from_pretrained(DIGITS).save_pretrained(folder)
     return folder
 
 
@@ -458,7 +458,7 @@ def test_a_checkpoint_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`pretrained` is missing"):
         get_model("adavtp").create_from_arg_string("token_budget=0.4")
     folder = tmp_path / "copy"
-    shutil.copytree(reference_checkpoint(), folder, ignore=shutil.ignore_patterns("chat_template.jinja", "*.py"))
+    shutil.copytree(DIGITS, folder, ignore=shutil.ignore_patterns("chat_template.jinja", "*.py"))
     with pytest.raises(ValueError, match="no chat template"):
         made("chat", pretrained=folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "clip_vision_model"}))

@@ -30,6 +30,7 @@ from adavtp.evaluation.measurements import (
 from adavtp.evaluation.settings import Setting
 from adavtp.modeling.costs.model_costs import ModelCosts
 from adavtp.modeling.reducers.fastv import FastVReducer
+from repository import DIGITS
 from tiny_models import EOS_TOKEN_ID, tiny_batch, tiny_model, tiny_text_config
 from tiny_processors import family_folder
 
@@ -346,10 +347,13 @@ def run(*arguments: str, exit_code: int = 0) -> str:
     return result.stdout
 
 
-def test_the_command_measures_the_reference_checkpoint() -> None:
+OF_DIGITS = (str(DIGITS), "--data", "digit-scenes")
+
+
+def test_the_command_measures_a_checkpoint_of_the_package() -> None:
     reducers = [part for name in ("full", "grid", "fastv") for part in ("--reducers", name)]
     result = json.loads(
-        run(*reducers, "--budgets", "0.2", "--budgets", "72", "--new-tokens", "2", "--repeats", "1", "--json")
+        run(*OF_DIGITS, *reducers, "--budgets", "0.2", "72", "--new-tokens", "2", "--repeats", "1", "--json")
     )
     rows = {(row["reducer"], row["budget"]): row for row in result["measurements"]}
     assert list(rows) == [("full", 1.0), ("grid", 0.2), ("grid", 72), ("fastv", 72)]
@@ -370,13 +374,18 @@ def test_the_command_measures_a_folder_of_another_family(tmp_path: Path) -> None
 
 
 def test_the_command_prints_a_table_and_what_cannot_be_reached() -> None:
-    output = run("--reducers", "fastv", "--budgets", "0.5", "--budgets", "0.1", "--repeats", "1", "--new-tokens", "2")
+    asked = ("--reducers", "fastv", "--budgets", "0.5", "0.1", "--repeats", "1", "--new-tokens", "2")
+    output = run(*OF_DIGITS, *asked)
     assert "tokens/s" in output
     assert "fastv at 0.1: `token_budget` asks for a mean of 14 of 144" in output
 
 
 def test_the_command_refuses_a_type_that_is_none() -> None:
-    assert "`dtype` is 'int8'" in run("--dtype", "int8", exit_code=2)
+    assert "`dtype` is 'int8'" in run(*OF_DIGITS, "--dtype", "int8", exit_code=2)
+
+
+def test_the_command_refuses_a_task_that_is_none() -> None:
+    assert "allowed are digit-scenes, pages" in run(str(DIGITS), "--data", "photographs", exit_code=2)
 
 
 def test_the_latency_benchmark(tmp_path: Path) -> None:

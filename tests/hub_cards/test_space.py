@@ -41,10 +41,9 @@ from adavtp.command_line import app
 from adavtp.hub_cards.space_folder import SPACE, space_folder
 from adavtp.modeling.budget.selection import Selection
 from counted_flops import ON_A_CPU
-from repository import ROOT
+from repository import DIGITS, ROOT
 from tiny_processors import family_folder
 
-CHECKPOINT = ROOT / "hub_cards" / "adavtp-digits"
 SCENE = ROOT / "docs" / "scene.png"
 QUESTION = "Which digit is red?"
 NUM_PATCHES, PATCH_SIZE, DROPPED = 144, 8, 0.18
@@ -139,7 +138,8 @@ def served() -> Iterator[str]:
         free.close()
         proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), elsewhere)
         own = {"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "adavtp.command_line", "space", "--port", str(port)]
+        command = [sys.executable, "-m", "adavtp.command_line", "space", str(DIGITS), "--trust-remote-code", "--port"]
+        command.append(str(port))
         # Outside the repository: the page must not live on what lies around.
         process = subprocess.Popen(
             command, env=os.environ | proxies | own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -203,8 +203,14 @@ def visit(browser: Any, served: str) -> Iterator[Visit]:
 @pytest.fixture(scope="module")
 def reference() -> tuple[Any, Any]:
     """Model and processor, as any user loads them."""
-    model = AutoModel.from_pretrained(CHECKPOINT, trust_remote_code=True).eval()
-    return model, AutoProcessor.from_pretrained(CHECKPOINT, trust_remote_code=True)
+    model = AutoModel.from_pretrained(DIGITS, trust_remote_code=True).eval()
+    return model, AutoProcessor.from_pretrained(DIGITS, trust_remote_code=True)
+
+
+def first_example() -> tuple[Image.Image, str]:
+    """The image and the question of the page's first button; no digits, so the answer is whatever the model says."""
+    (image, question), *_ = json.loads((SPACE / "examples" / "questions.json").read_text())
+    return Image.open(SPACE / "examples" / image), question
 
 
 def tokens_of(budget: float) -> int:
@@ -289,10 +295,11 @@ def test_another_reducer_keeps_other_patches_and_what_cannot_be_answered_is_said
     assert visit.page.locator("#picture img").count() == 0
 
 
-def test_the_keyboard_will_do(visit: Visit) -> None:
-    visit.page.get_by_role("button", name="Which digit is red?").press("Enter")
+def test_the_keyboard_will_do(visit: Visit, reference: tuple[Any, Any]) -> None:
+    image, asked = first_example()
+    visit.page.get_by_role("button", name=asked).press("Enter")
     visit.wait_for_cost_of(57)
-    assert visit.answer() == "8"
+    assert visit.answer() == reference[0].generate(image, asked, token_budget=0.4, do_sample=False)
     slider = visit.page.get_by_role("slider", name="Token budget")
     slider.press("ArrowRight")
     visit.wait_for_cost_of(tokens_of(0.41))
@@ -305,7 +312,7 @@ def test_the_keyboard_will_do(visit: Visit) -> None:
     assert visit.answer() == ""
     question.press("Enter")
     visit.page.get_by_text("How many digits are there? Budget 1").wait_for(timeout=PATIENCE)
-    assert visit.answer() == "3"
+    assert visit.answer() == reference[0].generate(image, "How many digits are there?", do_sample=False)
     number = visit.page.get_by_role("spinbutton", name="Token budget")
     number.fill("0.29")
     number.press("Enter")
@@ -349,7 +356,7 @@ def test_what_the_slider_says_is_floor_of_budget_times_tokens(visit: Visit, serv
 
 def test_on_a_phone_nothing_hangs_over_the_edge(visit: Visit) -> None:
     visit.page.set_viewport_size({"width": 360, "height": 740})
-    visit.page.get_by_role("button", name="How many digits are there?").click()
+    visit.page.get_by_role("button", name=first_example()[1]).click()
     visit.wait_for_cost_of(57)
     assert visit.page.evaluate("document.documentElement.scrollWidth") <= 360
     wide = "(e) => [...e.querySelectorAll('table, img, input, textarea, button')].map(e => e.getBoundingClientRect())"
@@ -597,7 +604,7 @@ def test_layers_count_the_tokens_that_they_see(looking: ModuleType) -> None:
 
 @pytest.fixture(scope="module")
 def checkpoint(looking: ModuleType) -> Any:
-    return looking.Checkpoint(str(CHECKPOINT))
+    return looking.Checkpoint(str(DIGITS))
 
 
 def test_a_reducer_inside_the_decoder_costs_what_its_layers_see(checkpoint: Any, reference: tuple[Any, Any]) -> None:
@@ -669,7 +676,7 @@ def test_the_command_writes_a_space_for_the_checkpoint_and_says_how_it_is_upload
     # The Hub refuses more.
     assert len(head["short_description"]) <= 60
     for image, question in json.loads((folder / "examples" / "questions.json").read_text()):
-        assert Image.open(folder / "examples" / image).size == (96, 96)
+        assert Image.open(folder / "examples" / image).size == (192, 192)
         assert question.endswith("?")
     shipped = {
         path.relative_to(SPACE) for path in SPACE.rglob("*") if path.is_file() and "__pycache__" not in path.parts
@@ -686,7 +693,7 @@ def test_a_space_needs_a_repository(tmp_path: Path) -> None:
     for repo_id in ("my-llava", "hub_cards/adavtp digits", "/home/someone/model", ""):
         with pytest.raises(ValueError, match="'owner/name'"):
             space_folder(tmp_path / "space", repo_id)
-    for here in ([], [str(CHECKPOINT)]):
+    for here in ([], [str(DIGITS)]):
         assert CliRunner().invoke(app, ["space", *here, "--export", str(tmp_path / "space")]).exit_code == 2
     assert not (tmp_path / "space").exists()
 

@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 from adavtp import AdaVTPConfig, Selection, TokenReducer, VisionFeatures, register_reducer
-from adavtp.commands.console import reference_checkpoint
 from adavtp.evaluation.continuations import continued
 from adavtp.evaluation.prompt_costs import CountedFlops, num_new_tokens, prompt_costs, selections_of_prompts
 from adavtp.evaluation.settings import Setting
@@ -17,6 +16,7 @@ from adavtp.modeling.families.adapters import adapter_of
 from adavtp.modeling.processing_adavtp import inputs_of_questions
 from adavtp.modeling.reducers.base import REDUCERS
 from counted_flops import all_that_torch_counts
+from repository import DIGITS
 from tiny_families import FAMILIES, Writer, batch_of, budgeted, family_config, ragged_prompts
 from tiny_processors import family_model, family_processor
 
@@ -48,7 +48,7 @@ def test_new_tokens_are_those_up_to_the_end(
 
 @pytest.fixture
 def config() -> AdaVTPConfig:
-    return AdaVTPConfig.from_pretrained(reference_checkpoint())
+    return AdaVTPConfig.from_pretrained(DIGITS)
 
 
 def kept_of_each(config: AdaVTPConfig, *num_keep: int) -> Selection:

@@ -126,7 +126,7 @@ processor.save_pretrained(checkpoint)
 AFTER = """
 processor.save_pretrained("my-model")
 image.save("my-model/image.png")
-assert model.generate(image, "Which digit is red?", token_budget=0.4) == answer
+assert model.generate(image, "How many entries are there?", token_budget=0.4) == answer
 """
 
 
