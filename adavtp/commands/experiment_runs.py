@@ -114,6 +114,7 @@ class Experiment:
             115 of 576 and as large a share of another number.
         parts: its questions.
         seeds: of the variants' training, which is done once with each.
+        kinds: the kinds of question that are asked, by default all of the task's.
 
     Raises:
         ValueError: if `data` is no drawn task, or there are no seeds, or one twice.
@@ -124,6 +125,7 @@ class Experiment:
     budgets: list[str | float | int]
     parts: list[Part]
     seeds: list[int] = field(default_factory=lambda: [0])
+    kinds: list[str] | None = None
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
@@ -213,6 +215,7 @@ def evaluate_part(experiment: Experiment, part: Part, checkpoint: str, folder: P
             reducers=[reducer_of_text(one) if isinstance(one, str) else one for one in reducers],
             output=output,
             questions=part.questions,
+            kinds=experiment.kinds,
         )
 
     if part.reducers:

@@ -20,6 +20,7 @@ title: A small experiment
 data: digit-scenes
 budgets: [58/576, 230/576]
 seeds: [3, 4]
+kinds: [count, existence, largest]
 parts:
   - name: methods
     asks: Which method?
@@ -118,6 +119,7 @@ def test_controls_are_those_of_the_checkpoint_as_it_is(carried_out: Path) -> Non
     joined = [answer.prediction for answer in Run.open(heads / "run").answers() if answer.reducer == "grid"]
     output = carried_out / "grid"
     asked = ["--budgets", "58/576", "230/576", "--reducers", "grid", "--questions", 6]
+    asked += ["--kinds", "count", "existence", "largest"]
     result = run("evaluate", DIGITS, "--data", "digit-scenes", *asked, "--output", output)
     assert result.exit_code == 0, result.output
     assert joined == [answer.prediction for answer in Run.open(output).answers()]
