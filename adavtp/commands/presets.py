@@ -34,7 +34,7 @@ GALLERY_TEXT = (
 
 
 def demo(
-    questions: Annotated[int, typer.Option(help="Number of held-out questions.", min=1)] = 300,
+    questions: Annotated[int, typer.Option(help="Number of held-out questions.", min=1)] = 240,
     output: Annotated[Path, typer.Option(help="Folder for the pictures.", callback=folder_to_write)] = Path(
         "outputs/demo"
     ),
