@@ -21,7 +21,7 @@ from .console import (
 from .evaluate import evaluate_checkpoint
 
 DEMO_BUDGETS = (1.0, 0.4, 0.2, 0.1, 0.05)
-# The best of the published methods that need no training, on the reference.
+# What the controller is set beside: a published method that needs no training.
 PUBLISHED = "cdpruner"
 DEMO_REDUCERS = ("full", "adaptive", PUBLISHED, "random")
 COMPARED_BUDGETS = [0.1, 0.2, 0.4, 0.6, 0.8]
