@@ -474,3 +474,16 @@ def test_the_command_carries_a_recipe_out_and_measures(finished: Path, tmp_path:
         ("random", 0.4),
     ]
     assert report["num_questions"] == 6
+
+
+def test_a_recipe_is_measured_on_the_task_of_its_model(tmp_path: Path) -> None:
+    pages = {"path": "pages", "split": "train", "num_pages": 4, "cache_dir": str(tmp_path / "cache")}
+    large = MODEL["vision_config"] | {"image_size": 192, "patch_size": 32}
+    content = {
+        "model": MODEL | {"task": "pages", "vision_config": large},
+        "stages": [{"name": "speak", "kind": "packed_questions", "data": pages, "training": TRAINING}],
+        "evaluation": {"questions": 3, "budgets": [1.0], "reducers": ["full"]},
+    }
+    result = CliRunner().invoke(app, ["train", str(written(content, tmp_path)), "--output", str(tmp_path / "run")])
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "run" / "speak" / "evaluation.json").read_text())["dataset"] == "pages"
