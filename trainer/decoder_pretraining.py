@@ -222,7 +222,9 @@ class ToldPageCollator:
     [`ShownReader`].
 
     Few patches are shown, by `budgets` one number in each batch: those that the answers are read from, and others at
-    random. Of the questions the first are asked whose answers these patches tell.
+    random. For every second page the others begin with all of which more is told than a glyph: only among all that
+    could be asked for does a decoder learn to tell them apart. Of the questions the first are asked whose answers
+    these patches tell.
     """
 
     told: ToldPatches
@@ -236,12 +238,13 @@ class ToldPageCollator:
         num_shown = max(1, int(self.budgets.numbered([number]).item() * num_patches))
         asked = [_questions_within(row, num_shown) for row in rows]
         generator = torch.Generator().manual_seed(number)
-        shown = torch.stack([_shown(row, num_patches, num_shown, generator) for row in asked])
+        words = self.told.of_rows(asked)
+        told = (words >= 0).sum(dim=-1)
+        shown = torch.stack([_shown(*one, num_shown, generator) for one in zip(asked, told, strict=True)])
         batch = PackedQuestionCollator(self.told.processor)(asked)
         prompts = _at_columns(batch, shown, num_patches, self.told.processor.image_token_id)
         if self.with_pictures:
             return prompts | {"pixel_values": batch["pixel_values"], "shown": shown}
-        words = self.told.of_rows(asked)
         return prompts | {"patch_words": words.gather(1, shown[..., None].expand(-1, -1, words.shape[-1]))}
 
 
@@ -256,10 +259,15 @@ def _questions_within(row: dict[str, Any], num_patches: int) -> dict[str, Any]:
     return row | {name: [row[name][number] for number in chosen] for name in of_questions}
 
 
-def _shown(row: dict[str, Any], num_patches: int, num_shown: int, generator: torch.Generator) -> torch.Tensor:
-    """Patches that are shown, in their order: those of the answers, and others at random: `[num_shown]`."""
-    order = torch.rand(num_patches, generator=generator)
-    order[[patch for patches in row["answer_patches"] for patch in patches]] += 1.0
+def _shown(row: dict[str, Any], told: torch.Tensor, num_shown: int, generator: torch.Generator) -> torch.Tensor:
+    """
+    Patches that are shown, in their order: those of the answers, and others, `[num_shown]`; `told` `[num_patches]` is
+    how many words are told of each.
+    """
+    order = torch.rand(len(told), generator=generator)
+    if torch.rand((), generator=generator) < 0.5:
+        order += told > 1
+    order[[patch for patches in row["answer_patches"] for patch in patches]] += 2.0
     return order.topk(num_shown).indices.sort().values
 
 

@@ -202,6 +202,16 @@ def test_few_patches_that_are_shown_tell_every_answer_that_is_asked(rows: list[d
             assert set(row["answer_patches"][question]) <= set(places.tolist())
 
 
+def test_of_every_second_page_all_that_could_be_asked_for_is_shown(told: ToldPatches, tmp_path: Path) -> None:
+    pages = load_pages("train", 24, cache_dir=tmp_path, num_questions=1)
+    batch, is_whole = ToldPageCollator(told, BudgetStream((0.25, 0.25)))(list(pages)), []
+    for number, row in enumerate(pages):
+        places = batch["position_ids"][number][batch["input_ids"][number] == told.processor.image_token_id] - 2
+        of_lines = {place for place, label in enumerate(row["patch_lines_first"]) if label < 10}
+        is_whole.append(of_lines <= set(places.tolist()))
+    assert 6 < sum(is_whole) < 18
+
+
 def test_a_block_of_a_told_page_is_the_question_alone(
     model: AdaVTPForConditionalGeneration, rows: list[dict], told: ToldPatches
 ) -> None:
