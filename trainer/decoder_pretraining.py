@@ -4,8 +4,8 @@ LLaVA starts from a pretrained language model. The reference model's small decod
 answers about images it stays at chance for a long time: it would have to learn at once to copy what a patch shows, to
 find the patch that a question asks for, and what the tower's features mean. So it first learns the first two from
 pages without pictures. There a visual token is the sum of the word embeddings of what the patch shows and belongs to.
-Then the projector learns to make that sum of the tower's features, and both learn further from pictures of which few
-patches are shown, the answers' among them.
+Then tower and projector learn to make that sum of a picture, and projector and decoder learn further from pictures of
+which few patches are shown, the answers' among them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -47,15 +47,16 @@ def told_embeddings(word_embeddings: nn.Embedding, words: torch.Tensor) -> torch
 
 class ToldProjector(nn.Module):
     """
-    The projector of a model, which learns to tell what the tower sees in the decoder's words.
+    Tower and projector of a model, which learn to tell what the tower sees in the decoder's words. What linear heads
+    can read off the tower's features is more than a projector of the decoder's width brings into words by itself.
 
     Args:
-        model: its projector is trained, in place; tower and word embeddings stay as they are.
+        model: its tower and projector are trained, in place; word embeddings stay as they are.
     """
 
     def __init__(self, model: AdaVTPForConditionalGeneration) -> None:
         super().__init__()
-        self.vision_tower = model.model.vision_tower.requires_grad_(False)
+        self.vision_tower = model.model.vision_tower.requires_grad_(True)
         self.projector = model.model.multi_modal_projector.requires_grad_(True)
         self.word_embeddings = model.get_input_embeddings().requires_grad_(False)
 
@@ -68,9 +69,8 @@ class ToldProjector(nn.Module):
         Returns:
             `loss`, the mean squared distance to the sums of word embeddings, as a share of their mean square.
         """
-        with torch.no_grad():
-            features = self.vision_tower(pixel_values).last_hidden_state[:, 1:]
-            told = told_embeddings(self.word_embeddings, patch_words)
+        features = self.vision_tower(pixel_values).last_hidden_state[:, 1:]
+        told = told_embeddings(self.word_embeddings, patch_words)
         return {"loss": (self.projector(features) - told).square().mean() / told.square().mean()}
 
 
