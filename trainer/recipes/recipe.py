@@ -64,7 +64,8 @@ class Stage:
         name: names the stage's folder.
         kind: one of `STAGE_KINDS`: `"patch_labels"` trains the tower alone (see [`PatchLabeller`]), `"told_questions"`
             the decoder ([`ToldReader`]), `"told_patches"` tower and projector ([`ToldProjector`]),
-            `"shown_questions"` projector and decoder ([`ShownReader`]); `"packed_questions"` and `"conversations"` train what `train_parts` names.
+            `"shown_questions"` projector and decoder ([`ShownReader`]); `"packed_questions"` and `"conversations"`
+            train what `train_parts` names.
         data: arguments of the stage's data set; its `path` names a drawn task, or for conversations what to read.
         eval_data: the same for the data set that `Trainer` evaluates on, if `training` asks it to.
         budgets: arguments of [`BudgetStream`]; empty for the full budget throughout.
