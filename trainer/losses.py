@@ -114,10 +114,11 @@ def visual_relevance(model: nn.Module, inputs: dict[str, Any]) -> Relevance:
     """
     How much the full-budget model's answer depends on each patch.
 
-    The relevance of a patch is |g . (x - m)|: x is its projected feature, as the decoder gets it, m the mean of the
+    The relevance of a patch is (g . (x - m))^2: x is its projected feature, as the decoder gets it, m the mean of the
     image's, and g the gradient of the targets' log-probability with respect to x. This is gradient times input
     (Shrikumar et al., arXiv 1605.01713) with the mean as baseline, which is to first order the effect of replacing
-    the patch by one that tells nothing apart. Against a baseline of zero it would be the effect of an input that
+    the patch by one that tells nothing apart. Squared, because hundreds of patches that hardly matter would together
+    have most of a sum of sizes. Against a baseline of zero it would be the effect of an input that
     decoders, which normalise what they read, never see.
 
     Args:
@@ -144,7 +145,7 @@ def visual_relevance(model: nn.Module, inputs: dict[str, Any]) -> Relevance:
 
     patches, gradient = by_image(features.detach().float()), by_image(gradient.float())
     mean = patches.sum(dim=1, keepdim=True) / sizes.to(patches.device)[:, None, None]
-    relevance = (gradient * (patches - mean)).sum(dim=-1).abs()
+    relevance = (gradient * (patches - mean)).sum(dim=-1).square()
     first = order[(sizes.cumsum(0) - sizes).to(order.device)]
     return Relevance(
         relevance / relevance.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(relevance.dtype).tiny),
