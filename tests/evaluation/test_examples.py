@@ -240,7 +240,7 @@ def test_a_file_in_another_form_is_refused(tmp_path: Path, name: str, content: s
 def test_a_missing_split_and_unknown_data_are_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="test, train"):
         read_data(as_saved_splits(folder), "validation")
-    with pytest.raises(ValueError, match="digit-scenes, pages, vqav2:FOLDER"):
+    with pytest.raises(ValueError, match="pages, digit-scenes, vqav2:FOLDER"):
         read_data(str(folder / "nothing"))
 
 
