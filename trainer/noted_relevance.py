@@ -16,15 +16,13 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ..modeling.parts import parts_of_names
+from .data.collator import RELEVANCE
 from .losses import visual_relevance
 from .trained_parts import adavtp_model_of, model_with_head
 
-COLUMN = "relevance"
-"""Of a row: for each of its images how much the answer depends on each of its patches; see `visual_relevance`."""
-
 # Raise it whenever a change alters what relevance is: otherwise the cache would give that of the old code.
 _RECIPE = 2
-_FEATURES = datasets.Features({COLUMN: List(List(Value("float16")))})
+_FEATURES = datasets.Features({RELEVANCE: List(List(Value("float16")))})
 
 
 class RowsWithRelevance(Dataset):
@@ -44,7 +42,7 @@ def with_relevance(
     rows: datasets.Dataset, model: nn.Module, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
 ) -> RowsWithRelevance:
     """
-    Rows with `relevance` as a column, by the model as it is now.
+    Rows with `patch_relevance` as a column, by the model as it is now.
 
     Args:
         rows: conversations of one question each, with images.
@@ -67,10 +65,10 @@ def with_relevance(
             for name, value in collator([rows[index]]).items()
         }
         if adavtp_model_of(model).images_in(dict(inputs)) is None:
-            return {COLUMN: []}
-        return {COLUMN: visual_relevance(model, inputs).of_patches.tolist()}
+            return {RELEVANCE: []}
+        return {RELEVANCE: visual_relevance(model, inputs).of_patches.tolist()}
 
-    noted = rows.map(
+    noted = rows.with_format(None).map(
         relevance_of,
         with_indices=True,
         remove_columns=rows.column_names,

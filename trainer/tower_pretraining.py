@@ -23,8 +23,8 @@ class PatchLabeller(nn.Module):
         vision_tower: a CLIP vision model; it is trained in place.
         label_classes: name of each label -> number of classes. The last class says that there is nothing to tell.
         num_patches: how many patches of each image the tower sees, those with most to tell first, others at random; by
-            default all. A page is mostly blank, and a tower that sees a third of it learns the same in a fifth of the
-            time.
+            default all. A tower that sees a third of a page learns in a fifth of the time, and then has to see whole
+            ones: what it counts among few patches it does not count among all.
         background_weight: weight of the last class in the loss; most patches are of it.
     """
 

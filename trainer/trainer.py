@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers.trainer_utils import speed_metrics
 
 from .adapter_folders import save_beside_adapter
+from .data.collator import RELEVANCE
 from .hub_push import HubPushMixin
 from .losses import (
     Relevance,
@@ -22,7 +23,7 @@ from .losses import (
     target_logits,
     visual_relevance,
 )
-from .noted_relevance import COLUMN, with_relevance
+from .noted_relevance import with_relevance
 from .sharded_models import layer_classes, require_same_modules
 from .streamed_training import StreamedTraining
 from .trained_parts import adavtp_model_of, choose_trained_parts
@@ -66,12 +67,12 @@ class AdaVTPTrainer(WholeCheckpointsMixin, HubPushMixin, StreamedTraining):
             )
         super().__init__(model=model, args=args, **kwargs)
         choose_trained_parts(model, args.train_parts)
+        self._eval_budget: float | None = None
+        self._prepare_for_sharding(model)
         if args.relevance_once and self.train_dataset is not None:
             # One process computes what the others then find on the disk.
             with args.main_process_first(desc="noting relevance"):
                 self.train_dataset = with_relevance(self.train_dataset, model, self.data_collator)
-        self._eval_budget: float | None = None
-        self._prepare_for_sharding(model)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -122,7 +123,7 @@ class AdaVTPTrainer(WholeCheckpointsMixin, HubPushMixin, StreamedTraining):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """See `Trainer`. The loss is the sum that `args.loss_weights` says."""
-        noted = inputs.pop(COLUMN, None)
+        noted = inputs.pop(RELEVANCE, None)
         if self.args.loss_weights == {"lm": 1.0}:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
@@ -228,6 +229,7 @@ class AdaVTPTrainer(WholeCheckpointsMixin, HubPushMixin, StreamedTraining):
         """See `Trainer`. The labels it returns are the model's, which line up with the logits."""
         # The collator's budget is drawn for training. `None`, in `predict`, stands for the configuration's.
         inputs = self._prepare_inputs(inputs | {"token_budget": self._eval_budget})
+        inputs.pop(RELEVANCE, None)
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**inputs)
         loss = None if outputs.loss is None else outputs.loss.detach().mean()

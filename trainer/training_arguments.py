@@ -25,8 +25,8 @@ class AdaVTPTrainingArguments(TrainingArguments):
             on the assistant's turns; `"distillation"` the divergence from what the same model predicts at full
             budget; `"relevance"` how badly the controller's scores tell which patches the full-budget model's answer
             depends on, which trains the controller alone. See `losses.py`. Each of the latter two costs a pass at full
-            budget, and both are for data with one question in a prompt. Rows that have `relevance` as a column need no
-            pass for it, see [`BudgetCollator`].
+            budget, and both are for data with one question in a prompt. Rows that have `patch_relevance` as a column
+            need no pass for it, see [`BudgetCollator`].
         relevance_once (`bool`, *optional*, defaults to `False`): whether relevance is computed for every row of a
             `datasets.Dataset` before training, by the model as it is then. For several epochs; and for several
             controllers of one model, since it lies beside the rows where these lie on a disk.

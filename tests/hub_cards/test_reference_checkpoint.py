@@ -35,9 +35,9 @@ def processor() -> AdaVTPProcessor:
 
 
 @EVERY_FOLDER
-def test_a_folder_has_at_most_thirteen_megabytes_and_no_pickles(folder: Path) -> None:
+def test_a_folder_has_at_most_twelve_megabytes_and_no_pickles(folder: Path) -> None:
     files = [path for path in folder.iterdir() if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 13_000_000
+    assert sum(path.stat().st_size for path in files) <= 12_000_000
     assert not {path.suffix for path in files} & {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 
 
@@ -132,6 +132,14 @@ def test_the_evaluation_file_of_digit_scenes_meets_the_promised_accuracy() -> No
     assert accuracy["adaptive", 1.0] >= 0.90
     assert accuracy["adaptive", 0.4] >= accuracy["adaptive", 1.0] - 0.03
     assert ("random", 0.4) in accuracy
+
+
+def test_the_evaluation_file_of_pages_sets_the_controller_apart_from_the_published_method() -> None:
+    rows = json.loads((reference_checkpoint("pages") / "evaluation.json").read_text())["rows"]
+    accuracy = {(row["reducer"], row["budget"]): row["accuracy"] for row in rows}
+    assert accuracy["full", 1.0] >= 0.85
+    assert accuracy["adaptive", 0.1] >= max(accuracy["full", 1.0] - 0.05, accuracy["cdpruner", 0.1] + 0.10)
+    assert accuracy["adaptive", 0.05] >= accuracy["cdpruner", 0.05] + 0.30
 
 
 def test_a_fresh_measurement_agrees_with_the_evaluation_file(

@@ -9,9 +9,11 @@ from datasets import List, Value
 
 from adavtp import AdaVTPTrainingArguments, BudgetCollator
 from adavtp.tasks.rows import encoded_image
+from adavtp.trainer.data.collator import RELEVANCE
 from adavtp.trainer.losses import visual_relevance
-from adavtp.trainer.noted_relevance import COLUMN, with_relevance
+from adavtp.trainer.noted_relevance import with_relevance
 from tiny_conversations import conversation_rows, digit_model, digit_processor
+from tiny_models import NUM_PATCHES
 from tiny_trainers import batches_seen_by, losses_of, tiny_trainer, weights_of
 
 TEXT = Value("string")
@@ -59,13 +61,25 @@ def test_it_is_computed_anew_for_other_weights_that_it_depends_on_and_for_no_oth
         next(model.get_submodule(part).parameters()).data.add_(0.1)
         noted = with_relevance(rows, model, collator)
         expected = visual_relevance(model, collator([rows[4]])).of_patches
-        torch.testing.assert_close(torch.as_tensor(noted[4][COLUMN]).float(), expected, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(torch.as_tensor(noted[4][RELEVANCE]).float(), expected, atol=1e-4, rtol=1e-3)
         return len(seen) > 1
 
     assert is_computed("model.language_model")
     assert not is_computed("model.controller")
     # Patches that hear the budget token are other patches.
     assert is_computed("model.budget_token", budget_attention="mutual")
+
+
+def test_rows_may_say_themselves_which_patch_is_worth_keeping(tmp_path: Path) -> None:
+    rows = [row | {RELEVANCE: [torch.eye(NUM_PATCHES)[7]]} for row in conversation_rows(4)]
+    how = {"max_steps": 30, "train_parts": ["controller"], "loss_weights": {"relevance": 1.0}}
+    trainer = tiny_trainer(tmp_path, rows, budgets=(0.0, 0.5), data={"eval_dataset": rows}, **how)
+    seen = batches_seen_by(trainer.model)
+    trainer.train()
+    assert len(seen) == 30 and losses_of(trainer)[-1] < 0.5 * losses_of(trainer)[0]
+    # Neither an evaluation nor training by the language model's loss alone takes any notice of it.
+    assert trainer.evaluate()["eval_loss"] > 0
+    tiny_trainer(tmp_path, rows).train()
 
 
 def test_what_relevance_cannot_be_noted_for_is_refused(tmp_path: Path) -> None:

@@ -25,6 +25,9 @@ from .chat_template import (
 from .image_tokens import image_tokens
 from .processed import processed_batch
 
+RELEVANCE = "patch_relevance"
+"""Column of rows, and part of a batch, that says what each patch is worth to the answer."""
+
 
 @dataclass
 class BudgetCollator:
@@ -54,15 +57,15 @@ class BudgetCollator:
             rows: with `messages`, and `images` and `videos`, decoded, in the order of the messages' entries of these
                 types; or read, as a [`ConversationReader`] gives them, with the same images and videos. A video is
                 what [`shown_clip`] takes: a list of frames, an array, or one of these with `fps`. Perhaps with
-                `relevance`, for each image what each of its patches is worth to the answer, 0 or more. Other columns
-                are ignored.
+                `patch_relevance`, for each image what each of its patches is worth to the answer, with the sum 1.
+                Other columns are ignored.
 
         Returns:
             `input_ids`, `attention_mask` and `labels` `[batch, sequence]`, padded on the right, with labels -100
             except on the assistant's turns; `token_budget` `[batch]`, the rows' own if they have any; and if the batch
             has images `pixel_values` `[num_images, channels, height, width]`, or whatever else the family's processor
-            makes of them. Of rows with `relevance` also that, with the fields of [`Relevance`], and of a stream's rows
-            `rejected`, a list, and `stream_position`, the last row's: these are not for the model.
+            makes of them. Of rows with `patch_relevance` also that, with the fields of [`Relevance`], and of a
+            stream's rows `rejected`, a list, and `stream_position`, the last row's: these are not for the model.
 
         Raises:
             ValueError: if a row has another number of images or videos than it shows, or the name of one in its
@@ -80,8 +83,8 @@ class BudgetCollator:
             batch["token_budget"] = torch.tensor([row["token_budget"] for row in rows], dtype=torch.float32)
         else:
             batch["token_budget"] = self.budgets.next(len(rows))
-        if "relevance" in rows[0]:
-            batch["relevance"] = _noted_relevance(rows, (batch["labels"] != IGNORED).sum(dim=1))
+        if RELEVANCE in rows[0]:
+            batch[RELEVANCE] = _noted_relevance(rows, (batch["labels"] != IGNORED).sum(dim=1))
         if "stream_position" in rows[-1]:
             batch["rejected"] = [rejected for row in rows for rejected in row["rejected"]]
             batch["stream_position"] = rows[-1]["stream_position"]
@@ -134,8 +137,8 @@ class BudgetCollator:
 
 
 def _noted_relevance(rows: list[dict[str, Any]], num_targets: torch.Tensor) -> dict[str, torch.Tensor]:
-    images = [torch.as_tensor(image, dtype=torch.float32) for row in rows for image in row["relevance"]]
-    num_images = torch.tensor([len(row["relevance"]) for row in rows])
+    images = [torch.as_tensor(image, dtype=torch.float32) for row in rows for image in row[RELEVANCE]]
+    num_images = torch.tensor([len(row[RELEVANCE]) for row in rows])
     return {
         "of_patches": pad_sequence(images, batch_first=True) if images else torch.zeros(0, 0),
         "num_targets": num_targets.repeat_interleave(num_images),
