@@ -28,9 +28,10 @@ from .evaluate import evaluate_checkpoint
 
 NEW_MODULES = (".controller.", ".budget_token.", ".reducers.")
 START, START_IS_WHOLE = "start", "processor_config.json"
+CHANGED = "changed"
 CHECKPOINT = "checkpoint.json"
 # Fields of a variant.
-VARIANT = {"model": dict[str, Any], "training": dict[str, Any], "reducer": Any}
+VARIANT = {"model": dict[str, Any], "training": dict[str, Any], "reducer": Any, "trained_as": str}
 # Of visual tokens, where it is only asked whether a budget is one.
 ANY_NUMBER = 576
 
@@ -49,14 +50,15 @@ class Part:
         stage: how every variant trains: the fields of a recipe's [`Stage`] but its name.
         variants: what is compared otherwise, by name: `model`, fields of the configuration that differ; `training`,
             the stage's training arguments that do; and `reducer`, what chooses in the variant's training and
-            evaluation, by default the controller.
+            evaluation, by default the controller. Or `trained_as`, another part's variant, `"part/variant"`: nothing
+            is trained anew, and `model` are fields that differ in the evaluation alone.
         controls: reducers that the variants are compared with on the checkpoint as it is, as on the command line.
         fresh_controller: whether the variants' controllers start from random values and not from the checkpoint's.
-        budgets: see [`Experiment`]; by default the experiment's.
+        budgets, seeds: see [`Experiment`]; by default the experiment's.
 
     Raises:
-        ValueError: if it has neither reducers nor variants, or both; or variants and no stage; if its name is no
-            folder's, there are no questions, a stage is not allowed, or `against` is not measured.
+        ValueError: if it has neither reducers nor variants, or both; or variants that train and no stage; if its name
+            is no folder's, there are no questions, a stage is not allowed, or `against` is not measured.
     """
 
     name: str
@@ -69,15 +71,17 @@ class Part:
     controls: list[str] = field(default_factory=list)
     fresh_controller: bool = False
     budgets: list[str | float | int] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         require_folder_name(self.name, "part")
         if self.questions < 1:
             raise ValueError(f"part {self.name!r}: `questions` is {self.questions}; allowed are numbers from 1.")
-        if bool(self.reducers) == bool(self.variants) or bool(self.variants) != bool(self.stage):
+        trains = any("trained_as" not in variant for variant in self.variants.values())
+        if bool(self.reducers) == bool(self.variants) or trains != bool(self.stage):
             raise ValueError(
                 f"part {self.name!r} has `reducers` {self.reducers}, `variants` {list(self.variants)} and `stage` "
-                f"{self.stage}; it needs reducers alone, or variants and a stage."
+                f"{self.stage}; it needs reducers alone, or variants and a stage by which they train."
             )
         if self.stage:
             check_fields({"name": self.name} | self.stage, Stage, f"part {self.name!r}, stage")
@@ -86,7 +90,10 @@ class Part:
             if unknown := sorted(set(variant) - set(VARIANT)):
                 raise ValueError(f"{where}: unknown field(s) {', '.join(unknown)}; allowed are {', '.join(VARIANT)}.")
             check_types(variant, VARIANT, where)
-            self.stage_of(name)
+            if "trained_as" not in variant:
+                self.stage_of(name)
+            elif more := sorted(set(variant) - {"trained_as", "model"}):
+                raise ValueError(f"{where}: it has `trained_as` and {', '.join(more)}; allowed beside it is `model`.")
         names = [*self.variants, *(reducer_label(reducer_of_text(one)) for one in [*self.reducers, *self.controls])]
         if self.against not in (FULL, *names):
             raise ValueError(
@@ -117,7 +124,8 @@ class Experiment:
         kinds: the kinds of question that are asked, by default all of the task's.
 
     Raises:
-        ValueError: if `data` is no drawn task, or there are no seeds, or one twice.
+        ValueError: if `data` is no drawn task, there are no seeds, or one twice, or a variant is to be trained as one
+            that there is not.
     """
 
     title: str
@@ -128,10 +136,31 @@ class Experiment:
     kinds: list[str] | None = None
 
     def __post_init__(self) -> None:
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"`seeds` is {self.seeds}; allowed are one or more numbers, none of them twice.")
         if self.data not in REFERENCES:
             raise ValueError(f"`data` is {self.data!r}; allowed are {', '.join(REFERENCES)}.")
+        for part in self.parts:
+            part.budgets, part.seeds = part.budgets or self.budgets, part.seeds or self.seeds
+            if not part.seeds or len(set(part.seeds)) < len(part.seeds):
+                raise ValueError(f"`seeds` is {part.seeds}; allowed are one or more numbers, none of them twice.")
+            for variant in part.variants:
+                self.training_of(part, variant)
+
+    def training_of(self, part: Part, variant: str) -> tuple[Part, str]:
+        """The part and variant whose training a variant has: its own, or the one that it names."""
+        name = part.variants[variant].get("trained_as")
+        if name is None:
+            return part, variant
+        trained = {
+            f"{other.name}/{own}": (other, own)
+            for other in self.parts
+            for own, settings in other.variants.items()
+            if "trained_as" not in settings
+        }
+        if name not in trained:
+            raise ValueError(
+                f"part {part.name!r}, variant {variant!r}: `trained_as` is {name!r}; allowed are {', '.join(trained)}."
+            )
+        return trained[name]
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Experiment":
@@ -143,7 +172,6 @@ class Experiment:
             check_fields(part, Part, f"{path}, part {number}")
         experiment = cls(**content | {"parts": [Part(**part) for part in parts]})
         for part in experiment.parts:
-            part.budgets = part.budgets or experiment.budgets
             for budget in part.budgets:
                 num_keep_of(budget_of_text(str(budget)), ANY_NUMBER)
         names = [part.name for part in experiment.parts]
@@ -181,6 +209,11 @@ def write_start(checkpoint: str | Path, folder: Path) -> Path:
     return folder
 
 
+def folder_of_variant(folder: Path, seed: int, variant: str) -> Path:
+    """Of a part's `folder`, where a variant's training and answers lie."""
+    return folder / f"seed_{seed}" / re.sub(r"[^\w+-]+", "_", variant)
+
+
 def train_variant(part: Part, variant: str, seed: int, checkpoint: str | Path, folder: Path) -> Path:
     """Trains one variant of a part from a checkpoint's folder, or finds it trained; the folder of the result."""
     settings = part.variants[variant]
@@ -189,13 +222,25 @@ def train_variant(part: Part, variant: str, seed: int, checkpoint: str | Path, f
     return run_recipe(Recipe(model=model, stages=[part.stage_of(variant)], seed=seed), folder)
 
 
+def with_fields(checkpoint: Path, fields: dict[str, Any], folder: Path) -> Path:
+    """A checkpoint with some other fields in its configuration: a folder of hard links to its other files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in checkpoint.iterdir():
+        if path.is_file() and not (folder / path.name).exists():
+            (folder / path.name).hardlink_to(path)
+    config = json.loads((checkpoint / "config.json").read_text()) | fields
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    return folder
+
+
 def evaluate_part(experiment: Experiment, part: Part, checkpoint: str, folder: Path, command: str) -> list[Run]:
     """
     The answers of one checkpoint to one part's questions.
 
     Args:
         checkpoint: folder or Hub repository.
-        folder: for the runs, and for the variants' training.
+        folder: for the runs, and for the variants' training; beside it lie those of other parts.
         command: that asked for it.
 
     Returns:
@@ -205,7 +250,8 @@ def evaluate_part(experiment: Experiment, part: Part, checkpoint: str, folder: P
         ValueError: if the folder was begun with another checkpoint, or a reducer or budget is not allowed.
     """
     about = {"checkpoint": checkpoint_name(checkpoint), "checkpoint_hash": checkpoint_hash(checkpoint)}
-    _require_same(about, folder)
+    for name in (part.name, *(experiment.training_of(part, variant)[0].name for variant in part.variants)):
+        _require_same(about, folder.with_name(name))
     if not Path(checkpoint).is_dir():
         checkpoint = snapshot_download(checkpoint)
 
@@ -222,13 +268,17 @@ def evaluate_part(experiment: Experiment, part: Part, checkpoint: str, folder: P
         return [run_of(checkpoint, part.reducers, folder / "run")]
     controls = {name: run_of(checkpoint, [name], folder / "controls" / name / "run") for name in part.controls}
     joined = []
-    for seed in experiment.seeds:
-        of_seed, runs = folder / f"seed_{seed}", {}
+    for seed in part.seeds:
+        runs = {}
         for name, settings in part.variants.items():
-            own = of_seed / re.sub(r"[^\w+-]+", "_", name)
-            trained = train_variant(part, name, seed, checkpoint, own)
-            runs[name] = run_of(trained, [settings.get("reducer", "adaptive")], own / "run")
-        joined.append(join_variants(runs | controls, of_seed / "run", _of_seed(about, seed) | {"command": command}))
+            own, (as_part, as_variant) = folder_of_variant(folder, seed, name), experiment.training_of(part, name)
+            of_training = folder_of_variant(folder.with_name(as_part.name), seed, as_variant)
+            trained = train_variant(as_part, as_variant, seed, checkpoint, of_training)
+            if "trained_as" in settings:
+                trained = with_fields(trained, settings.get("model", {}), own / CHANGED)
+            runs[name] = run_of(trained, [as_part.stage_of(as_variant).reducer], own / "run")
+        about_seed = _of_seed(about, seed) | {"command": command}
+        joined.append(join_variants(runs | controls, folder / f"seed_{seed}" / "run", about_seed))
     return joined
 
 

@@ -42,6 +42,14 @@ parts:
     variants:
       dot head: {model: {controller_head: dot}}
       by chance: {reducer: random}
+  - name: choices
+    asks: Which choice?
+    against: spread
+    questions: 6
+    seeds: [4]
+    variants:
+      best: {trained_as: heads/dot head}
+      spread: {trained_as: heads/dot head, model: {controller_choice: spread}}
 """
 
 
@@ -64,7 +72,7 @@ def carried_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_part_has_a_report_and_one_page_says_all_in_short(carried_out: Path) -> None:
-    for part in ("methods", "heads"):
+    for part in ("methods", "heads", "choices"):
         files = {path.name for path in (carried_out / "reports" / part).iterdir()}
         assert files == {"report.md", "report.json", "curves.png", "curves.svg", "index.html"}
     page = (carried_out / "reports" / "report.md").read_text()
@@ -74,7 +82,7 @@ def test_every_part_has_a_report_and_one_page_says_all_in_short(carried_out: Pat
 
 def test_the_page_of_all_parts_has_folded_tables_and_says_which_part_has_no_hard_subset(carried_out: Path) -> None:
     page = (carried_out / "reports" / "report.md").read_text()
-    methods, heads = page.split("## heads")
+    methods, heads = page.partition("## choices")[0].split("## heads")
     (numbers,) = json.loads((carried_out / "reports" / "methods" / "report.json").read_text())["checkpoints"]
     assert "The hard subset: the questions that the control `downsample`" in methods
     assert "No hard subset" not in methods
@@ -141,6 +149,25 @@ def is_for_choosing(name: str) -> bool:
     return any(part in name for part in ("controller.", "budget_token.", "reducers."))
 
 
+def test_a_variant_may_be_another_s_training_with_other_fields(carried_out: Path) -> None:
+    trained = heads_of(carried_out, "4") / "dot_head" / "heads"
+    choices = carried_out / "work" / "adavtp-digits" / "choices" / "seed_4"
+    before = json.loads((trained / "config.json").read_text())
+    for variant, differs in (("best", {}), ("spread", {"controller_choice": "spread"})):
+        folder = choices / variant / "changed"
+        assert json.loads((folder / "config.json").read_text()) == before | differs
+        assert (folder / "model.safetensors").samefile(trained / "model.safetensors")
+    alone = run(
+        *("evaluate", choices / "spread" / "changed", "--data", "digit-scenes", "--budgets", "58/576", "230/576"),
+        *("--reducers", "adaptive", "--questions", 6, "--kinds", "count", "existence", "largest"),
+        *("--output", carried_out / "spread"),
+    )
+    assert alone.exit_code == 0, alone.output
+    joined = [answer.layers_seen for answer in Run.open(choices / "run").answers() if answer.reducer == "spread"]
+    assert joined == [answer.layers_seen for answer in Run.open(carried_out / "spread").answers()]
+    assert [path.name for path in choices.parent.glob("seed_*")] == ["seed_4"]
+
+
 def test_asked_again_nothing_is_trained_or_answered_again(carried_out: Path) -> None:
     made = [
         *carried_out.rglob("*.safetensors"),
@@ -205,6 +232,18 @@ def test_experiment_1_is_what_the_plan_asks_for() -> None:
         ("{reducer: random}", "{training: {steps: 1}}", "'heads'.*steps"),
         ("title: A small experiment", "", "missing field.*title"),
         ("seeds: [3, 4]", "seeds: [3, 3]", "`seeds` is .3, 3.; allowed are one or more"),
+        ("seeds: [4]", "seeds: [4, 4]", "`seeds` is .4, 4.; allowed are one or more"),
+        ("best: {trained_as: heads/dot head}", "best: {}", "'choices'.*a stage by which they train"),
+        (
+            "{trained_as: heads/dot head}",
+            "{trained_as: heads/best}",
+            "'heads/best'; allowed are heads/dot head, heads",
+        ),
+        (
+            "{trained_as: heads/dot head}",
+            "{trained_as: heads/dot head, reducer: random}",
+            "'best': it has `trained_as` and reducer; allowed beside it is `model`",
+        ),
         ("data: digit-scenes\n", "data: photographs\n", "`data` is 'photographs'; allowed are pages, digit-scenes"),
     ],
 )
