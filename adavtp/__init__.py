@@ -13,6 +13,7 @@ from transformers import (
 
 from .configuration.configuration_adavtp import AdaVTPConfig
 from .modeling.budget.selection import Selection
+from .modeling.decoder.execution_plan import ExecutionPlan
 from .modeling.generation_adavtp import BudgetProcessor, BudgetProcessorList, BudgetState
 from .modeling.modeling_adavtp import AdaVTPForConditionalGeneration, AdaVTPModel
 from .modeling.processing_adavtp import AdaVTPProcessor
@@ -58,6 +59,7 @@ __all__ = [
     "BudgetProcessor",
     "BudgetProcessorList",
     "BudgetState",
+    "ExecutionPlan",
     "ScoringReducer",
     "Selection",
     "TokenReducer",

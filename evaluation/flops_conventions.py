@@ -12,9 +12,10 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..modeling.costs.decoder import DecoderCost, ExecutionPlan, Growth, LayerCost
+from ..modeling.costs.decoder import DecoderCost, Growth, LayerCost
 from ..modeling.costs.model_costs import Costs, ModelCosts
 from ..modeling.costs.presets import preset_config
+from ..modeling.decoder.execution_plan import UnitShares
 
 NOT_COUNTED = ("vision", "reducer", "projector")
 TOLERANCE = 0.03
@@ -94,7 +95,7 @@ def count_flops(
     text_tokens: int,
     convention: str = "adavtp",
     *,
-    plan: ExecutionPlan | None = None,
+    plan: UnitShares | None = None,
     layer_tokens: Sequence[int] | None = None,
     new_tokens: int = 1,
     dtype: Any = None,
@@ -139,7 +140,7 @@ def count_flops(
     )
 
 
-def latency_plan(latency: float, text: PreTrainedConfig, unit: str = "layer") -> ExecutionPlan:
+def latency_plan(latency: float, text: PreTrainedConfig, unit: str = "layer") -> UnitShares:
     """
     The units that AdaLLaVA (arXiv 2503.10905) runs within a latency budget: the first half of the layers always, and
     of the other half's units u = max(0, floor(U l) - U / 2), of U in the whole decoder.
@@ -167,7 +168,7 @@ def latency_plan(latency: float, text: PreTrainedConfig, unit: str = "layer") ->
         units = depth * text.num_attention_heads // 8
         more = max(0, int(units * latency + 1e-6) - units // 2)
         shares = (1.0,) * prefix + (more / (units - units // 2),) * (depth - prefix)
-    return ExecutionPlan(shares, shares)
+    return UnitShares(shares, shares)
 
 
 def per_layer(costs: Costs) -> float:

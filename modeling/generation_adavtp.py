@@ -190,6 +190,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
             prompt: the same by name. A prompt without the image placeholder is put into the chat template.
             token_budget (`float`, `int`, one per sample, or a dictionary for a stack): see `forward`.
             reducer (`str`, `dict` or `list`): what selects in this call; see `forward`.
+            plan ([`ExecutionPlan`]): which units of the decoder run, in prefill and in every step; see `forward`.
             budget_processor (`list` of callables): see [`BudgetProcessor`]; asked once, before prefill.
 
         Returns:
@@ -370,7 +371,8 @@ class AdaVTPGenerationMixin(GenerationMixin):
             if call is not None:
                 call.append(pruned.prompt)
             model_kwargs["pruned_prompt"] = pruned.prompt.expand(expand_size)
-            model_kwargs["decoder_policy"] = None if pruned.policy is None else pruned.policy.expand(expand_size)
+        if pruned.policy is not None:
+            model_kwargs["decoder_policy"] = pruned.policy.expand(expand_size)
         return input_ids, model_kwargs
 
     def _prune_prompt(
@@ -379,9 +381,9 @@ class AdaVTPGenerationMixin(GenerationMixin):
         """Takes images and budget out of `model_kwargs`; what the model reads in place of the caller's prompt."""
         reader = self.prompt_reader
         images = reader.images_in(model_kwargs)
-        token_budget, reducer, processors, selection_output = (
+        token_budget, reducer, processors, selection_output, plan = (
             model_kwargs.pop(name, None)
-            for name in ("token_budget", "reducer", "budget_processor", "selection_output")
+            for name in ("token_budget", "reducer", "budget_processor", "selection_output", "plan")
         )
         reader.refuse_other_features(model_kwargs)
         schedule = reader.resolve_budget(token_budget, reducer, len(input_ids))
@@ -403,7 +405,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
             # A placeholder without an image is refused.
             reader.refuse_placeholders(input_ids)
         if is_text and (past_length or not _ends_in_padding(model_kwargs.get("attention_mask"))):
-            return model_kwargs, PrunedCache()
+            return model_kwargs, PrunedCache(policy=reader.under_plan(None, plan, len(input_ids), cache))
         if embeds is not None and past_length:
             raise ValueError(
                 "`inputs_embeds` was given with a `past_key_values` that holds an image, or with an image for a later "
@@ -429,7 +431,9 @@ class AdaVTPGenerationMixin(GenerationMixin):
         if embeds is not None:
             model_kwargs["inputs_embeds"] = prepared.prompt.inputs_embeds
         pruned = reader.pruned_prompt(new, prepared, input_ids.shape[1])
-        return model_kwargs, PrunedCache(pruned, policy=prepared.policy)
+        return model_kwargs, PrunedCache(
+            pruned, policy=reader.under_plan(prepared.policy, plan, len(input_ids), cache)
+        )
 
     def _one_budget(self, token_budget: StackBudget | None) -> TokenBudget:
         """What budget processors start from."""
@@ -455,9 +459,9 @@ class AdaVTPGenerationMixin(GenerationMixin):
                     f"`prefill_chunk_size` is {generation_config.prefill_chunk_size}; a prompt with images is "
                     "prefilled whole. Leave it out, and lower `token_budget` to shorten the prompt."
                 )
-            # What leaves inside the decoder is remembered on the cache.
-            generation_config.use_cache = generation_config.use_cache or policy is not None
             max_cache_length -= prompt.num_columns - prompt.mask.shape[1]
+        # What leaves inside the decoder, and what runs there, is remembered on the cache.
+        generation_config.use_cache = generation_config.use_cache or policy is not None
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )

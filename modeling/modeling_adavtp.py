@@ -26,6 +26,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from ..configuration.configuration_adavtp import AdaVTPConfig
 from .budget.schedule import StackBudget
 from .budget.selection import Selection
+from .decoder.execution_plan import ExecutionPlan
 from .decoder.policy import DecoderPolicy
 from .decoder.pruned_cache import NewColumns, behind_cache, has_layer_columns, pending_policy, pruned_cache
 from .families.base import Family
@@ -183,6 +184,7 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
         reducer: ReducerSpec | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         caller_targets: torch.LongTensor | None = None,
+        plan: ExecutionPlan | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> AdaVTPModelOutputWithPast:
         """See [`AdaVTPForConditionalGeneration.forward`]; returns hidden states in place of logits."""
@@ -225,6 +227,8 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
                 )
             if labels is not None and attention_mask is not None:
                 labels = without_first_labels(labels, attention_mask)
+        given = input_ids if input_ids is not None else inputs_embeds
+        policy = self.under_plan(policy, plan, len(given), past_key_values)
         # Embeddings of a prompt with images hold the images' already.
         to_place = None if pixel_values is not None and inputs_embeds is not None else encoded
         outputs = self._decode(
@@ -407,6 +411,7 @@ class AdaVTPForConditionalGeneration(AdaVTPPreTrainedModel, AdaVTPGenerationMixi
         reducer: ReducerSpec | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         caller_targets: torch.LongTensor | None = None,
+        plan: ExecutionPlan | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> AdaVTPCausalLMOutputWithPast:
         """
@@ -434,6 +439,8 @@ class AdaVTPForConditionalGeneration(AdaVTPPreTrainedModel, AdaVTPGenerationMixi
                 place of `labels` they tell the question from the answer; and the last hidden states and logits come
                 in the columns of `input_ids`, where these targets stand. A dropped column has those of the last kept
                 one before it.
+            plan: which layers, heads and groups of MLP channels of the decoder run, for each prompt or for all. Behind
+                a cache it is that of the prompt that filled it.
 
         Returns:
             `AdaVTPCausalLMOutputWithPast`; the sequence length of logits and labels is that of the kept columns, or
@@ -455,6 +462,7 @@ class AdaVTPForConditionalGeneration(AdaVTPPreTrainedModel, AdaVTPGenerationMixi
             reducer=reducer,
             mm_encoder_outputs=mm_encoder_outputs,
             caller_targets=caller_targets,
+            plan=plan,
             **kwargs,
         )
         logits = self.lm_head(rows_to_keep(outputs.last_hidden_state, logits_to_keep))

@@ -33,6 +33,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from ..configuration.configuration_families import PREFIX, family_config_class
 from .budget.schedule import BudgetSchedule, StackBudget
 from .budget.selection import Selection
+from .decoder.execution_plan import ExecutionPlan
 from .decoder.policy import DecoderPolicy
 from .decoder.pruned_cache import NewColumns, behind_cache, has_layer_columns, pending_policy, pruned_cache
 from .families.adapters import adapter_of
@@ -58,7 +59,7 @@ from .vision.family_visual import FamilyVisual, OpenedVisual
 from .vision.visual_model import VisualModel
 
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
-_OWN_ARGUMENTS = ("token_budget", "reducer", "selection_output")
+_OWN_ARGUMENTS = ("token_budget", "reducer", "selection_output", "plan")
 
 
 class FamilyReductionMixin(PromptReductionMixin):
@@ -276,10 +277,11 @@ class FamilyModelMixin(
         token_budget: StackBudget | None = None,
         reducer: ReducerSpec | None = None,
         selection_output: str | None = None,
+        plan: ExecutionPlan | None = None,
         **inputs: Any,
     ) -> ModelOutput:
         """
-        The family's own forward, with three arguments more.
+        The family's own forward, with four arguments more.
 
         Args:
             token_budget: a float in [0, 1] (fraction of each unit's visual tokens that are kept), an int >= 2 (their
@@ -287,6 +289,8 @@ class FamilyModelMixin(
                 stack of reducers a dictionary with a budget for each by name.
             reducer: what selects in this call, in the form of `set_reducer`; by default the configuration's.
             selection_output: `"gather"` (dropped columns leave the sequence) or `"mask"` (they stay, hidden).
+            plan: which layers, heads and groups of MLP channels of the decoder run, for each prompt or for all. Behind
+                a cache it is that of the prompt that filled it.
             inputs: whatever else the family's forward takes. With `labels`, a number as `logits_to_keep` makes the
                 loss that of the last so many columns.
 
@@ -311,6 +315,7 @@ class FamilyModelMixin(
                 labels,
                 token_budget,
                 reducer,
+                plan,
                 inputs,
             )
         if input_ids is None:
@@ -320,6 +325,7 @@ class FamilyModelMixin(
         new, prompt = self._prompt(input_ids, attention_mask, position_ids, labels, images, inputs)
         prepared = self.prepare_inputs(prompt, images, schedule, selection_output)
         self.check_labels_of_choice(prompt, schedule, prepared)
+        prepared.policy = self.under_plan(prepared.policy, plan, len(input_ids), past_key_values)
         outputs = self._forward_of_prepared(prepared, past_key_values, inputs)
         pruned = self.pruned_prompt(new, prepared, new.num_columns)
         if outputs.past_key_values is not None and pruned is not None:
@@ -426,6 +432,7 @@ class FamilyModelMixin(
         labels: torch.LongTensor | None,
         token_budget: StackBudget | None,
         reducer: ReducerSpec | None,
+        plan: ExecutionPlan | None,
         inputs: dict[str, Any],
     ) -> ModelOutput:
         """The family's own forward of text, or of what was encoded and pruned already."""
@@ -441,7 +448,8 @@ class FamilyModelMixin(
             self.refuse_budget_of_encoded(token_budget, reducer)
         if labels is not None and attention_mask is not None:
             labels = without_first_labels(labels, attention_mask)
-        policy = pending_policy(past_key_values)
+        policy, given = pending_policy(past_key_values), input_ids if input_ids is not None else inputs_embeds
+        policy = self.under_plan(policy, plan, len(given), past_key_values)
         if policy is not None or has_layer_columns(past_key_values):
             encoded = inputs.pop("mm_encoder_outputs", None)
             for name in TOKEN_TYPES:

@@ -17,8 +17,9 @@ from transformers.utils import ModelOutput, logging
 from ..configuration.configuration_adavtp import AdaVTPConfig
 from .budget.schedule import BudgetSchedule, StackBudget
 from .budget.selection import Selection
+from .decoder.execution_plan import ExecutionPlan
 from .decoder.loop import DecoderOutput, run_decoder
-from .decoder.policy import DecoderPolicy, VisualTokenPolicy
+from .decoder.policy import DecoderPolicy, NothingLeaves, VisualTokenPolicy
 from .decoder.pruned_cache import NewColumns, PrunedPrompt, pruned_cache
 from .decoder.reducer import KeepsAllReducer
 from .families.base import Family, Units, has_recurrent_layers
@@ -236,6 +237,33 @@ class PromptReductionMixin:
             selection.depth = selection.keep * self.config.text_config.num_hidden_layers
         return PreparedInputs(prompt, embeddings, selection, self._decoder_policy(tokens, prompt, units))
 
+    def under_plan(
+        self, policy: DecoderPolicy | None, plan: ExecutionPlan | None, batch_size: int, past_key_values: Cache | None
+    ) -> DecoderPolicy | None:
+        """
+        What decides inside the decoder where a caller gives a plan.
+
+        Args:
+            policy: what decides without one.
+            plan: see [`AdaVTPForConditionalGeneration.forward`].
+            batch_size: number of prompts.
+            past_key_values: which may have been filled by a plan already.
+
+        Raises:
+            ValueError: if the plan is none, or not of this model and batch.
+        """
+        if plan is None:
+            return policy
+        if not isinstance(plan, ExecutionPlan):
+            raise ValueError(f"`plan` is a {type(plan).__name__}; allowed is an ExecutionPlan.")
+        plan.check(self.config.get_text_config())
+        plan = plan.of_batch(batch_size)
+        if plan.is_whole and pruned_cache(past_key_values).planned is None:
+            return policy
+        policy = NothingLeaves() if policy is None else policy
+        policy.plan_of_units = plan
+        return policy
+
     def run_layers(
         self,
         policy: DecoderPolicy | None,
@@ -278,12 +306,14 @@ class PromptReductionMixin:
             compact=self.config.visual_position_ids == "compact",
             deepstack=deepstack,
             blocks=None if policy is None else self.family.blocks(self.config, input_ids),
+            is_sharded=self.is_sharded,
             **kwargs,
         )
-        if policy is not None:
-            # In `generate` the prompt was pruned before this call, and its selection waits on the cache.
-            chosen = pruned_cache(past_key_values).prompt.selection if selection is None else selection
-            chosen.depth = policy.depth_of_tokens(chosen.is_token, outputs.depth)
+        if selection is None and (waiting := pruned_cache(past_key_values).prompt) is not None:
+            # In `generate` the prompt was pruned before this call.
+            selection = waiting.selection
+        if policy is not None and selection is not None:
+            selection.depth = policy.depth_of_tokens(selection.is_token, outputs.depth)
         return outputs
 
     @property

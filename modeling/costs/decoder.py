@@ -15,30 +15,13 @@ from torch import nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from ..decoder.execution_plan import ExecutionPlan, UnitShares
 from .counting import flops_by_part
 
 # Columns that linear attention works on together, in all models of transformers.
 PIECE = 64
 # Prompts that are run, none shorter than a convolution is wide; and one to see whether these foretell it.
 _LENGTHS, _FORETOLD = (6, 7, 8, PIECE + 8), 2 * PIECE + 1
-
-
-@dataclass(frozen=True)
-class ExecutionPlan:
-    """
-    Which units of the decoder run.
-
-    Attributes:
-        heads: for each layer the share of attention heads that run, in [0, 1]; a layer without any writes no keys.
-        mlp: for each layer the share of MLP neurons that run, in [0, 1].
-    """
-
-    heads: tuple[float, ...]
-    mlp: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if len(self.heads) != len(self.mlp) or not all(0 <= share <= 1 for share in (*self.heads, *self.mlp)):
-            raise ValueError(f"`plan` is {self!r}; allowed are shares from 0 to 1, one of each kind for each layer.")
 
 
 @dataclass(frozen=True)
@@ -209,25 +192,25 @@ class DecoderCost:
             )
         return cost
 
-    def prefill(self, columns: Sequence[int], plan: ExecutionPlan | None = None) -> float:
+    def prefill(self, columns: Sequence[int], plan: ExecutionPlan | UnitShares | None = None) -> float:
         """
         One prompt.
 
         Args:
             columns: that each layer sees.
-            plan: units that run; by default all.
+            plan: units that run, of one prompt; by default all.
         """
         pairs = zip(self.layers, columns, self._shares(plan), strict=True)
         return self.around.of(columns[0]) + sum(layer.prefill(n, *shares) for layer, n, shares in pairs)
 
-    def decode(self, columns: Sequence[int], plan: ExecutionPlan | None = None) -> DecodeCost:
+    def decode(self, columns: Sequence[int], plan: ExecutionPlan | UnitShares | None = None) -> DecodeCost:
         """The steps behind a prefill; see [`DecoderCost.prefill`]."""
         pairs = list(zip(self.layers, self._shares(plan), strict=True))
         fixed = self.around_step + sum(layer.step(*shares) for layer, shares in pairs)
         per_key = tuple(heads * layer.per_key for layer, (heads, _) in pairs)
         return DecodeCost(fixed, per_key, tuple(columns), tuple(layer.window for layer in self.layers))
 
-    def kv_numbers(self, columns: Sequence[int], plan: ExecutionPlan | None = None) -> float:
+    def kv_numbers(self, columns: Sequence[int], plan: ExecutionPlan | UnitShares | None = None) -> float:
         """
         Keys and values in the cache behind a prefill, in a window no more than the next step can see; and states.
         """
@@ -237,9 +220,13 @@ class DecoderCost:
             for layer, n, (heads, _) in zip(self.layers, columns, self._shares(plan), strict=True)
         )
 
-    def _shares(self, plan: ExecutionPlan | None) -> list[tuple[float, float]]:
+    def _shares(self, plan: ExecutionPlan | UnitShares | None) -> list[tuple[float, float]]:
         if plan is None:
             return [(1, 1)] * len(self.layers)
+        if isinstance(plan, ExecutionPlan):
+            if len(plan) != 1:
+                raise ValueError(f"`plan` has {len(plan)} rows; costs are counted of one prompt, so allowed is one.")
+            plan = plan.shares(0)
         if len(plan.heads) != len(self.layers):
             raise ValueError(f"`plan` is of {len(plan.heads)} layers; the decoder has {len(self.layers)}.")
         return list(zip(plan.heads, plan.mlp, strict=True))

@@ -18,12 +18,13 @@ from transformers.utils import ModelOutput
 from ...configuration.configuration_adavtp import AdaVTPConfig, chosen_entries
 from ..budget.schedule import StackBudget
 from ..budget.selection import Selection
+from ..decoder.execution_plan import ExecutionPlan, UnitShares
 from ..families.adapters import adapter_of
 from ..families.encoded import KINDS
 from ..modeling_adavtp import ReducerSpec
 from ..reducers.base import REDUCERS
 from .counting import remembered
-from .decoder import DecodeCost, DecoderCost, ExecutionPlan
+from .decoder import DecodeCost, DecoderCost
 from .stack_costs import FULL, NEVER_ASKED, ImageSizes, StackCosts, VisualTokens, written
 from .weightless import Looks, weightless_model
 
@@ -129,7 +130,7 @@ class ModelCosts:
         num_images: int = 1,
         new_tokens: int = 1,
         dtype: torch.dtype | str | None = None,
-        plan: ExecutionPlan | None = None,
+        plan: ExecutionPlan | UnitShares | None = None,
     ) -> Costs:
         """
         The FLOPs of one prompt, alone and without padding, as `generate` executes it.
@@ -277,7 +278,7 @@ class ModelCosts:
         spent: Counter,
         new_tokens: int = 1,
         dtype: torch.dtype | str | None = None,
-        plan: ExecutionPlan | None = None,
+        plan: ExecutionPlan | UnitShares | None = None,
     ) -> Costs:
         columns = self.columns(text_tokens, tokens)
         decode = self.decoder.decode(columns, plan)

@@ -202,10 +202,19 @@ class CachedLayers:
             self.columns = [held.changed(num_cut, repeats, told) for held in self.columns]
         return num_behind if told is None else 0
 
-    def masks(self, config: PreTrainedConfig, num_behind: int, cache: Cache, new: torch.Tensor) -> dict[int, Any]:
-        """The mask of each layer by its number, with `num_behind` columns behind those that are known."""
+    def masks(
+        self,
+        config: PreTrainedConfig,
+        num_behind: int,
+        cache: Cache,
+        new: torch.Tensor,
+        attends: Callable[[int], bool] = lambda number: True,
+    ) -> dict[int, Any]:
+        """The mask of each layer that attends by its number, with `num_behind` columns behind those that are known."""
         made, masks = {}, {}
         for number, key in enumerate(zip(self.of_layer, layer_attentions(config), strict=True)):
+            if not attends(number):
+                continue
             if key not in made:
                 held, attention = self.columns[key[0]], key[1]
                 made[key] = held.mask(config, number, attention, held.num_known + num_behind, cache, new)

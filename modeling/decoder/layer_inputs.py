@@ -29,6 +29,15 @@ class LayerInputs:
     position_ids: torch.Tensor
     position_embeddings: tuple[torch.Tensor, torch.Tensor]
 
+    def of_rows(self, rows: torch.Tensor, batch_size: int) -> "LayerInputs":
+        """Those of some rows `[num_rows]` of a batch of so many."""
+
+        def taken(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return tensor[rows] if tensor is not None and len(tensor) == batch_size else tensor
+
+        tables = tuple(map(taken, self.position_embeddings))
+        return LayerInputs(taken(self.attention_mask), taken(self.position_ids), tables)
+
 
 def rotary_tables(
     language_model: PreTrainedModel, hidden_states: torch.Tensor, position_ids: torch.Tensor, kind: str | None = None
@@ -89,9 +98,9 @@ class AnswerInputs:
             tables = zip(cos.unflatten(0, dropped.shape), sin.unflatten(0, dropped.shape), strict=True)
             self.positions[kind] = list(zip(compacted, tables, strict=True))
 
-    def of_layer(self, number: int, hidden_states: torch.Tensor) -> LayerInputs:
-        """The inputs of a layer."""
-        return LayerInputs(self.masks[number], *self.positions[self.kinds[number]][self.places[number]])
+    def of_layer(self, number: int, hidden_states: torch.Tensor, attends: bool = True) -> LayerInputs:
+        """The inputs of a layer; without a mask where it does not attend."""
+        return LayerInputs(self.masks.get(number), *self.positions[self.kinds[number]][self.places[number]])
 
 
 class PromptInputs:
@@ -163,8 +172,8 @@ class PromptInputs:
             self._shared[before, kind] = rotary_tables(self.language_model, hidden_states, positions, kind)
         return self._shared[before, kind]
 
-    def of_layer(self, number: int, hidden_states: torch.Tensor) -> LayerInputs:
-        """The inputs of a layer; layers ask in their order, and each once."""
+    def of_layer(self, number: int, hidden_states: torch.Tensor, attends: bool = True) -> LayerInputs:
+        """The inputs of a layer, without a mask where it does not attend; layers ask in their order, and each once."""
         before, attention, kind = self.past.of_layer[number], self.attentions[number], self.kinds[number]
         if before not in self._shared:
             self._shared[before] = len(self.cached.columns), of_text(self._positions(before))
@@ -175,6 +184,9 @@ class PromptInputs:
         place, position_ids = self._shared[before]
         self.cached.of_layer.append(place)
         tables, key = self.tables(number, hidden_states), (place, attention, kind)
+        if not attends:
+            # Nor has it a cache, whose length a mask is made for.
+            return LayerInputs(None, position_ids, tables)
         if key not in self._shared:
             held, bias = self.cached.columns[place], self.bias(tables, self.index)
             self._shared[key] = held.mask(

@@ -1,8 +1,8 @@
-"""The loop over the language model's layers, for when layers see different numbers of columns.
+"""The loop over the language model's layers, for when layers see different numbers of columns, or not all of them run.
 
 It is the loop of transformers' own text models, with one question between two layers: a policy may decide that columns
 leave. From then on layers have masks, keys and values of their own, and, where positions are compact, positions;
-layers between two cuts share them.
+layers between two cuts share them. Which layers run, and with which of their heads and channels, a plan says.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cached_columns import CachedLayers
 from .layer_inputs import AnswerInputs, LayerInputs, PromptInputs
+from .planned_layers import PlannedLayers
 from .policy import Decision, DecoderPolicy
 from .pruned_cache import pruned_cache
 from .view import LayerView
@@ -107,10 +108,11 @@ def run_decoder(
     compact: bool = False,
     deepstack: Sequence[torch.Tensor] = (),
     blocks: torch.Tensor | None = None,
+    is_sharded: bool = False,
     **kwargs: Any,
 ) -> DecoderOutput:
     """
-    Runs a text model where a policy acts, or behind a cache whose layers hold different columns.
+    Runs a text model where a policy or a plan acts, or behind a cache whose layers hold different columns.
 
     Args:
         language_model: of a kind in `RUNNABLE`.
@@ -120,14 +122,17 @@ def run_decoder(
         position_ids: `[..., batch, columns]` or `None`, as in the whole prompt.
         past_key_values: whose layers may hold different columns.
         use_cache: whether to make a cache where there is none; by default what the model's configuration says.
-        policy: what decides before each layer; without one nothing leaves.
+        policy: what decides before each layer, and which units run; without one nothing leaves, and what runs is
+            what ran where the cache was filled.
         compact: whether the positions of what is left are counted anew behind every cut.
         deepstack: what is added to the columns behind each of the first layers, `[batch, columns, hidden_size]`.
         blocks: of a prompt's columns, those that see each other in both directions, see [`PromptInputs`].
+        is_sharded: whether parameters are spread over processes.
         kwargs: of the layers.
 
     Raises:
-        ValueError: if the text model is of another kind, or the mask is not two-dimensional.
+        ValueError: if the text model is of another kind, the mask is not two-dimensional, or units are to run that did
+            not run where the cache was filled.
     """
     _check(language_model, attention_mask, policy)
     config = language_model.config
@@ -136,6 +141,7 @@ def run_decoder(
         use_cache = config.use_cache and not checkpoints
     if use_cache and past_key_values is None:
         past_key_values = DynamicCache(config=config)
+    planned = _planned_layers(language_model, policy, past_key_values, len(inputs_embeds), is_sharded)
     if policy is None:
         columns = None
         inputs = _answer_inputs(language_model, inputs_embeds, attention_mask, position_ids, past_key_values, compact)
@@ -149,25 +155,29 @@ def run_decoder(
     for number, layer in enumerate(language_model.layers[: config.num_hidden_layers]):
         if policy is not None and number in policy.layers:
             states = (below, hidden_states)
-            view = _view(language_model, number, states, inputs_embeds, given, columns, past_key_values, inputs)
+            # A layer that ran in part, or not for all, has not cached the keys of all its heads and rows.
+            has_keys = planned is None or planned[number - 1].is_whole
+            cache = past_key_values if has_keys else None
+            view = _view(language_model, number, states, inputs_embeds, given, columns, cache, inputs)
             decision = policy.decide(number, view)
             if decision is not None:
                 columns, hidden_states = columns.after(decision, number)
                 inputs.enter(columns.index, columns.has_padding)
-        given, below = inputs.of_layer(number, hidden_states), hidden_states
-        hidden_states = layer(
-            hidden_states,
-            attention_mask=given.attention_mask,
-            position_embeddings=given.position_embeddings,
-            position_ids=given.position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        attends = planned is None or planned[number].attends
+        given, below = inputs.of_layer(number, hidden_states, attends), hidden_states
+        if planned is None:
+            hidden_states = layer(
+                hidden_states, **vars(given), past_key_values=past_key_values, use_cache=use_cache, **kwargs
+            )
+        else:
+            hidden_states = planned[number].run(
+                number, hidden_states, given, past_key_values, use_cache=use_cache, **kwargs
+            )
         if number < len(deepstack):
             hidden_states = hidden_states + columns.carried.pop(f"deepstack {number}")
     if policy is not None:
         pruned_cache(past_key_values).layers = inputs.cached
+        pruned_cache(past_key_values).planned = planned
     return DecoderOutput(
         last_hidden_state=language_model.norm(hidden_states),
         past_key_values=past_key_values,
@@ -179,14 +189,35 @@ def run_decoder(
 def _check(language_model: PreTrainedModel, attention_mask: Any, policy: DecoderPolicy | None) -> None:
     if policy is not None and (kind := language_model.config.model_type) not in RUNNABLE:
         raise ValueError(
-            f"{policy.name!r} drops tokens inside the decoder, which works with decoders of the kinds "
-            f"{', '.join(RUNNABLE)}, and this one is {kind!r}. Use a reducer that acts before the decoder."
+            f"{policy.name!r} acts inside the decoder, which works with decoders of the kinds {', '.join(RUNNABLE)}, "
+            f"and this one is {kind!r}. Use a reducer that acts before the decoder, and no plan."
         )
     if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() != 2:
         raise ValueError(
-            f"`attention_mask` has shape {tuple(attention_mask.shape)}; where tokens leave inside the decoder it has "
-            "to be [batch, sequence]. Use a reducer that acts before the decoder."
+            f"`attention_mask` has shape {tuple(attention_mask.shape)}; where something acts inside the decoder it "
+            "has to be [batch, sequence]. Use a reducer that acts before the decoder, and no plan."
         )
+
+
+def _planned_layers(
+    language_model: PreTrainedModel,
+    policy: DecoderPolicy | None,
+    cache: Cache | None,
+    batch_size: int,
+    is_sharded: bool,
+) -> PlannedLayers | None:
+    """The layers as a policy's plan has them run, or the plan that a cache was filled by; `None` if all run whole."""
+    plan, pruned = None if policy is None else policy.plan_of_units, pruned_cache(cache)
+    if cache is None or (plan is None and pruned.planned is None) or int(cache.get_seq_length()) == 0:
+        return None if plan is None else PlannedLayers(language_model, plan, is_sharded)
+    if pruned.planned is not None:
+        pruned.planned = pruned.planned.of_batch(batch_size)
+    if plan is not None and (pruned.planned is None or pruned.planned.plan != plan):
+        raise ValueError(
+            "`plan` was given with a `past_key_values` that was filled by another plan, or by none. What a layer was "
+            "left out of, it cannot read later: leave `plan` out to go on with the same, or begin with a new cache."
+        )
+    return pruned.planned
 
 
 def _answer_inputs(
@@ -203,7 +234,7 @@ def _answer_inputs(
         batch_size, num_new = inputs_embeds.shape[:2]
         num_cached = int(cache.get_seq_length())
         num_behind = cached.note_changes(num_cached, num_new, attention_mask, batch_size)
-        masks = cached.masks(language_model.config, num_behind, cache, inputs_embeds)
+        masks = cached.masks(language_model.config, num_behind, cache, inputs_embeds, pruned_cache(cache).attends)
         if position_ids is None:
             position_ids = _positions_behind(num_cached, inputs_embeds)
     return AnswerInputs(language_model, inputs_embeds, masks, position_ids, cached, compact)
@@ -310,4 +341,4 @@ def layer_masks(
     else:
         num_cached = attention_mask.shape[1] - num_new
     num_behind = cached.note_changes(num_cached, num_new, attention_mask, len(inputs_embeds))
-    return cached.masks(config, num_behind, past_key_values, inputs_embeds)
+    return cached.masks(config, num_behind, past_key_values, inputs_embeds, pruned_cache(past_key_values).attends)

@@ -1,4 +1,5 @@
 """What decides inside the decoder: before each layer the loop asks one policy, and the policy answers with a decision.
+Which layers, heads and channels run, its plan says.
 
 Where a policy may decide is known before the loop begins, and how many columns leave is known on the host, so that
 deciding never waits for the device. A new dial is a new policy and, where it turns something new, a new field of
@@ -11,6 +12,7 @@ from itertools import pairwise
 
 import torch
 
+from .execution_plan import ExecutionPlan
 from .plan import DecoderPlan
 from .reducer import DecoderReducer, best_visual
 from .rescaling import rescaling_bias
@@ -42,10 +44,12 @@ class DecoderPolicy:
     Attributes:
         name: of what decides, for messages.
         layers: the layers, 1 or above, before which there may be something to decide; the loop asks at no other.
+        plan_of_units: which layers, heads and channels run, with a row for each prompt; `None` for all.
     """
 
     name: str
     layers: frozenset[int]
+    plan_of_units: ExecutionPlan | None = None
 
     def bias(self, position_embeddings: tuple[torch.Tensor, torch.Tensor], index: torch.Tensor) -> torch.Tensor | None:
         """
@@ -67,20 +71,28 @@ class DecoderPolicy:
 
     def expand(self, expand_size: int) -> "DecoderPolicy":
         """The policy for a prompt in which every row is repeated."""
-        raise NotImplementedError(f"{type(self).__name__} has to define expand(expand_size).")
+        expanded = self.expand_columns(expand_size)
+        if self.plan_of_units is not None:
+            expanded.plan_of_units = self.plan_of_units.expand(expand_size)
+        return expanded
+
+    def expand_columns(self, expand_size: int) -> "DecoderPolicy":
+        """A new policy that decides the same on columns where every row is repeated."""
+        raise NotImplementedError(f"{type(self).__name__} has to define expand_columns(expand_size).")
 
 
 class NothingLeaves(DecoderPolicy):
     """
-    For an image in a later turn behind layers that hold different columns: all of it stays, and the loop reads it as a
-    prompt, whose columns may see each other in both directions or get something added behind the first layers.
+    For a plan of units, and for an image in a later turn behind layers that hold different columns: all columns stay,
+    and the loop reads them as a prompt, whose columns may see each other in both directions or get something added
+    behind the first layers.
     """
 
-    name, layers = "nothing", frozenset()
+    name, layers = "plan", frozenset()
 
-    def expand(self, expand_size: int) -> "NothingLeaves":
-        """See [`DecoderPolicy.expand`]."""
-        return self
+    def expand_columns(self, expand_size: int) -> "NothingLeaves":
+        """See [`DecoderPolicy.expand_columns`]."""
+        return NothingLeaves()
 
     def depth_of_tokens(self, is_token: torch.Tensor, depth: torch.Tensor) -> None:
         """Every layer sees every token, which a selection says by `None`."""
@@ -232,8 +244,8 @@ class VisualTokenPolicy(DecoderPolicy):
         of_token = depth.new_zeros(num_tokens + 1).scatter(0, place, depth)
         return torch.zeros_like(is_token, dtype=torch.long).masked_scatter(is_token, of_token)
 
-    def expand(self, expand_size: int) -> "VisualTokenPolicy":
-        """See [`DecoderPolicy.expand`]."""
+    def expand_columns(self, expand_size: int) -> "VisualTokenPolicy":
+        """See [`DecoderPolicy.expand_columns`]."""
         wanted = [keep for keep in self.wanted for _ in range(expand_size)]
         return VisualTokenPolicy(self.name, self.reducer, self.plan.expand(expand_size), wanted)
 

@@ -17,6 +17,7 @@ from ..budget.selection import Selection
 from ..families.base import has_recurrent_layers
 from ..prompt import PreparedInputs, VisualEmbeddings, check_attention_mask, count_positions
 from .cached_columns import CachedLayers
+from .planned_layers import PlannedLayers
 from .policy import DecoderPolicy
 
 
@@ -29,11 +30,17 @@ class PrunedCache:
         prompt: what the cache holds of the turns so far, where it is shorter than the ids that the caller has.
         layers: what each layer holds, where that is not the same in all.
         policy: what decides in the prompt that fills the cache next.
+        planned: the decoder's layers under the plan that the cache was filled by, where there is one.
     """
 
     prompt: "PrunedPrompt | None" = None
     layers: CachedLayers | None = None
     policy: DecoderPolicy | None = None
+    planned: PlannedLayers | None = None
+
+    def attends(self, number: int) -> bool:
+        """Whether a layer has keys and values of what the cache was filled with."""
+        return self.planned is None or self.planned[number].attends
 
 
 def pruned_cache(past_key_values: Cache | None) -> PrunedCache:
@@ -51,7 +58,7 @@ def has_layer_columns(past_key_values: Cache | None) -> bool:
     # A static cache's length is a tensor, which a compiled forward must not read; `generate` has then seen to it.
     if pruned.layers is not None and not torch.compiler.is_compiling() and int(past_key_values.get_seq_length()) == 0:
         # It was reset, and nothing is left of what its layers held.
-        pruned.layers = None
+        pruned.layers = pruned.planned = None
     return pruned.layers is not None
 
 

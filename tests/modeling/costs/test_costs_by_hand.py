@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from adavtp import AdaVTPConfig, Selection, TokenReducer, register_reducer
-from adavtp.modeling.costs.decoder import ExecutionPlan, keys_over_steps
+from adavtp.modeling.costs.decoder import keys_over_steps
 from adavtp.modeling.costs.model_costs import Costs, ModelCosts
 from adavtp.modeling.costs.presets import preset_config
+from adavtp.modeling.decoder.execution_plan import UnitShares
 from adavtp.modeling.reducers.base import REDUCERS
 from adavtp.modeling.vision.features import VisionFeatures
 from counted_flops import BytesAlive, uneven_model
@@ -99,13 +100,13 @@ def test_visual_tokens_of_layers_have_the_mean_that_the_budget_says() -> None:
 def test_an_execution_plan_runs_a_share_of_each_layer() -> None:
     whole = count_flops(LLAVA, 60, reducer="full")
     half = count_flops(
-        LLAVA, 60, reducer="full", plan=ExecutionPlan((1.0,) * 16 + (0.0,) * 16, (1.0,) * 16 + (0.0,) * 16)
+        LLAVA, 60, reducer="full", plan=UnitShares((1.0,) * 16 + (0.0,) * 16, (1.0,) * 16 + (0.0,) * 16)
     )
     head = 2 * D * VOCABULARY
     assert half.prefill - head == (whole.prefill - head) / 2
     assert half.decode_per_token - head == (whole.decode_per_token - head) / 2
     assert half.kv_bytes == whole.kv_bytes / 2
-    attention_only = count_flops(LLAVA, 60, reducer="full", plan=ExecutionPlan((1.0,) * 32, (0.0,) * 32))
+    attention_only = count_flops(LLAVA, 60, reducer="full", plan=UnitShares((1.0,) * 32, (0.0,) * 32))
     assert whole.prefill - attention_only.prefill == LAYERS * 6 * 636 * D * M
 
 
@@ -188,7 +189,7 @@ def test_a_users_reducer_that_cannot_run_is_said_to(registered: Callable) -> Non
         ({"new_tokens": 0}, "new_tokens"),
         ({"dtype": "float99"}, "dtype"),
         ({"num_images": -1}, "num_images"),
-        ({"plan": ExecutionPlan((1.0,), (1.0,))}, "plan"),
+        ({"plan": UnitShares((1.0,), (1.0,))}, "plan"),
         ({"reducer": {"name": "hired", "tile_grid": [1, 1]}, "token_budget": 0.5, "num_images": 2}, "selection"),
     ],
     ids=str,
@@ -200,7 +201,7 @@ def test_what_cannot_be_counted_is_refused_with_a_reason(asked: dict, message: s
 
 def test_a_plan_holds_shares() -> None:
     with pytest.raises(ValueError, match="shares from 0 to 1"):
-        ExecutionPlan((1.5,), (1.0,))
+        UnitShares((1.5,), (1.0,))
 
 
 def test_text_alone_costs_no_look() -> None:
