@@ -10,6 +10,7 @@ import family_overhead
 import gumbel_top_k
 import interleaved
 import overhead
+import scheduler
 
 SPREAD = {"median", "lower_quartile", "upper_quartile", "repeats"}
 CIRCUMSTANCES = {"command", "versions", "machine", "seed", "settings"}
@@ -105,3 +106,21 @@ def test_ratio_is_of_each_round() -> None:
 def test_wrong_setting_is_named(setting: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"`{setting}` is {value!r}"):
         interleaved.interleaved_medians({"nothing": lambda: None}, **({"repeats": 1} | {setting: value}))
+
+
+def test_scheduler(tmp_path: Path) -> None:
+    file = tmp_path / "scheduler.json"
+    arguments = "--preset tiny --repeats 1 --new-tokens 4 --seed 3"
+    scheduler.main([*arguments.split(), "--json", str(file)])
+    result = json.loads(file.read_text())
+    assert set(result) == CIRCUMSTANCES | {"shape", "speed"}
+    rows = {row["setting"]: row for row in result["speed"]}
+    assert next(iter(rows)) == "everything" and rows["everything"]["counted_prefill_ratio"] == 1.0
+    for row in rows.values():
+        assert all(
+            set(row[f"{part}_{what}"]) == SPREAD for part in ("prefill", "decoding") for what in ("seconds", "ratio")
+        )
+    # One of two layers, or half of each of both; the head on the last position stays.
+    for name in ("depth 0.5", "width 0.5"):
+        assert 1.8 < rows[name]["counted_prefill_ratio"] < 2.0 and rows[name]["targets"]
+    assert rows["depth 0.5, tokens 0.4"]["visual_tokens"] == rows["tokens 0.4"]["visual_tokens"] == 6
