@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 from .budget.schedule import StackBudget
 from .budget.selection import Selection
 from .budget.token_budget import TokenBudget, budget_values, num_tokens_to_keep
+from .decoder.execution_plan import ExecutionPlan
 from .decoder.loop import layer_masks
 from .decoder.policy import NothingLeaves
 from .decoder.pruned_cache import (
@@ -190,7 +191,8 @@ class AdaVTPGenerationMixin(GenerationMixin):
             prompt: the same by name. A prompt without the image placeholder is put into the chat template.
             token_budget (`float`, `int`, one per sample, or a dictionary for a stack): see `forward`.
             reducer (`str`, `dict` or `list`): what selects in this call; see `forward`.
-            plan ([`ExecutionPlan`]): which units of the decoder run, in prefill and in every step; see `forward`.
+            plan ([`ExecutionPlan`]): which units of the decoder run, in prefill and in every step; see
+                [`whole_plan`].
             budget_processor (`list` of callables): see [`BudgetProcessor`]; asked once, before prefill.
 
         Returns:
@@ -233,6 +235,17 @@ class AdaVTPGenerationMixin(GenerationMixin):
         answers = [answer.strip() for answer in answers]
         is_single = isinstance(prompt, str) and not isinstance(inputs, list | tuple) and len(answers) == 1
         return answers[0] if is_single else answers
+
+    def whole_plan(self, batch_size: int = 1, num_mlp_groups: int | None = None) -> ExecutionPlan:
+        """
+        The plan by which everything in the decoder runs, to take out of it what shall not:
+        `plan.layers[:, 5] = False`. See [`ExecutionPlan`].
+
+        Args:
+            batch_size: number of prompts; 1 for a plan that is every prompt's.
+            num_mlp_groups: in how many groups the channels of an MLP are; by default as many as there are heads.
+        """
+        return ExecutionPlan.whole(self.config, batch_size, num_mlp_groups)
 
     def generate_batch(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         """

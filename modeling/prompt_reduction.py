@@ -254,8 +254,11 @@ class PromptReductionMixin:
         """
         if plan is None:
             return policy
-        if not isinstance(plan, ExecutionPlan):
-            raise ValueError(f"`plan` is a {type(plan).__name__}; allowed is an ExecutionPlan.")
+        tables = [getattr(plan, name, None) for name in ("layers", "heads", "mlp_groups")]
+        if not all(isinstance(table, torch.Tensor) for table in tables):
+            raise ValueError(f"`plan` is a {type(plan).__name__}; allowed is what `model.whole_plan()` returns.")
+        # The Hub's loader may have given the caller another copy of the class.
+        plan = ExecutionPlan(*tables)
         plan.check(self.config.get_text_config())
         plan = plan.of_batch(batch_size)
         if plan.is_whole and pruned_cache(past_key_values).planned is None:

@@ -19,7 +19,7 @@ from .cached_columns import CachedLayers
 from .layer_inputs import AnswerInputs, LayerInputs, PromptInputs
 from .planned_layers import PlannedLayers
 from .policy import Decision, DecoderPolicy
-from .pruned_cache import pruned_cache
+from .pruned_cache import has_layer_columns, pruned_cache
 from .view import LayerView
 
 # Decoders whose forward is the loop below: embeddings go in as they are, attention and MLP follow one another, each
@@ -208,8 +208,15 @@ def _planned_layers(
 ) -> PlannedLayers | None:
     """The layers as a policy's plan has them run, or the plan that a cache was filled by; `None` if all run whole."""
     plan, pruned = None if policy is None else policy.plan_of_units, pruned_cache(cache)
-    if cache is None or (plan is None and pruned.planned is None) or int(cache.get_seq_length()) == 0:
-        return None if plan is None else PlannedLayers(language_model, plan, is_sharded)
+    # Forgets the plan of a cache that was reset.
+    has_layer_columns(cache)
+    if plan is None and pruned.planned is None:
+        return None
+    if cache is None or int(cache.get_seq_length()) == 0:
+        planned = PlannedLayers(language_model, plan, is_sharded)
+        if cache is not None:
+            planned.let_make_room(cache)
+        return planned
     if pruned.planned is not None:
         pruned.planned = pruned.planned.of_batch(batch_size)
     if plan is not None and (pruned.planned is None or pruned.planned.plan != plan):

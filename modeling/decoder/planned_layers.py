@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from .execution_plan import ExecutionPlan
 from .layer_inputs import LayerInputs
@@ -195,6 +195,12 @@ class PlannedLayers:
     def __getitem__(self, number: int) -> PlannedLayer:
         return self.layers[number]
 
+    def let_make_room(self, cache: Cache) -> None:
+        """Before and after a plan, lets an empty cache make its room anew: for fewer heads it makes less."""
+        for layer, planned in zip(cache.layers, self.layers, strict=False):
+            if isinstance(layer, StaticLayer) and not planned.is_whole:
+                layer.is_initialized = False
+
     def __deepcopy__(self, memo: Any) -> "PlannedLayers":
         """A cache is copied to be used twice, and its copy is another cache of the same model."""
         return self
@@ -210,8 +216,9 @@ def _hold_rows(cache: Cache, number: int, rows: torch.Tensor | None) -> bool:
     Makes a layer of a cache ready for some rows of the batch, or for all; whether it can be. A layer with room for
     all rows, or one that is kept in few bits, cannot.
     """
-    while len(cache.layers) <= number and cache.layer_class_to_replicate is not None:
-        cache.layers.append(cache.layer_class_to_replicate())
+    make = getattr(cache, "layer_class_to_replicate", None)
+    while len(cache.layers) <= number and make is not None:
+        cache.layers.append(make())
     layer = cache.layers[number]
     if isinstance(layer, _OfSomeRows):
         if layer.get_seq_length() == 0:

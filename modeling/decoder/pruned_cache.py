@@ -58,6 +58,8 @@ def has_layer_columns(past_key_values: Cache | None) -> bool:
     # A static cache's length is a tensor, which a compiled forward must not read; `generate` has then seen to it.
     if pruned.layers is not None and not torch.compiler.is_compiling() and int(past_key_values.get_seq_length()) == 0:
         # It was reset, and nothing is left of what its layers held.
+        if pruned.planned is not None:
+            pruned.planned.let_make_room(past_key_values)
         pruned.layers = pruned.planned = None
     return pruned.layers is not None
 
