@@ -108,6 +108,7 @@ class PlannedLayer:
         is_shared = bool((own_heads == own_heads[:1]).all() and (own_groups == own_groups[:1]).all())
         is_gated = is_part and (is_sharded or not is_shared or not can_be_sliced(layer))
         self.layer, self.gates = layer, (heads.to(device), mlp_groups.to(device)) if is_gated else None
+        self._gated: dict[bool, nn.Module] = {}
         if is_part and not is_gated:
             self.layer = sliced_layer(layer, own_heads[0], own_groups[0])
         self.rows = None if len(rows) == len(runs) else rows.to(device)
@@ -120,7 +121,11 @@ class PlannedLayer:
         """What runs, for some rows of the batch or for all."""
         if self.gates is None:
             return self.layer
-        return gated_layer(self.layer, *(gates if rows is None else gates[rows] for gates in self.gates))
+        is_all = rows is None
+        if is_all not in self._gated:
+            gates = self.gates if is_all else [table[rows] for table in self.gates]
+            self._gated[is_all] = gated_layer(self.layer, *gates)
+        return self._gated[is_all]
 
     def run(
         self, number: int, hidden_states: torch.Tensor, given: LayerInputs, cache: Cache | None, **kwargs: Any
