@@ -192,7 +192,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
             token_budget (`float`, `int`, one per sample, or a dictionary for a stack): see `forward`.
             reducer (`str`, `dict` or `list`): what selects in this call; see `forward`.
             plan ([`ExecutionPlan`]): which units of the decoder run, in prefill and in every step; see
-                [`whole_plan`].
+                [`whole_plan`]. Steps under a plan are not compiled.
             budget_processor (`list` of callables): see [`BudgetProcessor`]; asked once, before prefill.
 
         Returns:
@@ -486,6 +486,9 @@ class AdaVTPGenerationMixin(GenerationMixin):
             if has_layer_columns(cache) and policy is None and prompt is not None and prompt.visual is not None:
                 policy = NothingLeaves()
             pruned_cache(cache).policy = policy
+            if pruned_cache(cache).planned is not None or (policy is not None and policy.plan_of_units is not None):
+                # What runs is made for this request, and would be compiled anew for each.
+                generation_config.disable_compile = True
 
     def create_masks_for_generate(
         self,

@@ -210,16 +210,16 @@ def _planned_layers(
     plan, pruned = None if policy is None else policy.plan_of_units, pruned_cache(cache)
     # Forgets the plan of a cache that was reset.
     has_layer_columns(cache)
-    if plan is None and pruned.planned is None:
-        return None
+    if pruned.planned is not None:
+        pruned.planned = pruned.planned.of_batch(batch_size)
+    if plan is None:
+        return pruned.planned
     if cache is None or int(cache.get_seq_length()) == 0:
         planned = PlannedLayers(language_model, plan, is_sharded)
         if cache is not None:
             planned.let_make_room(cache)
         return planned
-    if pruned.planned is not None:
-        pruned.planned = pruned.planned.of_batch(batch_size)
-    if plan is not None and (pruned.planned is None or pruned.planned.plan != plan):
+    if pruned.planned is None or pruned.planned.plan != plan:
         raise ValueError(
             "`plan` was given with a `past_key_values` that was filled by another plan, or by none. What a layer was "
             "left out of, it cannot read later: leave `plan` out to go on with the same, or begin with a new cache."

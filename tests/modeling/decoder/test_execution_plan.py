@@ -9,8 +9,9 @@ from copy import deepcopy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DynamicCache, StaticCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 from adavtp import AdaVTPForConditionalGeneration, ExecutionPlan
 from tiny_models import (
@@ -206,6 +207,21 @@ def test_a_conversation_goes_on_under_the_plan_that_it_began_with(number: int) -
     ids = torch.cat([said, second["input_ids"]], dim=1)
     more = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": second["pixel_values"]}
     assert answers(model, more, past_key_values=caches[0]) == answers(left, more, past_key_values=caches[1])
+
+
+def test_steps_under_a_plan_are_not_compiled_and_others_are() -> None:
+    model = model_of("llama")
+    batch, plan = tiny_batch(model.config, IMAGES), plans(model)
+    compilation = CompileConfig(backend="eager", mode=None, fullgraph=True)
+    compilation._compile_all_devices = True
+    compiled = {"cache_implementation": "static", "compile_config": compilation}
+    torch._dynamo.reset()
+    counters.clear()
+    for one in (plan, plan.row(1)):
+        assert answers(model, batch, plan=one, **compiled) == answers(model, batch, plan=one)
+    assert counters["stats"]["unique_graphs"] == 0
+    assert answers(model, batch, **compiled) == answers(model, batch)
+    assert counters["stats"]["unique_graphs"] > 0
 
 
 def test_what_is_left_out_is_not_in_the_cache() -> None:
