@@ -141,7 +141,9 @@ class Experiment:
         for part in self.parts:
             part.budgets, part.seeds = part.budgets or self.budgets, part.seeds or self.seeds
             if not part.seeds or len(set(part.seeds)) < len(part.seeds):
-                raise ValueError(f"`seeds` is {part.seeds}; allowed are one or more numbers, none of them twice.")
+                raise ValueError(
+                    f"part {part.name!r}: `seeds` is {part.seeds}; allowed are one or more numbers, none twice."
+                )
             for variant in part.variants:
                 self.training_of(part, variant)
 

@@ -29,24 +29,16 @@ class SlicedLinear(nn.Module):
         self, whole: nn.Linear, outputs: torch.Tensor | None = None, inputs: torch.Tensor | None = None
     ) -> None:
         super().__init__()
-        # No parameters of their own: in training the gradient is that of the layer's.
         weight, bias = whole.weight, whole.bias
         if outputs is not None:
             outputs = outputs.to(weight.device)
             weight, bias = weight[outputs], None if bias is None else bias[outputs]
-        self.weight = weight if inputs is None else weight[:, inputs.to(weight.device)]
-        self.bias = bias
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            # A parameter would be registered, and moved and saved with the model.
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
+        # In a tuple they are no parameters of this module: in training the gradient is that of the layer's.
+        self.sliced = (weight if inputs is None else weight[:, inputs.to(weight.device)], bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[..., num_inputs]` to `[..., num_outputs]`."""
-        return linear(hidden_states, self.weight, self.bias)
+        return linear(hidden_states, *self.sliced)
 
 
 class GatedInputs(nn.Module):
