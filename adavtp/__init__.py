@@ -12,6 +12,7 @@ from transformers import (
 )
 
 from .configuration.configuration_adavtp import AdaVTPConfig
+from .modeling.budget.budget_embedding import BudgetEmbedding
 from .modeling.budget.selection import Selection
 from .modeling.decoder.execution_plan import ExecutionPlan
 from .modeling.generation_adavtp import BudgetProcessor, BudgetProcessorList, BudgetState
@@ -19,7 +20,6 @@ from .modeling.modeling_adavtp import AdaVTPForConditionalGeneration, AdaVTPMode
 from .modeling.processing_adavtp import AdaVTPProcessor
 from .modeling.reducers.adaptive import VisionTokenController
 from .modeling.reducers.base import ScoringReducer, TokenReducer, register_reducer
-from .modeling.vision.budget_token import BudgetEmbedding
 from .modeling.vision.features import VisionFeatures
 
 AutoConfig.register("adavtp", AdaVTPConfig, exist_ok=True)

@@ -8,6 +8,8 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import LlavaConfig
 
+from .scheduler_settings import SchedulerSettings
+
 VISION_TOWERS_WITH_CLS = {"clip_vision_model": True, "siglip_vision_model": False, "dinov2": True}
 
 
@@ -72,6 +74,17 @@ class BudgetFields:
         token_budget (`float` or `int`, *optional*, defaults to 1.0):
             The budget where a call names none: a float in [0, 1] is the fraction of an image's visual tokens that the
             decoder sees, an int >= 2 is a number of tokens.
+        depth_budget (`float` or `int`, *optional*, defaults to 1.0):
+            The share, or with an int the number, of the decoder's layers that run where a call does not say.
+        width_budget (`float` or `int`, *optional*, defaults to 1.0):
+            The share of attention heads and MLP channels that run in these layers where a call does not say; as an
+            int, a number of heads.
+        scheduler (`dict` or `str`, *optional*):
+            What chooses the decoder's units under these two budgets: the fields of [`SchedulerSettings`], or a preset,
+            `"adallava-l"` or `"adallava-h"`. `None`: the model has no scheduler.
+        untrained_scheduler (`bool`, *optional*, defaults to `False`):
+            Whether the scheduler still has the random weights that it began with. It then refuses to choose, except
+            in training.
         unit_weights (`"size"`, `"attention"` or `"novelty"`, *optional*, defaults to `"size"`):
             By what images, tiles and frames share the tokens of `token_budget={"prompt": n}` where it does not say.
             `"size"`: their numbers of tokens. `"attention"`: half of a picture's tokens for the whole view, the rest
@@ -163,6 +176,10 @@ class BudgetFields:
     opens_tower = True
 
     token_budget: float | int = 1.0
+    depth_budget: float | int = 1.0
+    width_budget: float | int = 1.0
+    scheduler: Any = None
+    untrained_scheduler: bool = False
     unit_weights: Literal["size", "attention", "novelty"] = "size"
     reducers: list[Any] | None = None
     trained_reducers: list[Any] | None = None
@@ -202,12 +219,19 @@ class BudgetFields:
             raise ValueError(
                 f"`controller_temperature` is {self.controller_temperature}; it must be above 0 and finite."
             )
-        budget = self.token_budget
-        if not (0.0 <= budget <= 1.0 if isinstance(budget, float) else budget >= 2):
-            raise ValueError(
-                f"`token_budget` is {budget!r}; allowed are a float in [0, 1], the fraction of visual tokens that are "
-                "kept, and an int >= 2, their number."
-            )
+        for dial, units in (
+            ("token_budget", "visual tokens that are kept"),
+            ("depth_budget", "layers that run"),
+            ("width_budget", "heads and MLP channels that run"),
+        ):
+            budget = getattr(self, dial)
+            if not (0.0 <= budget <= 1.0 if isinstance(budget, float) else budget >= 2):
+                raise ValueError(
+                    f"`{dial}` is {budget!r}; allowed are a float in [0, 1], the fraction of {units}, and an int >= "
+                    "2, their number."
+                )
+        if self.scheduler is not None:
+            SchedulerSettings.of_config(self.scheduler, self.get_text_config())
 
     @property
     def reducer(self) -> str:

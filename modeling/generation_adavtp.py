@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 from .budget.schedule import StackBudget
 from .budget.selection import Selection
 from .budget.token_budget import TokenBudget, budget_values, num_tokens_to_keep
+from .decoder.dials import DecoderDials
 from .decoder.execution_plan import ExecutionPlan
 from .decoder.loop import layer_masks
 from .decoder.policy import NothingLeaves
@@ -193,6 +194,8 @@ class AdaVTPGenerationMixin(GenerationMixin):
             reducer (`str`, `dict` or `list`): what selects in this call; see `forward`.
             plan ([`ExecutionPlan`]): which units of the decoder run, in prefill and in every step; see
                 [`whole_plan`]. Steps under a plan are not compiled.
+            depth_budget, width_budget (`float`, `int`, or one per sample), scheduler (`str`): how many units of the
+                decoder run, and what chooses them; see `forward`.
             budget_processor (`list` of callables): see [`BudgetProcessor`]; asked once, before prefill.
 
         Returns:
@@ -394,10 +397,11 @@ class AdaVTPGenerationMixin(GenerationMixin):
         """Takes images and budget out of `model_kwargs`; what the model reads in place of the caller's prompt."""
         reader = self.prompt_reader
         images = reader.images_in(model_kwargs)
-        token_budget, reducer, processors, selection_output, plan = (
+        token_budget, reducer, processors, selection_output = (
             model_kwargs.pop(name, None)
-            for name in ("token_budget", "reducer", "budget_processor", "selection_output", "plan")
+            for name in ("token_budget", "reducer", "budget_processor", "selection_output")
         )
+        dials = DecoderDials.taken_from(model_kwargs)
         reader.refuse_other_features(model_kwargs)
         schedule = reader.resolve_budget(token_budget, reducer, len(input_ids))
         processors = BudgetProcessorList.of_argument(processors)
@@ -418,7 +422,9 @@ class AdaVTPGenerationMixin(GenerationMixin):
             # A placeholder without an image is refused.
             reader.refuse_placeholders(input_ids)
         if is_text and (past_length or not _ends_in_padding(model_kwargs.get("attention_mask"))):
-            return model_kwargs, PrunedCache(policy=reader.under_plan(None, plan, len(input_ids), cache))
+            given = input_ids if embeds is None else embeds
+            policy = reader.under_dials(None, dials, given, model_kwargs.get("attention_mask"), None, cache)
+            return model_kwargs, PrunedCache(policy=policy)
         if embeds is not None and past_length:
             raise ValueError(
                 "`inputs_embeds` was given with a `past_key_values` that holds an image, or with an image for a later "
@@ -444,9 +450,11 @@ class AdaVTPGenerationMixin(GenerationMixin):
         if embeds is not None:
             model_kwargs["inputs_embeds"] = prepared.prompt.inputs_embeds
         pruned = reader.pruned_prompt(new, prepared, input_ids.shape[1])
-        return model_kwargs, PrunedCache(
-            pruned, policy=reader.under_plan(prepared.policy, plan, len(input_ids), cache)
+        prompt = prepared.prompt
+        policy = reader.under_dials(
+            prepared.policy, dials, prompt.input_ids, prompt.attention_mask, None, cache, prepared
         )
+        return model_kwargs, PrunedCache(pruned, policy=policy)
 
     def _one_budget(self, token_budget: StackBudget | None) -> TokenBudget:
         """What budget processors start from."""
@@ -486,7 +494,7 @@ class AdaVTPGenerationMixin(GenerationMixin):
             if has_layer_columns(cache) and policy is None and prompt is not None and prompt.visual is not None:
                 policy = NothingLeaves()
             pruned_cache(cache).policy = policy
-            if pruned_cache(cache).planned is not None or (policy is not None and policy.plan_of_units is not None):
+            if pruned_cache(cache).planned is not None or (policy is not None and policy.leaves_out_units):
                 # What runs is made for this request, and would be compiled anew for each.
                 generation_config.disable_compile = True
 

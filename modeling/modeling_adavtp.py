@@ -26,6 +26,8 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from ..configuration.configuration_adavtp import AdaVTPConfig
 from .budget.schedule import StackBudget
 from .budget.selection import Selection
+from .budget.token_budget import TokenBudget
+from .decoder.dials import DecoderDials
 from .decoder.execution_plan import ExecutionPlan
 from .decoder.policy import DecoderPolicy
 from .decoder.pruned_cache import NewColumns, behind_cache, has_layer_columns, pending_policy, pruned_cache
@@ -184,10 +186,10 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
         reducer: ReducerSpec | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         caller_targets: torch.LongTensor | None = None,
-        plan: ExecutionPlan | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> AdaVTPModelOutputWithPast:
         """See [`AdaVTPForConditionalGeneration.forward`]; returns hidden states in place of logits."""
+        dials, prepared = DecoderDials.taken_from(kwargs), None
         if pixel_values is not None and len(pixel_values) == 0:
             pixel_values = None
         if (input_ids is None) == (inputs_embeds is None):
@@ -228,7 +230,9 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
             if labels is not None and attention_mask is not None:
                 labels = without_first_labels(labels, attention_mask)
         given = input_ids if input_ids is not None else inputs_embeds
-        policy = self.under_plan(policy, plan, len(given), past_key_values)
+        # `generate` has decided before the prompt that is pending.
+        if dials.are_turned or policy is None or prepared is not None:
+            policy = self.under_dials(policy, dials, given, attention_mask, labels, past_key_values, prepared)
         # Embeddings of a prompt with images hold the images' already.
         to_place = None if pixel_values is not None and inputs_embeds is not None else encoded
         outputs = self._decode(
@@ -412,6 +416,9 @@ class AdaVTPForConditionalGeneration(AdaVTPPreTrainedModel, AdaVTPGenerationMixi
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         caller_targets: torch.LongTensor | None = None,
         plan: ExecutionPlan | None = None,
+        depth_budget: TokenBudget | None = None,
+        width_budget: TokenBudget | None = None,
+        scheduler: str | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> AdaVTPCausalLMOutputWithPast:
         """
@@ -441,6 +448,13 @@ class AdaVTPForConditionalGeneration(AdaVTPPreTrainedModel, AdaVTPGenerationMixi
                 one before it.
             plan: which layers, heads and groups of MLP channels of the decoder run, for each prompt or for all. Behind
                 a cache it is that of the prompt that filled it.
+            depth_budget: a float in [0, 1] (fraction of the decoder's layers that run), an int >= 2 (their number), or
+                one such value per sample; by default the configuration's. The first layers always run.
+            width_budget: a float in [0, 1] (fraction of the attention heads and MLP channels of these layers that
+                run), an int >= 2 (heads of a layer, on average), or one such value per sample; by default the
+                configuration's.
+            scheduler: what chooses under these two: `"even"`, `"first"` or `"random"`, rules that need no training; by
+                default the model's own scheduler.
 
         Returns:
             `AdaVTPCausalLMOutputWithPast`; the sequence length of logits and labels is that of the kept columns, or
@@ -463,6 +477,9 @@ class AdaVTPForConditionalGeneration(AdaVTPPreTrainedModel, AdaVTPGenerationMixi
             mm_encoder_outputs=mm_encoder_outputs,
             caller_targets=caller_targets,
             plan=plan,
+            depth_budget=depth_budget,
+            width_budget=width_budget,
+            scheduler=scheduler,
             **kwargs,
         )
         logits = self.lm_head(rows_to_keep(outputs.last_hidden_state, logits_to_keep))

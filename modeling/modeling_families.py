@@ -8,7 +8,7 @@ its name; what is particular about the family is said by its adapter.
 import inspect
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ from transformers.utils import ModelOutput, can_return_tuple
 from ..configuration.configuration_families import PREFIX, family_config_class
 from .budget.schedule import BudgetSchedule, StackBudget
 from .budget.selection import Selection
+from .budget.token_budget import TokenBudget
+from .decoder.dials import DecoderDials
 from .decoder.execution_plan import ExecutionPlan
 from .decoder.policy import DecoderPolicy
 from .decoder.pruned_cache import NewColumns, behind_cache, has_layer_columns, pending_policy, pruned_cache
@@ -59,7 +61,8 @@ from .vision.family_visual import FamilyVisual, OpenedVisual
 from .vision.visual_model import VisualModel
 
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
-_OWN_ARGUMENTS = ("token_budget", "reducer", "selection_output", "plan")
+_OF_DECODER = tuple(field.name for field in fields(DecoderDials))
+_OWN_ARGUMENTS = ("token_budget", "reducer", "selection_output", *_OF_DECODER)
 
 
 class FamilyReductionMixin(PromptReductionMixin):
@@ -278,10 +281,13 @@ class FamilyModelMixin(
         reducer: ReducerSpec | None = None,
         selection_output: str | None = None,
         plan: ExecutionPlan | None = None,
+        depth_budget: TokenBudget | None = None,
+        width_budget: TokenBudget | None = None,
+        scheduler: str | None = None,
         **inputs: Any,
     ) -> ModelOutput:
         """
-        The family's own forward, with four arguments more.
+        The family's own forward, with seven arguments more.
 
         Args:
             token_budget: a float in [0, 1] (fraction of each unit's visual tokens that are kept), an int >= 2 (their
@@ -291,6 +297,7 @@ class FamilyModelMixin(
             selection_output: `"gather"` (dropped columns leave the sequence) or `"mask"` (they stay, hidden).
             plan: which layers, heads and groups of MLP channels of the decoder run, for each prompt or for all. Behind
                 a cache it is that of the prompt that filled it.
+            depth_budget, width_budget, scheduler: see [`AdaVTPForConditionalGeneration.forward`].
             inputs: whatever else the family's forward takes. With `labels`, a number as `logits_to_keep` makes the
                 loss that of the last so many columns.
 
@@ -303,6 +310,7 @@ class FamilyModelMixin(
         """
         if input_ids is not None:
             check_columns(input_ids, labels, position_ids)
+        dials = DecoderDials(plan, depth_budget, width_budget, scheduler)
         images = self.images_in(inputs)
         if images is None:
             self.checked_output(selection_output)
@@ -315,7 +323,7 @@ class FamilyModelMixin(
                 labels,
                 token_budget,
                 reducer,
-                plan,
+                dials,
                 inputs,
             )
         if input_ids is None:
@@ -325,7 +333,8 @@ class FamilyModelMixin(
         new, prompt = self._prompt(input_ids, attention_mask, position_ids, labels, images, inputs)
         prepared = self.prepare_inputs(prompt, images, schedule, selection_output)
         self.check_labels_of_choice(prompt, schedule, prepared)
-        prepared.policy = self.under_plan(prepared.policy, plan, len(input_ids), past_key_values)
+        columns = (prepared.prompt.input_ids, prepared.prompt.attention_mask, prepared.prompt.labels)
+        prepared.policy = self.under_dials(prepared.policy, dials, *columns, past_key_values, prepared)
         outputs = self._forward_of_prepared(prepared, past_key_values, inputs)
         pruned = self.pruned_prompt(new, prepared, new.num_columns)
         if outputs.past_key_values is not None and pruned is not None:
@@ -432,7 +441,7 @@ class FamilyModelMixin(
         labels: torch.LongTensor | None,
         token_budget: StackBudget | None,
         reducer: ReducerSpec | None,
-        plan: ExecutionPlan | None,
+        dials: DecoderDials,
         inputs: dict[str, Any],
     ) -> ModelOutput:
         """The family's own forward of text, or of what was encoded and pruned already."""
@@ -449,7 +458,9 @@ class FamilyModelMixin(
         if labels is not None and attention_mask is not None:
             labels = without_first_labels(labels, attention_mask)
         policy, given = pending_policy(past_key_values), input_ids if input_ids is not None else inputs_embeds
-        policy = self.under_plan(policy, plan, len(given), past_key_values)
+        # `generate` has decided before the prompt that is pending.
+        if dials.are_turned or policy is None:
+            policy = self.under_dials(policy, dials, given, attention_mask, labels, past_key_values)
         if policy is not None or has_layer_columns(past_key_values):
             encoded = inputs.pop("mm_encoder_outputs", None)
             for name in TOKEN_TYPES:

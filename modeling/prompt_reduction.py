@@ -17,9 +17,11 @@ from transformers.utils import ModelOutput, logging
 from ..configuration.configuration_adavtp import AdaVTPConfig
 from .budget.schedule import BudgetSchedule, StackBudget
 from .budget.selection import Selection
-from .decoder.execution_plan import ExecutionPlan
+from .decoder.compute_scheduler import ComputeScheduler
+from .decoder.compute_token import without_token
+from .decoder.dials import DecoderDials, ReadPrompt, turns_by_itself, under_dials
 from .decoder.loop import DecoderOutput, run_decoder
-from .decoder.policy import DecoderPolicy, NothingLeaves, VisualTokenPolicy
+from .decoder.policy import DecoderPolicy, VisualTokenPolicy
 from .decoder.pruned_cache import NewColumns, PrunedPrompt, pruned_cache
 from .decoder.reducer import KeepsAllReducer
 from .families.base import Family, Units, has_recurrent_layers
@@ -47,9 +49,10 @@ class PromptReductionMixin:
     is_sharded: bool = False
 
     def add_budget_modules(self) -> None:
-        """Gives the model what it has beyond its family's class: budget token, controller and reducers."""
+        """Gives the model what it has beyond its family's class: budget token, controller, scheduler and reducers."""
         self.budget_token = BudgetToken(self.config)
         self.controller = VisionTokenController(self.config)
+        self.scheduler = None if self.config.scheduler is None else ComputeScheduler(self.config)
         self.reducers = nn.ModuleDict()
         self._reducers_of_calls: dict[tuple[Any, ...], nn.Module] = {}
         self.bank.add(self.config.reducers)
@@ -237,35 +240,41 @@ class PromptReductionMixin:
             selection.depth = selection.keep * self.config.text_config.num_hidden_layers
         return PreparedInputs(prompt, embeddings, selection, self._decoder_policy(tokens, prompt, units))
 
-    def under_plan(
-        self, policy: DecoderPolicy | None, plan: ExecutionPlan | None, batch_size: int, past_key_values: Cache | None
+    def under_dials(
+        self,
+        policy: DecoderPolicy | None,
+        dials: DecoderDials,
+        inputs: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        past_key_values: Cache | None,
+        prepared: PreparedInputs | None = None,
     ) -> DecoderPolicy | None:
         """
-        What decides inside the decoder where a caller gives a plan.
+        What decides inside the decoder, where a call or the configuration leaves out units of it.
 
         Args:
-            policy: what decides without one.
-            plan: see [`AdaVTPForConditionalGeneration.forward`].
-            batch_size: number of prompts.
-            past_key_values: which may have been filled by a plan already.
+            policy: what decides without.
+            dials: of the call.
+            inputs: ids `[batch, columns]`, or embeddings, of what is about to be read.
+            attention_mask, labels: as the decoder gets them, `[batch, columns]` or `None`.
+            past_key_values: which may have been filled under a plan already.
+            prepared: the prompt and its images, if it has any.
 
         Raises:
-            ValueError: if the plan is none, or not of this model and batch.
+            ValueError: if a plan or a budget is not allowed, nothing can choose, or the cache was filled otherwise.
         """
-        if plan is None:
+        learns = self.scheduler is not None and self.scheduler.learns
+        if not (dials.are_turned or turns_by_itself(self.config) or learns):
             return policy
-        tables = [getattr(plan, name, None) for name in ("layers", "heads", "mlp_groups")]
-        if not all(isinstance(table, torch.Tensor) for table in tables):
-            raise ValueError(f"`plan` is a {type(plan).__name__}; allowed is what `model.whole_plan()` returns.")
-        # The Hub's loader may have given the caller another copy of the class.
-        plan = ExecutionPlan(*tables)
-        plan.check(self.config.get_text_config())
-        plan = plan.of_batch(batch_size)
-        if plan.is_whole and pruned_cache(past_key_values).planned is None:
-            return policy
-        policy = NothingLeaves() if policy is None else policy
-        policy.plan_of_units = plan
-        return policy
+        ids, is_visual = (inputs if inputs.dim() == 2 else None), None
+        if attention_mask is None or attention_mask.dim() != 2:
+            attention_mask = torch.ones(inputs.shape[:2], dtype=torch.long, device=inputs.device)
+        if prepared is not None and prepared.prompt.visual_index is not None:
+            is_visual = prepared.prompt.visual_index >= 0
+        new = attention_mask[:, -inputs.shape[1] :]
+        prompt = ReadPrompt(is_before_answer(new, labels), is_visual, ids, prepared and prepared.selection)
+        return under_dials(policy, dials, self.config, self.scheduler, prompt, past_key_values)
 
     def run_layers(
         self,
@@ -312,6 +321,8 @@ class PromptReductionMixin:
             is_sharded=self.is_sharded,
             **kwargs,
         )
+        if policy is not None and policy.schedule is not None:
+            without_token(outputs, policy.schedule.scheduler.settings.num_prefix_layers)
         if selection is None and (waiting := pruned_cache(past_key_values).prompt) is not None:
             # In `generate` the prompt was pruned before this call.
             selection = waiting.selection

@@ -13,6 +13,12 @@ from functools import lru_cache
 import torch
 
 TokenBudget = float | int | Sequence[float] | Sequence[int] | torch.Tensor
+# Of each dial, what a float is a fraction of, and what an int counts.
+_COUNTED = {
+    "token_budget": ("visual tokens that are kept", "tokens"),
+    "depth_budget": ("the decoder's layers that run", "layers"),
+    "width_budget": ("attention heads and MLP channels that run in a layer", "attention heads"),
+}
 
 
 @lru_cache
@@ -26,25 +32,45 @@ def _shortest_decimal(value: float, dtype: torch.dtype) -> Fraction:
 
 
 def _num_keep_of_ratio(ratio: float, num_tokens: int, dtype: torch.dtype) -> int:
+    return max(1, math.floor(fraction_as_written(ratio, dtype) * num_tokens))
+
+
+def fraction_as_written(ratio: float, dtype: torch.dtype, name: str = "token_budget") -> Fraction:
+    """
+    A ratio that came in `dtype`, as the number that its caller wrote.
+
+    Raises:
+        ValueError: if it is NaN or outside [0, 1].
+    """
     if math.isnan(ratio) or not 0.0 <= ratio <= 1.0:
+        whole, counted = _COUNTED[name]
         raise ValueError(
-            f"`token_budget` has the value {ratio}; as a float it is the fraction of visual tokens that are kept, "
-            "from 0.0 to 1.0. For a number of tokens pass an int >= 2."
+            f"`{name}` has the value {ratio}; as a float it is the fraction of {whole}, from 0.0 to 1.0. For a number "
+            f"of {counted} pass an int >= 2."
         )
-    return max(1, math.floor(_shortest_decimal(ratio, dtype) * num_tokens))
+    return _shortest_decimal(ratio, dtype)
 
 
-def _num_keep_of_count(count: int, num_tokens: int) -> int:
+def require_count(count: int, name: str = "token_budget") -> int:
+    """
+    A number of units as it is.
+
+    Raises:
+        ValueError: if it is below 2.
+    """
     if count < 2:
-        hint = " The int 1 could mean one token or everything: write 1.0 for all tokens, 0.0 for one." * (count == 1)
-        raise ValueError(f"`token_budget` has the value {count}; as an int it is a number of tokens, 2 or more.{hint}")
-    return min(count, num_tokens)
+        counted = _COUNTED[name][1]
+        hint = f" The int 1 could mean one or everything: write 1.0 for all {counted}, 0.0 for as few as can be."
+        raise ValueError(
+            f"`{name}` has the value {count}; as an int it is a number of {counted}, 2 or more.{hint * (count == 1)}"
+        )
+    return count
 
 
-def budget_values(token_budget: TokenBudget, batch_size: int) -> torch.Tensor:
+def budget_values(token_budget: TokenBudget, batch_size: int, name: str = "token_budget") -> torch.Tensor:
     """
     A budget, or a list, tuple or 1-D tensor of one per sample, as `[batch]` values on the CPU: ratios in the dtype
-    that they came in (float64 for Python floats), or int64 counts.
+    that they came in (float64 for Python floats), or int64 counts. `name` is the dial's, for messages.
 
     Raises:
         ValueError: for another type, booleans, a mixture of ratios and counts, or another number of values.
@@ -52,32 +78,31 @@ def budget_values(token_budget: TokenBudget, batch_size: int) -> torch.Tensor:
     if isinstance(token_budget, torch.Tensor):
         if token_budget.is_meta or token_budget.layout is not torch.strided:
             kind = "on the meta device" if token_budget.is_meta else f"of layout {token_budget.layout}"
-            raise ValueError(f"`token_budget` is a tensor {kind}; expected is a dense one that has its values.")
+            raise ValueError(f"`{name}` is a tensor {kind}; expected is a dense one that has its values.")
         values = token_budget.detach().cpu()
     else:
         is_list = isinstance(token_budget, Sequence) and not isinstance(token_budget, str | bytes | bytearray)
         if is_list and len({type(value) for value in token_budget}) > 1:
-            raise ValueError(f"`token_budget` is {token_budget!r}; its values must be all floats or all ints.")
+            raise ValueError(f"`{name}` is {token_budget!r}; its values must be all floats or all ints.")
         first = next(iter(token_budget), None) if is_list else token_budget
         if isinstance(first, bool) or not isinstance(first, int | float):
             raise ValueError(
-                f"`token_budget` is {token_budget!r}; allowed are a float in [0, 1], an int >= 2, or a list, tuple or "
+                f"`{name}` is {token_budget!r}; allowed are a float in [0, 1], an int >= 2, or a list, tuple or "
                 "tensor of these with one value per sample."
             )
         try:
             values = torch.tensor(token_budget, dtype=torch.float64 if isinstance(first, float) else torch.int64)
         except (OverflowError, RuntimeError, ValueError) as error:
             raise ValueError(
-                f"`token_budget` is {token_budget!r}; a number of tokens has to fit into 64 bits."
+                f"`{name}` is {token_budget!r}; a number of {_COUNTED[name][1]} has to fit into 64 bits."
             ) from error
     if values.dtype == torch.bool or values.is_complex():
-        raise ValueError(f"`token_budget` is a tensor of {values.dtype}; floats in [0, 1] or ints >= 2 are allowed.")
+        raise ValueError(f"`{name}` is a tensor of {values.dtype}; floats in [0, 1] or ints >= 2 are allowed.")
     if values.dim() == 0:
         values = values.expand(batch_size)
     if values.dim() != 1 or len(values) != batch_size:
         raise ValueError(
-            f"`token_budget` has shape {tuple(values.shape)} for a batch of {batch_size}; pass one value, or one per "
-            "sample."
+            f"`{name}` has shape {tuple(values.shape)} for a batch of {batch_size}; pass one value, or one per sample."
         )
     return values if values.is_floating_point() else values.long()
 
@@ -104,7 +129,7 @@ def num_tokens_to_keep(token_budget: TokenBudget, num_tokens: int | torch.Tensor
     if values.is_floating_point():
         keep = [_num_keep_of_ratio(value, size, values.dtype) for value, size in pairs]
     else:
-        keep = [_num_keep_of_count(value, size) for value, size in pairs]
+        keep = [min(require_count(value), size) for value, size in pairs]
     return torch.tensor(keep, dtype=torch.int64)
 
 

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.output_capturing import capture_outputs
 
 from .cached_columns import CachedLayers
+from .compute_token import ComputeToken
 from .layer_inputs import AnswerInputs, LayerInputs, PromptInputs
 from .planned_layers import PlannedLayers
 from .policy import Decision, DecoderPolicy
@@ -151,6 +152,7 @@ def run_decoder(
         )
         # What a cut takes along with the columns that stay.
         columns.carried.update({f"deepstack {number}": added for number, added in enumerate(deepstack)})
+    token = None if policy is None or policy.schedule is None else ComputeToken(policy.schedule, inputs)
     hidden_states, given, below = inputs_embeds, None, None
     for number, layer in enumerate(language_model.layers[: config.num_hidden_layers]):
         if policy is not None and number in policy.layers:
@@ -163,15 +165,21 @@ def run_decoder(
             if decision is not None:
                 columns, hidden_states = columns.after(decision, number)
                 inputs.enter(columns.index, columns.has_padding)
+        if token is not None and number == token.num_layers:
+            choice = token.choice()
+            planned, token = PlannedLayers(language_model, choice.plan, is_sharded, choice.gates), None
+            if past_key_values is not None:
+                planned.let_make_room(past_key_values)
+        runner = token if token is not None else planned and planned[number]
         attends = planned is None or planned[number].attends
         given, below = inputs.of_layer(number, hidden_states, attends), hidden_states
-        if planned is None:
+        if runner is None:
             hidden_states = layer(
                 hidden_states, **vars(given), past_key_values=past_key_values, use_cache=use_cache, **kwargs
             )
         else:
-            hidden_states = planned[number].run(
-                number, hidden_states, given, past_key_values, use_cache=use_cache, **kwargs
+            hidden_states = runner.run(
+                layer, number, hidden_states, given, past_key_values, use_cache=use_cache, **kwargs
             )
         if number < len(deepstack):
             hidden_states = hidden_states + columns.carried.pop(f"deepstack {number}")

@@ -128,12 +128,19 @@ class PlannedLayer:
         return self._gated[is_all]
 
     def run(
-        self, number: int, hidden_states: torch.Tensor, given: LayerInputs, cache: Cache | None, **kwargs: Any
+        self,
+        layer: nn.Module,
+        number: int,
+        hidden_states: torch.Tensor,
+        given: LayerInputs,
+        cache: Cache | None,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """
         Hidden states `[batch, n, hidden_size]` behind the layer.
 
         Args:
+            layer: the decoder's.
             number: of the layer.
             hidden_states: that enter it, `[batch, n, hidden_size]`.
             given: what it takes beside them.
@@ -157,6 +164,39 @@ class PlannedLayer:
         return hidden_states.index_copy(0, self.rows, output)
 
 
+class LearningLayer:
+    """
+    One layer in training, where the choice of what runs learns: all of it is computed, and gates of 0 and 1 say what
+    counts. The gradient of a gate is what its unit would have changed.
+
+    Args:
+        layer_gate: `[batch]`.
+        heads, mlp_groups: gates `[batch, ...]`.
+    """
+
+    attends, is_whole = True, False
+
+    def __init__(self, layer_gate: torch.Tensor, heads: torch.Tensor, mlp_groups: torch.Tensor) -> None:
+        self.layer_gate, self.heads, self.mlp_groups = layer_gate, heads, mlp_groups
+
+    def run(
+        self,
+        layer: nn.Module,
+        number: int,
+        hidden_states: torch.Tensor,
+        given: LayerInputs,
+        cache: Cache | None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """See [`PlannedLayer.run`]."""
+        gated = gated_layer(layer, self.heads, self.mlp_groups)
+        output = gated(hidden_states, **vars(given), past_key_values=cache, **kwargs)
+        gate = self.layer_gate[:, None, None].to(output)
+        # Where the layer runs, exactly what it gives, and where it does not, what entered it.
+        taken = torch.where(gate.detach() > 0.5, output, hidden_states)
+        return taken + (gate - gate.detach()) * (output - hidden_states).detach()
+
+
 class PlannedLayers:
     """
     The layers of a decoder under a plan, for as long as that holds.
@@ -165,15 +205,26 @@ class PlannedLayers:
         language_model: of a kind in `RUNNABLE`.
         plan: with a row for each prompt.
         is_sharded: whether parameters are spread over processes.
+        gates: where the choice of the plan learns, see [`UnitChoice`].
 
     Raises:
         ValueError: if the plan is not of this model, or leaves out parts of a layer that cannot run in part.
     """
 
-    def __init__(self, language_model: PreTrainedModel, plan: ExecutionPlan, is_sharded: bool = False) -> None:
+    def __init__(
+        self,
+        language_model: PreTrainedModel,
+        plan: ExecutionPlan,
+        is_sharded: bool = False,
+        gates: tuple[torch.Tensor, ...] | None = None,
+    ) -> None:
         plan.check(language_model.config)
         self.language_model, self.plan, self.is_sharded = language_model, plan, is_sharded
-        self.layers = []
+        self.layers: list[PlannedLayer | LearningLayer] = []
+        if gates is not None:
+            of_layers = zip(*(table.unbind(dim=1) for table in gates), strict=True)
+            self.layers = [LearningLayer(*of_layer) for of_layer in of_layers]
+            return
         for number, layer in enumerate(language_model.layers[: language_model.config.num_hidden_layers]):
             of_layer = (plan.runs[:, number], plan.heads[:, number], plan.mlp_groups[:, number])
             try:

@@ -1,5 +1,5 @@
 """What decides inside the decoder: before each layer the loop asks one policy, and the policy answers with a decision.
-Which layers, heads and channels run, its plan says.
+Which layers, heads and channels run, its plan or its schedule says.
 
 Where a policy may decide is known before the loop begins, and how many columns leave is known on the host, so that
 deciding never waits for the device. A new dial is a new policy and, where it turns something new, a new field of
@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import torch
 
+from .compute_token import UnitSchedule
 from .execution_plan import ExecutionPlan
 from .plan import DecoderPlan
 from .reducer import DecoderReducer, best_visual
@@ -45,11 +46,18 @@ class DecoderPolicy:
         name: of what decides, for messages.
         layers: the layers, 1 or above, before which there may be something to decide; the loop asks at no other.
         plan_of_units: which layers, heads and channels run, with a row for each prompt; `None` for all.
+        schedule: the choice of these that is made while the prompt is read, or `None`.
     """
 
     name: str
     layers: frozenset[int]
     plan_of_units: ExecutionPlan | None = None
+    schedule: UnitSchedule | None = None
+
+    @property
+    def leaves_out_units(self) -> bool:
+        """Whether not all of the decoder may run."""
+        return self.plan_of_units is not None or self.schedule is not None
 
     def bias(self, position_embeddings: tuple[torch.Tensor, torch.Tensor], index: torch.Tensor) -> torch.Tensor | None:
         """
@@ -74,6 +82,8 @@ class DecoderPolicy:
         expanded = self.expand_columns(expand_size)
         if self.plan_of_units is not None:
             expanded.plan_of_units = self.plan_of_units.expand(expand_size)
+        if self.schedule is not None:
+            expanded.schedule = self.schedule.expand(expand_size)
         return expanded
 
     def expand_columns(self, expand_size: int) -> "DecoderPolicy":
@@ -83,9 +93,9 @@ class DecoderPolicy:
 
 class NothingLeaves(DecoderPolicy):
     """
-    For a plan of units, and for an image in a later turn behind layers that hold different columns: all columns stay,
-    and the loop reads them as a prompt, whose columns may see each other in both directions or get something added
-    behind the first layers.
+    For plans and schedules of units, and for an image in a later turn behind layers that hold different columns: all
+    columns stay, and the loop reads them as a prompt, whose columns may see each other in both directions or get
+    something added behind the first layers.
     """
 
     name, layers = "plan", frozenset()

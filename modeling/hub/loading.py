@@ -20,7 +20,7 @@ from transformers.utils import find_adapter_config_file
 from .own_files import failures_in_words, require_own_files
 
 TRAINED_TOGETHER = "budget_token and controller"
-NEW_MODULES = ("budget_token", "controller", "reducers")
+NEW_MODULES = ("budget_token", "controller", "reducers", "scheduler")
 
 _SHOWN = 5
 
@@ -97,6 +97,8 @@ class CompleteLoadingMixin:
             check_completeness(model, info, pretrained_model_name_or_path)
         if any(new_module_of(name) == TRAINED_TOGETHER for name in info["missing_keys"]):
             model.config.untrained_controller = True
+        if any(new_module_of(name) == "scheduler" for name in info["missing_keys"]):
+            model.config.untrained_scheduler = True
         # Whoever may run the folder's code now may run its processor's when that is first needed.
         model.trusts_remote_code = bool(kwargs.get("trust_remote_code"))
         return (model, info) if output_loading_info else model
@@ -119,11 +121,13 @@ def _sparing_new_modules(quantization_config: Any) -> Any:
 def new_module_of(name: str) -> str | None:
     """
     Which new module, beyond LLaVA's, a parameter belongs to by its name, with or without a head: `TRAINED_TOGETHER`
-    for budget token and controller, `"reducers.<name>"`, or `None` for a parameter that LLaVA has.
+    for budget token and controller, `"scheduler"`, `"reducers.<name>"`, or `None` for a parameter that LLaVA has.
     """
     parts = name.removeprefix("model.").split(".")
     if parts[0] in ("budget_token", "controller"):
         return TRAINED_TOGETHER
+    if parts[0] == "scheduler":
+        return "scheduler"
     return ".".join(parts[:2]) if parts[0] == "reducers" else None
 
 

@@ -15,9 +15,11 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 
 from adavtp import AdaVTPForConditionalGeneration, ExecutionPlan
 from tiny_models import (
+    DECODERS,
     IMAGE_TOKEN_ID,
-    TEXT_CONFIGS,
+    NUM_NEW_TOKENS,
     alone,
+    answers,
     padded_on_the_right,
     targets,
     tiny_batch,
@@ -25,8 +27,7 @@ from tiny_models import (
     tiny_text_config,
 )
 
-NUM_LAYERS, NUM_NEW_TOKENS, IMAGES = 5, 6, (1, 2, 0)
-DECODERS = [*TEXT_CONFIGS, "mistral with a window"]
+NUM_LAYERS, IMAGES = 5, (1, 2, 0)
 
 Model = AdaVTPForConditionalGeneration
 Batch = dict[str, torch.Tensor]
@@ -73,14 +74,6 @@ def without(model: Model, plan: ExecutionPlan, number: int = 0) -> Model:
             kind for index, kind in enumerate(decoder.config.layer_types) if plan.layers[number, index]
         ]
     return left
-
-
-def answers(model: Model, batch: Batch, **how: object) -> list[list[int]]:
-    """The ids that a model generates greedily."""
-    how = {"do_sample": False, "max_new_tokens": NUM_NEW_TOKENS, "min_new_tokens": NUM_NEW_TOKENS} | how
-    # A placeholder that was generated is no image's, and the reference reads answers as prompts.
-    how["suppress_tokens"] = [IMAGE_TOKEN_ID]
-    return model.generate(**batch, **how)[:, batch["input_ids"].shape[1] :].tolist()
 
 
 @pytest.mark.parametrize("text", DECODERS)
