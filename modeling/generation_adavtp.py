@@ -196,6 +196,8 @@ class AdaVTPGenerationMixin(GenerationMixin):
                 [`whole_plan`]. Steps under a plan are not compiled.
             depth_budget, width_budget (`float`, `int`, or one per sample), scheduler (`str`): how many units of the
                 decoder run, and what chooses them; see `forward`.
+            compute_budget (`float`, or one per sample), allocation (`str` or `dict`): one budget for all dials, and
+                how they share it; see `forward`.
             budget_processor (`list` of callables): see [`BudgetProcessor`]; asked once, before prefill.
 
         Returns:
@@ -403,7 +405,6 @@ class AdaVTPGenerationMixin(GenerationMixin):
         )
         dials = DecoderDials.taken_from(model_kwargs)
         reader.refuse_other_features(model_kwargs)
-        schedule = reader.resolve_budget(token_budget, reducer, len(input_ids))
         processors = BudgetProcessorList.of_argument(processors)
         _require_gather(selection_output)
         cache = model_kwargs.get("past_key_values")
@@ -414,6 +415,10 @@ class AdaVTPGenerationMixin(GenerationMixin):
         embeds, encoded = model_kwargs.get("inputs_embeds"), model_kwargs.get("mm_encoder_outputs")
         if images is not None:
             reader.check_images_are_new(encoded)
+        ids = input_ids if embeds is None else reader.ids_of_embeds(embeds)
+        columns = (ids, model_kwargs.get("attention_mask"), images, cache)
+        token_budget, dials = reader.split_compute(token_budget, dials, reducer, *columns)
+        schedule = reader.resolve_budget(token_budget, reducer, len(input_ids))
         if encoded is not None:
             reader.refuse_budget_of_encoded(token_budget, reducer)
             # Expanding for beams, transformers would change the caller's.
@@ -430,7 +435,6 @@ class AdaVTPGenerationMixin(GenerationMixin):
                 "`inputs_embeds` was given with a `past_key_values` that holds an image, or with an image for a later "
                 "turn; which columns of the conversation are new is told by `input_ids`, so pass that."
             )
-        ids = input_ids if embeds is None else reader.ids_of_embeds(embeds)
         new = new_columns(ids, model_kwargs, past_length, earlier)
         new = reader.with_own_positions(new, images, model_kwargs) if past_length else new
         require_no_gaps(self.config, new)

@@ -5,7 +5,7 @@ them; the projector maps the kept ones into the decoder's space. The placeholder
 and the family's own forward reads what is left. The decoder is any Llama-shaped text model, untouched.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from os import PathLike
@@ -204,6 +204,9 @@ class AdaVTPModel(PromptReductionMixin, AdaVTPPreTrainedModel, LlavaModel):
         encoded = None if mm_encoder_outputs is None else mm_encoder_outputs.get("image")
         if encoded is not None:
             self.refuse_budget_of_encoded(token_budget, reducer)
+        given = inputs_embeds if input_ids is None else input_ids
+        columns = (given, attention_mask, pixel_values, past_key_values)
+        token_budget, dials = self.split_compute(token_budget, dials, reducer, *columns)
         policy, selection, pruned, column = pending_policy(past_key_values), None, None, None
         if pixel_values is not None:
             schedule = self.resolve_budget(token_budget, reducer, len(input_ids))
@@ -419,6 +422,8 @@ class AdaVTPForConditionalGeneration(AdaVTPPreTrainedModel, AdaVTPGenerationMixi
         depth_budget: TokenBudget | None = None,
         width_budget: TokenBudget | None = None,
         scheduler: str | None = None,
+        compute_budget: float | Sequence[float] | torch.Tensor | None = None,
+        allocation: str | Mapping[str, float] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> AdaVTPCausalLMOutputWithPast:
         """
@@ -455,6 +460,11 @@ class AdaVTPForConditionalGeneration(AdaVTPPreTrainedModel, AdaVTPGenerationMixi
                 configuration's.
             scheduler: what chooses under these two: `"even"`, `"first"` or `"random"`, rules that need no training; by
                 default the model's own scheduler.
+            compute_budget: in place of all three budgets, a float in [0, 1], or one per sample: the fraction of the
+                FLOPs with which the full model would read the prompt. It is never exceeded.
+            allocation: how the dials share it: `"tokens"`, by visual tokens alone; `"proportional"`, all dials turned
+                to the same share, the default where something can choose units; or `{"depth": 0.7, "width": 0.8}`,
+                and what is left for tokens.
 
         Returns:
             `AdaVTPCausalLMOutputWithPast`; the sequence length of logits and labels is that of the kept columns, or
@@ -480,6 +490,8 @@ class AdaVTPForConditionalGeneration(AdaVTPPreTrainedModel, AdaVTPGenerationMixi
             depth_budget=depth_budget,
             width_budget=width_budget,
             scheduler=scheduler,
+            compute_budget=compute_budget,
+            allocation=allocation,
             **kwargs,
         )
         logits = self.lm_head(rows_to_keep(outputs.last_hidden_state, logits_to_keep))

@@ -7,7 +7,7 @@ its name; what is particular about the family is said by its adapter.
 
 import inspect
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -284,10 +284,12 @@ class FamilyModelMixin(
         depth_budget: TokenBudget | None = None,
         width_budget: TokenBudget | None = None,
         scheduler: str | None = None,
+        compute_budget: float | Sequence[float] | torch.Tensor | None = None,
+        allocation: str | Mapping[str, float] | None = None,
         **inputs: Any,
     ) -> ModelOutput:
         """
-        The family's own forward, with seven arguments more.
+        The family's own forward, with nine arguments more.
 
         Args:
             token_budget: a float in [0, 1] (fraction of each unit's visual tokens that are kept), an int >= 2 (their
@@ -297,7 +299,8 @@ class FamilyModelMixin(
             selection_output: `"gather"` (dropped columns leave the sequence) or `"mask"` (they stay, hidden).
             plan: which layers, heads and groups of MLP channels of the decoder run, for each prompt or for all. Behind
                 a cache it is that of the prompt that filled it.
-            depth_budget, width_budget, scheduler: see [`AdaVTPForConditionalGeneration.forward`].
+            depth_budget, width_budget, scheduler, compute_budget, allocation: see
+                [`AdaVTPForConditionalGeneration.forward`].
             inputs: whatever else the family's forward takes. With `labels`, a number as `logits_to_keep` makes the
                 loss that of the last so many columns.
 
@@ -310,8 +313,14 @@ class FamilyModelMixin(
         """
         if input_ids is not None:
             check_columns(input_ids, labels, position_ids)
-        dials = DecoderDials(plan, depth_budget, width_budget, scheduler)
+        dials = DecoderDials(plan, depth_budget, width_budget, scheduler, compute_budget, allocation)
         images = self.images_in(inputs)
+        ids = (
+            self.ids_of_embeds(inputs_embeds) if input_ids is None and dials.compute_budget is not None else input_ids
+        )
+        token_budget, dials = self.split_compute(
+            token_budget, dials, reducer, ids, attention_mask, images, past_key_values
+        )
         if images is None:
             self.checked_output(selection_output)
             return self._forward_of_text(

@@ -1,4 +1,4 @@
-"""Which part of a model a parameter belongs to, in every family: controller, projector, vision or decoder."""
+"""Which part of a model a parameter belongs to, in every family, by its name."""
 
 from collections.abc import Callable
 
@@ -9,16 +9,16 @@ from .families.adapters import adapter_of
 from .families.encoded import layers_of
 from .hub.loading import NEW_MODULES
 
-PARTS: tuple[str, ...] = ("controller", "projector", "vision", "decoder")
+PARTS: tuple[str, ...] = ("controller", "scheduler", "projector", "vision", "decoder")
 
 
 def parts_of_names(model: PreTrainedModel) -> Callable[[str], str]:
     """
     What says of a name in a model which part it belongs to, one of `PARTS`.
 
-    transformers knows the vision tower of every family, and its text model, with which the head goes. The controller
-    is what a budget adds. All that is left is the projector: what stands between tower and text model, embeddings of
-    newlines, and what towers merge their patches with.
+    transformers knows the vision tower of every family, and its text model, with which the head goes. Controller and
+    scheduler are what budgets add. All that is left is the projector: what stands between tower and text model,
+    embeddings of newlines, and what towers merge their patches with.
 
     Args:
         model: with its head, of any family, with a budget or without.
@@ -30,12 +30,13 @@ def parts_of_names(model: PreTrainedModel) -> Callable[[str], str]:
     tower, decoder = places[id(model.get_encoder(modality="image"))], places[id(model.get_decoder())]
     merging = tuple(f"{tower}{name}." for name in adapter_of(model.config).projector_in_tower)
     # LLaVA's are below its head.
-    added = tuple(f"{below}{name}." for name in NEW_MODULES for below in ("", f"{model.base_model_prefix}."))
+    below = ("", f"{model.base_model_prefix}.")
+    added = tuple(f"{prefix}{name}." for name in NEW_MODULES for prefix in below)
 
     def part_of(name: str) -> str:
         name = f"{name}."
         if name.startswith(added):
-            return "controller"
+            return "scheduler" if name.startswith(tuple(f"{prefix}scheduler." for prefix in below)) else "controller"
         if name.startswith((decoder, "lm_head.")):
             return "decoder"
         return "vision" if name.startswith(tower) and not name.startswith(merging) else "projector"

@@ -19,8 +19,8 @@ from .budget.schedule import BudgetSchedule, StackBudget
 from .budget.selection import Selection
 from .decoder.compute_scheduler import ComputeScheduler
 from .decoder.compute_token import without_token
-from .decoder.dials import DecoderDials, ReadPrompt, turns_by_itself, under_dials
-from .decoder.loop import DecoderOutput, run_decoder
+from .decoder.dials import DecoderDials, ReadPrompt, dials_of_compute, turns_by_itself, under_dials
+from .decoder.loop import RUNNABLE, DecoderOutput, run_decoder
 from .decoder.policy import DecoderPolicy, VisualTokenPolicy
 from .decoder.pruned_cache import NewColumns, PrunedPrompt, pruned_cache
 from .decoder.reducer import KeepsAllReducer
@@ -239,6 +239,61 @@ class PromptReductionMixin:
         if acts_in_decoder:
             selection.depth = selection.keep * self.config.text_config.num_hidden_layers
         return PreparedInputs(prompt, embeddings, selection, self._decoder_policy(tokens, prompt, units))
+
+    def split_compute(
+        self,
+        token_budget: StackBudget | None,
+        dials: DecoderDials,
+        reducer: ReducerSpec | None,
+        inputs: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        images: Any,
+        past_key_values: Cache | None = None,
+    ) -> tuple[StackBudget | None, DecoderDials]:
+        """
+        A call's token budget and dials, where it has a compute budget what that comes to.
+
+        Args:
+            token_budget, dials, reducer: of the call.
+            inputs: ids `[batch, sequence]`, or embeddings, of the whole prompt.
+            attention_mask: `[batch, sequence]`, or `None`.
+            images: in the order of their placeholders, or `None`.
+            past_key_values: which must not hold anything.
+
+        Raises:
+            ValueError: if another budget is given as well, the decoder's cost is not known, or the budget cannot be
+                reached.
+        """
+        if dials.compute_budget is None:
+            if dials.allocation is not None:
+                raise ValueError(
+                    f"`allocation` is {dials.allocation!r} without a `compute_budget`; it says how that is shared."
+                )
+            return token_budget, dials
+        for name, value in {"token_budget": token_budget, **vars(dials)}.items():
+            if value is not None and name not in ("compute_budget", "allocation", "scheduler"):
+                raise ValueError(f"`compute_budget` and `{name}` were both given; the first says the second.")
+        if past_key_values is not None and int(past_key_values.get_seq_length()) > 0:
+            raise ValueError(
+                "`compute_budget` was given with a `past_key_values` that holds tokens; it is for a prompt that is "
+                "read whole. Say `token_budget` for the images of a later turn."
+            )
+        kind = self.config.get_text_config().model_type
+        if kind not in RUNNABLE:
+            raise ValueError(
+                f"`compute_budget` is {dials.compute_budget!r}; what a decoder costs is known of the kinds "
+                f"{', '.join(RUNNABLE)}, and this one is {kind!r}. Use `token_budget`."
+            )
+        steps, sizes = self.steps(reducer), [[] for _ in inputs]
+        if images is not None:
+            input_ids = inputs if inputs.dim() == 2 else self.ids_of_embeds(inputs)
+            units = self.looked_at(input_ids, images, self.resolve_budget(1.0, reducer, len(input_ids)))[1]
+            for prompt, size in zip(units.sample.tolist(), units.sizes.tolist(), strict=True):
+                sizes[prompt].append(size)
+        lengths = [inputs.shape[1]] * len(inputs) if attention_mask is None else attention_mask.sum(dim=-1).tolist()
+        num_others = [length - sum(own) for length, own in zip(lengths, sizes, strict=True)]
+        acting = steps[-1].reducer if steps[-1].reducer.stage == "decoder" else None
+        return dials_of_compute(dials, self.config, self.scheduler, num_others, sizes, acting)
 
     def under_dials(
         self,

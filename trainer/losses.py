@@ -23,6 +23,8 @@ from .data.chat_template import IGNORED
 from .trained_parts import adavtp_model_of
 
 FULL_BUDGET = 1.0
+# On every dial.
+FULL_BUDGETS = dict.fromkeys(("token_budget", "depth_budget", "width_budget"), FULL_BUDGET)
 
 
 def controller_in_use(model: nn.Module) -> VisionTokenController:
@@ -75,9 +77,9 @@ def target_logits(outputs: Any) -> torch.Tensor:
 
 @torch.no_grad()
 def full_budget_logits(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-    """What an unwrapped model would predict for targets if it saw every visual token, `[num_targets, vocab_size]`."""
+    """What an unwrapped model would predict for targets if it saw and ran everything, `[num_targets, vocab_size]`."""
     with evaluating(model):
-        return target_logits(model(**inputs | {"token_budget": FULL_BUDGET}))
+        return target_logits(model(**inputs | FULL_BUDGETS))
 
 
 def distillation_loss(
@@ -123,11 +125,11 @@ def visual_relevance(model: nn.Module, inputs: dict[str, Any]) -> Relevance:
 
     Args:
         model: an [`AdaVTPForConditionalGeneration`] of any family, not wrapped. Its parameters get no gradient.
-        inputs: its arguments, with `labels` and images; their `token_budget` is put aside.
+        inputs: its arguments, with `labels` and images; their budgets are put aside.
     """
     inner = adavtp_model_of(model)
     with evaluating(model), torch.enable_grad(), _features_as_leaf(inner) as prepared:
-        outputs = model(**inputs | {"token_budget": FULL_BUDGET})
+        outputs = model(**inputs | FULL_BUDGETS)
         targets = outputs.labels[:, 1:][outputs.labels[:, 1:] != IGNORED]
         log_probability = -nn.functional.cross_entropy(target_logits(outputs), targets, reduction="sum")
         (of_prompt,) = prepared

@@ -40,8 +40,8 @@ def choose_trained_parts(model: nn.Module, train_parts: list[str]) -> None:
         train_parts: names from `PARTS`.
 
     Raises:
-        ValueError: if the model has adapters and nothing of a named part can train, or its adapters were loaded
-            without `is_trainable=True`.
+        ValueError: if nothing of the named parts is in the model; if it has adapters and nothing of a named part can
+            train, or its adapters were loaded without `is_trainable=True`.
     """
     never_run = never_run_prefixes(model)
     if has_adapters(model):
@@ -50,6 +50,11 @@ def choose_trained_parts(model: nn.Module, train_parts: list[str]) -> None:
     part_of = parts_of_names(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in train_parts and not name.startswith(never_run))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"`train_parts` is {train_parts}, and this model has nothing of that which could train. It has a "
+            "scheduler if its configuration names one, such as scheduler={'dials': ['depth']}."
+        )
 
 
 def has_adapters(model: nn.Module) -> bool:

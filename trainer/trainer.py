@@ -30,6 +30,9 @@ from .trained_parts import adavtp_model_of, choose_trained_parts
 from .training_arguments import AdaVTPTrainingArguments
 from .whole_checkpoints import WholeCheckpointsMixin
 
+# What tells the draws of one dial from those of another.
+_APART: dict[str, tuple[int, ...]] = {"token_budget": (), "depth_budget": (1,), "width_budget": (2,)}
+
 
 class AdaVTPTrainer(WholeCheckpointsMixin, HubPushMixin, StreamedTraining):
     """
@@ -81,12 +84,17 @@ class AdaVTPTrainer(WholeCheckpointsMixin, HubPushMixin, StreamedTraining):
         hears too."""
         controller_in_use(self.model).training_progress = self.state.global_step / max(self.state.max_steps, 1)
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        drawn = self.args.dials()
         budgets = getattr(self.data_collator, "budgets", None)
         if budgets is not None and self.stream_progress is None:
-            first_batch = self.state.global_step * self.args.gradient_accumulation_steps
-            for number, batch in enumerate(batches, start=first_batch):
-                first_sample = (number * self.args.world_size + self.args.process_index) * self._train_batch_size
-                batch["token_budget"] = budgets.of_batch(number, first_sample, len(batch["input_ids"]))
+            drawn["token_budget"] = budgets
+        first_batch = self.state.global_step * self.args.gradient_accumulation_steps
+        for number, batch in enumerate(batches, start=first_batch):
+            first_sample = (number * self.args.world_size + self.args.process_index) * self._train_batch_size
+            place = (number, first_sample, len(batch["input_ids"]))
+            for dial, stream in drawn.items():
+                # Of one seed, and none of them follows from another.
+                batch[dial] = stream.of_batch(*place, *_APART[dial])
         return batches, num_items
 
     def _prepare_for_sharding(self, model: nn.Module) -> None:
@@ -108,11 +116,12 @@ class AdaVTPTrainer(WholeCheckpointsMixin, HubPushMixin, StreamedTraining):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """See `Trainer`. Budgets become plain numbers: sharded models get every tensor in bfloat16, where 0.4 is
         0.4004, and another number of tokens."""
-        budget = inputs.get("token_budget")
         is_cast = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if is_cast and isinstance(budget, torch.Tensor) and budget.dtype == torch.float32:
-            # The shortest decimals that stand for these float32: 0.7, and not 0.699999988.
-            inputs = inputs | {"token_budget": [float(str(value)) for value in budget.cpu().numpy()]}
+        for dial in _APART if is_cast else ():
+            budget = inputs.get(dial)
+            if isinstance(budget, torch.Tensor) and budget.dtype == torch.float32:
+                # The shortest decimals that stand for these float32: 0.7, and not 0.699999988.
+                inputs = inputs | {dial: [float(str(value)) for value in budget.cpu().numpy()]}
         return super()._prepare_inputs(inputs)
 
     def compute_loss(

@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 
 from ..modeling.budget.token_budget import num_tokens_to_keep
 from ..modeling.parts import PARTS
+from .data.budget_stream import BudgetStream
 
 LOSSES: tuple[str, ...] = ("lm", "distillation", "relevance")
 
@@ -14,11 +15,13 @@ LOSSES: tuple[str, ...] = ("lm", "distillation", "relevance")
 @dataclass
 class AdaVTPTrainingArguments(TrainingArguments):
     """
-    [`TrainingArguments`] with five more.
+    [`TrainingArguments`] with seven more.
 
     Args:
         train_parts (`list[str]`): which parts of the model train, of `"controller"` (with the budget token),
-            `"projector"`, `"vision"` and `"decoder"`; the others are frozen.
+            `"scheduler"`, `"projector"`, `"vision"` and `"decoder"`; the others are frozen.
+        depth_range, width_range (`list[float]`, *optional*): lowest and highest `depth_budget` and `width_budget`,
+            fractions of which each sample of a training batch gets one; by default the configuration's for all.
         eval_budgets (`list[float]`): token budgets at which `evaluate` measures; each gives metrics of its own, such
             as `eval_loss_b0.2`, and `eval_loss` is their mean.
         loss_weights (`dict[str, float]`): what the training loss is a weighted sum of. `"lm"` is the language model's
@@ -35,14 +38,19 @@ class AdaVTPTrainingArguments(TrainingArguments):
 
     Raises:
         ValueError: if a part or a loss is not one of these, or none is named; if a weight is not above 0; if
-            `"relevance"` alone is to train more than the controller, or is to be computed once and is no loss; or if
-            there is no budget to evaluate at, or one
-            that is not allowed.
+            `"relevance"` alone is to train more than the controller, or is to be computed once and is no loss; if a
+            range is empty or leaves [0, 1]; or if there is no budget to evaluate at, or one that is not allowed.
     """
 
     train_parts: list[str] = field(
         default_factory=lambda: ["controller", "projector", "decoder"],
         metadata={"help": f"Parts of the model that train: {', '.join(PARTS)}."},
+    )
+    depth_range: list[float] | None = field(
+        default=None, metadata={"help": "Lowest and highest share of the decoder's layers that run in training."}
+    )
+    width_range: list[float] | None = field(
+        default=None, metadata={"help": "Lowest and highest share of heads and MLP channels that run in training."}
     )
     eval_budgets: list[float] = field(
         default_factory=lambda: [1.0, 0.6, 0.4, 0.2], metadata={"help": "Token budgets that evaluation runs at."}
@@ -78,8 +86,18 @@ class AdaVTPTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"`relevance_once` is True and `loss_weights` is {self.loss_weights}; it is for the loss 'relevance'."
             )
+        self.dials()
         if not self.eval_budgets:
             raise ValueError("`eval_budgets` is empty; name at least one budget, such as 1.0.")
         for budget in self.eval_budgets:
             # Raises for a budget that is none, now and not after hours of training; the number of tokens is any.
             num_tokens_to_keep(budget, num_tokens=576, batch_size=1)
+
+    def dials(self) -> dict[str, BudgetStream]:
+        """The decoder's budgets that are drawn for every sample, by the argument that they are to a model."""
+        ranges = {"depth_range": self.depth_range, "width_range": self.width_range}
+        return {
+            f"{name.removesuffix('range')}budget": BudgetStream(ends, "sample", self.seed, name)
+            for name, ends in ranges.items()
+            if ends is not None
+        }

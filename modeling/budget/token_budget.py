@@ -17,6 +17,7 @@ TokenBudget = float | int | Sequence[float] | Sequence[int] | torch.Tensor
 _COUNTED = {
     "token_budget": ("visual tokens that are kept", "tokens"),
     "depth_budget": ("the decoder's layers that run", "layers"),
+    "compute_budget": ("what the full model computes when it reads the prompt", "nothing"),
     "width_budget": ("attention heads and MLP channels that run in a layer", "attention heads"),
 }
 

@@ -1,14 +1,16 @@
 """The dials of the decoder, as a caller turns them: which of its units run, said outright or by budgets."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import Cache, PreTrainedConfig
 
+from ..budget.compute_budget import Dials, PrefillPrice, compute_shares, require_allocation, share_of
 from ..budget.selection import Selection
-from ..budget.token_budget import TokenBudget
+from ..budget.token_budget import TokenBudget, num_tokens_to_keep
 from ..budget.unit_budget import num_layers_to_run, num_units_to_choose, width_shares
 from .compute_scheduler import ComputeScheduler, selection_statistics
 from .compute_token import UnitSchedule
@@ -16,6 +18,7 @@ from .execution_plan import ExecutionPlan
 from .planned_layers import PlannedLayers
 from .policy import DecoderPolicy, NothingLeaves
 from .pruned_cache import pruned_cache
+from .reducer import DecoderReducer
 from .unit_rules import UNIT_RULES, plan_by_rule
 
 
@@ -43,13 +46,16 @@ class DecoderDials:
     What a call says of the decoder; `None` where it says nothing.
 
     Attributes:
-        plan, depth_budget, width_budget, scheduler: see [`AdaVTPForConditionalGeneration.forward`].
+        plan, depth_budget, width_budget, scheduler, compute_budget, allocation: see
+            [`AdaVTPForConditionalGeneration.forward`].
     """
 
     plan: ExecutionPlan | None = None
     depth_budget: TokenBudget | None = None
     width_budget: TokenBudget | None = None
     scheduler: str | None = None
+    compute_budget: float | Sequence[float] | torch.Tensor | None = None
+    allocation: str | Mapping[str, float] | None = None
 
     @classmethod
     def taken_from(cls, arguments: dict[str, Any]) -> "DecoderDials":
@@ -88,10 +94,7 @@ def under_dials(
     if dials.plan is not None:
         return _under_plan(policy, dials, config, batch_size, past_key_values)
     rule = dials.scheduler
-    if rule is not None and rule not in UNIT_RULES:
-        raise ValueError(
-            f"`scheduler` is {rule!r}; allowed are {', '.join(map(repr, UNIT_RULES))}, and None for the model's own."
-        )
+    require_rule(rule)
     text, prefix = config.get_text_config(), 1 if scheduler is None else scheduler.settings.num_prefix_layers
     depth = config.depth_budget if dials.depth_budget is None else dials.depth_budget
     width = config.width_budget if dials.width_budget is None else dials.width_budget
@@ -130,6 +133,92 @@ def under_dials(
 def turns_by_itself(config: PreTrainedConfig) -> bool:
     """Whether units are left out where a call says nothing, by the configuration's budgets."""
     return not config.depth_budget == config.width_budget == 1.0
+
+
+def dials_of_compute(
+    dials: DecoderDials,
+    config: PreTrainedConfig,
+    scheduler: ComputeScheduler | None,
+    num_others: Sequence[int],
+    sizes: Sequence[Sequence[int]],
+    reducer: DecoderReducer | None,
+) -> tuple[list[float], DecoderDials]:
+    """
+    A compute budget as budgets of all dials.
+
+    Args:
+        dials: of the call.
+        config: the model's.
+        scheduler: the model's, if it has one.
+        num_others: of each prompt, columns that are no visual tokens.
+        sizes: of each prompt, visual tokens of its images.
+        reducer: that acts inside the decoder, or `None`.
+
+    Returns:
+        The token budget of each prompt, and the dials.
+
+    Raises:
+        ValueError: if the budget, or how it is to be shared, is not allowed.
+    """
+    text, rule = config.get_text_config(), dials.scheduler
+    require_rule(rule)
+    settings = None if scheduler is None else scheduler.settings
+    turns = frozenset(("depth", "width") if rule is not None else settings.dials if settings is not None else ())
+    allocation = dials.allocation if dials.allocation is not None else "proportional" if turns else "tokens"
+    require_allocation(allocation)
+    if isinstance(allocation, Mapping) and (missing := sorted(set(allocation) - turns)):
+        raise ValueError(
+            f"`allocation` is {dict(allocation)!r}, and nothing here chooses what runs under a budget of "
+            f"{missing[0]}. Name a rule, such as scheduler='even', or train a scheduler for it."
+        )
+    num_sets, num_groups = text.num_key_value_heads, text.num_attention_heads
+    if settings is not None and rule is None and settings.block_size:
+        num_sets = num_groups = text.num_attention_heads // settings.block_size
+    elif settings is not None:
+        num_groups = settings.num_mlp_groups
+    price = PrefillPrice.of_config(text, num_sets, num_groups)
+    splits = []
+    for share, others, own in zip(compute_shares(dials.compute_budget, len(sizes)), num_others, sizes, strict=True):
+        columns = partial(_columns, others, torch.tensor(own), reducer, text.num_hidden_layers)
+        largest = max(own, default=0)
+        least = next((number for number in range(largest + 1) if columns(share_of(number, largest)) is not None), 0)
+        splits.append(
+            Dials(
+                price,
+                columns,
+                largest,
+                least,
+                1 if settings is None else settings.num_prefix_layers,
+                turns,
+                rule is None and settings is not None and allocation != "tokens",
+            ).split(share, allocation)
+        )
+    depth, width = [split.depth for split in splits], [split.width for split in splits]
+    return [split.tokens for split in splits], DecoderDials(None, depth, width, rule)
+
+
+def _columns(
+    num_others: int, sizes: torch.Tensor, reducer: DecoderReducer | None, num_layers: int, share: float
+) -> list[int] | None:
+    """The columns that each layer sees at a token budget; `None` if the reducer cannot keep so few."""
+    keep, total = int(num_tokens_to_keep(share, sizes, len(sizes)).sum()), int(sizes.sum())
+    if reducer is None or keep >= total:
+        return [num_others + keep] * num_layers
+    try:
+        return [num_others + number for number in reducer.layer_counts(total, keep, num_layers)]
+    except ValueError:
+        return None
+
+
+def require_rule(rule: str | None) -> None:
+    """
+    Raises:
+        ValueError: if it is none that there is.
+    """
+    if rule is not None and rule not in UNIT_RULES:
+        raise ValueError(
+            f"`scheduler` is {rule!r}; allowed are {', '.join(map(repr, UNIT_RULES))}, and None for the model's own."
+        )
 
 
 def _seeds(prompt: ReadPrompt) -> list[int]:

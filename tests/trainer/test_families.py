@@ -151,7 +151,7 @@ def test_every_parameter_is_of_one_part_and_gets_a_gradient_unless_it_never_runs
         for key, parameter in model.named_parameters():
             assert (parameter.grad is None) == key.startswith(never_run), key
         learned = {key for key, parameter in model.named_parameters() if parameter.grad is not None}
-        assert {part_of(key) for key in learned} == set(PARTS)
+        assert {part_of(key) for key in learned} == set(PARTS) - {"scheduler"}
     of_parts = {part: {k.split(".")[1] for k in learned if part_of(k) == part and "." in k} for part in PARTS}
     (decoder,) = of_parts["decoder"] - {"weight"}
     assert decoder in ("language_model", "text_model")
@@ -219,7 +219,7 @@ def test_dropped_tokens_may_leave_or_hide_and_training_is_the_same(name: str, tm
         trainer.train()
         losses[form], weights[form] = losses_of(trainer), weights_of(model)
         changed = {key for key, value in weights[form].items() if not torch.equal(value, before[key])}
-        assert {parts_of_names(model)(key) for key in changed} == set(PARTS)
+        assert {parts_of_names(model)(key) for key in changed} == set(PARTS) - {"scheduler"}
         assert not any(key.startswith(never_run_in_tower(model)) for key in changed)
     assert losses["gather"] == pytest.approx(losses["mask"], rel=1e-4) and losses["gather"][0] > 1
     for key, value in weights["gather"].items():

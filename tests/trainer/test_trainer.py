@@ -38,6 +38,7 @@ MIXED = (1, 0, 2)
 # What the names of parameters of each part start with.
 OF_PARTS = {
     "controller": ("model.budget_token.", "model.controller.", "model.reducers."),
+    "scheduler": ("model.scheduler.",),
     "projector": ("model.multi_modal_projector.",),
     "vision": ("model.vision_tower.",),
     "decoder": ("model.language_model.", "lm_head."),

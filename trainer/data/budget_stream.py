@@ -20,6 +20,7 @@ class BudgetStream:
         budget_range: lowest and highest budget, as fractions in [0, 1].
         per: `"batch"` draws one budget for all samples of a batch, `"sample"` one for each.
         seed: of the draws.
+        name: of the range, for messages.
 
     Raises:
         ValueError: if the range is empty or leaves [0, 1], or `per` is neither.
@@ -30,11 +31,12 @@ class BudgetStream:
         budget_range: tuple[float, float] = (0.2, 1.0),
         per: Literal["batch", "sample"] = "batch",
         seed: int = 0,
+        name: str = "budget_range",
     ) -> None:
         is_pair = isinstance(budget_range, list | tuple) and len(budget_range) == 2
         is_pair = is_pair and all(isinstance(end, int | float) and not isinstance(end, bool) for end in budget_range)
         if not is_pair or not 0.0 <= budget_range[0] <= budget_range[1] <= 1.0:
-            raise ValueError(f"`budget_range` is {budget_range!r}; allowed are two fractions 0 <= low <= high <= 1.")
+            raise ValueError(f"`{name}` is {budget_range!r}; allowed are two fractions 0 <= low <= high <= 1.")
         if per not in ("batch", "sample"):
             raise ValueError(f"`per` is {per!r}; allowed are 'batch' and 'sample'.")
         if type(seed) is not int:
