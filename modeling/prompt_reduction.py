@@ -323,8 +323,14 @@ class PromptReductionMixin:
         if not (dials.are_turned or turns_by_itself(self.config) or learns):
             return policy
         ids, is_visual = (inputs if inputs.dim() == 2 else None), None
-        if attention_mask is None or attention_mask.dim() != 2:
+        if attention_mask is None:
             attention_mask = torch.ones(inputs.shape[:2], dtype=torch.long, device=inputs.device)
+        if attention_mask.dim() != 2:
+            raise ValueError(
+                "What runs in the decoder is chosen with an `attention_mask` of shape [batch, sequence] and no gates "
+                f"inside attention, and here the mask has shape {tuple(attention_mask.shape)} and `gradient_gates` is "
+                f"{self.config.gradient_gates!r}; use gradient_gates='features'."
+            )
         if prepared is not None and prepared.prompt.visual_index is not None:
             is_visual = prepared.prompt.visual_index >= 0
         new = attention_mask[:, -inputs.shape[1] :]

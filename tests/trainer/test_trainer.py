@@ -59,7 +59,11 @@ def are_equal(first: Any, second: Any) -> bool:
 # Resuming
 
 
-def test_a_resumed_run_ends_where_one_without_a_break_ends(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dials", [{}, {"depth_range": [0.5, 1.0], "width_range": [0.4, 0.9]}], ids=["", "dials"])
+def test_a_resumed_run_ends_where_one_without_a_break_ends(tmp_path: Path, dials: dict[str, list[float]]) -> None:
+    text = tiny_text_config(num_layers=4, vocab_size=len(digit_processor().tokenizer))
+    with_scheduler = {"scheduler": {"num_prefix_layers": 1}, "gradient_gates": "features", "text_config": text}
+    scheduler = with_scheduler if dials else {}
     # Seven batches, so four steps, an epoch: the break at step 3 is inside an epoch, and an epoch's end follows it.
     fields = {
         "gradient_accumulation_steps": 2,
@@ -68,8 +72,11 @@ def test_a_resumed_run_ends_where_one_without_a_break_ends(tmp_path: Path) -> No
         "train_parts": EVERY_PART,
         "save_strategy": "steps",
         "save_steps": 3,
+        **dials,
     }
-    whole = tiny_trainer(tmp_path / "whole", conversation_rows(14, MIXED), **fields)
+    begun = digit_model(digit_processor(), **scheduler)
+    before = weights_of(begun)
+    whole = tiny_trainer(tmp_path / "whole", conversation_rows(14, MIXED), model=begun, **fields)
     whole.data_collator.budgets.per = "sample"
     seen = batches_seen_by(whole.model)
     whole.train()
@@ -77,13 +84,21 @@ def test_a_resumed_run_ends_where_one_without_a_break_ends(tmp_path: Path) -> No
 
     torch.manual_seed(99)
     random.seed(99)
-    new_model = digit_model(digit_processor(), seed=99)
+    new_model = digit_model(digit_processor(), seed=99, **scheduler)
     resumed = tiny_trainer(tmp_path / "resumed", conversation_rows(14, MIXED), model=new_model, **fields)
     resumed.data_collator.budgets.per = "sample"
     seen_again = batches_seen_by(resumed.model)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
 
     assert len(seen) == 11 and budgets_of(seen_again) == budgets_of(seen[-5:])
+    for name, (low, high) in dials.items():
+        dial = f"{name.removesuffix('range')}budget"
+        drawn = [batch[dial].tolist() for batch in seen]
+        assert [batch[dial].tolist() for batch in seen_again] == drawn[-5:]
+        values = sum(drawn, [])
+        assert len(set(values)) == len(values) and low <= min(values) and max(values) <= high
+    learned = [name for name in differing(before, weights_of(whole.model)) if "scheduler" in name]
+    assert len(learned) == (len([name for name in before if "scheduler" in name]))
     assert differing(weights_of(resumed.model), weights_of(whole.model)) == []
     assert are_equal(resumed.optimizer.state_dict(), whole.optimizer.state_dict())
     assert torch.equal(torch.get_rng_state(), random_state)

@@ -370,6 +370,9 @@ def test_what_cannot_choose_says_so() -> None:
         model_of(num_prefix_layers=4)(**batch, depth_budget=3)
     with pytest.raises(ValueError, match="`plan` and `depth_budget` were both given"):
         bare(**batch, plan=bare.whole_plan(), depth_budget=0.5)
+    gated = model_of().train()
+    with pytest.raises(ValueError, match="use gradient_gates='features'"):
+        gated(**batch, labels=targets(batch), token_budget=0.5)
 
 
 @pytest.mark.parametrize(
