@@ -1,4 +1,4 @@
-"""Pictures of what was kept: the image with its dropped patches dark, and grids of these drawn from a run."""
+"""Pictures of what was kept: the image with its dropped patches dark, grids of these drawn from a run, and what ran."""
 
 from itertools import product, zip_longest
 from pathlib import Path
@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ..modeling.decoder.execution_plan import ExecutionPlan
 from ..modeling.vision.shown_image import WHOLE, ShownImage
 from .reducer_table import known_of_label, reducer_table
 from .runs import Answer, Run, setting_of
@@ -40,6 +41,30 @@ def _draw_answer(axis: Axes, run: Run, answer: Answer, above: str) -> None:
     """What was kept, and below it the answer, green if it is right and else red, with the right ones."""
     right = "" if answer.score else f"  ({', '.join(answer.answers)})"
     _draw(axis, _picture(run, answer), above, answer.prediction + right, "green" if answer.score else "red")
+
+
+def save_plan(plan: ExecutionPlan, path: str | Path, number: int = 0) -> None:
+    """
+    Draws what ran of a decoder: a row for each layer, from the first at the bottom, with a cell for each attention
+    head and, to the right, for each group of MLP channels; lit where it ran.
+
+    Args:
+        plan: with one row or several.
+        path: of the picture.
+        number: of the plan's row.
+    """
+    tables = {"attention heads": plan.heads[number], "groups of MLP channels": plan.mlp_groups[number]}
+    widths = [table.shape[-1] for table in tables.values()]
+    figure = Figure(figsize=(1.5 + 0.22 * sum(widths), 1.0 + 0.25 * len(plan.layers[number])), layout="constrained")
+    axes = figure.subplots(1, 2, width_ratios=widths, sharey=True)
+    for axis, (name, table) in zip(axes, tables.items(), strict=True):
+        ran = table & plan.layers[number, :, None]
+        axis.pcolormesh(ran.float(), cmap="cividis", vmin=0, vmax=1, edgecolors="white", linewidth=1)
+        axis.set_xlabel(name, fontsize=9)
+        axis.set_xticks([])
+    axes[0].set_ylabel("layer", fontsize=9)
+    axes[0].set_yticks([place + 0.5 for place in range(len(table))], [str(place) for place in range(len(table))])
+    figure.savefig(path, dpi=150)
 
 
 def where_methods_differ(run: Run) -> int:

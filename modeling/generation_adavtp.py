@@ -202,7 +202,8 @@ class AdaVTPGenerationMixin(GenerationMixin):
 
         Returns:
             What `GenerationMixin.generate` returns, and with `return_dict_in_generate=True` also `selection`, the
-            [`Selection`] of the prompts' images; in the second form a string, or a list of strings if images or
+            [`Selection`] of the prompts' images, and `plan`, the [`ExecutionPlan`] of what ran, `None` if everything
+            did; in the second form a string, or a list of strings if images or
             prompts came as a list.
 
         Raises:
@@ -226,6 +227,8 @@ class AdaVTPGenerationMixin(GenerationMixin):
             outputs = super().generate(inputs, generation_config, *args, **kwargs)
             if isinstance(outputs, ModelOutput):
                 outputs["selection"] = pruned[0].selection if pruned else None
+                planned = pruned_cache(outputs.get("past_key_values")).planned
+                outputs["plan"] = None if planned is None else planned.plan
             return outputs
         if kwargs.get("return_dict_in_generate"):
             raise ValueError(

@@ -52,7 +52,7 @@ class UnitChoice:
     """
 
     plan: ExecutionPlan
-    gates: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
+    gates: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
 
 class ComputeScheduler(nn.Module):

@@ -49,10 +49,14 @@ class UnitSchedule:
 
 class ComputeToken:
     """
+    What runs the first layers, see [`WholeLayer`], while a choice is to be made.
+
     Args:
         schedule: what is to be decided.
         inputs: of the prompt's columns.
     """
+
+    attends = True
 
     def __init__(self, schedule: UnitSchedule, inputs: PromptInputs) -> None:
         self.schedule, self.inputs = schedule, inputs
@@ -68,20 +72,7 @@ class ComputeToken:
         cache: Cache | None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """
-        Takes the token through a layer beside the prompt.
-
-        Args:
-            layer: of the prefix.
-            number: of the layer.
-            hidden_states: that enter it, `[batch, n, hidden_size]`.
-            given: what it takes beside them.
-            cache: or `None`.
-            kwargs: of the layer.
-
-        Returns:
-            Hidden states `[batch, n, hidden_size]` behind the layer.
-        """
+        """See [`WholeLayer.run`]. Takes the token through the layer beside the prompt."""
         joined = torch.cat([hidden_states, self.hidden_states.to(hidden_states)], dim=1)
         kwargs["past_key_values"] = None if cache is None else _WithoutLastColumn(cache)
         output = layer(joined, **vars(self._joined_inputs(number, hidden_states, given)), **kwargs)

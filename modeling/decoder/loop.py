@@ -16,9 +16,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.output_capturing import capture_outputs
 
 from .cached_columns import CachedLayers
+from .compute_scheduler import UnitChoice
 from .compute_token import ComputeToken
 from .layer_inputs import AnswerInputs, LayerInputs, PromptInputs
-from .planned_layers import PlannedLayers
+from .planned_layers import PlannedLayers, WholeLayer
 from .policy import Decision, DecoderPolicy
 from .pruned_cache import has_layer_columns, pruned_cache
 from .view import LayerView
@@ -166,21 +167,10 @@ def run_decoder(
                 columns, hidden_states = columns.after(decision, number)
                 inputs.enter(columns.index, columns.has_padding)
         if token is not None and number == token.num_layers:
-            choice = token.choice()
-            planned, token = PlannedLayers(language_model, choice.plan, is_sharded, choice.gates), None
-            if past_key_values is not None:
-                planned.let_make_room(past_key_values)
-        runner = token if token is not None else planned and planned[number]
-        attends = planned is None or planned[number].attends
-        given, below = inputs.of_layer(number, hidden_states, attends), hidden_states
-        if runner is None:
-            hidden_states = layer(
-                hidden_states, **vars(given), past_key_values=past_key_values, use_cache=use_cache, **kwargs
-            )
-        else:
-            hidden_states = runner.run(
-                layer, number, hidden_states, given, past_key_values, use_cache=use_cache, **kwargs
-            )
+            planned, token = _planned(language_model, token.choice(), past_key_values, is_sharded), None
+        runs = token or (planned and planned[number]) or WholeLayer()
+        given, below = inputs.of_layer(number, hidden_states, runs.attends), hidden_states
+        hidden_states = runs.run(layer, number, hidden_states, given, past_key_values, use_cache=use_cache, **kwargs)
         if number < len(deepstack):
             hidden_states = hidden_states + columns.carried.pop(f"deepstack {number}")
     if policy is not None:
@@ -223,16 +213,23 @@ def _planned_layers(
     if plan is None:
         return pruned.planned
     if cache is None or int(cache.get_seq_length()) == 0:
-        planned = PlannedLayers(language_model, plan, is_sharded)
-        if cache is not None:
-            planned.let_make_room(cache)
-        return planned
+        return _planned(language_model, UnitChoice(plan), cache, is_sharded)
     if pruned.planned is None or pruned.planned.plan != plan:
         raise ValueError(
             "`plan` was given with a `past_key_values` that was filled by another plan, or by none. What a layer was "
             "left out of, it cannot read later: leave `plan` out to go on with the same, or begin with a new cache."
         )
     return pruned.planned
+
+
+def _planned(
+    language_model: PreTrainedModel, choice: UnitChoice, cache: Cache | None, is_sharded: bool
+) -> PlannedLayers:
+    """The layers as they were chosen, before any that was left out in part has written into the cache."""
+    planned = PlannedLayers(language_model, choice.plan, is_sharded, choice.gates)
+    if cache is not None:
+        planned.let_make_room(cache)
+    return planned
 
 
 def _answer_inputs(

@@ -74,6 +74,39 @@ class SlidingLayerOfSomeRows(_OfSomeRows, DynamicSlidingWindowLayer):
 _OF_SOME_ROWS = {DynamicLayer: LayerOfSomeRows, DynamicSlidingWindowLayer: SlidingLayerOfSomeRows}
 
 
+class WholeLayer:
+    """
+    One layer as it is.
+
+    Attributes:
+        attends: whether the layer gets keys and values of what it reads.
+    """
+
+    attends = True
+
+    def run(
+        self,
+        layer: nn.Module,
+        number: int,
+        hidden_states: torch.Tensor,
+        given: LayerInputs,
+        cache: Cache | None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """
+        Hidden states `[batch, n, hidden_size]` behind the layer.
+
+        Args:
+            layer: the decoder's.
+            number: of the layer.
+            hidden_states: that enter it, `[batch, n, hidden_size]`.
+            given: what it takes beside them.
+            cache: or `None`.
+            kwargs: of the layer.
+        """
+        return layer(hidden_states, **vars(given), past_key_values=cache, **kwargs)
+
+
 class PlannedLayer:
     """
     One layer under a plan.
@@ -86,7 +119,7 @@ class PlannedLayer:
 
     Attributes:
         rows: `[num_rows]` int64, the prompts that enter it; `None` for all.
-        attends: whether it gets keys and values of what it reads.
+        attends: see [`WholeLayer`].
         cached_rows: the prompts that it has a cache of, as `rows`.
         is_whole: whether all prompts enter the layer as it is.
     """
@@ -136,17 +169,7 @@ class PlannedLayer:
         cache: Cache | None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """
-        Hidden states `[batch, n, hidden_size]` behind the layer.
-
-        Args:
-            layer: the decoder's.
-            number: of the layer.
-            hidden_states: that enter it, `[batch, n, hidden_size]`.
-            given: what it takes beside them.
-            cache: or `None`.
-            kwargs: of the layer.
-        """
+        """See [`WholeLayer.run`]."""
         takes_rows = cache is None or _hold_rows(cache, number, self.cached_rows)
         if self.is_left_out:
             return hidden_states
@@ -188,7 +211,7 @@ class LearningLayer:
         cache: Cache | None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """See [`PlannedLayer.run`]."""
+        """See [`WholeLayer.run`]."""
         gated = gated_layer(layer, self.heads, self.mlp_groups)
         output = gated(hidden_states, **vars(given), past_key_values=cache, **kwargs)
         gate = self.layer_gate[:, None, None].to(output)

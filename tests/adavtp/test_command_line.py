@@ -62,6 +62,26 @@ def test_ask_answers_within_the_budget_and_shows_what_it_kept(
     assert Image.open(tmp_path / "kept.png").size == (288, 288)
 
 
+def test_ask_runs_a_part_of_the_decoder_and_shows_which(scene: Path, tmp_path: Path) -> None:
+    num_layers = json.loads((DIGITS / "config.json").read_text())["text_config"]["num_hidden_layers"]
+    asked = (scene, "how many digits are there ?", "--scheduler", "first", "--show-plan", tmp_path / "plan.png")
+    result = ask(*asked, "--depth-budget", 0.5)
+    assert result.exit_code == 0, result.output
+    ran = (
+        f"{num_layers // 2} of {num_layers} decoder layers ran, 50% of all attention heads and 50% of all MLP channels"
+    )
+    assert ran in " ".join(result.output.split()) and "144 of 144 visual tokens" in result.output
+    # Lit below, dark above.
+    pixels = np.asarray(Image.open(tmp_path / "plan.png").convert("L"))
+    above, below = pixels[: len(pixels) // 3], pixels[len(pixels) // 2 : -len(pixels) // 4]
+    assert (above < 60).sum() > 1000 and (below < 60).sum() < (above < 60).sum() / 10
+    result = ask(*asked, "--compute-budget", 0.5)
+    assert result.exit_code == 0, result.output
+    assert "decoder layers ran" in result.output and "144 of 144" not in result.output
+    result = ask(*asked, "--compute-budget", 0.5, "--budget", 0.5)
+    assert result.exit_code == 1 and "`compute_budget` and `token_budget` were both given" in result.output
+
+
 @pytest.mark.parametrize(("name", "units"), [("llava_next", 5), ("idefics3", 5), ("paligemma", 1)])
 def test_ask_takes_a_folder_of_another_family(name: str, units: int, scene: Path, tmp_path: Path) -> None:
     folder, show = family_folder(name, tmp_path / name), tmp_path / "kept.png"
