@@ -79,6 +79,10 @@ class BudgetFields:
         width_budget (`float` or `int`, *optional*, defaults to 1.0):
             The share of attention heads and MLP channels that run in these layers where a call does not say; as an
             int, a number of heads.
+        compute_allocation (`str` or `dict`, *optional*, defaults to `"proportional"`):
+            How the dials share a compute budget where a call does not say: `"tokens"`, `"depth"`, `"width"` or several
+            with a plus between them are turned to the same share, `"proportional"` are all that can be turned;
+            `{"depth": 0.7, "width": 0.8}` fixes these two, and tokens are what is left.
         scheduler (`dict` or `str`, *optional*):
             What chooses the decoder's units under these two budgets: the fields of [`SchedulerSettings`], or a preset,
             `"adallava-l"` or `"adallava-h"`. `None`: the model has no scheduler.
@@ -178,6 +182,7 @@ class BudgetFields:
     token_budget: float | int = 1.0
     depth_budget: float | int = 1.0
     width_budget: float | int = 1.0
+    compute_allocation: Any = "proportional"
     scheduler: Any = None
     untrained_scheduler: bool = False
     unit_weights: Literal["size", "attention", "novelty"] = "size"

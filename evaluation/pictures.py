@@ -1,4 +1,4 @@
-"""Pictures of what was kept: the image with its dropped patches dark, grids of these drawn from a run, and what ran."""
+"""Pictures of what was kept, the image with its dropped patches dark; grids of these from a run; and of what ran."""
 
 from itertools import product, zip_longest
 from pathlib import Path

@@ -462,9 +462,8 @@ class AdaVTPForConditionalGeneration(AdaVTPPreTrainedModel, AdaVTPGenerationMixi
                 default the model's own scheduler.
             compute_budget: in place of all three budgets, a float in [0, 1], or one per sample: the fraction of the
                 FLOPs with which the full model would read the prompt. It is never exceeded.
-            allocation: how the dials share it: `"tokens"`, by visual tokens alone; `"proportional"`, all dials turned
-                to the same share, the default where something can choose units; or `{"depth": 0.7, "width": 0.8}`,
-                and what is left for tokens.
+            allocation: how the dials share it, `"tokens"`, `"depth+width"`, `"proportional"`, `{"depth": 0.7}`; see
+                `compute_allocation` in the configuration, whose value is the default.
 
         Returns:
             `AdaVTPCausalLMOutputWithPast`; the sequence length of logits and labels is that of the kept columns, or

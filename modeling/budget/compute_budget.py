@@ -1,12 +1,12 @@
 """One budget for all dials: a share of what the full model's decoder computes when it reads a prompt.
 
-The dials share it by a rule. A rule says how far each is turned down; what is left of the budget then goes to visual
-tokens, the finest units there are, and behind the last of them to heads and MLP channels. So the budget is never
-exceeded, and what is left over is less than one more unit costs.
+The dials share it by a rule, which says how far each is turned down. What is left of the budget then goes to visual
+tokens, the finest units there are, and behind the last of them to heads and MLP channels, as far as these are to be
+turned. So the budget is never exceeded, and what is left over is less than one more unit costs.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,8 @@ from transformers import PreTrainedConfig
 
 from .token_budget import budget_values, fraction_as_written
 
-ALLOCATIONS = ("tokens", "proportional")
+PROPORTIONAL = "proportional"
+_STEPS = 2**20
 
 
 @dataclass(frozen=True)
@@ -131,18 +132,6 @@ class Dials:
         )
         return self.price.of_prompt(columns, prefix, sets, groups)
 
-    def _filled(
-        self, layers: int, units: int, allowed: int, allocation: str | Mapping[str, float]
-    ) -> tuple[int, int] | None:
-        """As many tokens as the cost allows, and behind the last of them units; `None` if it allows not even one."""
-        tokens = _last(lambda number: self.cost(number, layers, units) <= allowed, self.num_tokens)
-        if tokens is None:
-            return None
-        tokens = max(tokens, self.least_tokens)
-        if allocation == "proportional" and "width" in self.turns:
-            units = _last(lambda number: self.cost(tokens, layers, number) <= allowed, self.num_units(layers))
-        return tokens, units
-
     def num_units(self, layers: int) -> int:
         """In how many steps the width of so many layers can be turned."""
         return layers * math.lcm(self.price.num_sets, self.price.num_groups)
@@ -159,45 +148,57 @@ class Dials:
 
         Args:
             compute_budget: of the full model's cost, in [0, 1].
-            allocation: `"tokens"` turns the number of visual tokens alone; `"proportional"` all dials to the same
-                share; a mapping says `depth` and `width`, and tokens are what is left.
+            allocation: see [`require_allocation`].
 
         Raises:
             ValueError: if so little cannot be reached.
         """
-        price, full = self.price, self.full()
-        allowed = math.floor(compute_budget * full)
-
-        def turned(share: float) -> tuple[int, int, int]:
-            """All dials at a share, as far as they are to be turned."""
-            of_dial = {"depth": share, "width": share} if allocation == "proportional" else {}
-            if isinstance(allocation, Mapping):
-                of_dial = dict(allocation)
-            of_dial = {dial: value for dial, value in of_dial.items() if dial in self.turns}
-            layers = max(self.num_prefix_layers, math.floor(of_dial.get("depth", 1.0) * price.num_layers + 1e-9))
-            units = math.floor(of_dial.get("width", 1.0) * self.num_units(layers) + 1e-9)
-            return math.floor(share * self.num_tokens), layers, units
-
-        if compute_budget == 1.0 and allocation in ALLOCATIONS:
+        price, full, fixed = self.price, self.full(), allocation if isinstance(allocation, Mapping) else {}
+        turned, allowed = self._turned(allocation), math.floor(compute_budget * full)
+        if compute_budget == 1.0 and not fixed:
             return Split(1.0, 1.0, 1.0, 1.0)
-        # Of 2^20 steps the last that fits; costs rise with the share.
-        steps = 2**20
-        best = _last(lambda step: self.cost(*turned(step / steps)) <= allowed, steps)
-        if best is None:
-            lowest = self.cost(*turned(0.0)) / full
+
+        def at(share: float) -> tuple[int, int, int]:
+            """Those that are turned at a share, the others as they are fixed, or full."""
+            of_dial = {**dict.fromkeys(("tokens", "depth", "width"), 1.0), **dict.fromkeys(turned, share), **fixed}
+            layers = max(self.num_prefix_layers, math.floor(of_dial["depth"] * price.num_layers + 1e-9))
+            units = math.floor(of_dial["width"] * self.num_units(layers) + 1e-9)
+            return math.floor(of_dial["tokens"] * self.num_tokens), layers, units
+
+        def filled(layers: int, units: int) -> tuple[int, int, int] | None:
+            """As many tokens as are allowed, and then units; `None` if not even one is."""
+            tokens = self.num_tokens
+            if "tokens" in turned:
+                tokens = _last(lambda number: self.cost(number, layers, units) <= allowed, tokens)
+            if tokens is not None and "width" in turned:
+                units = _last(lambda number: self.cost(tokens, layers, number) <= allowed, self.num_units(layers))
+            is_one = None not in (tokens, units) and self.cost(tokens, layers, units) <= allowed
+            return (max(tokens, self.least_tokens), layers, units) if is_one else None
+
+        # Of 2^20 shares the last that is allowed; costs rise with it.
+        share = _last(lambda step: self.cost(*at(step / _STEPS)) <= allowed, _STEPS)
+        if share is None:
             raise ValueError(
                 f"`compute_budget` is {compute_budget}, and with allocation={allocation!r} this prompt takes at least "
-                f"{lowest:.4f} of the full model; allowed are budgets from there."
+                f"{self.cost(*at(0.0)) / full:.4f} of the full model; allowed are budgets from there."
             )
-        layers, units = turned(best / steps)[1:]
-        tokens, units = self._filled(layers, units, allowed, allocation)
-        if allocation == "proportional" and "depth" in self.turns and layers < price.num_layers:
-            is_full = tokens == self.num_tokens and units == self.num_units(layers)
-            if is_full and (more := self._filled(layers + 1, self.num_units(layers + 1), allowed, allocation)):
-                layers, (tokens, units) = layers + 1, more
-        cost = self.cost(tokens, layers, units) / full
-        width = share_of(units, self.num_units(layers))
-        return Split(share_of(tokens, self.num_tokens), share_of(layers, price.num_layers), width, cost)
+        _, layers, units = at(share / _STEPS)
+        best = filled(layers, units)
+        if (
+            "depth" in turned
+            and layers < price.num_layers
+            and best == (self.num_tokens, layers, self.num_units(layers))
+        ):
+            best = filled(layers + 1, self.num_units(layers + 1)) or best
+        tokens, layers, units = best
+        shares = share_of(tokens, self.num_tokens), share_of(layers, price.num_layers)
+        return Split(*shares, share_of(units, self.num_units(layers)), self.cost(*best) / full)
+
+    def _turned(self, allocation: str | Mapping[str, float]) -> frozenset[str]:
+        """The dials that share the budget."""
+        if isinstance(allocation, Mapping):
+            return frozenset({"tokens"})
+        return self.turns | {"tokens"} if allocation == PROPORTIONAL else frozenset(allocation.split("+"))
 
 
 def compute_shares(compute_budget: float | Sequence[float] | torch.Tensor, batch_size: int) -> list[float]:
@@ -213,18 +214,34 @@ def compute_shares(compute_budget: float | Sequence[float] | torch.Tensor, batch
     return [float(fraction_as_written(value, values.dtype, "compute_budget")) for value in values.tolist()]
 
 
-def require_allocation(allocation: str | Mapping[str, float]) -> None:
+def require_allocation(allocation: str | Mapping[str, float], turns: Collection[str]) -> None:
     """
+    Checks how dials are to share a budget: `"tokens"`, `"depth"`, `"width"`, or several with a plus between them, are
+    turned to the same share while the others stay full, and `"proportional"` are all that can be turned; a mapping
+    fixes `depth` and `width`, and tokens are what is left.
+
+    Args:
+        allocation: which is to be checked.
+        turns: of depth and width those for which something chooses.
+
     Raises:
-        ValueError: if it is none.
+        ValueError: if it is none, or turns what cannot be turned.
     """
-    is_mapping = isinstance(allocation, Mapping) and set(allocation) <= {"depth", "width"}
-    if is_mapping and all(isinstance(share, int | float) and 0 <= share <= 1 for share in allocation.values()):
+    if allocation == PROPORTIONAL:
         return
-    if not isinstance(allocation, str) or allocation not in ALLOCATIONS:
+    is_mapping, known = isinstance(allocation, Mapping), {"tokens", "depth", "width"}
+    named = list(allocation) if is_mapping else str(allocation).split("+")
+    shares = allocation.values() if is_mapping else []
+    is_known = set(named) <= known - ({"tokens"} if is_mapping else set()) and len(set(named)) == len(named)
+    if not is_known or not all(isinstance(share, int | float) and 0 <= share <= 1 for share in shares):
         raise ValueError(
-            f"`allocation` is {allocation!r}; allowed are {', '.join(map(repr, ALLOCATIONS))}, and a dictionary with "
-            "fractions for 'depth' and 'width'."
+            f"`allocation` is {allocation!r}; allowed are {PROPORTIONAL!r}, names out of 'tokens', 'depth' and "
+            "'width' with a plus between them, and a dictionary with fractions for 'depth' and 'width'."
+        )
+    if missing := sorted(set(named) - {"tokens", *turns}):
+        raise ValueError(
+            f"`allocation` is {allocation!r}, and nothing here chooses what runs under a budget of {missing[0]}. Name "
+            "a rule, such as scheduler='even', or train a scheduler for it."
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import Cache, PreTrainedConfig
 
-from ..budget.compute_budget import Dials, PrefillPrice, compute_shares, require_allocation, share_of
+from ..budget.compute_budget import PROPORTIONAL, Dials, PrefillPrice, compute_shares, require_allocation, share_of
 from ..budget.selection import Selection
 from ..budget.token_budget import TokenBudget, num_tokens_to_keep
 from ..budget.unit_budget import num_layers_to_run, num_units_to_choose, width_shares
@@ -164,13 +164,8 @@ def dials_of_compute(
     require_rule(rule)
     settings = None if scheduler is None else scheduler.settings
     turns = frozenset(("depth", "width") if rule is not None else settings.dials if settings is not None else ())
-    allocation = dials.allocation if dials.allocation is not None else "proportional" if turns else "tokens"
-    require_allocation(allocation)
-    if isinstance(allocation, Mapping) and (missing := sorted(set(allocation) - turns)):
-        raise ValueError(
-            f"`allocation` is {dict(allocation)!r}, and nothing here chooses what runs under a budget of "
-            f"{missing[0]}. Name a rule, such as scheduler='even', or train a scheduler for it."
-        )
+    allocation = dials.allocation or config.compute_allocation or PROPORTIONAL
+    require_allocation(allocation, turns)
     num_sets, num_groups = text.num_key_value_heads, text.num_attention_heads
     if settings is not None and rule is None and settings.block_size:
         num_sets = num_groups = text.num_attention_heads // settings.block_size
@@ -190,7 +185,7 @@ def dials_of_compute(
                 least,
                 1 if settings is None else settings.num_prefix_layers,
                 turns,
-                rule is None and settings is not None and allocation != "tokens",
+                bool(turns) and rule is None and allocation != "tokens",
             ).split(share, allocation)
         )
     depth, width = [split.depth for split in splits], [split.width for split in splits]
