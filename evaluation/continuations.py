@@ -134,7 +134,7 @@ def continued(
     padding = processor.tokenizer.pad_token_id if stop else None
     new_tokens = num_new_tokens(new_ids, model.generation_config.eos_token_id, padding)
     selections = selections_of_prompts(outputs["selection"], len(new_ids))
-    costs = prompt_costs(flops, inputs, selections, new_tokens, seconds)
+    costs = prompt_costs(flops, inputs, selections, new_tokens, seconds, outputs["plan"])
     texts = [_cut(text, stop) for text in processor.batch_decode(new_ids, skip_special_tokens=True)]
     return [Generated(*row) for row in zip(texts, costs, selections, strict=True)]
 

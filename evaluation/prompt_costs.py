@@ -13,12 +13,15 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from ..configuration.configuration_adavtp import AdaVTPConfig
+from ..modeling.budget.schedule import StackBudget
 from ..modeling.budget.selection import Selection
+from ..modeling.costs.decoder import UnitShares
 from ..modeling.costs.model_costs import Costs, ImageSizes, ModelCosts
+from ..modeling.decoder.execution_plan import ExecutionPlan
 from ..modeling.families.adapters import adapter_of
 from ..modeling.families.base import has_recurrent_layers
 from ..modeling.families.llava import LLAVA
-from .settings import Setting
+from .settings import TOKENS, Setting
 
 logger = logging.get_logger(__name__)
 
@@ -81,7 +84,13 @@ class CountedFlops:
         """Of the images of each prompt of a batch where they differ and it is known; see [`ModelCosts`]."""
         return self.costs.image_sizes_of(inputs) if self.family.units_differ else [None] * len(inputs["input_ids"])
 
-    def of(self, text_tokens: int, selection: Selection | None, image_sizes: ImageSizes | None = None) -> Costs | None:
+    def of(
+        self,
+        text_tokens: int,
+        selection: Selection | None,
+        image_sizes: ImageSizes | None = None,
+        plan: UnitShares | None = None,
+    ) -> Costs | None:
         """
         What a prompt costs.
 
@@ -89,6 +98,7 @@ class CountedFlops:
             text_tokens: of the prompt, placeholders of images not among them.
             selection: of its images, or `None` if it has none.
             image_sizes: see [`CountedFlops.image_sizes`].
+            plan: the decoder's units that ran; by default all.
 
         Raises:
             ValueError: if the cost is unknown and may not be.
@@ -96,13 +106,20 @@ class CountedFlops:
         if image_sizes is None and self.family.units_differ:
             return None
         try:
-            asked = self.setting.arguments() | {"image_sizes": image_sizes}
-            return self.costs.of_selection(selection, text_tokens, **asked)
+            asked = {"reducer": self.setting.arguments()["reducer"], "token_budget": self._token_budget(selection)}
+            return self.costs.of_selection(selection, text_tokens, **asked, image_sizes=image_sizes, plan=plan)
         except ValueError as error:
             if not self.may_be_unknown:
                 raise
             logger.warning_once(f"FLOPs are not counted: {error}")
             return None
+
+    def _token_budget(self, selection: Selection | None) -> StackBudget | None:
+        """With which a selection was made. A compute budget comes to another in each prompt: as many as were kept."""
+        if self.setting.dial == TOKENS:
+            return self.setting.arguments()["token_budget"]
+        kept = set() if selection is None else set(selection.num_keep.tolist())
+        return kept.pop() if len(kept) == 1 and min(kept) > 1 else None
 
 
 def prompt_costs(
@@ -111,6 +128,7 @@ def prompt_costs(
     selections: Sequence[Selection | None],
     new_tokens: Sequence[int],
     seconds: float,
+    plan: ExecutionPlan | None = None,
 ) -> list[PromptCost]:
     """
     What every prompt of a batch cost.
@@ -122,15 +140,16 @@ def prompt_costs(
         selections: of each prompt's images, from [`selections_of_prompts`].
         new_tokens: generated after each prompt.
         seconds: that the batch took.
+        plan: which of the decoder's units ran, with a row for each prompt; `None` for all.
     """
     costs, lengths = [], inputs["attention_mask"].sum(dim=-1).tolist()
     texts = flops.text_tokens(inputs["input_ids"], inputs["attention_mask"])
     columns = (lengths, texts, flops.image_sizes(inputs), selections, new_tokens)
-    for length, text_tokens, image_sizes, selection, generated in zip(*columns, strict=True):
+    for row, (length, text_tokens, image_sizes, selection, generated) in enumerate(zip(*columns, strict=True)):
         num_keep = () if selection is None else tuple(selection.num_keep.tolist())
         seen = torch.zeros(1) if selection is None else visual_tokens_seen(selection, flops.num_layers)
         dropped = 0.0 if selection is None else float(selection.sizes.sum() - seen.sum())
-        counted = flops.of(text_tokens, selection, image_sizes)
+        counted = flops.of(text_tokens, selection, image_sizes, None if plan is None else plan.shares(row))
         costs.append(
             PromptCost(
                 num_images=len(num_keep),

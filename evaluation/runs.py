@@ -26,13 +26,13 @@ HEADER_FIELDS |= dict.fromkeys(("command", "checkpoint_hash", "data_hash", "metr
 FINISHED_FIELDS = dict.fromkeys(("checkpoint", "checkpoint_hash", "data", "data_hash", "metric"), str)
 FINISHED_FIELDS |= dict.fromkeys(("num_examples", "num_layers"), int) | {"num_patches": int | None}
 MORE_OF_HEADER = {"split": str, "machine": str, "versions": dict[str, str], "max_new_tokens": int, **FINISHED_FIELDS}
-MORE_OF_HEADER |= {"category_metrics": dict[str, str]}
+MORE_OF_HEADER |= {"category_metrics": dict[str, str], "dial": str, "scheduler": str}
 MORE_OF_HEADER |= dict.fromkeys(("figures", "measurements"), list[dict] | None)
 MORE_OF_HEADER |= dict.fromkeys(("seconds", "model_seconds", "evaluation_seconds"), float)
 MEASUREMENT = {"reducer": str, "device": str, "batch_size": int, "peak_memory_bytes": float, "kv_bytes": float}
 
 # What answers of one table have to have in common.
-IDENTITY = ("checkpoint_hash", "data_hash", "metric", "max_new_tokens")
+IDENTITY = ("checkpoint_hash", "data_hash", "metric", "max_new_tokens", "dial", "scheduler")
 
 
 @dataclass
@@ -130,9 +130,9 @@ class Run:
             return cls(folder, {"seconds": 0.0, "model_seconds": 0.0, "evaluation_seconds": 0.0} | dict(header))
         run = cls.open(folder)
         for name in IDENTITY:
-            if run.header.get(name) != header[name]:
+            if run.header.get(name) != header.get(name):
                 raise ValueError(
-                    f"{folder} has a run with {name} {run.header.get(name)!r}, and this one has {header[name]!r}; "
+                    f"{folder} has a run with {name} {run.header.get(name)!r}, and this one has {header.get(name)!r}; "
                     "choose another folder, or delete that one."
                 )
         settings = {setting_of(entry): entry for entry in [*run.header["settings"], *header["settings"]]}

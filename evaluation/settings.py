@@ -1,4 +1,4 @@
-"""A setting: what chooses the visual tokens, and how many of them it leaves; read once from how people write it.
+"""A setting: what chooses, and how much of what it leaves; read once from how people write it.
 
 Measurements and evaluations are tables with a row for each setting. Beside every registered reducer there is `"full"`:
 nothing is chosen and everything is kept, which is what the model would cost as a plain LLaVA. A budget is written as a
@@ -23,6 +23,7 @@ from ..modeling.costs.model_costs import FULL, NEVER_ASKED
 from ..modeling.modeling_adavtp import AdaVTPForConditionalGeneration, ReducerSpec
 
 FULL_BUDGET = 1.0
+TOKENS, COMPUTE = "token_budget", "compute_budget"
 CONTROLLER = "adaptive"
 # What chooses in a family's checkpoint as it was released, which has no weights for anything that has to be trained.
 UNTRAINED_REDUCER = "divprune"
@@ -38,13 +39,17 @@ class Setting(NamedTuple):
         reducer: a registered name, a dictionary of `"name"` and parameters, a list of these (a stack), or `"full"`.
         budget: see [`AdaVTPForConditionalGeneration.forward`]; of `"full"` it is 1.0.
         asked: the budget as a table shows it, where the model is asked for the number that it means.
-        num_keep: the number K of an image's tokens that it keeps, where all images have equally many, or `None`.
+        num_keep: the number K of an image's tokens that it keeps, where that is the same for all, or `None`.
+        dial: what the budget is of, `"token_budget"` or `"compute_budget"`.
+        scheduler: what chooses the decoder's units, see there.
     """
 
     reducer: ReducerSpec
     budget: StackBudget | None = FULL_BUDGET
     asked: float | int | None = None
     num_keep: int | None = None
+    dial: str = TOKENS
+    scheduler: str | None = None
 
     @property
     def label(self) -> str:
@@ -59,7 +64,8 @@ class Setting(NamedTuple):
     def arguments(self) -> dict[str, Any]:
         """As arguments of `forward`, `generate` and `select_tokens`; `ValueError` if `"full"` is not to keep all."""
         if self.reducer != FULL:
-            return {"reducer": self.reducer, "token_budget": self.budget}
+            rule = {} if self.scheduler is None else {"scheduler": self.scheduler}
+            return {"reducer": self.reducer, self.dial: self.budget} | rule
         if self.budget != FULL_BUDGET:
             raise ValueError(f"`budget` of {FULL!r} is {self.budget!r}; allowed is {FULL_BUDGET}.")
         return {"reducer": NEVER_ASKED, "token_budget": FULL_BUDGET}
@@ -84,20 +90,25 @@ def tokens_per_image(model: AdaVTPForConditionalGeneration) -> int | None:
 
 
 def asked_settings(
-    num_patches: int | None, reducers: Sequence[ReducerSpec], budgets: Sequence[WrittenBudget]
+    num_patches: int | None,
+    reducers: Sequence[ReducerSpec],
+    budgets: Sequence[WrittenBudget],
+    dial: str = TOKENS,
+    scheduler: str | None = None,
 ) -> list[Setting]:
     """
     The settings of a run: `"full"` once, and every other reducer at every budget that leaves something out.
 
     Args:
-        num_patches: visual tokens of an image, N; `None` where images differ, and only a fraction of 1 keeps all.
+        num_patches: visual tokens of an image, N; `None` where images differ, or a budget is of compute, and only a
+            fraction of 1 keeps all.
         reducers: see [`Setting`]. At a budget that keeps everything all of them are `"full"`.
         budgets: fractions in [0, 1] as floats, numbers of tokens as ints, or exact fractions.
+        dial, scheduler: see [`Setting`].
 
     Raises:
         ValueError: if a budget is none, or nothing is asked.
     """
-
     counts = {budget: num_keep_of(budget, num_patches) for budget in budgets}
     stacks = {reducer_label(reducer): reducer for reducer in reducers}
     chosen = [stack for label, stack in stacks.items() if label != FULL]
@@ -110,7 +121,7 @@ def asked_settings(
     for reducer, (budget, count) in product(chosen, counts.items()):
         if not keeps_all[budget]:
             written = float(budget) if isinstance(budget, Fraction) else budget
-            settings.append(Setting(reducer, exact_budget(budget, num_patches), written, count))
+            settings.append(Setting(reducer, exact_budget(budget, num_patches), written, count, dial, scheduler))
     return settings
 
 

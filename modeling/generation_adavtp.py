@@ -283,11 +283,17 @@ class AdaVTPGenerationMixin(GenerationMixin):
 
         Args:
             input_ids, inputs: see `select_tokens`.
-            token_budget, reducer: see `forward`.
+            token_budget, reducer: see `forward`; other budgets of it are among `inputs`.
 
         Raises:
             ValueError: if there is no such reducer, or the budget is none.
         """
+        reader, dials = self.prompt_reader, DecoderDials.taken_from(inputs)
+        try:
+            columns = (input_ids, inputs.get("attention_mask"), reader.images_in(dict(inputs)))
+            token_budget = reader.split_compute(token_budget, dials, reducer, *columns)[0]
+        except ValueError as error:
+            return str(error)
         try:
             self.prompt_reader.resolve_budget(token_budget, reducer, len(input_ids))
         except (MissingWeightsError, ImpossibleReducerError) as error:

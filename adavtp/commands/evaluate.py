@@ -21,7 +21,9 @@ from ..evaluation.metric_modules import load_metric
 from ..evaluation.reducer_table import as_trained, reducers_to_compare
 from ..evaluation.runs import Run
 from ..evaluation.settings import (
+    COMPUTE,
     FULL,
+    TOKENS,
     Setting,
     WrittenBudget,
     asked_settings,
@@ -65,6 +67,18 @@ def evaluate(
     ] = REFERENCE_TASK,
     budgets: BudgetsOption = BUDGETS,  # noqa: B006
     reducers: ReducersOption = REDUCERS,  # noqa: B006
+    compute_budgets: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--compute-budgets",
+            "--compute-budget",
+            help="Several: in place of --budgets, shares of the FLOPs with which the full model reads a prompt.",
+        ),
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(help="What chooses the decoder's units: even, first or random. Default: the model's own."),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(help="Folder of the run. Default: runs/evaluation_CHECKPOINT_DATA.", callback=folder_to_write),
@@ -100,8 +114,11 @@ def evaluate(
     card, and pictures of the first questions. Interrupted, the same command goes on where it stopped. Under
     `accelerate launch` or `torchrun`, processes share the questions.
     """
+    asked = [budget_of_text(text) for text in budgets] if compute_budgets is None else compute_budgets
     evaluate_checkpoint(
-        *(checkpoint, data, [budget_of_text(text) for text in budgets], [reducer_of_text(text) for text in reducers]),
+        *(checkpoint, data, asked, [reducer_of_text(text) for text in reducers]),
+        dial=TOKENS if compute_budgets is None else COMPUTE,
+        scheduler=scheduler,
         output=output,
         questions=questions,
         kinds=kinds,
@@ -121,6 +138,8 @@ def evaluate_checkpoint(
     data: str,
     budgets: Sequence[WrittenBudget],
     reducers: Sequence[Any] | None,
+    dial: str = TOKENS,
+    scheduler: str | None = None,
     output: Path | None = None,
     questions: int | None = None,
     kinds: Sequence[str] | None = None,
@@ -134,7 +153,8 @@ def evaluate_checkpoint(
 ) -> Run:
     """
     What `adavtp evaluate` does, with budgets and reducers as [`adavtp.evaluation.settings.asked_settings`] takes them;
-    of reducers `None` stands for all that can be compared. All other arguments are the command's.
+    of reducers `None` stands for all that can be compared. `dial` is what the budgets are of, see
+    [`adavtp.evaluation.settings.Setting`]. All other arguments are the command's.
 
     Returns:
         The run, finished.
@@ -153,8 +173,14 @@ def evaluate_checkpoint(
     model.to(process.device)
     shown = next((example for example in asked.examples if example.images), None)
     first = None if shown is None else inputs_of(processor, [shown]).to(model.device)
-    settings, unreachable = _settings(model, first, reducers, budgets)
-    header = _header(folder, asked, model, settings, unreachable)
+    num_patches = tokens_per_image(model) if dial == TOKENS else None
+    chosen = [FULL, *reducers_to_compare(model.config)] if reducers is None else reducers
+    stacks = [one if one == FULL else as_trained(model.config, one) for one in chosen]
+    wanted = asked_settings(num_patches, stacks, budgets, dial, scheduler)
+    settings, unreachable = reachable_settings(model, first, wanted)
+    header = _header(folder, asked, model, settings, unreachable) | {"num_patches": num_patches}
+    header |= {} if dial == TOKENS else {"dial": dial}
+    header |= {} if scheduler is None else {"scheduler": scheduler}
     header |= {"metric": metric, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
     default = Path("runs") / re.sub(r"[^\w.-]+", "_", f"evaluation_{checkpoint_name(folder)}_{data}")
     run = Run.begin(output or default, header)
@@ -212,15 +238,6 @@ def named_data(
     )
 
 
-def _settings(
-    model: Any, inputs: Any, reducers: Sequence[Any] | None, budgets: Sequence[WrittenBudget]
-) -> tuple[list[Setting], list[dict[str, Any]]]:
-    """The settings that can be measured, and why others cannot."""
-    chosen = [FULL, *reducers_to_compare(model.config)] if reducers is None else reducers
-    stacks = [one if one == FULL else as_trained(model.config, one) for one in chosen]
-    return reachable_settings(model, inputs, asked_settings(tokens_per_image(model), stacks, budgets))
-
-
 def _header(
     folder: str, asked: EvaluationData, model: Any, settings: list[Setting], unreachable: list[dict[str, Any]]
 ) -> dict[str, Any]:
@@ -242,7 +259,6 @@ def _header(
             dict(zip(("reducer", "budget"), one.key, strict=True), num_keep=one.num_keep) for one in settings
         ],
         "unreachable": unreachable,
-        "num_patches": tokens_per_image(model),
         "num_layers": model.config.get_text_config().num_hidden_layers,
         "shown": min(SHOWN, len(asked.examples)),
     }

@@ -18,8 +18,18 @@ from safetensors.torch import load_file, save_file
 
 from ..evaluation.circumstances import checkpoint_hash, checkpoint_name
 from ..evaluation.runs import PICTURES, Run
-from ..evaluation.settings import FULL, budget_of_text, num_keep_of, reducer_label, reducer_of_text
+from ..evaluation.settings import (
+    COMPUTE,
+    CONTROLLER,
+    FULL,
+    TOKENS,
+    budget_of_text,
+    num_keep_of,
+    reducer_label,
+    reducer_of_text,
+)
 from ..hub_cards.training_record import check_types, read_record
+from ..modeling.decoder.dials import require_rule
 from ..modeling.processing_adavtp import AdaVTPProcessor
 from ..trainer.recipes.recipe import Recipe, Stage, check_fields, read_yaml, require_folder_name
 from ..trainer.recipes.run import run_recipe
@@ -53,6 +63,7 @@ class Part:
             evaluation, by default the controller. Or `trained_as`, another part's variant, `"part/variant"`: nothing
             is trained anew, and `model` are fields that differ in the evaluation alone.
         controls: reducers that the variants are compared with on the checkpoint as it is, as on the command line.
+        rules: of `UNIT_RULES`; the same for what chooses the decoder's units, with the controller.
         fresh_controller: whether the variants' controllers start from random values and not from the checkpoint's.
         budgets, seeds: see [`Experiment`]; by default the experiment's.
 
@@ -69,6 +80,7 @@ class Part:
     stage: dict[str, Any] = field(default_factory=dict)
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     controls: list[str] = field(default_factory=list)
+    rules: list[str] = field(default_factory=list)
     fresh_controller: bool = False
     budgets: list[str | float | int] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
@@ -94,7 +106,13 @@ class Part:
                 self.stage_of(name)
             elif more := sorted(set(variant) - {"trained_as", "model"}):
                 raise ValueError(f"{where}: it has `trained_as` and {', '.join(more)}; allowed beside it is `model`.")
-        names = [*self.variants, *(reducer_label(reducer_of_text(one)) for one in [*self.reducers, *self.controls])]
+        for rule in self.rules:
+            require_rule(rule)
+        names = [
+            *self.variants,
+            *self.rules,
+            *(reducer_label(reducer_of_text(one)) for one in [*self.reducers, *self.controls]),
+        ]
         if self.against not in (FULL, *names):
             raise ValueError(
                 f"part {self.name!r}: `against` is {self.against!r}, which is not measured; allowed are "
@@ -122,10 +140,11 @@ class Experiment:
         parts: its questions.
         seeds: of the variants' training, which is done once with each.
         kinds: the kinds of question that are asked, by default all of the task's.
+        dial: what the budgets are of, `"token_budget"` or `"compute_budget"`.
 
     Raises:
-        ValueError: if `data` is no drawn task, there are no seeds, or one twice, or a variant is to be trained as one
-            that there is not.
+        ValueError: if `data` is no drawn task, `dial` is no dial, there are no seeds, or one twice, or a variant is to
+            be trained as one that there is not.
     """
 
     title: str
@@ -134,8 +153,11 @@ class Experiment:
     parts: list[Part]
     seeds: list[int] = field(default_factory=lambda: [0])
     kinds: list[str] | None = None
+    dial: str = TOKENS
 
     def __post_init__(self) -> None:
+        if self.dial not in (TOKENS, COMPUTE):
+            raise ValueError(f"`dial` is {self.dial!r}; allowed are {TOKENS!r} and {COMPUTE!r}.")
         if self.data not in REFERENCES:
             raise ValueError(f"`data` is {self.data!r}; allowed are {', '.join(REFERENCES)}.")
         for part in self.parts:
@@ -257,10 +279,12 @@ def evaluate_part(experiment: Experiment, part: Part, checkpoint: str, folder: P
     if not Path(checkpoint).is_dir():
         checkpoint = snapshot_download(checkpoint)
 
-    def run_of(checkpoint: str | Path, reducers: Sequence[Any], output: Path) -> Run:
+    def run_of(checkpoint: str | Path, reducers: Sequence[Any], output: Path, rule: str | None = None) -> Run:
         return evaluate_checkpoint(
             *(str(checkpoint), experiment.data, [budget_of_text(str(budget)) for budget in part.budgets]),
             reducers=[reducer_of_text(one) if isinstance(one, str) else one for one in reducers],
+            dial=experiment.dial,
+            scheduler=rule,
             output=output,
             questions=part.questions,
             kinds=experiment.kinds,
@@ -269,6 +293,8 @@ def evaluate_part(experiment: Experiment, part: Part, checkpoint: str, folder: P
     if part.reducers:
         return [run_of(checkpoint, part.reducers, folder / "run")]
     controls = {name: run_of(checkpoint, [name], folder / "controls" / name / "run") for name in part.controls}
+    for rule in part.rules:
+        controls[rule] = run_of(checkpoint, [CONTROLLER], folder / "rules" / rule / "run", rule)
     joined = []
     for seed in part.seeds:
         runs = {}

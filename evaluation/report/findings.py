@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..reducer_table import CONTROLLER, is_control
-from ..settings import FULL
+from ..settings import FULL, TOKENS
 from .hard_subset import RIGHT_FROM, SMALLER_PICTURE
 from .joined import kept_label
 
@@ -39,7 +39,8 @@ def lead(checkpoint: dict[str, Any]) -> str:
         where = f"With {row['num_keep']} visual tokens of each image or tile"
     else:
         share = 100 * (asked[0] if asked else row["num_keep"] / checkpoint["num_patches"])
-        where = f"At {round(share, 1) if share < 10 else round(share):g}% of the visual tokens"
+        of = "the visual tokens" if checkpoint["dial"] == TOKENS else "the full model's FLOPs for a prompt"
+        where = f"At {round(share, 1) if share < 10 else round(share):g}% of {of}"
     return f"{where} {text}{_on_hard_subset(row, best, checkpoint)}"
 
 

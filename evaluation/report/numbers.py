@@ -14,7 +14,7 @@ from ..circumstances import command_without_places, without_place
 from ..metric_modules import SCORED_TOGETHER, score_examples
 from ..reducer_table import CONTROLLER, is_control, known_of_label, reducer_table
 from ..runs import Run
-from ..settings import FULL
+from ..settings import FULL, TOKENS
 from ..statistics import (
     NUM_DRAWS,
     SEED,
@@ -101,6 +101,7 @@ def _checkpoint(measured: Measured, against: str | None, table: list[dict[str, A
     names = ("checkpoint", "checkpoint_hash", "data", "data_hash", "metric")
     return {name: header[name] for name in (*names, "num_examples", "num_patches", "num_layers")} | {
         "data": without_place(header["data"]),
+        "dial": header.get("dial", TOKENS),
         "is_share": header["metric"] not in SCORED_TOGETHER,
         "is_binary": all(np.isin(scores, (0, 1)).all() for scores in measured.paired.scores.values()),
         "reducers": reducers,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..reducer_table import CONTROLS
-from ..settings import FULL
+from ..settings import COMPUTE, FULL
 from . import tables
 from .blocks import Block, Command, Curves, Section, as_markdown
 from .findings import hard_subset_notes, lead, listed, statistics_in_short
@@ -66,6 +66,8 @@ def leads(numbers: dict[str, Any]) -> list[str]:
 def _checkpoint_sections(checkpoint: dict[str, Any]) -> list[Section]:
     """About one checkpoint on one set of examples."""
     patches = f"{checkpoint['num_patches'] or 'different numbers of'} visual tokens an image"
+    if checkpoint["dial"] == COMPUTE:
+        patches = "budgets of compute"
     about = (
         f"{checkpoint['num_examples']:,} examples, scored by {checkpoint['metric']}; {patches}, "
         f"{checkpoint['num_layers']} decoder layers; checkpoint `{checkpoint['checkpoint_hash'][:16]}`, data "
@@ -93,7 +95,8 @@ def _conventions(numbers: dict[str, Any]) -> list[str]:
     """How the numbers are to be read."""
     return [
         "A budget is the mean number of visual tokens of an image that a decoder layer sees in prefill; K is that "
-        "number, the fraction that was asked for times the number of tokens, rounded down.",
+        "number, the fraction that was asked for times the number of tokens, rounded down. A budget of compute is the "
+        "share of the FLOPs with which the full model's decoder would read the prompt, whatever is left out.",
         "FLOPs are counted from the shapes that each example really had, 1 multiply-accumulate = 2 FLOPs: vision "
         "tower, reducer, projector, prefill, and the decoding steps of its own answer.",
         "Intervals are 95% and of single cells: with so many cells, one in twenty misses by chance. Scores of 0 and 1 "

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..metric_modules import SCORED_TOGETHER
 from ..reducer_table import is_control
-from ..settings import FULL
+from ..settings import FULL, TOKENS
 from .blocks import Block, Table
 from .findings import hard_subset_at
 from .joined import kept_label
@@ -187,10 +187,10 @@ def cost_table(checkpoint: dict[str, Any]) -> Table:
 def budgets_kept(checkpoint: dict[str, Any]) -> str:
     rows = checkpoint["settings"]
     if checkpoint["num_patches"] is None:
-        return (
-            "Images differ in how many visual tokens they have: the table has those of a whole prompt that a decoder "
-            "layer really saw, mean over layers and examples."
-        )
+        why = "A budget of compute comes to another number of visual tokens"
+        if checkpoint["dial"] == TOKENS:
+            why = "Images differ in how many visual tokens they have"
+        return f"{why}: the table has what a decoder layer really saw of a prompt, mean over layers and examples."
     worst = max(rows, key=lambda row: row["off_by_most"])
     where = f" (`{worst['reducer']}`, K = {worst['num_keep']})" if worst["off_by_most"] else ""
     return (

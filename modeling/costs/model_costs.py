@@ -167,6 +167,7 @@ class ModelCosts:
         token_budget: StackBudget | None = None,
         reducer: ReducerSpec | None = None,
         image_sizes: ImageSizes | None = None,
+        plan: UnitShares | None = None,
     ) -> Costs:
         """
         The FLOPs of one prompt whose visual tokens have been chosen, also by a rule that only the image could answer.
@@ -176,6 +177,7 @@ class ModelCosts:
             text_tokens: see [`ModelCosts.of_prompt`].
             token_budget, reducer: with which it was made.
             image_sizes: of its images, see [`ModelCosts`]; by default as many of the usual size as have its units.
+            plan: the decoder's units that run; by default all.
 
         Raises:
             ValueError: see [`ModelCosts.of_prompt`].
@@ -186,10 +188,10 @@ class ModelCosts:
             image_sizes = self._usual(num_units and -(-num_units // len(self.looks(self._usual(1)).sizes)))
         others = self.looks(image_sizes).others
         tokens = VisualTokens.chosen(selection, self.config.get_text_config().num_hidden_layers, others)
-        key = (stack, written(budget), tokens, text_tokens, image_sizes)
+        key = (stack, written(budget), tokens, text_tokens, image_sizes, plan)
         if key not in self._prompts:
             spent = stack.spent_on(tokens, budget, text_tokens, image_sizes)
-            self._prompts[key] = self._costs(text_tokens, tokens, spent)
+            self._prompts[key] = self._costs(text_tokens, tokens, spent, plan=plan)
         return self._prompts[key]
 
     def looks(self, image_sizes: ImageSizes) -> Looks:

@@ -13,11 +13,13 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from adavtp.command_line import app
-from adavtp.commands.console import repeated_options
-from adavtp.commands.evaluate import REDUCERS, evaluate_checkpoint
+from adavtp.commands.console import load_checkpoint, repeated_options
+from adavtp.commands.evaluate import REDUCERS, evaluate_checkpoint, named_data
+from adavtp.evaluation.answering import inputs_of
 from adavtp.evaluation.report.hard_subset import SMALLER_PICTURE
 from adavtp.evaluation.runs import Run
 from adavtp.evaluation.settings import CONTROLLER
+from adavtp.modeling.costs.model_costs import ModelCosts
 from forked_processes import Forks, as_launched
 from repository import DIGITS
 from tiny_processors import family_folder
@@ -38,8 +40,12 @@ from adavtp.tasks import digit_scenes
 """
 
 
+def run_command(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
 def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
+    return run_command("evaluate", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +74,36 @@ def untimed(folder: Path) -> list[dict[str, Any]]:
 def test_several_values_may_follow_one_name(typed: str, meant: str) -> None:
     several = {"--budgets", "--budget", "--reducers", "--reducer"}
     assert repeated_options(typed.split(), several) == meant.split()
+
+
+def test_compute_budgets_are_asked_counted_and_reported(tmp_path: Path) -> None:
+    asked = ["--compute-budgets", "0.6", "0.8", "1.0", "--scheduler", "even", "--reducers", "adaptive", "grid"]
+    result = run(*OF_DIGITS, *asked, *SIZES, "--output", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    opened = Run.open(tmp_path / "run")
+    reached = [(setting["reducer"], setting["budget"]) for setting in opened.header["settings"]]
+    assert reached == [("full", 1.0), *[(name, budget) for name in ("adaptive", "grid") for budget in (0.6, 0.8)]]
+    model, processor = load_checkpoint(str(DIGITS))
+    example, costs = named_data("digit-scenes", None, None, 12).examples[0], ModelCosts(model.config)
+    inputs = inputs_of(processor, [example])
+    whole = costs.of_prompt(int(inputs["input_ids"].shape[1]) - 144, reducer="full").prefill
+    for answer in (one for one in opened.answers() if one.index == 0):
+        how = {"compute_budget": answer.budget, "reducer": answer.reducer, "scheduler": "even"}
+        how = {"token_budget": 1.0} if answer.reducer == "full" else how
+        outputs = model.generate(**inputs, **how, max_new_tokens=4, return_dict_in_generate=True)
+        kept = int(outputs["selection"].num_keep)
+        asked = {"token_budget": kept, "reducer": answer.reducer, "plan": outputs["plan"]}
+        cost = costs.of_prompt(answer.text_tokens, **asked)
+        assert answer.visual_tokens == kept and answer.flops == pytest.approx(cost.with_new_tokens(answer.new_tokens))
+        assert cost.prefill <= answer.budget * whole
+        # With four layers, three have to do below a budget of 3/4, and above it fewer tokens are as good a way.
+        assert (kept < 144) == (answer.reducer != "full") and (outputs["plan"] is not None) == (answer.budget == 0.6)
+    result = run_command("report", tmp_path / "run", "--output", tmp_path / "report")
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "% of the full model's FLOPs for a prompt" in text and "budgets of compute" in text
+    result = run(*OF_DIGITS, *ASKED, *SIZES, "--output", tmp_path / "run")
+    assert result.exit_code != 0 and "has a run with dial 'compute_budget'" in " ".join(result.output.split())
 
 
 def test_every_setting_answers_every_question_once(whole: Run) -> None:
