@@ -7,6 +7,7 @@ takes the n best.
 """
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import nn
@@ -66,21 +67,15 @@ class ComputeScheduler(nn.Module):
         text = config.get_text_config()
         self.settings = SchedulerSettings.of_config(config.scheduler, text)
         hidden_size, self.num_layers = text.hidden_size, text.num_hidden_layers
-        self.num_heads, self.num_shared = (
-            text.num_attention_heads,
-            text.num_attention_heads // text.num_key_value_heads,
-        )
+        self.num_heads, self.num_sets = text.num_attention_heads, text.num_key_value_heads
         self.num_chosen_from = self.num_layers - self.settings.num_prefix_layers
         self.budget_embeddings = nn.ModuleDict({dial: BudgetEmbedding(hidden_size) for dial in self.settings.dials})
         hears = self.settings.hears_selection
         self.selection_proj = nn.Linear(NUM_STATISTICS, hidden_size, bias=False) if hears else None
-        per_layer = {"depth": 1, "width": self.heads_per_layer + self.settings.num_mlp_groups}
-        self.logits = nn.ModuleDict(
-            {
-                dial: _head(self.settings.head, hidden_size, self.num_chosen_from * per_layer[dial])
-                for dial in self.settings.dials
-            }
-        )
+        self.logits = nn.ModuleDict()
+        for dial in self.settings.dials:
+            per_layer = 1 if dial == "depth" else self.heads_per_layer + self.settings.num_mlp_groups
+            self.logits[dial] = _head(self.settings.head, hidden_size, self.num_chosen_from * per_layer)
 
     @property
     def learns(self) -> bool:
@@ -90,9 +85,9 @@ class ComputeScheduler(nn.Module):
     @property
     def heads_per_layer(self) -> int:
         """What is chosen of a layer's heads, one by one: all of them in blocks, otherwise those that share keys."""
-        return self.num_heads if self.settings.block_size else self.num_heads // self.num_shared
+        return self.num_heads if self.settings.block_size else self.num_sets
 
-    def counts(self, num_layers: torch.Tensor, shares: list) -> UnitCounts:
+    def counts(self, num_layers: torch.Tensor, shares: list[Fraction]) -> UnitCounts:
         """
         How much runs behind the prefix.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -252,7 +253,7 @@ def _check_filled(
     config: PreTrainedConfig,
     scheduler: ComputeScheduler | None,
     num_layers: torch.Tensor,
-    shares: list,
+    shares: list[Fraction],
 ) -> None:
     """A cache goes on under the plan that it was filled by, so that a call may only name the budgets of that."""
     batch_size, text = len(num_layers), config.get_text_config()

@@ -1,6 +1,7 @@
 """Choices of layers, heads and groups of MLP channels that need no scheduler: what a learned one has to beat."""
 
 from collections.abc import Callable
+from fractions import Fraction
 
 import torch
 from transformers import PreTrainedConfig
@@ -38,7 +39,7 @@ def plan_by_rule(
     rule: str,
     config: PreTrainedConfig,
     num_layers: torch.Tensor,
-    shares: list,
+    shares: list[Fraction],
     num_prefix_layers: int,
     num_mlp_groups: int,
     seeds: list[int],
