@@ -23,7 +23,7 @@ class SchedulerSettings:
         dials: what it chooses: `"depth"`, whole layers; `"width"`, attention heads and groups of MLP channels.
         num_prefix_layers: the first layers, which always run and in which the compute token reads the prompt; half of
             the layers by default.
-        num_mlp_groups: into how many groups the channels of an MLP fall; by default as many as there are heads.
+        num_mlp_groups: into how many groups the channels of an MLP fall, see [`usual_mlp_groups`] for the default.
         head: what makes logits of the compute token: `"linear"`, AdaLLaVA's, or `"mlp"`.
         temperature: of the gates' gradient, above 0; larger is smoother.
         block_size: 0 to choose heads and groups of channels one by one, over all layers together. A number n to choose
@@ -64,7 +64,7 @@ class SchedulerSettings:
         settings: dict[str, Any] = {
             "dials": ["depth", "width"],
             "num_prefix_layers": text.num_hidden_layers // 2,
-            "num_mlp_groups": text.num_attention_heads,
+            "num_mlp_groups": usual_mlp_groups(text),
         }
         own = {name: value for name, value in given.items() if name != "preset"}
         known = [field.name for field in fields(cls)]
@@ -105,6 +105,11 @@ class SchedulerSettings:
         ):
             if not is_allowed:
                 raise ValueError(f"`scheduler` has {name}={getattr(self, name)!r}; allowed are {allowed}.")
+
+
+def usual_mlp_groups(text: PreTrainedConfig) -> int:
+    """Into how many groups a text model's MLP channels fall: as many as it has heads, or the next fewer that can be."""
+    return next(number for number in range(text.num_attention_heads, 0, -1) if text.intermediate_size % number == 0)
 
 
 def _dials(dials: Any) -> tuple[str, ...]:

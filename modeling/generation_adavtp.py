@@ -251,7 +251,8 @@ class AdaVTPGenerationMixin(GenerationMixin):
 
         Args:
             batch_size: number of prompts; 1 for a plan that is every prompt's.
-            num_mlp_groups: in how many groups the channels of an MLP are; by default as many as there are heads.
+            num_mlp_groups: in how many groups the channels of an MLP are; by default as many as there are heads, or
+                the next fewer that can be.
         """
         return ExecutionPlan.whole(self.config, batch_size, num_mlp_groups)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import Cache, PreTrainedConfig
 
+from ...configuration.scheduler_settings import usual_mlp_groups
 from ..budget.compute_budget import PROPORTIONAL, Dials, PrefillPrice, compute_shares, require_allocation, share_of
 from ..budget.selection import Selection
 from ..budget.token_budget import TokenBudget, num_tokens_to_keep
@@ -114,7 +115,7 @@ def under_dials(
         return NothingLeaves() if policy is None and turns_by_itself(config) else policy
     policy = NothingLeaves() if policy is None else policy
     if rule is not None:
-        num_groups = text.num_attention_heads if scheduler is None else scheduler.settings.num_mlp_groups
+        num_groups = usual_mlp_groups(text) if scheduler is None else scheduler.settings.num_mlp_groups
         policy.plan_of_units = plan_by_rule(rule, config, num_layers, shares, prefix, num_groups, _seeds(prompt))
         return policy
     asked = {"depth": int(num_layers.min()) < text.num_hidden_layers, "width": min(shares) < 1}
@@ -167,7 +168,7 @@ def dials_of_compute(
     turns = frozenset(("depth", "width") if rule is not None else settings.dials if settings is not None else ())
     allocation = dials.allocation or config.compute_allocation or PROPORTIONAL
     require_allocation(allocation, turns)
-    num_sets, num_groups = text.num_key_value_heads, text.num_attention_heads
+    num_sets, num_groups = text.num_key_value_heads, usual_mlp_groups(text)
     if settings is not None and rule is None and settings.block_size:
         num_sets = num_groups = text.num_attention_heads // settings.block_size
     elif settings is not None:

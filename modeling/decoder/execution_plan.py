@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig
 
+from ...configuration.scheduler_settings import usual_mlp_groups
+
 
 @dataclass(frozen=True)
 class UnitShares:
@@ -60,11 +62,11 @@ class ExecutionPlan:
         Args:
             config: the model's.
             batch_size: number of prompts; 1 for a plan that is every prompt's.
-            num_mlp_groups: in how many groups the channels of an MLP are; by default as many as there are heads.
+            num_mlp_groups: in how many groups the channels of an MLP are, see [`usual_mlp_groups`] for the default.
         """
         text = config.get_text_config()
         num_layers, num_heads = text.num_hidden_layers, text.num_attention_heads
-        sizes = ((num_layers,), (num_layers, num_heads), (num_layers, num_mlp_groups or num_heads))
+        sizes = ((num_layers,), (num_layers, num_heads), (num_layers, num_mlp_groups or usual_mlp_groups(text)))
         return cls(*(torch.ones(batch_size, *size, dtype=torch.bool) for size in sizes))
 
     def __len__(self) -> int:

@@ -114,6 +114,13 @@ def test_different_plans_in_one_batch_give_what_each_sample_gives_alone(text: st
     assert answers(model, padded_on_the_right(batch), plan=plan, **how) == together
 
 
+def test_mlp_channels_fall_into_as_many_groups_as_there_are_heads_or_the_next_fewer_that_can_be() -> None:
+    for channels, groups in ((64, 4), (66, 3), (62, 2), (61, 1)):
+        text = tiny_text_config("llama", NUM_LAYERS, intermediate_size=channels)
+        ExecutionPlan.whole(text).check(text)
+        assert ExecutionPlan.whole(text).mlp_groups.shape[-1] == groups
+
+
 def test_a_plan_of_one_row_is_every_prompt_s() -> None:
     model = model_of("llama")
     batch, plan = tiny_batch(model.config, IMAGES), plans(model)
