@@ -108,7 +108,7 @@ class SchedulerSettings:
 
 
 def usual_mlp_groups(text: PreTrainedConfig) -> int:
-    """Into how many groups a text model's MLP channels fall: as many as it has heads, or the next fewer that can be."""
+    """Groups into which a text model's MLP channels fall: as many as it has heads, or the next fewer that can be."""
     return next(number for number in range(text.num_attention_heads, 0, -1) if text.intermediate_size % number == 0)
 
 
