@@ -8,7 +8,7 @@ its name; what is particular about the family is said by its adapter.
 import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from ..configuration.configuration_families import PREFIX, family_config_class
 from .budget.schedule import BudgetSchedule, StackBudget
 from .budget.selection import Selection
 from .budget.token_budget import TokenBudget
-from .decoder.dials import DecoderDials
+from .decoder.dials import DIALS, DecoderDials
 from .decoder.execution_plan import ExecutionPlan
 from .decoder.policy import DecoderPolicy
 from .decoder.pruned_cache import NewColumns, behind_cache, has_layer_columns, pending_policy, pruned_cache
@@ -61,8 +61,7 @@ from .vision.family_visual import FamilyVisual, OpenedVisual
 from .vision.visual_model import VisualModel
 
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
-_OF_DECODER = tuple(field.name for field in fields(DecoderDials))
-_OWN_ARGUMENTS = ("token_budget", "reducer", "selection_output", *_OF_DECODER)
+_OWN_ARGUMENTS = ("token_budget", "reducer", "selection_output", *DIALS)
 
 
 class FamilyReductionMixin(PromptReductionMixin):

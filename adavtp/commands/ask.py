@@ -5,7 +5,6 @@ from typing import Annotated, Any
 
 import typer
 
-from ..evaluation.pictures import save_plan
 from ..evaluation.prompt_costs import visual_tokens_seen
 from ..evaluation.reducer_table import as_trained
 from ..evaluation.settings import (
@@ -80,6 +79,8 @@ def ask(
         ran = f"{int(plan.runs.sum())} of {num_layers} decoder layers ran, {heads:.0%} of all attention heads and "
         console.print(f"{ran}{channels:.0%} of all MLP channels", style="dim")
     if show_plan is not None:
+        from ..evaluation.pictures import save_plan
+
         save_plan(plan, show_plan)
     if show is not None:
         model.picture_of_kept(str(image), prompt, selection, least_height=PICTURE_HEIGHT).save(show)

@@ -138,8 +138,6 @@ def evaluate_checkpoint(
     data: str,
     budgets: Sequence[WrittenBudget],
     reducers: Sequence[Any] | None,
-    dial: str = TOKENS,
-    scheduler: str | None = None,
     output: Path | None = None,
     questions: int | None = None,
     kinds: Sequence[str] | None = None,
@@ -150,6 +148,8 @@ def evaluate_checkpoint(
     batch_size: int = 32,
     max_new_tokens: int | None = None,
     latency_repeats: int = 0,
+    dial: str = TOKENS,
+    scheduler: str | None = None,
 ) -> Run:
     """
     What `adavtp evaluate` does, with budgets and reducers as [`adavtp.evaluation.settings.asked_settings`] takes them;

@@ -39,7 +39,7 @@ def lead(checkpoint: dict[str, Any]) -> str:
         where = f"With {row['num_keep']} visual tokens of each image or tile"
     else:
         share = 100 * (asked[0] if asked else row["num_keep"] / checkpoint["num_patches"])
-        of = "the visual tokens" if checkpoint["dial"] == TOKENS else "the full model's FLOPs for a prompt"
+        of = "the visual tokens" if checkpoint.get("dial", TOKENS) == TOKENS else "the full model's FLOPs for a prompt"
         where = f"At {round(share, 1) if share < 10 else round(share):g}% of {of}"
     return f"{where} {text}{_on_hard_subset(row, best, checkpoint)}"
 

@@ -66,7 +66,7 @@ def leads(numbers: dict[str, Any]) -> list[str]:
 def _checkpoint_sections(checkpoint: dict[str, Any]) -> list[Section]:
     """About one checkpoint on one set of examples."""
     patches = f"{checkpoint['num_patches'] or 'different numbers of'} visual tokens an image"
-    if checkpoint["dial"] == COMPUTE:
+    if checkpoint.get("dial") == COMPUTE:
         patches = "budgets of compute"
     about = (
         f"{checkpoint['num_examples']:,} examples, scored by {checkpoint['metric']}; {patches}, "

@@ -188,7 +188,7 @@ def budgets_kept(checkpoint: dict[str, Any]) -> str:
     rows = checkpoint["settings"]
     if checkpoint["num_patches"] is None:
         why = "A budget of compute comes to another number of visual tokens"
-        if checkpoint["dial"] == TOKENS:
+        if checkpoint.get("dial", TOKENS) == TOKENS:
             why = "Images differ in how many visual tokens they have"
         return f"{why}: the table has what a decoder layer really saw of a prompt, mean over layers and examples."
     worst = max(rows, key=lambda row: row["off_by_most"])

@@ -60,8 +60,8 @@ def require_count(count: int, name: str = "token_budget") -> int:
         ValueError: if it is below 2.
     """
     if count < 2:
-        counted = _COUNTED[name][1]
-        hint = f" The int 1 could mean one or everything: write 1.0 for all {counted}, 0.0 for as few as can be."
+        counted, fewest = _COUNTED[name][1], "one" if name == "token_budget" else "as few as can be"
+        hint = f" The int 1 could mean one or everything: write 1.0 for all {counted}, 0.0 for {fewest}."
         raise ValueError(
             f"`{name}` has the value {count}; as an int it is a number of {counted}, 2 or more.{hint * (count == 1)}"
         )

@@ -1,7 +1,7 @@
 """The dials of the decoder, as a caller turns them: which of its units run, said outright or by budgets."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -22,6 +22,9 @@ from .policy import DecoderPolicy, NothingLeaves
 from .pruned_cache import pruned_cache
 from .reducer import DecoderReducer
 from .unit_rules import UNIT_RULES, plan_by_rule
+
+# The fields of `DecoderDials`, in their order, as a graph can read them.
+DIALS = ("plan", "depth_budget", "width_budget", "scheduler", "compute_budget", "allocation")
 
 
 @dataclass
@@ -62,12 +65,12 @@ class DecoderDials:
     @classmethod
     def taken_from(cls, arguments: dict[str, Any]) -> "DecoderDials":
         """The dials among the arguments of a call, which are taken out of them."""
-        return cls(**{field.name: arguments.pop(field.name, None) for field in fields(cls)})
+        return cls(*[arguments.pop(name, None) for name in DIALS])
 
     @property
     def are_turned(self) -> bool:
         """Whether the call says anything."""
-        return any(value is not None for value in vars(self).values())
+        return any(getattr(self, name) is not None for name in DIALS)
 
 
 def under_dials(

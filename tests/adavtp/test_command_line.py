@@ -79,7 +79,7 @@ def test_ask_runs_a_part_of_the_decoder_and_shows_which(scene: Path, tmp_path: P
     assert result.exit_code == 0, result.output
     assert "decoder layers ran" in result.output and "144 of 144" not in result.output
     result = ask(*asked, "--compute-budget", 0.5, "--budget", 0.5)
-    assert result.exit_code == 1 and "`compute_budget` and `token_budget` were both given" in result.output
+    assert result.exit_code != 0 and "`compute_budget` and `token_budget` were both given" in result.output
 
 
 @pytest.mark.parametrize(("name", "units"), [("llava_next", 5), ("idefics3", 5), ("paligemma", 1)])

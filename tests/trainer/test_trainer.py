@@ -134,10 +134,23 @@ def test_a_controller_is_evaluated_once_it_was_trained(tmp_path: Path) -> None:
 # What trains
 
 
+def test_only_a_model_with_a_scheduler_can_train_one(tmp_path: Path) -> None:
+    how = {"train_parts": ["scheduler"], "max_steps": 1, "depth_range": [0.75, 0.75], "width_range": [0.5, 0.7]}
+    with pytest.raises(ValueError, match="nothing of that which could train.*if its configuration names one"):
+        tiny_trainer(tmp_path, conversation_rows(2), **how)
+    text = tiny_text_config(num_layers=4, vocab_size=len(digit_processor().tokenizer))
+    fields = {"text_config": text, "scheduler": {"num_prefix_layers": 1}, "gradient_gates": "features"}
+    model = digit_model(digit_processor(), **fields)
+    before = weights_of(model)
+    tiny_trainer(tmp_path, conversation_rows(2), model, **how).train()
+    changed = differing(before, weights_of(model))
+    assert changed == [name for name in before if name.startswith(OF_PARTS["scheduler"])]
+
+
 @pytest.mark.parametrize(
     ("vision", "train_parts"),
     [
-        *(("clip", [part]) for part in EVERY_PART),
+        *(("clip", [part]) for part in EVERY_PART if part != "scheduler"),
         ("clip", ["controller", "projector"]),
         *((vision, EVERY_PART) for vision in ("clip", "siglip", "dinov2")),
     ],
