@@ -18,9 +18,15 @@ def layer_classes(model: PromptReductionMixin) -> list[str]:
 
 def require_same_modules(model: PromptReductionMixin, is_fsdp: bool) -> None:
     """
-    Raises `ValueError` for a model whose chosen reducers do not run the same modules for every batch. With FSDP
+    Raises `ValueError` for a model with a scheduler that trains, and for one whose chosen reducers do not run the same
+    modules for every batch. With FSDP
     (`is_fsdp`) layers are whole only when they run as a whole; with ZeRO-3 their parts are, too.
     """
+    if model.scheduler is not None and any(weight.requires_grad for weight in model.scheduler.parameters()):
+        raise ValueError(
+            "`train_parts` has 'scheduler', which runs layers with gates of its own; processes that share parameters "
+            "(FSDP, ZeRO-3) cannot do that yet. Train with DDP or ZeRO-2, or leave the scheduler as it is."
+        )
     steps, units_differ = model.steps(), model.family.units_differ
     for step in steps:
         reducer, reason = step.reducer, None

@@ -254,6 +254,15 @@ def test_a_model_that_would_let_processes_wait_for_each_other_is_refused(
                 require_same_modules(model, is_fsdp)
 
 
+@pytest.mark.parametrize("is_fsdp", [True, False])
+def test_a_scheduler_that_trains_is_refused_where_processes_share_parameters(is_fsdp: bool) -> None:
+    model = digit_model(digit_processor(), scheduler={"num_prefix_layers": 1}).model
+    with pytest.raises(ValueError, match="`train_parts` has 'scheduler'.*DDP or ZeRO-2"):
+        require_same_modules(model, is_fsdp)
+    model.scheduler.requires_grad_(False)
+    require_same_modules(model, is_fsdp)
+
+
 # Checkpoints
 
 
